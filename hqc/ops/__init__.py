@@ -1,0 +1,32 @@
+"""The `hqc::` operators, one a file: torch reference, shape rule, gradient; importing registers them all.
+
+In the order in which data meets them: the timestep picks a scale (`nearest_timestep`), activations are rotated
+(`hadamard`) and quantised (`fake_quantize` while training; `quantize`, `dequantize` after), weights come from
+codes (`unpack_int4`, `rotate_codes`, `digit`), meet in an integer product (`int_linear`, `int_conv2d`) and go
+back to real units (`rescale`).
+"""
+
+from hqc.ops.fake_quantize import fake_quantize
+from hqc.ops.hadamard import block_size, hadamard, sylvester
+from hqc.ops.integer_product import int_conv2d, int_linear
+from hqc.ops.nearest_timestep import nearest_timestep
+from hqc.ops.quantize import dequantize, quantize
+from hqc.ops.rescale import rescale
+from hqc.ops.weight_codes import digit, pack_int4, rotate_codes, unpack_int4
+
+__all__ = [
+    "block_size",
+    "dequantize",
+    "digit",
+    "fake_quantize",
+    "hadamard",
+    "int_conv2d",
+    "int_linear",
+    "nearest_timestep",
+    "pack_int4",
+    "quantize",
+    "rescale",
+    "rotate_codes",
+    "sylvester",
+    "unpack_int4",
+]

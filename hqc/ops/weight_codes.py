@@ -1,0 +1,68 @@
+"""Weight codes: `hqc::unpack_int4`, `hqc::rotate_codes`, `hqc::digit`; all exact in integers."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hqc.ops.hadamard import sylvester
+
+__all__ = ["DIGIT_BASE", "digit", "pack_int4", "rotate_codes", "unpack_int4"]
+
+DIGIT_BASE = 128
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Packs int8 codes in -8…7, two a byte, the first in the low nibble; flattened, odd counts padded with 0."""
+    flat = codes.reshape(-1)
+    if flat.numel() and (int(flat.min()) < -8 or int(flat.max()) > 7):
+        raise ValueError(f"pack_int4: codes span {int(flat.min())}…{int(flat.max())}; expected -8…7")
+    nibbles = torch.nn.functional.pad(flat.to(torch.int16) & 0xF, (0, flat.numel() % 2)).view(-1, 2)
+    return (nibbles[:, 0] | (nibbles[:, 1] << 4)).to(torch.uint8)
+
+
+@torch.library.custom_op("hqc::unpack_int4", mutates_args=())
+def unpack_int4(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """int8 codes of the given shape from `pack_int4`'s bytes: packed uint8 [⌈n/2⌉] -> int8 shape."""
+    nibbles = torch.stack([packed & 0xF, packed >> 4], 1).reshape(-1)[: math.prod(shape)].to(torch.int8)
+    return torch.where(nibbles > 7, nibbles - 16, nibbles).reshape(list(shape))
+
+
+@unpack_int4.register_fake
+def _(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(list(shape), dtype=torch.int8, device=packed.device)
+
+
+@torch.library.custom_op("hqc::rotate_codes", mutates_args=())
+def rotate_codes(codes: Tensor, block: int) -> Tensor:
+    """w_q·H_block over input channels, H with entries ±1: integers in, integers out, nothing rounded.
+
+    codes int8 [O, C, …] -> int16 [O, C, …];  |result| ≤ 128·block, so a block up to 128 fits int16 with room.
+    Source: HQ-DM integer path, Q(XH)·H·Wᵀ = Q(XH)·(WH)ᵀ.
+    """
+    outputs, channels = codes.shape[:2]
+    groups = codes.reshape(outputs, channels // block, block, -1).to(torch.float32)
+    rotated = torch.matmul(sylvester(block, torch.float32, str(codes.device)), groups)
+    return rotated.reshape(codes.shape).to(torch.int16)
+
+
+@rotate_codes.register_fake
+def _(codes: Tensor, block: int) -> Tensor:
+    return torch.empty(codes.shape, dtype=torch.int16, device=codes.device)
+
+
+@torch.library.custom_op("hqc::digit", mutates_args=())
+def digit(codes: Tensor, index: int) -> Tensor:
+    """Digit 0 (low, -64…63) or 1 (high) of codes = low + 128·high, as int8.
+
+    high = ⌊(w + 64)/128⌋, low = w - 128·high: exact for |w| ≤ 16 320.
+    """
+    wide = codes.to(torch.int32)
+    high = torch.div(wide + DIGIT_BASE // 2, DIGIT_BASE, rounding_mode="floor")
+    return (high if index else wide - DIGIT_BASE * high).to(torch.int8)
+
+
+@digit.register_fake
+def _(codes: Tensor, index: int) -> Tensor:
+    return torch.empty(codes.shape, dtype=torch.int8, device=codes.device)
