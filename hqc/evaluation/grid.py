@@ -1,0 +1,206 @@
+"""Labelled PNG grids: one model's images by class, or several models' images of equal seeds side by side."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from hqc.errors import EvaluationError
+from hqc.evaluation.images import pil_from_tensor, png_from_pil, write_atomic
+from hqc.evaluation.sampling import Samples, describe_seeds
+
+__all__ = ["comparison_image", "grid_image", "save_comparison", "save_grid"]
+
+SCALE = 3  # nearest-neighbour enlargement
+GAP = 4  # px between images of one block
+BLOCK_GAP = 20  # px between models
+MARGIN = 16
+LABEL_WIDTH = 36  # px for the digit at the left
+TITLE_SIZE, NOTE_SIZE, NAME_SIZE, LABEL_SIZE = 20, 14, 16, 26
+PAPER, INK, FAINT = (250, 250, 248), (28, 28, 30), (110, 110, 115)
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where things stand: a title, then blocks of images in columns with one row a class."""
+
+    classes: tuple[int, ...]
+    columns: int  # images a row and block
+    blocks: int
+    cell: tuple[int, int]  # enlarged image, width and height, px
+    top: int  # y of the first row, px
+
+    @property
+    def block_width(self) -> int:
+        return self.columns * (self.cell[0] + GAP) - GAP
+
+    @property
+    def width(self) -> int:
+        return 2 * MARGIN + LABEL_WIDTH + self.blocks * (self.block_width + BLOCK_GAP) - BLOCK_GAP
+
+    @property
+    def height(self) -> int:
+        return self.top + len(self.classes) * (self.cell[1] + GAP) - GAP + MARGIN
+
+    def block_left(self, block: int) -> int:
+        return MARGIN + LABEL_WIDTH + block * (self.block_width + BLOCK_GAP)
+
+    def row_top(self, row: int) -> int:
+        return self.top + row * (self.cell[1] + GAP)
+
+
+def save_grid(path: Path, samples: Samples, *, model_name: str, max_per_class: int = 10) -> None:
+    """Write `grid_image` as a PNG, whole or not at all.
+
+    Raises:
+        ArtefactError: the file cannot be written.
+        EvaluationError: see `grid_image`.
+    """
+    image = grid_image(samples, model_name=model_name, max_per_class=max_per_class)
+    write_atomic(Path(path), png_from_pil(image))
+
+
+def save_comparison(path: Path, models: Mapping[str, Samples], *, max_per_class: int = 4) -> None:
+    """Write `comparison_image` as a PNG, whole or not at all.
+
+    Raises:
+        ArtefactError: the file cannot be written.
+        EvaluationError: see `comparison_image`.
+    """
+    image = comparison_image(models, max_per_class=max_per_class)
+    write_atomic(Path(path), png_from_pil(image))
+
+
+def grid_image(samples: Samples, *, model_name: str, max_per_class: int = 10) -> Image.Image:
+    """One row a class with its number at the left, up to `max_per_class` images in seed order of `samples`.
+
+    The title is the model's name, the line under it the sampling protocol and the seeds.
+
+    Raises:
+        EvaluationError: `max_per_class` below 1.
+    """
+    return _draw(model_name, {"": samples}, max_per_class)
+
+
+def comparison_image(models: Mapping[str, Samples], *, max_per_class: int = 4) -> Image.Image:
+    """One row a class, one block of columns a model; column k of every block is the same seed.
+
+    Raises:
+        EvaluationError: fewer than two models, or seeds, labels, image size or sampler differ.
+    """
+    if len(models) < 2:
+        raise EvaluationError(
+            "comparison_image", f"{len(models)} model(s), expected two or more", "Add a model."
+        )
+    (first_name, first), *others = models.items()
+    for name, samples in others:
+        if _identity(samples) != _identity(first):
+            raise EvaluationError(
+                "comparison_image",
+                f"{name} and {first_name} differ in seeds, labels, image size or sampler",
+                "Sample every model with equal labels, seeds, steps, guidance and eta.",
+            )
+    return _draw(f"{len(models)} models, same seeds", models, max_per_class)
+
+
+def _identity(samples: Samples) -> tuple[object, ...]:
+    return samples.seeds, samples.labels, samples.images.shape, samples.protocol
+
+
+def _draw(title: str, blocks: Mapping[str, Samples], max_per_class: int) -> Image.Image:
+    if max_per_class < 1:
+        raise EvaluationError("grid", f"max_per_class={max_per_class}, expected at least 1", "Raise it.")
+    samples = next(iter(blocks.values()))
+    rows = _rows_by_class(samples.labels, max_per_class)
+    cell = (samples.images.shape[3] * SCALE, samples.images.shape[2] * SCALE)
+    columns = max(map(len, rows.values()))
+    plain = _Layout(tuple(rows), columns, len(blocks), cell, top=0)
+    text_width = max(plain.width, 420) - 2 * MARGIN
+    note = _note(samples, shown=sum(map(len, rows.values())))
+    lines = [(line, TITLE_SIZE, INK) for line in _wrapped(title, TITLE_SIZE, text_width)]
+    lines += [(line, NOTE_SIZE, FAINT) for line in _wrapped(note, NOTE_SIZE, text_width)]
+    names = [_wrapped(name, NAME_SIZE, plain.block_width) for name in blocks]
+    name_height = max(map(len, names)) * _line_height(NAME_SIZE)
+    title_height = sum(_line_height(size) for _, size, _ in lines)
+    layout = _Layout(tuple(rows), columns, len(blocks), cell, MARGIN + title_height + 10 + name_height)
+
+    page = Image.new("RGB", (max(layout.width, text_width + 2 * MARGIN), layout.height), PAPER)
+    draw = ImageDraw.Draw(page)
+    _draw_lines(draw, (MARGIN, MARGIN), lines)
+    for block, wrapped in enumerate(names):
+        top = layout.top - 3 - len(wrapped) * _line_height(NAME_SIZE)  # names stand on the images
+        _draw_lines(draw, (layout.block_left(block), top), [(line, NAME_SIZE, INK) for line in wrapped])
+    _draw_class_labels(draw, layout)
+    for block, block_samples in enumerate(blocks.values()):
+        _paste_block(page, layout, block, block_samples, list(rows.values()))
+    return page
+
+
+def _note(samples: Samples, shown: int) -> str:
+    note = f"{samples.protocol.describe()}, seeds {describe_seeds(samples.seeds)}"
+    return note if shown == len(samples) else f"{note}, {shown} of {len(samples)} images shown"
+
+
+def _rows_by_class(labels: Sequence[int], max_per_class: int) -> dict[int, list[int]]:
+    """Class → indices of its first images, classes ascending."""
+    return {
+        label: [i for i, other in enumerate(labels) if other == label][:max_per_class]
+        for label in sorted(set(labels))
+    }
+
+
+def _draw_class_labels(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:
+    for row, label in enumerate(layout.classes):
+        middle = layout.row_top(row) + layout.cell[1] // 2
+        centre = MARGIN + (LABEL_WIDTH - 10) // 2
+        draw.text((centre, middle), str(label), font=_font(LABEL_SIZE), fill=INK, anchor="mm")
+
+
+def _paste_block(
+    page: Image.Image, layout: _Layout, block: int, samples: Samples, rows: list[list[int]]
+) -> None:
+    for row, indices in enumerate(rows):
+        for column, index in enumerate(indices):
+            image = pil_from_tensor(samples.images[index]).resize(layout.cell, Image.Resampling.NEAREST)
+            left = layout.block_left(block) + column * (layout.cell[0] + GAP)
+            page.paste(image.convert("RGB"), (left, layout.row_top(row)))
+
+
+def _draw_lines(
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[tuple[str, int, tuple[int, int, int]]]
+) -> None:
+    x, y = at
+    for text, size, colour in lines:
+        draw.text((x, y), text, font=_font(size), fill=colour)
+        y += _line_height(size)
+
+
+def _wrapped(text: str, size: int, width: int) -> list[str]:
+    """The text in lines of at most `width` px, broken at spaces; a longer word is cut and ends in '...'."""
+    font = _font(size)
+    lines: list[str] = []
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(_cut(word, font, width))
+    return lines
+
+
+def _cut(word: str, font: Font, width: int) -> str:
+    if font.getlength(word) <= width:
+        return word
+    kept = next((n for n in range(len(word), 0, -1) if font.getlength(word[:n] + "...") <= width), 0)
+    return word[:kept] + "..."
+
+
+def _line_height(size: int) -> int:
+    return round(size * 1.35)
+
+
+def _font(size: int) -> Font:
+    return ImageFont.load_default(size=size)
