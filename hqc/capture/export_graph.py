@@ -1,0 +1,144 @@
+"""From an `nn.Module` to a Program's graph: torch.export, then weights as named attributes and shapes as plain data."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hqc.errors import CaptureError
+from hqc.program import BATCH, InputSpec, Origin, Program, aten, is_op
+from hqc.storage import graph_from_json, graph_to_json
+
+__all__ = ["LAYER_OPS", "capture_module"]
+
+LAYER_OPS = {aten.conv2d.default: "conv2d", aten.linear.default: "linear"}
+
+# Checks that torch.export leaves in the graph; the captured graph is verified by running it.
+_CHECKS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
+)
+
+# diffusers' upsamplers branch on a batch of 64; the branch only changes the memory layout.
+_CAPTURE_BATCH = torch.export.Dim("batch", min=1, max=63)
+
+
+class _Wrapper(nn.Module):
+    """Gives the captured weights one known prefix."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Tensor) -> Tensor:
+        output = self.model(*args)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def capture_module(module: nn.Module, inputs: Sequence[InputSpec], origin: Origin | None = None) -> Program:
+    """Captures `module(*inputs) -> Tensor` with a dynamic batch and checks graph against module.
+
+    Requires: positional inputs as in `inputs`, the first axis of each being the batch; eval mode semantics.
+    Ensures: the graph equals the module on fixed inputs at batches 1 and 3; the largest relative error is kept in
+    `origin.capture_error`.
+
+    Raises:
+        CaptureError: if torch.export cannot capture it, or the graph does not reproduce the module.
+    """
+    module = module.eval().requires_grad_(False)
+    example = _examples(inputs, batch=2)
+    shapes = tuple({i: _CAPTURE_BATCH for i, d in enumerate(spec.shape) if d == BATCH} for spec in inputs)
+    try:
+        exported = torch.export.export(_Wrapper(module), example, dynamic_shapes=(shapes,))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(
+            type(module).__name__,
+            f"torch.export could not capture it ({first})",
+            "Run torch.export.draft_export on the module to see where, and make that part exportable.",
+        ) from error
+    graph, state = _plain_graph(exported, [spec.name for spec in inputs])
+    program = Program(graph=graph, state=state, inputs=tuple(inputs), origin=origin or Origin())
+    error = max(_relative_error(program, module, _examples(inputs, batch, seed=batch)) for batch in (1, 3))
+    if not error <= 1e-4:
+        raise CaptureError(
+            type(module).__name__,
+            f"the captured graph differs from the module by {error:.1e} relative; expected at most 1e-4",
+            "The module depends on something besides its inputs (a counter, random numbers): make it a pure function.",
+        )
+    return program.evolve(origin=Origin(**{**vars(program.origin), "capture_error": error}))
+
+
+def _examples(inputs: Sequence[InputSpec], batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(spec.example(batch, generator) for spec in inputs)
+
+
+@torch.no_grad()
+def _relative_error(program: Program, module: nn.Module, args: tuple[Tensor, ...]) -> float:
+    wanted = _Wrapper(module)(*args)
+    return float((program.module()(*args) - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+def _plain_graph(exported: torch.export.ExportedProgram, names: Sequence[str]) -> tuple[fx.Graph, dict[str, Tensor]]:
+    signature = exported.graph_signature
+    lifted = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    tensors: dict[str, Tensor] = {**exported.state_dict, **exported.constants}
+    user = iter(names)
+    graph, state, mapping = fx.Graph(), dict[str, Tensor](), dict[fx.Node, fx.Node]()
+    for node in exported.graph.nodes:
+        if is_op(node, *_CHECKS):
+            continue
+        if node.op == "placeholder" and node.name in lifted:
+            name = lifted[node.name].removeprefix("model.")
+            state[name] = tensors[lifted[node.name]].detach()
+            mapping[node] = graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        elif node.op == "placeholder":
+            mapping[node] = graph.placeholder(next(user))
+        elif node.op == "output":
+            (result,) = node.args[0]
+            graph.output(mapping[result])
+            continue
+        else:
+            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+        mapping[node].meta = _shape_meta(node)
+    graph.eliminate_dead_code()
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    _name_sites(graph)
+    # Through the text form once, so that what is saved and what is run are the same graph.
+    return graph_from_json(graph_to_json(graph)), {k: v for k, v in state.items() if k in used}
+
+
+def _shape_meta(node: fx.Node) -> dict[str, Any]:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return {}
+    shape = tuple(d if isinstance(d, int) else _batch_name(str(d)) for d in value.shape)
+    return {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _batch_name(expression: str) -> str:
+    """torch's symbol for the batch (s77, …) written as N, also inside expressions such as 4*N."""
+    import re
+
+    return re.sub(r"\bs\d+\b", BATCH, expression)
+
+
+def _name_sites(graph: fx.Graph) -> None:
+    """Marks every layer node with its site: its weight's name without `.weight`, numbered when a weight is used again."""
+    seen: Counter[str] = Counter()
+    for node in graph.nodes:
+        if not is_op(node, *LAYER_OPS) or not isinstance(node.args[1], fx.Node) or node.args[1].op != "get_attr":
+            continue
+        name = str(node.args[1].target).removesuffix(".weight")
+        seen[name] += 1
+        node.meta["site"] = name if seen[name] == 1 else f"{name}@{seen[name]}"
+        node.meta["role"] = "layer"

@@ -1,0 +1,43 @@
+"""The rewrites, one a file, in the order in which data meets them."""
+
+from collections.abc import Mapping
+
+from hqc.passes.attach_lora import AttachLora
+from hqc.passes.freeze_integers import FreezeIntegers
+from hqc.passes.insert_hadamard import InsertHadamard
+from hqc.passes.insert_qdq import InsertQdq
+from hqc.passes.merge_lora import MergeLora
+from hqc.passes.pack_int4 import PackInt4
+from hqc.passes.rotate_weights import RotateWeights
+from hqc.passes.select_layers import SelectLayers
+from hqc.passes.split_digits import SplitDigits
+from hqc.pipeline import pass_name
+
+__all__ = [
+    "PASSES",
+    "AttachLora",
+    "FreezeIntegers",
+    "InsertHadamard",
+    "InsertQdq",
+    "MergeLora",
+    "PackInt4",
+    "RotateWeights",
+    "SelectLayers",
+    "SplitDigits",
+]
+
+PASSES: Mapping[str, type] = {
+    pass_name(kind): kind
+    for kind in (
+        SelectLayers,
+        InsertHadamard,
+        InsertQdq,
+        AttachLora,
+        MergeLora,
+        FreezeIntegers,
+        RotateWeights,
+        SplitDigits,
+        PackInt4,
+    )
+}
+"""Every pass by the name that pipeline text uses."""

@@ -1,0 +1,78 @@
+"""Attach LoRA: a low-rank delta is added to the weight *before* its quantiser.
+
+    before   Q_w(W; s_w)
+    after    Q_w(W + B·A; s_w),  A [r, C·kh·kw] Kaiming, B [O, r] zero
+
+For a convolution A is a kh×kw convolution to r channels and B a 1×1 convolution, merged as one product. Because the
+sum is quantised as a whole, inference has no float branch. B starts at zero, so nothing changes until training.
+Source: EfficientDM (arXiv 2310.03270) QALoRA; HQ-DM.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hqc.passes.rewriting import layer_inputs, rewrite
+from hqc.pipeline import Findings
+from hqc.program import Program, Stage, aten
+
+__all__ = ["AttachLora"]
+
+
+@dataclass(frozen=True)
+class AttachLora:
+    """Adds a trainable delta of the given rank to the weight of every quantised site but the 8-bit edge layers.
+
+    rank: at most min(O, C·kh·kw) is used. seed: of the initialisation of A; each site draws its own numbers.
+    """
+
+    rank: int = 32
+    seed: int = 0
+
+    takes: ClassVar[tuple[Stage, ...]] = (Stage.QUANTISED,)
+    gives: ClassVar[Stage | None] = None
+    preserves: ClassVar[str] = "numerics"
+
+    def find(self, program: Program) -> Findings:
+        """Quantised sites below 8 weight bits."""
+        matches, misses = [], []
+        for plan in program.plan.sites:
+            if not plan.quantised:
+                misses.append((plan.site, f"float: {plan.reason}"))
+            elif plan.weight_bits == 8 and plan.activation_bits == 8 and program.plan.bits != "w8a8":
+                misses.append((plan.site, "8-bit edge layer: not trained"))
+            elif plan.lora_rank:
+                misses.append((plan.site, "has a LoRA already"))
+            else:
+                matches.append(plan.site)
+        return Findings(tuple(matches), tuple(misses))
+
+    def apply(self, program: Program, matches: Sequence[str]) -> Program:
+        """Inserts mm, view and add in front of each weight quantiser."""
+        edit = rewrite(program)
+        plans = {}
+        for site in matches:
+            quantiser = layer_inputs(edit.layers[site])[1]
+            weight = quantiser.args[0]
+            shape = program.state[str(weight.target)].shape  # type: ignore[union-attr]
+            columns = math.prod(shape[1:])
+            rank = min(self.rank, shape[0], columns)
+            down = edit.weight(f"{site}.lora_a", _kaiming(rank, columns, self.seed, site), quantiser)
+            up = edit.weight(f"{site}.lora_b", torch.zeros(shape[0], rank), quantiser)
+            delta = edit.call(quantiser, aten.mm.default, up, down, shape=(shape[0], columns), dtype="float32")
+            shaped = edit.call(quantiser, aten.view.default, delta, list(shape), like=weight)  # type: ignore[arg-type]
+            total = edit.call(quantiser, aten.add.Tensor, weight, shaped, like=weight, site=site, role="lora")  # type: ignore[arg-type]
+            quantiser.replace_input_with(weight, total)  # type: ignore[arg-type]
+            plans[site] = replace(program.plan[site], lora_rank=rank)
+        return edit.finish(plan=program.plan.with_sites(plans))
+
+
+def _kaiming(rank: int, columns: int, seed: int, site: str) -> Tensor:
+    """A [r, K] uniform in ±1/√K (Kaiming with a = √5), drawn from a generator of the site's own."""
+    generator = torch.Generator().manual_seed(seed * 0x1_0000_0000 + zlib.crc32(site.encode()))
+    return (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)

@@ -1,0 +1,106 @@
+"""Insert quantise/dequantise pairs: activations with a scale per calibrated timestep, weights per output channel.
+
+    before   y = op(Ĥ·(Ĥ·x), W)                          (or op(x, W) at an unrotated site)
+    after    y = op(Ĥ·Q_a(Ĥ·x; s_a[i]), Q_w(W; s_w)),    i = argmin_j |timestep - grid[j]| per sample
+
+Q_a is symmetric with narrow range ±(2^(n-1) - 1), Q_w symmetric with full range and one scale per output channel.
+The row i comes from the graph's own `timestep` input, so the program stays a pure function and a batch may mix
+timesteps. Weight scales minimise ‖W - Q_w(W)‖² channel by channel; the activation tables start at 1 and are filled by
+calibration.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from hqc.errors import PlanError
+from hqc.passes.rewriting import layer_inputs, rewrite
+from hqc.pipeline import Findings
+from hqc.plan import activation_range, weight_range
+from hqc.program import BATCH, Program, Stage, aten
+
+__all__ = ["GRID", "InsertQdq", "mse_weight_scale"]
+
+GRID = "timestep_grid"
+FAKE_QUANTIZE = torch.ops.hqc.fake_quantize.default
+
+
+@dataclass(frozen=True)
+class InsertQdq:
+    """Puts quantisers on the input and the weight of every quantised site.
+
+    timesteps: the calibrated grid, one row of every scale table each.
+    """
+
+    timesteps: tuple[float, ...] = (0.0,)
+
+    takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
+    gives: ClassVar[Stage | None] = Stage.QUANTISED
+    preserves: ClassVar[str] = "nothing"
+
+    def __post_init__(self) -> None:
+        if not self.timesteps or len(set(self.timesteps)) != len(self.timesteps):
+            raise PlanError("timesteps", "the grid is empty or repeats a timestep", "Give distinct timesteps.")
+
+    def find(self, program: Program) -> Findings:
+        """Every site that the plan quantises."""
+        misses = tuple((p.site, f"float: {p.reason}") for p in program.plan.sites if not p.quantised)
+        return Findings(tuple(p.site for p in program.plan.quantised), misses)
+
+    def apply(self, program: Program, matches: Sequence[str]) -> Program:
+        """Inserts the grid lookup once, then both quantisers of each site."""
+        edit = rewrite(program)
+        if not matches:
+            return edit.finish(plan=replace(program.plan, timesteps=self.timesteps))
+        timestep = next(node for node in edit.graph.nodes if node.op == "placeholder" and node.name == "timestep")
+        # The lookup stands right behind its input: it depends on nothing else.
+        first = timestep.next
+        grid = edit.weight(GRID, torch.tensor(self.timesteps, dtype=torch.float32), first)
+        row = edit.call(
+            first, torch.ops.hqc.nearest_timestep.default, timestep, grid, shape=(BATCH,), dtype="int64", role="row"
+        )
+        for site in matches:
+            plan, layer = program.plan[site], edit.layers[site]
+            x, weight, _ = layer_inputs(layer)
+            rotated = x.args[0] if x.meta.get("role") == "rotation_back" else x
+            reader = x if x.meta.get("role") == "rotation_back" else layer
+            table = edit.weight(f"{site}.activation_scale_table", torch.ones(len(self.timesteps)), reader)
+            scale = edit.call(reader, aten.index_select.default, table, 0, row, shape=(BATCH,), dtype="float32")
+            low, high = activation_range(plan.activation_bits or 8)
+            quantised = edit.call(
+                reader, FAKE_QUANTIZE, rotated, scale, low, high, like=rotated, site=site, role="activation_quantizer"
+            )
+            reader.replace_input_with(rotated, quantised)
+            self._quantise_weight(edit.program.state[str(weight.target)], site, layer, weight, edit, plan.weight_bits or 8)
+        return edit.finish(plan=replace(program.plan, timesteps=self.timesteps))
+
+    @staticmethod
+    def _quantise_weight(value: Tensor, site: str, layer: fx.Node, weight: fx.Node, edit, bits: int) -> None:  # type: ignore[no-untyped-def]
+        low, high = weight_range(bits)
+        scale = edit.weight(f"{site}.weight_scale", mse_weight_scale(value, low, high), layer)
+        quantised = edit.call(
+            layer, FAKE_QUANTIZE, weight, scale, low, high, like=weight, site=site, role="weight_quantizer"
+        )
+        layer.replace_input_with(weight, quantised)
+
+
+@torch.no_grad()
+def mse_weight_scale(weight: Tensor, qmin: int, qmax: int, candidates: int = 80) -> Tensor:
+    """Scale per output channel [O] that minimises ‖W_o - s·clip(round(W_o/s))‖² over shrunken ranges.
+
+    Candidates are absmax/qmax·r for r evenly in (0.2, 1.2]: above 1 because the range is asymmetric at its ends.
+    An all-zero channel gets scale 1, which represents it exactly.
+    """
+    flat = weight.flatten(1).to(torch.float32)
+    absmax = flat.abs().amax(1)
+    base = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
+    best, best_error = base.clone(), torch.full_like(base, torch.inf)
+    for ratio in torch.linspace(0.2, 1.2, candidates + 1)[1:].tolist():
+        scale = base * ratio
+        error = (torch.ops.hqc.fake_quantize(flat, scale, qmin, qmax) - flat).square().sum(1)
+        better = error < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+    return torch.where(absmax > 0, best, torch.ones_like(best))

@@ -1,0 +1,53 @@
+"""Pack INT4: codes of at most 4 bits are stored two a byte.
+
+    before   w_q int8 [O, …]
+    after    unpack_int4(packed uint8 [⌈n/2⌉], shape),  the first code in the low nibble
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from hqc.ops import pack_int4
+from hqc.passes.rewriting import rewrite
+from hqc.pipeline import Findings
+from hqc.program import Program, Stage
+
+__all__ = ["PackInt4"]
+
+
+@dataclass(frozen=True)
+class PackInt4:
+    """Halves the storage of every weight of four bits or fewer."""
+
+    takes: ClassVar[tuple[Stage, ...]] = (Stage.INTEGER,)
+    gives: ClassVar[Stage | None] = None
+    preserves: ClassVar[str] = "numerics"
+
+    def find(self, program: Program) -> Findings:
+        """Sites with codes of at most 4 bits."""
+        matches, misses = [], []
+        for plan in program.plan.sites:
+            if f"{plan.site}.weight_codes" not in program.state:
+                misses.append((plan.site, f"float: {plan.reason}"))
+            elif (plan.weight_bits or 8) > 4:
+                misses.append((plan.site, f"{plan.weight_bits} bits do not fit in 4"))
+            else:
+                matches.append(plan.site)
+        return Findings(tuple(matches), tuple(misses))
+
+    def apply(self, program: Program, matches: Sequence[str]) -> Program:
+        """Replaces the stored tensor by packed bytes and an unpacking node."""
+        edit = rewrite(program)
+        readers = {str(n.target): n for n in edit.graph.nodes if n.op == "get_attr"}
+        for site in matches:
+            reader = readers[f"{site}.weight_codes"]
+            codes = program.state[f"{site}.weight_codes"]
+            packed = edit.weight(f"{site}.weight_packed", pack_int4(codes), reader)
+            unpacked = edit.call(
+                reader, torch.ops.hqc.unpack_int4.default, packed, list(codes.shape), like=reader, site=site, role="weight"
+            )
+            reader.replace_all_uses_with(unpacked)
+        return edit.finish()

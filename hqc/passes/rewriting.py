@@ -1,0 +1,69 @@
+"""What the rewrites share: a copied graph with new weights, and the pieces of a quantised site."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hqc.program import Program, aten, copy_graph, is_op
+
+__all__ = ["CONV", "LINEAR", "Rewriter", "channel_axis", "layer_inputs", "rewrite"]
+
+CONV, LINEAR = aten.conv2d.default, aten.linear.default
+
+
+def channel_axis(layer: fx.Node) -> int:
+    """The axis of a layer's channels: 1 for images [N, C, H, W], -1 for tokens […, C]."""
+    return 1 if is_op(layer, CONV, torch.ops.hqc.int_conv2d.default) else -1
+
+
+def layer_inputs(layer: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """(x, weight, bias) of a conv or linear node."""
+    bias = layer.args[2] if len(layer.args) > 2 else None
+    return layer.args[0], layer.args[1], bias  # type: ignore[return-value]
+
+
+@dataclass
+class Rewriter:
+    """A private copy of a program's graph that one pass edits, with the tensors it adds."""
+
+    program: Program
+    graph: fx.Graph
+    state: dict[str, Tensor]
+    layers: dict[str, fx.Node] = field(default_factory=dict)
+
+    def weight(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
+        """Adds a weight to the state and a node that reads it, in front of `before`; reuses an existing reader."""
+        self.state[name] = tensor
+        for node in self.graph.nodes:
+            if node is before:
+                break
+            if node.op == "get_attr" and node.target == name:
+                return node
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        node.meta = {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        return node
+
+    def call(self, before: fx.Node, target: Any, *args: Any, like: fx.Node | None = None, **meta: Any) -> fx.Node:
+        """Inserts a call in front of `before`; its shape is `like`'s unless `meta` says otherwise."""
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("call_function", target, args)
+        shape = {k: like.meta[k] for k in ("shape", "dtype") if like is not None and k in like.meta}
+        node.meta = {**shape, **meta}
+        return node
+
+    def finish(self, **changes: Any) -> Program:
+        """The new program: dead nodes and unused weights dropped."""
+        self.graph.eliminate_dead_code()
+        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        state = {name: tensor for name, tensor in self.state.items() if name in used}
+        return self.program.evolve(graph=self.graph, state=state, **changes)
+
+
+def rewrite(program: Program) -> Rewriter:
+    """Starts a rewrite on a copy of the graph."""
+    graph = copy_graph(program.graph)
+    layers = {node.meta["site"]: node for node in graph.nodes if node.meta.get("role") == "layer"}
+    return Rewriter(program, graph, dict(program.state), layers)

@@ -1,0 +1,95 @@
+"""Rotate integer weights by H: the rotation back moves from the activation into the integer weight.
+
+    before   y = op(Ĥ·DQ(q; s_a), DQ(w_q; s_w)) + bias
+    after    y = int_op(q, w_q·H_b)·(s_w/√b)·s_a + bias
+
+(Ĥ·x̂)·Ŵᵀ = x̂·(Ŵ·Ĥ)ᵀ because Ĥ is symmetric, and Ĥ = H_b/√b with H_b = ±1, so w_q·H_b stays an integer. H mixes
+channels of one pixel only: stride, padding and kernel size are untouched (code 0 is real 0). At an unrotated site
+b = 1. The codes that are stored stay w_q (4 bits fit in 4 bits); the product is an expression in the graph, folded
+when a runtime loads it. Source: HQ-DM integer path; exact, no approximation.
+
+    int32 accumulators   max_o Σ|w_q·H|·qmax < 2^31 is checked; a site that breaks it is a miss with the reason
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hqc.passes.rewriting import CONV, Rewriter, channel_axis, layer_inputs, rewrite
+from hqc.pipeline import Findings
+from hqc.plan import activation_range
+from hqc.program import Program, Stage, is_op
+
+__all__ = ["RotateWeights", "rotated_codes"]
+
+ops = torch.ops.hqc
+_INT32_LIMIT = 2**31
+
+
+def rotated_codes(program: Program, site: str) -> Tensor:
+    """w_q·H_b of a site in int16; w_q itself where it is not rotated."""
+    codes, block = program.state[f"{site}.weight_codes"], program.plan[site].block
+    return ops.rotate_codes(codes, block) if block else codes.to(torch.int16)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class RotateWeights:
+    """Turns every frozen site into an integer product."""
+
+    takes: ClassVar[tuple[Stage, ...]] = (Stage.INTEGER,)
+    gives: ClassVar[Stage | None] = None
+    preserves: ClassVar[str] = "numerics"
+
+    def find(self, program: Program) -> Findings:
+        """Frozen sites whose accumulators fit int32."""
+        matches, misses = [], []
+        for plan in program.plan.sites:
+            if f"{plan.site}.weight_codes" not in program.state:
+                misses.append((plan.site, f"float: {plan.reason}"))
+                continue
+            top = activation_range(plan.activation_bits or 8)[1]
+            bound = int(rotated_codes(program, plan.site).to(torch.int64).abs().flatten(1).sum(1).max()) * top
+            if bound >= _INT32_LIMIT:
+                misses.append((plan.site, f"accumulators reach {bound}, past int32"))
+            else:
+                matches.append(plan.site)
+        return Findings(tuple(matches), tuple(misses))
+
+    def apply(self, program: Program, matches: Sequence[str]) -> Program:
+        """Replaces op, both dequantisers and the rotation back."""
+        edit = rewrite(program)
+        for site in matches:
+            _make_integer(edit, site)
+        return edit.finish()
+
+
+def _make_integer(edit: Rewriter, site: str) -> None:
+    layer, plan, state = edit.layers[site], edit.program.plan[site], edit.program.state
+    x, weight, bias = layer_inputs(layer)
+    real = x.args[0] if plan.block else x
+    codes, scale_a = real.args  # type: ignore[union-attr]
+    stored, scale_w = weight.args
+    wide = stored
+    if plan.block:
+        wide = edit.call(layer, ops.rotate_codes.default, stored, plan.block, like=stored, site=site, role="weight")  # type: ignore[arg-type]
+        # s_w/√b is formed once here, in float32, so that every runtime multiplies by the same number.
+        folded = state[str(scale_w.target)] * plan.block**-0.5  # type: ignore[union-attr]
+        scale_w = edit.weight(f"{site}.weight_rotated_scale", folded, layer)
+    top = activation_range(plan.activation_bits or 8)[1]
+    if is_op(layer, CONV):
+        geometry = [list(layer.args[i]) if len(layer.args) > i else default for i, default in _GEOMETRY]  # type: ignore[arg-type]
+        acc = edit.call(layer, ops.int_conv2d.default, codes, wide, *geometry, top, like=layer, site=site)
+    else:
+        acc = edit.call(layer, ops.int_linear.default, codes, wide, top, like=layer, site=site)
+    acc.meta |= {"dtype": "int32", "role": "product"}
+    out = edit.call(
+        layer, ops.rescale.default, acc, scale_a, scale_w, bias, channel_axis(layer), like=layer, site=site, role="layer"
+    )
+    layer.replace_all_uses_with(out)
+    layer.meta["role"] = "replaced"
+
+
+_GEOMETRY = ((3, [1, 1]), (4, [0, 0]), (5, [1, 1]))

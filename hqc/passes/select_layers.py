@@ -1,0 +1,107 @@
+"""Select layers: ordered wildcard rules over site names decide bits, rotation and float exceptions.
+
+The graph stays as it is; the decisions go into the plan. Layers that no rule can quantise are misses:
+
+    grouped convolution          the rotation would mix channels of different groups
+    first axis is not the batch  a per-sample scale has nothing to attach to
+    weight is not a parameter    there is nothing to quantise ahead of time
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from hqc.errors import PlanError
+from hqc.passes.rewriting import CONV, LINEAR
+from hqc.pipeline import Findings
+from hqc.plan import RULE_SETS, QuantPlan, Rule, SitePlan, decide, parse_bits
+from hqc.program import BATCH, Program, Stage, aten, is_op
+
+__all__ = ["SelectLayers"]
+
+_UNSUPPORTED = {
+    aten.conv1d.default: "conv1d is not rewritten",
+    aten.conv3d.default: "conv3d is not rewritten",
+    aten.conv2d.padding: "a convolution with padding given as text is not rewritten",
+    aten.conv_transpose2d.input: "transposed convolutions are not rewritten",
+    aten.addmm.default: "addmm is not rewritten; capture the module in training IR",
+}
+
+
+@dataclass(frozen=True)
+class SelectLayers:
+    """Decides for every conv and linear layer: bits, float, rotation allowed.
+
+    bits: `wNaM`. rules: the name of a rule set (`default`, `reference`, `all`). keep_float: wildcard patterns of
+    further sites to leave float; a pattern that matches nothing is an error.
+    """
+
+    bits: str = "w4a4"
+    rules: str = "default"
+    keep_float: tuple[str, ...] = ()
+
+    takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
+    gives: ClassVar[Stage | None] = None
+    preserves: ClassVar[str] = "numerics"
+
+    def _rules(self) -> tuple[Rule, ...]:
+        if self.rules not in RULE_SETS:
+            raise PlanError(f"rules {self.rules!r}", f"unknown; there are {', '.join(RULE_SETS)}", "Use one of them.")
+        kept = tuple(Rule(pattern, "asked for", float_=True) for pattern in self.keep_float)
+        return (*RULE_SETS[self.rules], *kept)
+
+    def find(self, program: Program) -> Findings:
+        """Sites to quantise; misses are layers that stay float."""
+        matches, misses = [], []
+        for site, node in program.sites():
+            reason = _unfit(node) or self._float_reason(site)
+            misses.append((site, reason)) if reason else matches.append(site)
+        for node in program.graph.nodes:
+            if node.op == "call_function" and node.target in _UNSUPPORTED:
+                misses.append((node.name, _UNSUPPORTED[node.target]))
+            elif is_op(node, CONV, LINEAR) and node.meta.get("role") != "layer":
+                misses.append((node.name, "its weight is not a parameter"))
+        self._check_patterns([site for site, _ in program.sites()])
+        return Findings(tuple(matches), tuple(misses))
+
+    def _float_reason(self, site: str) -> str:
+        rule = decide(site, self._rules())
+        if rule is None:
+            return "no rule names it"
+        return f"rule {rule.pattern!r}: {rule.why}" if rule.float_ else ""
+
+    def _check_patterns(self, sites: Sequence[str]) -> None:
+        for pattern in self.keep_float:
+            if not any(decide(site, [Rule(pattern, "")]) for site in sites):
+                near = ", ".join(sites[:3])
+                raise PlanError(f"pattern {pattern!r}", "matches no site", f"Sites are named like {near}.")
+
+    def apply(self, program: Program, matches: Sequence[str]) -> Program:
+        """Writes the plan: one entry for every layer, quantised or float with the reason."""
+        asked, misses = parse_bits(self.bits), dict(self.find(program).misses)
+        plans = []
+        for site, node in program.sites():
+            rule, plan = decide(site, self._rules()), _describe(site, node)
+            if site not in matches or rule is None:
+                plans.append(SitePlan(**plan, reason=misses.get(site, "not selected")))
+                continue
+            bits = rule.bits or asked
+            reason = "" if rule.rotate else f"unrotated: {rule.why}"
+            plans.append(SitePlan(**plan, weight_bits=bits.weight, activation_bits=bits.activation, reason=reason))
+        return program.evolve(plan=QuantPlan(recipe=program.plan.recipe, bits=str(asked), sites=tuple(plans)))
+
+
+def _describe(site: str, node: fx.Node) -> dict[str, object]:
+    outputs, inputs = node.args[1].meta["shape"][:2]  # type: ignore[union-attr]
+    return {"site": site, "kind": "conv2d" if is_op(node, CONV) else "linear", "in_channels": inputs, "out_channels": outputs}
+
+
+def _unfit(node: fx.Node) -> str:
+    if is_op(node, CONV) and len(node.args) > 6 and node.args[6] != 1:
+        return f"grouped convolution ({node.args[6]} groups): the rotation would mix groups"
+    shape = node.args[0].meta.get("shape", ())  # type: ignore[union-attr]
+    if not shape or shape[0] != BATCH:
+        return f"the first axis of its input {list(shape)} is not the batch: a scale per sample cannot be applied"
+    return ""

@@ -1,0 +1,78 @@
+"""Split digits: weights that overflow int8 after rotation become two int8 products.
+
+    before   acc = int_op(q, w),  w int16
+    after    acc = int_op(q, int8(w))                              where every |w| fits
+             acc = int_op(q, low) + 128·int_op(q, high)            else; w = low + 128·high, low -64…63: exact
+
+The limit is 127 for activations up to 7 bits. With 8-bit activations it is 64: x86 kernels without VNNI add two
+u8×s8 products in int16, which silently saturates at 255·127·2 > 32 767 but holds 255·64·2 = 32 640.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from hqc.passes.rewriting import rewrite
+from hqc.passes.rotate_weights import rotated_codes
+from hqc.pipeline import Findings
+from hqc.program import Program, Stage, aten, is_op
+
+__all__ = ["SplitDigits", "digit_limit"]
+
+ops = torch.ops.hqc
+PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
+
+
+def digit_limit(activation_bits: int) -> int:
+    """Largest |weight code| that one int8 product may hold; see the module's docstring.
+
+    >>> digit_limit(4), digit_limit(8)
+    (127, 64)
+    """
+    return 127 if activation_bits <= 7 else 64
+
+
+@dataclass(frozen=True)
+class SplitDigits:
+    """Makes every integer product int8: one digit where the rotated codes fit, two where they do not."""
+
+    takes: ClassVar[tuple[Stage, ...]] = (Stage.INTEGER,)
+    gives: ClassVar[Stage | None] = None
+    preserves: ClassVar[str] = "numerics"
+
+    def find(self, program: Program) -> Findings:
+        """Sites that need two digits; a miss is a site where one is enough."""
+        matches, misses = [], []
+        for node in program.graph.nodes:
+            if not is_op(node, *PRODUCTS):
+                continue
+            site = node.meta["site"]
+            peak = int(rotated_codes(program, site).to(torch.int32).abs().max())
+            limit = digit_limit(program.plan[site].activation_bits or 8)
+            if peak > limit:
+                matches.append(site)
+            else:
+                misses.append((site, f"one digit is enough: codes reach {peak} of {limit}"))
+        return Findings(tuple(matches), tuple(misses))
+
+    def apply(self, program: Program, matches: Sequence[str]) -> Program:
+        """Casts single digits, duplicates products for double ones."""
+        edit = rewrite(program)
+        for node in [n for n in edit.graph.nodes if is_op(n, *PRODUCTS)]:
+            weight, site = node.args[1], node.meta["site"]
+            if site not in matches:
+                if weight.meta["dtype"] != "int8" or is_op(weight, ops.rotate_codes.default):
+                    low = edit.call(node, aten.to.dtype, weight, torch.int8, like=weight, site=site, role="weight")
+                    node.replace_input_with(weight, low)
+                continue
+            parts = []
+            for index in (0, 1):
+                part = edit.call(node, ops.digit.default, weight, index, like=weight, site=site, role="weight")
+                args = [part if a is weight else a for a in node.args]
+                parts.append(edit.call(node, node.target, *args, like=node, site=site, role="product"))
+            high = edit.call(node, aten.mul.Scalar, parts[1], 128, like=node)
+            total = edit.call(node, aten.add.Tensor, parts[0], high, like=node, site=site)
+            node.replace_all_uses_with(total)
+        return edit.finish()

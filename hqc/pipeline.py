@@ -1,0 +1,153 @@
+"""Passes and how they run: find, apply, verify, record; pipelines print and parse as text.
+
+A pass is a frozen dataclass whose fields are its options, with two methods: `find(program)`, pure, which reports
+matches *and* misses with their reasons, and `apply(program, matches)`, which returns a new Program. It declares the
+stages it takes, the stage it gives, and whether the numbers stay the same (`preserves`).
+"""
+
+import ast
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from hqc.errors import PassError, PipelineTextError
+from hqc.program import PassRecord, Program, Stage
+from hqc.verify import verify
+
+__all__ = ["Findings", "Pass", "format_pipeline", "parse_pipeline", "run_pass", "run_pipeline"]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a pass would touch, and what it leaves alone with the reason."""
+
+    matches: tuple[str, ...] = ()
+    misses: tuple[tuple[str, str], ...] = ()
+
+
+class Pass(Protocol):
+    """One rewrite. See the module's docstring."""
+
+    takes: ClassVar[tuple[Stage, ...]]
+    gives: ClassVar[Stage | None]
+    preserves: ClassVar[str]
+
+    def find(self, program: Program) -> Findings:
+        """Sites that `apply` would touch, and misses with reasons."""
+        ...
+
+    def apply(self, program: Program, matches: Sequence[str]) -> Program:
+        """The rewritten program."""
+        ...
+
+
+def pass_name(kind: type) -> str:
+    """InsertHadamard -> insert_hadamard."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.__name__).lower()
+
+
+def pass_text(one: Pass) -> str:
+    """The pass as text: its name and the options that differ from their defaults."""
+    options = [
+        f"{f.name}={getattr(one, f.name)!r}"
+        for f in fields(one)  # type: ignore[arg-type]
+        if f.repr and getattr(one, f.name) != f.default
+    ]
+    return f"{pass_name(type(one))}({', '.join(options)})"
+
+
+def format_pipeline(passes: Sequence[Pass]) -> str:
+    """The pipeline as text that `parse_pipeline` reads back."""
+    return ", ".join(pass_text(p) for p in passes)
+
+
+def parse_pipeline(text: str, known: Mapping[str, type]) -> tuple[Pass, ...]:
+    """Reads `insert_hadamard(block=32), insert_qdq()`: known names, literal keyword options, nothing is executed.
+
+    Raises:
+        PipelineTextError: for anything else, with the place.
+    """
+    try:
+        tree = ast.parse(f"[{text}]", mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise PipelineTextError(f"pipeline {text[:80]!r}", f"cannot be parsed ({error})", _SHAPE) from error
+    if not isinstance(tree, ast.List):
+        raise PipelineTextError(f"pipeline {text[:80]!r}", "is not a list of passes", _SHAPE)
+    return tuple(_parse_call(call, known) for call in tree.elts)
+
+
+_SHAPE = "Write passes as name(option=value), separated by commas."
+
+
+def _parse_call(call: ast.expr, known: Mapping[str, type]) -> Pass:
+    where = f"pipeline item {ast.unparse(call)[:80]!r}"
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise PipelineTextError(where, "is not name(option=value)", _SHAPE)
+    if call.func.id not in known:
+        raise PipelineTextError(where, f"unknown pass; there are {', '.join(known)}", "Use one of them.")
+    kind = known[call.func.id]
+    allowed = [f.name for f in fields(kind)]
+    options = {}
+    for keyword in call.keywords:
+        if keyword.arg not in allowed:
+            raise PipelineTextError(where, f"has no option {keyword.arg!r}; it has {', '.join(allowed)}", "Correct it.")
+        try:
+            options[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError as error:
+            raise PipelineTextError(where, f"option {keyword.arg} is not a literal", "Write a value.") from error
+    return kind(**options)  # type: ignore[no-any-return]
+
+
+def run_pass(program: Program, one: Pass, *, check_numerics: bool = False) -> Program:
+    """Runs one pass: stage check, find, apply, verify, record.
+
+    With `check_numerics` a pass that declares `preserves = "numerics"` is also run against its input on fixed inputs.
+
+    Raises:
+        PassError: if the program is at a stage that the pass does not take, or the result breaks a contract.
+    """
+    text = pass_text(one)
+    if program.stage not in one.takes:
+        raise PassError(
+            text,
+            f"takes a program that is {' or '.join(one.takes)}; this one is {program.stage}",
+            f"Run it {'earlier' if program.stage == Stage.INTEGER else 'at that stage'}.",
+        )
+    start = time.perf_counter()
+    findings = one.find(program)
+    result = one.apply(program, findings.matches)
+    record = PassRecord(text, findings.matches, findings.misses, round(time.perf_counter() - start, 4))
+    result = result.evolve(history=(*result.history, record), stage=one.gives or program.stage)
+    verify(result, after=text)
+    if check_numerics and one.preserves == "numerics":
+        _check_numerics(program, result, text)
+    return result
+
+
+@torch.no_grad()
+def _check_numerics(before: Program, after: Program, text: str) -> None:
+    args = before.example_inputs(batch=2)
+    wanted, found = before.module()(*args), after.module()(*args)
+    error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    # The tolerance covers the float rounding of a rotation and its inverse through a deep network.
+    if not error <= 1e-4:
+        raise PassError(text, f"changed the output by {error:.1e} relative; it promises not to", "Report a bug.")
+
+
+def run_pipeline(program: Program, passes: Sequence[Pass], *, check_numerics: bool = False) -> Program:
+    """Runs passes in the order given; never reorders."""
+    for one in passes:
+        program = run_pass(program, one, check_numerics=check_numerics)
+    return program
+
+
+def dry_run(program: Program, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Findings, Program]]:
+    """Each pass with its findings and its result: what `hqc explain` prints."""
+    for one in passes:
+        findings = one.find(program)
+        program = run_pass(program, one)
+        yield one, findings, program

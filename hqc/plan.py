@@ -1,0 +1,197 @@
+"""What is quantised and how: bits, layer rules, and one `SitePlan` for each weighted layer of a program."""
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from hqc.errors import PlanError
+
+__all__ = [
+    "RULE_SETS",
+    "Bits",
+    "QuantPlan",
+    "Rule",
+    "SitePlan",
+    "activation_range",
+    "decide",
+    "parse_bits",
+    "weight_range",
+]
+
+LOWEST_BITS, HIGHEST_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Weight and activation widths, each 2…8."""
+
+    weight: int
+    activation: int
+
+    def __str__(self) -> str:
+        return f"w{self.weight}a{self.activation}"
+
+
+def parse_bits(text: str) -> Bits:
+    """Reads `wNaM`, case-insensitive, N and M in 2…8.
+
+    >>> parse_bits("W4A3")
+    Bits(weight=4, activation=3)
+
+    Raises:
+        PlanError: for anything else.
+    """
+    match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+    bits = Bits(int(match[1]), int(match[2])) if match else None
+    if bits is None or not all(LOWEST_BITS <= b <= HIGHEST_BITS for b in (bits.weight, bits.activation)):
+        raise PlanError(
+            f"bits {text!r}",
+            f"expected wNaM with N and M in {LOWEST_BITS}…{HIGHEST_BITS}",
+            "Use for example w4a4, w4a3 or w8a8.",
+        )
+    return bits
+
+
+def activation_range(bits: int) -> tuple[int, int]:
+    """Symmetric narrow range of activation codes: ±(2^(n-1) - 1); A4 is -7…7.
+
+    >>> activation_range(4), activation_range(3)
+    ((-7, 7), (-3, 3))
+    """
+    top = 2 ** (bits - 1) - 1
+    return -top, top
+
+
+def weight_range(bits: int) -> tuple[int, int]:
+    """Symmetric full range of weight codes: -2^(n-1)…2^(n-1) - 1; W4 is -8…7.
+
+    >>> weight_range(4)
+    (-8, 7)
+    """
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Sites whose name matches the wildcard are left float, or get bits of their own; the last match wins.
+
+    `float_` leaves the site unquantised; `bits` None means the bits asked for; `rotate` False forbids a rotation.
+    """
+
+    pattern: str
+    why: str
+    float_: bool = False
+    bits: Bits | None = None
+    rotate: bool = True
+
+    def __str__(self) -> str:
+        action = "float" if self.float_ else f"{self.bits or 'asked bits'}{'' if self.rotate else ', unrotated'}"
+        return f"{self.pattern}: {action} ({self.why})"
+
+
+_EDGE = Bits(8, 8)
+# diffusers' names, then the original latent-diffusion names, of the same layers.
+_TIME_EMBEDDING = ("time_embedding.linear_*", "time_embed.*")
+_FIRST_AND_LAST = ("conv_in", "conv_out", "input_blocks.0.0", "out.2")
+_SHORTCUTS = ("*conv_shortcut", "*skip_connection", "*downsamplers.*.conv", "*.op")
+
+_BASE = (
+    Rule("*", "every conv and linear layer"),
+    *(Rule(p, "time embedding", bits=_EDGE, rotate=False) for p in _TIME_EMBEDDING),
+    *(Rule(p, "first or last layer", bits=_EDGE, rotate=False) for p in _FIRST_AND_LAST),
+)
+
+RULE_SETS: Mapping[str, tuple[Rule, ...]] = {
+    "default": (*_BASE, *(Rule(p, "shortcut or downsampler", bits=_EDGE) for p in _SHORTCUTS)),
+    "reference": (*_BASE, *(Rule(p, "shortcut or downsampler", float_=True) for p in _SHORTCUTS)),
+    "all": _BASE,
+}
+"""`default` quantises shortcuts and downsamplers at 8 bits; `reference` leaves them float, as HQ-DM's code does;
+`all` gives them the asked bits."""
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """How one layer is treated.
+
+    `weight_bits` and `activation_bits` are None for a site left float, and `reason` then says why. `block` is the
+    order of the Hadamard rotation, 0 for none; `lora_rank` 0 for none.
+    """
+
+    site: str
+    kind: str
+    in_channels: int
+    out_channels: int
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    block: int = 0
+    lora_rank: int = 0
+    reason: str = ""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the site's product runs on codes."""
+        return self.weight_bits is not None
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """The decisions for a whole program, in the order in which data meets the sites."""
+
+    recipe: str = ""
+    bits: str = ""
+    sites: tuple[SitePlan, ...] = ()
+    timesteps: tuple[float, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, site: str) -> SitePlan:
+        for plan in self.sites:
+            if plan.site == site:
+                return plan
+        raise KeyError(site)
+
+    def __contains__(self, site: str) -> bool:
+        return any(plan.site == site for plan in self.sites)
+
+    @property
+    def quantised(self) -> tuple[SitePlan, ...]:
+        """The sites that are quantised."""
+        return tuple(plan for plan in self.sites if plan.quantised)
+
+    def with_sites(self, changed: Mapping[str, SitePlan]) -> "QuantPlan":
+        """The same plan with some sites replaced."""
+        return replace(self, sites=tuple(changed.get(plan.site, plan) for plan in self.sites))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "QuantPlan":
+        """Reads `to_dict`'s data.
+
+        Raises:
+            PlanError: if a field is missing, unknown, or of the wrong type.
+        """
+        try:
+            sites = tuple(SitePlan(**site) for site in data["sites"])
+            return QuantPlan(
+                recipe=str(data["recipe"]),
+                bits=str(data["bits"]),
+                sites=sites,
+                timesteps=tuple(float(t) for t in data["timesteps"]),
+                training=dict(data.get("training", {})),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError("plan.json", f"not a quantisation plan ({error})", "Write the artefact again.") from error
+
+
+def decide(site: str, rules: Sequence[Rule]) -> Rule | None:
+    """The last rule whose pattern matches the site's name, or None."""
+    found = None
+    for rule in rules:
+        if fnmatch.fnmatchcase(site, rule.pattern):
+            found = rule
+    return found

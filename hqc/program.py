@@ -1,0 +1,152 @@
+"""`Program`: the one value that flows through hqc. A captured graph, its weights, its plan and its history.
+
+The graph is a plain `torch.fx.Graph` over ATen and `hqc::` operators: placeholders are the user inputs (sample,
+timestep, condition), weights are `get_attr` nodes named by their fully qualified names, and every weighted layer
+carries its stable site name in `node.meta["site"]`. Nothing here is changed in place: a pass returns a new Program.
+"""
+
+import copy
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import hqc.ops  # registers the operators
+from hqc.plan import QuantPlan
+
+__all__ = ["InputSpec", "Origin", "PassRecord", "Program", "Stage", "is_op"]
+
+BATCH = "N"
+aten = torch.ops.aten
+
+
+class Stage(StrEnum):
+    """How far a program has come."""
+
+    CAPTURED = "captured"
+    QUANTISED = "quantised"
+    TRAINED = "trained"
+    INTEGER = "integer"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input: its name, its shape with "N" for the batch, its dtype."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+    def example(self, batch: int, generator: torch.Generator) -> Tensor:
+        """A random input of this shape: normal, or timesteps in 0…999 for a vector [N]."""
+        shape = [batch if d == BATCH else int(d) for d in self.shape]
+        if self.name == "timestep":
+            return torch.randint(0, 1000, shape, generator=generator).to(torch.float32)
+        return torch.randn(shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a program came from: enough to find the source again and to rebuild the pipeline around it."""
+
+    source: str = ""
+    revision: str = ""
+    kind: str = "module"
+    pipeline: str = ""
+    unet_config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    capture_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: its text, the sites it touched, the sites it missed with the reason, and its time."""
+
+    text: str
+    touched: tuple[str, ...]
+    missed: tuple[tuple[str, str], ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [f"{self.text}: {len(self.touched)} sites, {len(self.missed)} missed, {self.seconds:.2f} s"]
+        lines += [f"  missed {site}: {reason}" for site, reason in self.missed]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A denoiser as data: graph, weights by name, plan, stage, history, origin. Frozen; passes return new ones."""
+
+    graph: fx.Graph
+    state: Mapping[str, Tensor]
+    inputs: tuple[InputSpec, ...]
+    stage: Stage = Stage.CAPTURED
+    plan: QuantPlan = field(default_factory=QuantPlan)
+    history: tuple[PassRecord, ...] = ()
+    origin: Origin = field(default_factory=Origin)
+
+    def module(self) -> fx.GraphModule:
+        """A callable module over the same weights (no copies); float weights are Parameters without gradient."""
+        root = nn.Module()
+        for name, tensor in self.state.items():
+            _put(root, name, tensor)
+        return fx.GraphModule(root, copy_graph(self.graph), "Program")
+
+    def sites(self) -> Iterator[tuple[str, fx.Node]]:
+        """(site name, layer node) in graph order."""
+        for node in self.graph.nodes:
+            if node.meta.get("role") == "layer":
+                yield node.meta["site"], node
+
+    def example_inputs(self, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+        """Fixed random inputs; the timesteps of a batch differ from each other."""
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(spec.example(batch, generator) for spec in self.inputs)
+
+    def evolve(self, **changes: Any) -> "Program":
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+    def size_bytes(self) -> int:
+        """Bytes of all tensors in the state."""
+        return sum(t.numel() * t.element_size() for t in self.state.values())
+
+
+def _put(root: nn.Module, name: str, tensor: Tensor) -> None:
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    if tensor.is_floating_point():
+        root.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        root.register_buffer(leaf, tensor)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes can be rewritten; names, order and meta are kept."""
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = new.node_copy(node, mapping.__getitem__)
+        mapping[node].meta = copy.copy(node.meta)
+        if mapping[node].name != node.name:
+            mapping[node].name = node.name
+    return new
+
+
+def is_op(node: object, *targets: Any) -> bool:
+    """Whether a node calls one of the operator overloads."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+ALLOWED_FUNCTIONS: Mapping[str, Any] = {
+    f"operator.{name}": getattr(operator, name)
+    for name in ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ge", "gt", "le", "lt")
+} | {f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_float", "sym_int")}
+"""Python functions that a graph may call besides ATen and hqc operators: arithmetic on sizes."""

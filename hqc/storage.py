@@ -1,0 +1,343 @@
+"""Programs on disk: a folder of JSON, text and safetensors, written atomically, checked by hash, never unpickled.
+
+    NAME.hqc/manifest.json        format version, stage, origin, inputs, sha256 and size of every file
+    NAME.hqc/graph.json           the fx graph: nodes, operators, arguments, shapes
+    NAME.hqc/weights.safetensors  tensors by fully qualified name
+    NAME.hqc/plan.json            the quantisation plan
+    NAME.hqc/history.json         one record a pass
+    NAME.hqc/pipeline/            what surrounds the denoiser, in diffusers layout (optional)
+
+torch's own `.pt2` archive is not used: `torch.export.load` unpickles and evaluates expressions from the file.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+
+from hqc.errors import ArtefactError
+from hqc.plan import QuantPlan
+from hqc.program import ALLOWED_FUNCTIONS, InputSpec, Origin, PassRecord, Program, Stage
+
+__all__ = ["FORMAT_VERSION", "atomic_folder", "check_manifest", "load_program", "save_program", "write_manifest"]
+
+FORMAT_VERSION = 1
+_LARGEST_JSON = 256 * 2**20
+
+
+@contextmanager
+def atomic_folder(target: Path, *, force: bool = False, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `target` when the block ends well: all of it or nothing.
+
+    Raises:
+        ArtefactError: if the target exists and `force` is not set, is not an artefact that hqc wrote (`may_replace`
+            says no), or cannot be written (permissions, a full disk).
+    """
+    if target.exists() or target.is_symlink():
+        if not may_replace(target):
+            raise ArtefactError(str(target), "exists and was not written by hqc", "Choose another name.")
+        if not force:
+            raise ArtefactError(str(target), "already exists", "Give --force to replace it, or choose another name.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ArtefactError(str(target.parent), f"cannot be written ({error})", "Choose a writable folder.") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _fsync(path)
+        if target.exists():
+            old = temporary.with_name(temporary.name + ".old")
+            os.replace(target, old)
+            os.replace(temporary, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, target)
+        _fsync(target.parent)
+    except OSError as error:
+        raise ArtefactError(
+            str(target), f"could not be written ({error})", "Free some space or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, kind: str, fields: Mapping[str, Any]) -> None:
+    """Writes manifest.json over every other file in the folder: kind, version, sha256 and size of each."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "size": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {"format": kind, "version": FORMAT_VERSION, **fields, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def is_artefact(folder: Path) -> bool:
+    """Whether the folder holds a manifest that hqc wrote."""
+    try:
+        text = (folder / "manifest.json").read_text(encoding="utf-8")[:200]
+    except (OSError, UnicodeDecodeError):
+        return False
+    return re.search(r'"format": "hqc-', text) is not None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ArtefactError(str(path), "is larger than any that hqc writes", "Write the artefact again.")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtefactError(str(path), f"cannot be read ({error})", "Write the artefact again.") from error
+
+
+def check_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Reads manifest.json and checks every file that it names by size and hash.
+
+    Raises:
+        ArtefactError: if the folder is missing, of another kind or version, damaged, or names files outside itself.
+    """
+    if not folder.is_dir():
+        raise ArtefactError(str(folder), "no such folder", "Check the path, or make one with `hqc trace`.")
+    if not (folder / "manifest.json").is_file():
+        raise ArtefactError(str(folder), "has no manifest.json", "Give a folder that hqc wrote.")
+    manifest = _read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ArtefactError(str(folder), f"holds {found!r}; expected {kind!r}", "Give the other kind of artefact.")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise ArtefactError(
+            str(folder),
+            f"has format version {manifest.get('version')!r}; this hqc reads {FORMAT_VERSION}",
+            "Write it again with this version of hqc.",
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise ArtefactError(str(folder / "manifest.json"), "lists no files", "Write the artefact again.")
+    for name, expected in files.items():
+        _check_file(folder, name, expected)
+    return manifest
+
+
+def _check_file(folder: Path, name: str, expected: Any) -> None:
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(expected, dict):
+        raise ArtefactError(str(folder), f"names {name!r}, outside itself", "Do not use this artefact.")
+    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtefactError(str(path), "is a link", "Do not use this artefact.")
+    if not path.is_file():
+        raise ArtefactError(str(path), "is missing", "Copy the whole folder, or write it again.")
+    if path.stat().st_size != expected.get("size"):
+        raise ArtefactError(
+            str(path),
+            f"is truncated or changed: {path.stat().st_size} bytes, the manifest says {expected.get('size')}",
+            "Copy the whole folder again.",
+        )
+    if _sha256(path) != expected.get("sha256"):
+        raise ArtefactError(str(path), "is damaged: its sha256 is not the manifest's", "Copy the folder again.")
+
+
+# ---- the graph as JSON ---------------------------------------------------------------------------------------------
+
+_ENUMS: Mapping[str, type] = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, (list, tuple)):
+        return [_encode(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    for name, kind in _ENUMS.items():
+        if isinstance(value, kind):
+            return {name: str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"argument of type {type(value).__name__}")
+
+
+def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, nodes) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, data),) = value.items()
+    if kind == "node":
+        return nodes[data]
+    if kind == "float":
+        return float(data)
+    if kind == "device":
+        return torch.device(data)
+    found = getattr(torch, data)
+    if not isinstance(found, _ENUMS[kind]):
+        raise ValueError(f"{data!r} is not a torch.{kind}")
+    return found
+
+
+def _target_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    for name, function in ALLOWED_FUNCTIONS.items():
+        if target is function:
+            return name
+    raise TypeError(f"call of {target}")
+
+
+def _find_target(name: str) -> Any:
+    if name in ALLOWED_FUNCTIONS:
+        return ALLOWED_FUNCTIONS[name]
+    match = re.fullmatch(r"(aten|hqc)\.(\w+)\.(\w+)", name)
+    if match is None:
+        raise ValueError(f"operator {name!r} is not one that a graph may call")
+    target = getattr(getattr(getattr(torch.ops, match[1]), match[2]), match[3])
+    if not isinstance(target, torch._ops.OpOverload):
+        raise ValueError(f"{name!r} is not an operator")
+    return target
+
+
+_META = ("site", "role", "shape", "dtype")
+
+
+def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
+    """The graph as a list of plain nodes, in execution order."""
+    return [
+        {
+            "name": node.name,
+            "op": node.op,
+            "target": _target_name(node.target) if node.op == "call_function" else str(node.target),
+            "args": _encode(node.args),
+            "kwargs": {k: _encode(v) for k, v in node.kwargs.items()},
+            "meta": {key: node.meta[key] for key in _META if key in node.meta},
+        }
+        for node in graph.nodes
+    ]
+
+
+def graph_from_json(data: list[dict[str, Any]]) -> fx.Graph:
+    """Builds the graph; only ATen and hqc operators and size arithmetic are admitted."""
+    graph, nodes = fx.Graph(), dict[str, fx.Node]()
+    for item in data:
+        op, name = item["op"], item["name"]
+        if op not in ("placeholder", "get_attr", "call_function", "output"):
+            raise ValueError(f"node {name!r} has op {op!r}")
+        target = _find_target(item["target"]) if op == "call_function" else item["target"]
+        args = tuple(_decode(item["args"], nodes))
+        node = graph.create_node(op, target, args, {k: _decode(v, nodes) for k, v in item["kwargs"].items()}, name)
+        if node.name != name:
+            node.name = name
+        node.meta = {k: tuple(v) if k == "shape" else v for k, v in item["meta"].items() if k in _META}
+        nodes[name] = node
+    graph.lint()
+    return graph
+
+
+# ---- programs ------------------------------------------------------------------------------------------------------
+
+
+def save_program(program: Program, folder: Path, *, force: bool = False, pipeline: Path | None = None) -> None:
+    """Writes NAME.hqc/; `pipeline` is a diffusers-layout folder whose parts (all but the UNet) are copied in.
+
+    Raises:
+        ArtefactError: if the folder exists (without `force`) or cannot be written.
+    """
+    with atomic_folder(folder, force=force, may_replace=is_artefact) as temporary:
+        graph = {"nodes": graph_to_json(program.graph)}
+        (temporary / "graph.json").write_text(json.dumps(graph, allow_nan=False) + "\n", encoding="utf-8")
+        save_file({k: v.detach().contiguous() for k, v in _untied(program.state).items()}, temporary / "weights.safetensors")
+        _dump(temporary / "plan.json", program.plan.to_dict())
+        _dump(temporary / "history.json", [asdict(record) for record in program.history])
+        if pipeline is not None:
+            copy_pipeline(pipeline, temporary / "pipeline")
+        write_manifest(
+            temporary,
+            "hqc-program",
+            {
+                "stage": str(program.stage),
+                "origin": asdict(program.origin),
+                "inputs": [asdict(spec) for spec in program.inputs],
+            },
+        )
+
+
+def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share memory are cloned: safetensors stores each name once."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in state.items():
+        shared = tensor.numel() > 0 and tensor.data_ptr() in seen
+        seen.add(tensor.data_ptr())
+        out[name] = tensor.clone() if shared else tensor
+    return out
+
+
+def copy_pipeline(source: Path, target: Path) -> None:
+    """Copies a diffusers-layout folder without its UNet and without links."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("unet", "classifier", "*.png", "*.bin", "*.ckpt", "*.pt"))
+
+
+def _dump(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def load_program(folder: Path | str) -> Program:
+    """Reads NAME.hqc/ after checking every hash.
+
+    Raises:
+        ArtefactError: if it is missing, damaged, of another version, or calls what a graph may not call.
+    """
+    folder = Path(folder)
+    manifest = check_manifest(folder, "hqc-program")
+    try:
+        graph = graph_from_json(_read_json(folder / "graph.json")["nodes"])
+        state = load_file(folder / "weights.safetensors")
+        wanted = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        if missing := sorted(wanted - state.keys()):
+            raise ValueError(f"weights {', '.join(missing[:3])} are missing")
+        return Program(
+            graph=graph,
+            state=state,
+            inputs=tuple(
+                InputSpec(spec["name"], tuple(spec["shape"]), spec["dtype"]) for spec in manifest["inputs"]
+            ),
+            stage=Stage(manifest["stage"]),
+            plan=QuantPlan.from_dict(_read_json(folder / "plan.json")),
+            history=tuple(
+                PassRecord(r["text"], tuple(r["touched"]), tuple((s, w) for s, w in r["missed"]), r["seconds"])
+                for r in _read_json(folder / "history.json")
+            ),
+            origin=Origin(**manifest["origin"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ArtefactError(str(folder), f"is not a program ({error})", "Write it again with `hqc trace`.") from error
