@@ -1,0 +1,112 @@
+"""Calibration: activation scale tables by MSE search along a float trajectory.
+
+For every site and timestep the scale minimises Σ (x - s·clip(round(x/s), -Q, Q))² over candidate clip ranges, x being the
+input of the site's quantiser (rotated where the plan says so). The quantisers are bypassed while observing, so the
+trajectory is the float model's own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hqc.errors import TrainingError
+from hqc.passes.insert_qdq import GRID
+from hqc.program import Program
+from hqc.training.task import Denoise
+
+__all__ = ["calibrate"]
+
+_VALUES_A_CALL = 16_384
+
+
+@dataclass
+class _Search:
+    """Running squared error of every candidate scale for one site and timestep."""
+
+    candidates: Tensor
+    errors: Tensor
+
+    def add(self, x: Tensor, qmin: int, qmax: int) -> None:
+        scale = self.candidates.unsqueeze(1)
+        quantised = (x / scale).round_().clamp_(qmin, qmax).mul_(scale)
+        self.errors += (quantised - x).square_().sum(1)
+
+    @property
+    def best(self) -> float:
+        return float(self.candidates[self.errors.argmin()])
+
+
+@dataclass
+class _Observer(fx.Interpreter):
+    """Runs the graph with its quantisers bypassed and feeds every activation quantiser's input to the search."""
+
+    program: Program
+    candidates: int
+    searches: dict[tuple[str, int], _Search] = field(default_factory=dict)
+    row: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__(self.program.module())
+        self.grid = self.program.state.get(GRID, torch.zeros(1))
+
+    def __call__(self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        times = timestep.reshape(-1).float()
+        if times.unique().numel() != 1:
+            raise TrainingError("calibration", "one call mixes timesteps", "Call the model with one timestep at a time.")
+        self.row = int((times[0] - self.grid).abs().argmin())
+        args = [a for a in (sample, times.expand(len(sample)), condition) if a is not None]
+        with torch.no_grad():
+            return self.run(*args)  # type: ignore[no-any-return]
+
+    def run_node(self, n: fx.Node) -> Any:
+        role = n.meta.get("role")
+        if role not in ("activation_quantizer", "weight_quantizer"):
+            return super().run_node(n)
+        x = self.env[n.args[0]]  # type: ignore[index]
+        if role == "activation_quantizer":
+            self._observe(n.meta["site"], x, *n.args[2:])
+        return x
+
+    def _observe(self, site: str, x: Tensor, qmin: int, qmax: int) -> None:
+        flat = x.reshape(-1)
+        # An odd stride visits every channel of a contiguous tensor in turn.
+        stride = max(1, flat.numel() // _VALUES_A_CALL) | 1
+        flat = flat[::stride]
+        top = float(x.abs().max())
+        if not torch.isfinite(x).all():
+            raise TrainingError(
+                f"calibration at {site}",
+                f"met NaN or infinity at timestep {float(self.grid[self.row]):g}",
+                "Check the checkpoint and its dtype; leave the site float with --keep-float if it is meant to.",
+            )
+        key = (site, self.row)
+        if key not in self.searches:
+            base = top / qmax if top > 0 else 1.0
+            ratios = torch.linspace(1.0 / self.candidates, 1.05, self.candidates)
+            self.searches[key] = _Search(base * ratios, torch.zeros(self.candidates))
+        self.searches[key].add(flat, qmin, qmax)
+
+
+def calibrate(program: Program, forward_loop: Callable[[Denoise], None], *, candidates: int = 60) -> Program:
+    """Fills the activation scale tables of a quantised program.
+
+    forward_loop(model) runs `model(sample, timestep, condition)` on whatever it likes, one timestep a call; every
+    timestep is booked under its nearest row of the grid. Rows that were never visited take the nearest visited row.
+
+    Raises:
+        TrainingError: for NaN or infinity (naming site and timestep), or if the model was never called.
+    """
+    observer = _Observer(program, candidates)
+    forward_loop(observer)
+    state = dict(program.state)
+    visited = sorted({row for _, row in observer.searches})
+    if not visited and program.plan.quantised:
+        raise TrainingError("calibration", "the forward loop never called the model", "Call model(sample, timestep, …).")
+    for plan in program.plan.quantised:
+        name = f"{plan.site}.activation_scale_table"
+        nearest = [min(visited, key=lambda v, r=row: (abs(v - r), v)) for row in range(len(state[name]))]  # type: ignore[misc]
+        state[name] = torch.tensor([observer.searches[plan.site, row].best for row in nearest])
+    return program.evolve(state=state)

@@ -1,0 +1,55 @@
+"""Checkpoints of the distillation loop: a folder of safetensors and JSON, replaced atomically, checked by hash."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hqc.errors import ArtefactError
+from hqc.storage import atomic_folder, check_manifest, is_artefact, write_manifest
+
+__all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
+
+_KIND = "hqc-checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run stands: updates done, x_t of the running trajectory, values and AdamW moments by name."""
+
+    step: int
+    sample: Tensor
+    tensors: Mapping[str, Tensor]
+
+
+def save_checkpoint(checkpoint: Checkpoint, folder: Path, settings: Mapping[str, object]) -> None:
+    """Replaces the checkpoint in `folder`; `settings` are kept so that a resume can be refused if they differ."""
+    with atomic_folder(folder, force=True, may_replace=is_artefact) as temporary:
+        save_file({**checkpoint.tensors, "sample": checkpoint.sample}, temporary / "checkpoint.safetensors")
+        write_manifest(temporary, _KIND, {"step": checkpoint.step, "settings": dict(settings)})
+
+
+def load_checkpoint(folder: Path, settings: Mapping[str, object]) -> Checkpoint:
+    """Reads a checkpoint of a run with the same settings.
+
+    Raises:
+        ArtefactError: if it is missing, damaged, or of other settings (all differences are listed).
+    """
+    manifest = check_manifest(folder, _KIND)
+    saved = manifest.get("settings", {})
+    differing = sorted(k for k in saved.keys() | settings.keys() if saved.get(k) != settings.get(k))
+    if differing:
+        listed = ", ".join(f"{k} was {saved.get(k)!r}, now {settings.get(k)!r}" for k in differing)
+        raise ArtefactError(str(folder), f"belongs to a run with other settings: {listed}", "Resume with the same ones.")
+    try:
+        tensors = load_file(folder / "checkpoint.safetensors")
+        sample = tensors.pop("sample")
+    except (KeyError, SafetensorError) as error:
+        raise ArtefactError(str(folder), f"cannot be read ({error})", "Start again without --resume.") from error
+    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+        raise ArtefactError(str(folder), "holds NaN or infinity", "Start again without --resume.")
+    return Checkpoint(int(manifest["step"]), sample, tensors)
