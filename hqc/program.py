@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-import hqc.ops  # registers the operators
+import hqc.ops  # noqa: F401  (registers the operators)
 from hqc.plan import QuantPlan
 
 __all__ = ["InputSpec", "Origin", "PassRecord", "Program", "Stage", "is_op"]

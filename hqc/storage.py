@@ -275,7 +275,9 @@ def save_program(program: Program, folder: Path, *, force: bool = False, pipelin
     with atomic_folder(folder, force=force, may_replace=is_artefact) as temporary:
         graph = {"nodes": graph_to_json(program.graph)}
         (temporary / "graph.json").write_text(json.dumps(graph, allow_nan=False) + "\n", encoding="utf-8")
-        save_file({k: v.detach().contiguous() for k, v in _untied(program.state).items()}, temporary / "weights.safetensors")
+        save_file(
+            {k: v.detach().contiguous() for k, v in _untied(program.state).items()}, temporary / "weights.safetensors"
+        )
         _dump(temporary / "plan.json", program.plan.to_dict())
         _dump(temporary / "history.json", [asdict(record) for record in program.history])
         if pipeline is not None:
@@ -304,7 +306,9 @@ def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def copy_pipeline(source: Path, target: Path) -> None:
     """Copies a diffusers-layout folder without its UNet and without links."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("unet", "classifier", "*.png", "*.bin", "*.ckpt", "*.pt"))
+    shutil.copytree(
+        source, target, ignore=shutil.ignore_patterns("unet", "classifier", "*.png", "*.bin", "*.ckpt", "*.pt")
+    )
 
 
 def _dump(path: Path, data: Any) -> None:
@@ -328,9 +332,7 @@ def load_program(folder: Path | str) -> Program:
         return Program(
             graph=graph,
             state=state,
-            inputs=tuple(
-                InputSpec(spec["name"], tuple(spec["shape"]), spec["dtype"]) for spec in manifest["inputs"]
-            ),
+            inputs=tuple(InputSpec(spec["name"], tuple(spec["shape"]), spec["dtype"]) for spec in manifest["inputs"]),
             stage=Stage(manifest["stage"]),
             plan=QuantPlan.from_dict(_read_json(folder / "plan.json")),
             history=tuple(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-import hqc.ops  # registers the operators
+import hqc.ops  # noqa: F401  (registers the operators)
 from hqc.errors import PassError
 from hqc.program import ALLOWED_FUNCTIONS, Program, Stage
 
@@ -12,8 +12,8 @@ __all__ = ["verify"]
 
 ops = torch.ops.hqc
 
-_TRAINING_OPS = {ops.fake_quantize.default}
-_INTEGER_OPS = {
+_TRAINING_OPS: set[object] = {ops.fake_quantize.default}
+_INTEGER_OPS: set[object] = {
     ops.quantize.default,
     ops.dequantize.default,
     ops.unpack_int4.default,
@@ -86,7 +86,9 @@ def _check_stage(program: Program) -> list[str]:
 
 def _check_plan(program: Program) -> list[str]:
     sites = {site for site, _ in program.sites()}
-    return [f"the plan names {plan.site}, which the graph lacks" for plan in program.plan.sites if plan.site not in sites]
+    return [
+        f"the plan names {plan.site}, which the graph lacks" for plan in program.plan.sites if plan.site not in sites
+    ]
 
 
 _CHECKS: tuple[Callable[[Program], list[str]], ...] = (_check_graph, _check_state, _check_stage, _check_plan)

@@ -36,7 +36,7 @@ class _Wrapper(nn.Module):
 
     def forward(self, *args: Tensor) -> Tensor:
         output = self.model(*args)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def capture_module(module: nn.Module, inputs: Sequence[InputSpec], origin: Origin | None = None) -> Program:
@@ -63,14 +63,14 @@ def capture_module(module: nn.Module, inputs: Sequence[InputSpec], origin: Origi
         ) from error
     graph, state = _plain_graph(exported, [spec.name for spec in inputs])
     program = Program(graph=graph, state=state, inputs=tuple(inputs), origin=origin or Origin())
-    error = max(_relative_error(program, module, _examples(inputs, batch, seed=batch)) for batch in (1, 3))
-    if not error <= 1e-4:
+    worst = max(_relative_error(program, module, _examples(inputs, batch, seed=batch)) for batch in (1, 3))
+    if not worst <= 1e-4:
         raise CaptureError(
             type(module).__name__,
-            f"the captured graph differs from the module by {error:.1e} relative; expected at most 1e-4",
+            f"the captured graph differs from the module by {worst:.1e} relative; expected at most 1e-4",
             "The module depends on something besides its inputs (a counter, random numbers): make it a pure function.",
         )
-    return program.evolve(origin=Origin(**{**vars(program.origin), "capture_error": error}))
+    return program.evolve(origin=Origin(**{**vars(program.origin), "capture_error": worst}))
 
 
 def _examples(inputs: Sequence[InputSpec], batch: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -133,7 +133,7 @@ def _batch_name(expression: str) -> str:
 
 
 def _name_sites(graph: fx.Graph) -> None:
-    """Marks every layer node with its site: its weight's name without `.weight`, numbered when a weight is used again."""
+    """Marks every layer node with its site: its weight's name without `.weight`, numbered when it is used again."""
     seen: Counter[str] = Counter()
     for node in graph.nodes:
         if not is_op(node, *LAYER_OPS) or not isinstance(node.args[1], fx.Node) or node.args[1].op != "get_attr":

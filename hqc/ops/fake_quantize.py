@@ -1,14 +1,32 @@
 """`hqc::fake_quantize`: quantise and dequantise in floating point, with gradients to the value and the scale."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["fake_quantize"]
+__all__ = ["FakeQuantize", "fake_quantize", "per_first_axis"]
 
 
 def per_first_axis(scale: Tensor, x: Tensor) -> Tensor:
     """scale [D0] shaped to broadcast over x [D0, …]."""
     return scale.view(-1, *[1] * (x.ndim - 1))
+
+
+def _forward(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+    levels = x * per_first_axis(scale.reciprocal(), x)
+    return levels.round_().clamp_(qmin, qmax).mul_(per_first_axis(scale, x))
+
+
+def _gradients(grad: Tensor, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    levels = x * per_first_axis(scale.reciprocal(), x)
+    rounded = levels.round()
+    codes = rounded.clamp(qmin, qmax)
+    inside = rounded.eq_(codes)  # 1 inside the range, 0 where the code was clipped
+    grad_x = grad * inside
+    slope = codes.addcmul_(levels, inside, value=-1)
+    grad_scale = torch.bmm(grad.reshape(len(scale), 1, -1), slope.reshape(len(scale), -1, 1))
+    return grad_x, grad_scale.view(-1)
 
 
 @torch.library.custom_op("hqc::fake_quantize", mutates_args=())
@@ -21,8 +39,7 @@ def fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
     Gradients (straight-through, LSQ): ∂x̂/∂x = 1 inside the range, 0 outside; ∂x̂/∂s = round(x/s) - x/s inside,
     qmin or qmax outside, so that clipped values still move the scale.  Source: HQ-DM §QAT; LSQ (arXiv 1902.08153).
     """
-    zero_point = torch.zeros_like(scale)
-    return torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, 0, qmin, qmax)
+    return _forward(x, scale, qmin, qmax)
 
 
 @fake_quantize.register_fake
@@ -31,31 +48,40 @@ def _(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
 
 
 @torch.library.custom_op("hqc::fake_quantize_backward", mutates_args=())
-def fake_quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, qmin: int, qmax: int
-) -> tuple[Tensor, Tensor]:
+def fake_quantize_backward(grad: Tensor, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
     """Gradients of `fake_quantize` to x [D0, …] and scale [D0]."""
-    inverse = per_first_axis(scale.reciprocal(), x)
-    level = x * inverse
-    rounded = level.round().clamp_(qmin, qmax)
-    clipped = (level < qmin - 0.5) | (level > qmax + 0.5)
-    slope = torch.where(clipped, rounded, rounded - level)
-    return grad.masked_fill(clipped, 0.0), (grad * slope).flatten(1).sum(1)
+    return _gradients(grad, x, scale, qmin, qmax)
 
 
 @fake_quantize_backward.register_fake
 def _(grad: Tensor, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(scale)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(scale)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, ctx.qmin, ctx.qmax = inputs
     ctx.save_for_backward(x, scale)
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
     x, scale = ctx.saved_tensors
     return *fake_quantize_backward(grad.contiguous(), x, scale, ctx.qmin, ctx.qmax), None, None
 
 
 fake_quantize.register_autograd(_backward, setup_context=_setup_context)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """The same function and gradients without the dispatcher, whose cost a call outweighs small tensors in training."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:  # type: ignore[override]
+        """x̂; see `fake_quantize`."""
+        _setup_context(ctx, (x, scale, qmin, qmax), x)
+        return _forward(x, scale, qmin, qmax)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        """Gradients; see `fake_quantize`."""
+        x, scale = ctx.saved_tensors
+        return *_gradients(grad, x, scale, ctx.qmin, ctx.qmax), None, None

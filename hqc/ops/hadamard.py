@@ -1,11 +1,12 @@
 """`hqc::hadamard`: block-diagonal normalised Hadamard rotation of one axis."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["block_size", "hadamard", "sylvester"]
+__all__ = ["Hadamard", "block_size", "hadamard", "sylvester"]
 
 SMALLEST_BLOCK = 8
 
@@ -38,6 +39,17 @@ def block_size(channels: int, wanted: int) -> int:
     return 0
 
 
+def _rotate(x: Tensor, block: int, axis: int) -> Tensor:
+    axis %= x.ndim
+    matrix = sylvester(block, x.dtype, str(x.device))
+    if axis == x.ndim - 1:
+        return (x.reshape(-1, block) @ matrix).mul_(block**-0.5).view(x.shape)
+    if axis != 1:
+        raise ValueError(f"hqc::hadamard: axis {axis} of {x.ndim}; expected 1 or the last")
+    groups = x.reshape(-1, block, x[0, 0].numel())
+    return torch.matmul(matrix, groups).mul_(block**-0.5).view(x.shape)
+
+
 @torch.library.custom_op("hqc::hadamard", mutates_args=())
 def hadamard(x: Tensor, block: int, axis: int) -> Tensor:
     """Rotates `axis` of x by Ĥ = H_block/√block, block by block; its own inverse.
@@ -46,14 +58,7 @@ def hadamard(x: Tensor, block: int, axis: int) -> Tensor:
     The sum over ±x runs first and the factor 1/√b is applied last, as every export does, so that both sides
     round alike.  Source: HQ-DM (arXiv 2512.05746), single Hadamard transformation.
     """
-    axis %= x.ndim
-    matrix = sylvester(block, x.dtype, str(x.device))
-    if axis == x.ndim - 1:
-        return (x.reshape(-1, block) @ matrix).mul_(block**-0.5).view(x.shape)
-    groups = x.reshape(-1, block, x[0].numel() // x.shape[1]) if axis == 1 else None
-    if groups is None:
-        raise ValueError(f"hqc::hadamard: axis {axis} of {x.ndim}; expected 1 or the last")
-    return torch.matmul(matrix, groups).mul_(block**-0.5).view(x.shape)
+    return _rotate(x, block, axis)
 
 
 @hadamard.register_fake
@@ -61,12 +66,27 @@ def _(x: Tensor, block: int, axis: int) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ctx.block, ctx.axis = inputs
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return hadamard(grad.contiguous(), ctx.block, ctx.axis), None, None
 
 
 hadamard.register_autograd(_backward, setup_context=_setup_context)
+
+
+class Hadamard(torch.autograd.Function):
+    """The same rotation without the dispatcher, whose cost a call outweighs small tensors in training."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: int, axis: int) -> Tensor:  # type: ignore[override]
+        """y = Ĥ·x; see `hadamard`."""
+        ctx.block, ctx.axis = block, axis
+        return _rotate(x, block, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """Ĥ·grad: the rotation is symmetric."""
+        return _rotate(grad, ctx.block, ctx.axis), None, None

@@ -36,10 +36,10 @@ def int_conv2d(
     dilation: Sequence[int],
     qmax: int,
 ) -> Tensor:
-    """acc = conv2d(q, weight) in int32; q int8 [N, C, H, W], weight int8 or int16 [O, C, kh, kw], padded with code 0."""
-    return functional.conv2d(
-        q.to(_EXACT), weight.to(_EXACT), None, list(stride), list(padding), list(dilation)
-    ).to(torch.int32)
+    """acc = conv2d(q, weight) in int32, padded with code 0; q int8 [N, C, H, W], weight int8 or int16 [O, C, h, w]."""
+    return functional.conv2d(q.to(_EXACT), weight.to(_EXACT), None, list(stride), list(padding), list(dilation)).to(
+        torch.int32
+    )
 
 
 @int_conv2d.register_fake

@@ -24,7 +24,5 @@ def rescale(
 
 
 @rescale.register_fake
-def _(
-    acc: Tensor, scale_activation: Tensor, scale_weight: Tensor, bias: Tensor | None, channel_axis: int
-) -> Tensor:
+def _(acc: Tensor, scale_activation: Tensor, scale_weight: Tensor, bias: Tensor | None, channel_axis: int) -> Tensor:
     return torch.empty(acc.shape, dtype=torch.float32, device=acc.device)

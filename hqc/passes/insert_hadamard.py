@@ -74,7 +74,11 @@ class InsertHadamard:
         plans = {}
         for site in matches:
             layer = edit.layers[site]
-            x, block, axis = layer_inputs(layer)[0], block_size(program.plan[site].in_channels, self.block), channel_axis(layer)
+            x, block, axis = (
+                layer_inputs(layer)[0],
+                block_size(program.plan[site].in_channels, self.block),
+                channel_axis(layer),
+            )
             if (x, block) not in rotated:
                 rotated[x, block] = edit.call(layer, HADAMARD, x, block, axis, like=x, role="rotation")
             first = rotated[x, block]

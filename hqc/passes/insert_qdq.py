@@ -65,8 +65,7 @@ class InsertQdq:
         for site in matches:
             plan, layer = program.plan[site], edit.layers[site]
             x, weight, _ = layer_inputs(layer)
-            rotated = x.args[0] if x.meta.get("role") == "rotation_back" else x
-            reader = x if x.meta.get("role") == "rotation_back" else layer
+            rotated, reader = (x.all_input_nodes[0], x) if x.meta.get("role") == "rotation_back" else (x, layer)
             table = edit.weight(f"{site}.activation_scale_table", torch.ones(len(self.timesteps)), reader)
             scale = edit.call(reader, aten.index_select.default, table, 0, row, shape=(BATCH,), dtype="float32")
             low, high = activation_range(plan.activation_bits or 8)
@@ -74,7 +73,9 @@ class InsertQdq:
                 reader, FAKE_QUANTIZE, rotated, scale, low, high, like=rotated, site=site, role="activation_quantizer"
             )
             reader.replace_input_with(rotated, quantised)
-            self._quantise_weight(edit.program.state[str(weight.target)], site, layer, weight, edit, plan.weight_bits or 8)
+            self._quantise_weight(
+                edit.program.state[str(weight.target)], site, layer, weight, edit, plan.weight_bits or 8
+            )
         return edit.finish(plan=replace(program.plan, timesteps=self.timesteps))
 
     @staticmethod

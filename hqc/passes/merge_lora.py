@@ -1,7 +1,9 @@
 """Merge LoRA: W + B·A becomes the weight.
 
     before   Q_w(W + B·A; s_w)
-    after    Q_w(W'; s_w),  W' = W + B·A computed once, with the same operations
+    after    Q_w(W'; s_w),  W' = W + B·A computed once
+
+The delta is added with the operations that the graph used, so no value changes.
 """
 
 from collections.abc import Sequence

@@ -2,6 +2,8 @@
 
     before   w_q int8 [O, …]
     after    unpack_int4(packed uint8 [⌈n/2⌉], shape),  the first code in the low nibble
+
+Unpacking gives back every code: nothing changes but the storage.
 """
 
 from collections.abc import Sequence
@@ -47,7 +49,13 @@ class PackInt4:
             codes = program.state[f"{site}.weight_codes"]
             packed = edit.weight(f"{site}.weight_packed", pack_int4(codes), reader)
             unpacked = edit.call(
-                reader, torch.ops.hqc.unpack_int4.default, packed, list(codes.shape), like=reader, site=site, role="weight"
+                reader,
+                torch.ops.hqc.unpack_int4.default,
+                packed,
+                list(codes.shape),
+                like=reader,
+                site=site,
+                role="weight",
             )
             reader.replace_all_uses_with(unpacked)
         return edit.finish()

@@ -36,11 +36,11 @@ class Rewriter:
     def weight(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
         """Adds a weight to the state and a node that reads it, in front of `before`; reuses an existing reader."""
         self.state[name] = tensor
-        for node in self.graph.nodes:
-            if node is before:
+        for reader in self.graph.nodes:
+            if reader is before:
                 break
-            if node.op == "get_attr" and node.target == name:
-                return node
+            if reader.op == "get_attr" and reader.target == name:
+                return reader  # type: ignore[no-any-return]
         with self.graph.inserting_before(before):
             node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
         node.meta = {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
@@ -50,7 +50,7 @@ class Rewriter:
         """Inserts a call in front of `before`; its shape is `like`'s unless `meta` says otherwise."""
         with self.graph.inserting_before(before):
             node = self.graph.create_node("call_function", target, args)
-        shape = {k: like.meta[k] for k in ("shape", "dtype") if like is not None and k in like.meta}
+        shape: dict[str, Any] = {k: like.meta[k] for k in ("shape", "dtype") if like is not None and k in like.meta}
         node.meta = {**shape, **meta}
         return node
 

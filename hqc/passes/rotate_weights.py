@@ -86,7 +86,16 @@ def _make_integer(edit: Rewriter, site: str) -> None:
         acc = edit.call(layer, ops.int_linear.default, codes, wide, top, like=layer, site=site)
     acc.meta |= {"dtype": "int32", "role": "product"}
     out = edit.call(
-        layer, ops.rescale.default, acc, scale_a, scale_w, bias, channel_axis(layer), like=layer, site=site, role="layer"
+        layer,
+        ops.rescale.default,
+        acc,
+        scale_a,
+        scale_w,
+        bias,
+        channel_axis(layer),
+        like=layer,
+        site=site,
+        role="layer",
     )
     layer.replace_all_uses_with(out)
     layer.meta["role"] = "replaced"

@@ -8,7 +8,7 @@ The graph stays as it is; the decisions go into the plan. Layers that no rule ca
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
@@ -85,17 +85,17 @@ class SelectLayers:
         for site, node in program.sites():
             rule, plan = decide(site, self._rules()), _describe(site, node)
             if site not in matches or rule is None:
-                plans.append(SitePlan(**plan, reason=misses.get(site, "not selected")))
+                plans.append(replace(plan, reason=misses.get(site, "not selected")))
                 continue
             bits = rule.bits or asked
             reason = "" if rule.rotate else f"unrotated: {rule.why}"
-            plans.append(SitePlan(**plan, weight_bits=bits.weight, activation_bits=bits.activation, reason=reason))
+            plans.append(replace(plan, weight_bits=bits.weight, activation_bits=bits.activation, reason=reason))
         return program.evolve(plan=QuantPlan(recipe=program.plan.recipe, bits=str(asked), sites=tuple(plans)))
 
 
-def _describe(site: str, node: fx.Node) -> dict[str, object]:
+def _describe(site: str, node: fx.Node) -> SitePlan:
     outputs, inputs = node.args[1].meta["shape"][:2]  # type: ignore[union-attr]
-    return {"site": site, "kind": "conv2d" if is_op(node, CONV) else "linear", "in_channels": inputs, "out_channels": outputs}
+    return SitePlan(site, "conv2d" if is_op(node, CONV) else "linear", inputs, outputs)
 
 
 def _unfit(node: fx.Node) -> str:
