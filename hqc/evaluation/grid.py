@@ -92,9 +92,7 @@ def comparison_image(models: Mapping[str, Samples], *, max_per_class: int = 4) -
         EvaluationError: fewer than two models, or seeds, labels, image size or sampler differ.
     """
     if len(models) < 2:
-        raise EvaluationError(
-            "comparison_image", f"{len(models)} model(s), expected two or more", "Add a model."
-        )
+        raise EvaluationError("comparison_image", f"{len(models)} model(s), expected two or more", "Add a model.")
     (first_name, first), *others = models.items()
     for name, samples in others:
         if _identity(samples) != _identity(first):
@@ -147,8 +145,7 @@ def _note(samples: Samples, shown: int) -> str:
 def _rows_by_class(labels: Sequence[int], max_per_class: int) -> dict[int, list[int]]:
     """Class → indices of its first images, classes ascending."""
     return {
-        label: [i for i, other in enumerate(labels) if other == label][:max_per_class]
-        for label in sorted(set(labels))
+        label: [i for i, other in enumerate(labels) if other == label][:max_per_class] for label in sorted(set(labels))
     }
 
 
@@ -159,9 +156,7 @@ def _draw_class_labels(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:
         draw.text((centre, middle), str(label), font=_font(LABEL_SIZE), fill=INK, anchor="mm")
 
 
-def _paste_block(
-    page: Image.Image, layout: _Layout, block: int, samples: Samples, rows: list[list[int]]
-) -> None:
+def _paste_block(page: Image.Image, layout: _Layout, block: int, samples: Samples, rows: list[list[int]]) -> None:
     for row, indices in enumerate(rows):
         for column, index in enumerate(indices):
             image = pil_from_tensor(samples.images[index]).resize(layout.cell, Image.Resampling.NEAREST)

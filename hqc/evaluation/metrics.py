@@ -153,9 +153,7 @@ def fidelity(samples: Samples, reference: Samples) -> Fidelity:
     )
 
 
-def classifier_outputs(
-    classifier: Classifier, images: Tensor, *, batch_size: int = 256
-) -> tuple[Tensor, Tensor]:
+def classifier_outputs(classifier: Classifier, images: Tensor, *, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """Features `[N, F]` and logits `[N, K]`, float64, of images `[N, C, H, W]` in [0, 1].
 
     The images go in as 2·x − 1, as floats; the classifier is in evaluation mode meanwhile.
@@ -197,7 +195,8 @@ def _inception_score(logits: Tensor, splits: int) -> tuple[float, float, int]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `InceptionScore` will save all")
         metric = InceptionScore(feature=_PassThrough(logits.shape[1]), splits=splits)
-    metric.update(logits.double())  # float64: no probability underflows to 0, whose log would give NaN
+    relative = logits.double() - logits.double().amax(dim=1, keepdim=True)
+    metric.update(relative.clamp(min=-700))  # e^-700 is still above 0 in float64; the log of 0 would give NaN
     with torch.random.fork_rng(devices=[]):  # torchmetrics shuffles with the global generator
         torch.manual_seed(0)
         mean, std = metric.compute()

@@ -44,10 +44,7 @@ class SamplingProtocol:
 
     def describe(self) -> str:
         """One line, ASCII only, for titles and footnotes."""
-        return (
-            f"{self.sampler}, {self.num_inference_steps} steps, "
-            f"guidance {self.guidance_scale:g}, eta {self.eta:g}"
-        )
+        return f"{self.sampler}, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}, eta {self.eta:g}"
 
 
 @dataclass(frozen=True)
@@ -121,9 +118,7 @@ def sample_images(
     with torch.inference_mode(), _quiet(pipe):
         for start in range(0, len(labels), batch_size):
             part = slice(start, start + batch_size)
-            latent = _sample_latents(
-                pipe, labels[part], seeds[part], num_inference_steps, guidance_scale, eta
-            )
+            latent = _sample_latents(pipe, labels[part], seeds[part], num_inference_steps, guidance_scale, eta)
             images.append(_decode(pipe, latent).float().cpu())
             latents.append(latent.float().cpu())
             if progress is not None:

@@ -43,12 +43,8 @@ class FakePipeline:
         assert generator is not None
         assert output_type == "latent"
         assert not return_dict
-        self.calls.append(
-            {"labels": class_labels, "steps": num_inference_steps, "eta": eta, "g": guidance_scale}
-        )
-        noise = [
-            torch.randn(3, 8, 8, generator=g) + eta * torch.randn(3, 8, 8, generator=g) for g in generator
-        ]
+        self.calls.append({"labels": class_labels, "steps": num_inference_steps, "eta": eta, "g": guidance_scale})
+        noise = [torch.randn(3, 8, 8, generator=g) + eta * torch.randn(3, 8, 8, generator=g) for g in generator]
         return (self.gain * (torch.stack(noise) + torch.tensor(class_labels)[:, None, None, None] / 10),)
 
 
@@ -83,9 +79,7 @@ def make_samples(
     images = (images + noise * torch.randn(images.shape, generator=extra)).clamp(0, 1)
     latents = latents + noise * torch.randn(latents.shape, generator=extra)
     labels = tuple(i % 10 for i in range(count))
-    return Samples(
-        images, latents, labels, tuple(range(count)), SamplingProtocol("DDIMScheduler", steps, 1.5, 0.0)
-    )
+    return Samples(images, latents, labels, tuple(range(count)), SamplingProtocol("DDIMScheduler", steps, 1.5, 0.0))
 
 
 @pytest.fixture(autouse=True)

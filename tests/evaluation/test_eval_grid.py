@@ -88,6 +88,14 @@ def test_colour_images_and_ragged_classes(samples_factory: Any) -> None:
     assert (np.asarray(page)[bottom, left] == expected).all()
 
 
+def test_classes_ascend_whatever_their_order_in_the_samples(samples_factory: Any) -> None:
+    samples = dataclasses.replace(flat_samples(samples_factory, 3), labels=(9, 1, 1))
+    left = grid.MARGIN + grid.LABEL_WIDTH
+    page = grid.grid_image(samples, model_name="float", max_per_class=1)
+    top = page.height - grid.MARGIN - 2 * SIZE * grid.SCALE - grid.GAP
+    assert cell_values(page, left, top, columns=1, rows=2) == [[10], [0]]
+
+
 def test_comparison_of_other_seeds_is_refused(samples_factory: Any) -> None:
     samples = samples_factory(10)
     other = dataclasses.replace(samples, seeds=tuple(range(1, 11)))

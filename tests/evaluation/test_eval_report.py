@@ -23,9 +23,7 @@ PROTOCOL: dict[str, Any] = {
     "splits": 10,
     "num_real_images": None,
 }
-METRICS = Metrics(
-    100, Fidelity(25.123, 24.0, 0, 0.91234, 0.98765), 8.765, 0.4321, 1.2345, None, 0.973, PROTOCOL
-)
+METRICS = Metrics(100, Fidelity(25.123, 24.0, 0, 0.91234, 0.98765), 8.765, 0.4321, 1.2345, None, 0.973, PROTOCOL)
 FLOAT = dataclasses.replace(METRICS, fidelity=Fidelity(math.inf, math.inf, 100, 1.0, 1.0), fid_real=3.0)
 PROTOCOL_LINE = (
     "Protocol: DDIMScheduler; 20 steps; guidance 1.5; η 0.0; 100 images of 32x32; seeds 0..99; "

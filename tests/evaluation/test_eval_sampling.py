@@ -27,9 +27,7 @@ def test_images_are_the_decoded_latents_of_one_run(pipe: Any) -> None:
     assert samples.images.shape == (2, 1, 32, 32)
     assert samples.latents.shape == (2, 3, 8, 8)
     expected = torch.tanh((samples.latents / 0.5).mean(1)) / 2 + 0.5  # [2, 8, 8]
-    torch.testing.assert_close(
-        samples.images[:, 0, ::4, ::4], expected, rtol=0, atol=1e-6
-    )  # float32 rounding
+    torch.testing.assert_close(samples.images[:, 0, ::4, ::4], expected, rtol=0, atol=1e-6)  # float32 rounding
     assert not samples.images.is_inference()
 
 

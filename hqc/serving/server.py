@@ -1,0 +1,134 @@
+"""Runs the application with uvicorn until a signal stops it."""
+
+import errno
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from hqc.errors import RuntimeMissingError
+from hqc.serving.errors import ServingError
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+__all__ = ["bind_socket", "build_server", "serve"]
+
+OWN_ADDRESS = "Use 127.0.0.1, or another address of this computer."
+SHUTDOWN_S = 30  # a running generation gets this long to finish
+
+
+def serve(
+    app: "FastAPI",
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    announce: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM, then finish the requests under way and return.
+
+    Args:
+        app: from `hqc.serving.app.create_app`.
+        host: address to listen on; the default is reachable from this computer only.
+        port: 0 takes a free one.
+        announce: called with the URL once connections are accepted; printed when None.
+
+    Raises:
+        RuntimeMissingError: uvicorn is not installed.
+        ServingError: the address is in use, not allowed, or not this computer's.
+    """
+    server = build_server(app)
+    listener = bind_socket(host, port)
+    try:
+        with _stopping_quietly(server):
+            (announce or _print_url)(_url(listener))
+            server.run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def build_server(app: "FastAPI") -> "uvicorn.Server":
+    """A uvicorn server that logs warnings only; `run(sockets=[bind_socket(...)])` starts it.
+
+    Raises:
+        RuntimeMissingError: uvicorn is not installed.
+    """
+    try:
+        import uvicorn
+    except ModuleNotFoundError as error:
+        raise RuntimeMissingError(
+            "hqc serve", "fastapi/uvicorn are not installed", "pip install 'hqc[serve]'"
+        ) from error
+    config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=SHUTDOWN_S)
+    return uvicorn.Server(config)
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """A listening TCP socket, so that an address that cannot be had is known before anything else starts.
+
+    Raises:
+        ServingError: the port is in use or needs privileges, or the host is not an address of this computer.
+    """
+    where = f"{host}:{port}"
+    if not 0 <= port <= 65535:
+        raise ServingError(where, "not a port, expected 0 to 65535", "Choose another with --port.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ServingError(where, f"no such host ({error})", OWN_ADDRESS) from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise _unbindable(where, error) from error
+    return listener
+
+
+def _unbindable(where: str, error: OSError) -> ServingError:
+    if error.errno == errno.EADDRINUSE:
+        return ServingError(where, "the port is in use", "Stop what listens there, or choose another --port.")
+    if error.errno == errno.EACCES:
+        return ServingError(where, "the port needs privileges", "Choose one from 1024 on with --port.")
+    return ServingError(
+        where,
+        f"cannot listen there ({error.strerror})",
+        OWN_ADDRESS,
+    )
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _print_url(url: str) -> None:
+    print(f"Serving at {url} (POST /v1/images/generations, GET /health). Stop with Ctrl-C.", flush=True)
+
+
+@contextmanager
+def _stopping_quietly(server: "uvicorn.Server") -> Iterator[None]:
+    """Signals end the server and nothing else.
+
+    uvicorn raises a signal again after its shutdown, for the handlers that stood before; these only repeat
+    the wish to stop, so that `serve` returns. They also catch a signal that comes before uvicorn's own stand.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_: int, __: FrameType | None) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,110 @@
+"""A pipeline that draws in microseconds or waits at a gate, and a real HTTP server around it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from torch import Tensor
+
+from hqc.serving.app import create_app
+from hqc.serving.limits import Limits
+from hqc.serving.server import bind_socket, build_server
+from hqc.serving.worker import Worker
+
+
+class FakePipeline:
+    """Called as `ClassConditionalLDMPipeline` is. With `gate` set, a call waits until it opens."""
+
+    def __init__(self) -> None:
+        self.unet = SimpleNamespace(config=SimpleNamespace(sample_size=8))
+        self.scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=100))
+        self.vae = SimpleNamespace(
+            config=SimpleNamespace(scaling_factor=1.0, block_out_channels=(8, 8, 8)),
+            dtype=torch.float32,
+            decode=self._decode,
+        )
+        self.calls: list[dict[str, Any]] = []
+        self.entered = threading.Semaphore(0)
+        self.gate: threading.Event | None = None
+        self.failure: Exception | None = None
+        self.running = self.most_running = 0
+
+    def __call__(self, *, generator: list[torch.Generator], class_labels: list[int], **options: Any) -> Any:
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        self.calls.append({"class_labels": class_labels, **options})
+        self.entered.release()
+        if self.gate is not None:
+            assert self.gate.wait(30)
+        self.running -= 1
+        if self.failure is not None:
+            raise self.failure
+        noise = torch.stack([torch.randn(3, 8, 8, generator=each) for each in generator])
+        return (noise + torch.tensor(class_labels)[:, None, None, None] / 10,)
+
+    @staticmethod
+    def _decode(latents: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        assert not return_dict
+        return (torch.tanh(latents.mean(1, keepdim=True)).repeat_interleave(4, 2).repeat_interleave(4, 3),)
+
+
+class ServedClient(httpx.Client):
+    """A client that can also look into the queue of the server behind it."""
+
+    worker: Worker
+
+
+@contextmanager
+def served(pipe: Any, limits: Limits) -> Iterator[ServedClient]:
+    """An HTTP client of a server that runs in a thread on a free port of the loopback interface."""
+    app = create_app(pipe, model_name="digits-test", limits=limits)
+    server = build_server(app)
+    listener = bind_socket("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        with ServedClient(base_url=url, timeout=30, trust_env=False) as client:
+            client.worker = app.state.worker
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pipe() -> FakePipeline:
+    return FakePipeline()
+
+
+@pytest.fixture
+def start(pipe: FakePipeline) -> Iterator[Callable[..., httpx.Client]]:
+    """Starts a server with the given limits; the gate is opened before it is stopped."""
+    with ExitStack() as stack:
+
+        def begin(**limits: int) -> httpx.Client:
+            return stack.enter_context(served(pipe, Limits(**limits)))
+
+        yield begin
+        if pipe.gate is not None:
+            pipe.gate.set()
+
+
+@pytest.fixture
+def client(start: Callable[..., httpx.Client]) -> httpx.Client:
+    return start(max_images=4, max_steps=50, max_queue=2)
