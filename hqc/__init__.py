@@ -1,0 +1,58 @@
+"""hqc, the Hadamard Quantisation Compiler: low-bit latent diffusion from checkpoint to integer kernels.
+
+    import hqc
+    program = hqc.trace("digits")
+    trained = hqc.qat(program, "hq-dm", "w4a4")
+    hqc.export_program(trained, "onnxruntime", "digits-w4a4")
+
+Names are imported on first use, so that `import hqc` and `hqc --help` stay quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hqc.api import ptq, qat, quantise
+    from hqc.capture import trace
+    from hqc.errors import HqcError
+    from hqc.export import export_program
+    from hqc.program import Program
+    from hqc.runtimes import load
+    from hqc.storage import load_program, save_program
+    from hqc.training import Task
+
+__version__ = "0.1.0"
+__all__ = [
+    "HqcError",
+    "Program",
+    "Task",
+    "export_program",
+    "load",
+    "load_program",
+    "ptq",
+    "qat",
+    "quantise",
+    "save_program",
+    "trace",
+]
+
+_WHERE = {
+    "HqcError": ("hqc.errors", "HqcError"),
+    "Program": ("hqc.program", "Program"),
+    "Task": ("hqc.training", "Task"),
+    "export_program": ("hqc.export", "export_program"),
+    "load": ("hqc.runtimes", "load"),
+    "load_program": ("hqc.storage", "load_program"),
+    "ptq": ("hqc.api", "ptq"),
+    "qat": ("hqc.api", "qat"),
+    "quantise": ("hqc.api", "quantise"),
+    "save_program": ("hqc.storage", "save_program"),
+    "trace": ("hqc.capture", "trace"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'hqc' has no attribute {name!r}")
+    module, attribute = _WHERE[name]
+    return getattr(import_module(module), attribute)

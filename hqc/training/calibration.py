@@ -1,7 +1,7 @@
 """Calibration: activation scale tables by MSE search along a float trajectory.
 
-For every site and timestep the scale minimises Σ (x - s·clip(round(x/s), -Q, Q))² over candidate clip ranges, x being the
-input of the site's quantiser (rotated where the plan says so). The quantisers are bypassed while observing, so the
+For every site and timestep the scale minimises Σ (x - s·clip(round(x/s), -Q, Q))² over candidate clip ranges, x being
+the input of the site's quantiser (rotated where the plan says so). The quantisers are bypassed while observing, so the
 trajectory is the float model's own.
 """
 
@@ -55,7 +55,9 @@ class _Observer(fx.Interpreter):
     def __call__(self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
         times = timestep.reshape(-1).float()
         if times.unique().numel() != 1:
-            raise TrainingError("calibration", "one call mixes timesteps", "Call the model with one timestep at a time.")
+            raise TrainingError(
+                "calibration", "one call mixes timesteps", "Call the model with one timestep at a time."
+            )
         self.row = int((times[0] - self.grid).abs().argmin())
         args = [a for a in (sample, times.expand(len(sample)), condition) if a is not None]
         with torch.no_grad():
@@ -104,7 +106,9 @@ def calibrate(program: Program, forward_loop: Callable[[Denoise], None], *, cand
     state = dict(program.state)
     visited = sorted({row for _, row in observer.searches})
     if not visited and program.plan.quantised:
-        raise TrainingError("calibration", "the forward loop never called the model", "Call model(sample, timestep, …).")
+        raise TrainingError(
+            "calibration", "the forward loop never called the model", "Call model(sample, timestep, …)."
+        )
     for plan in program.plan.quantised:
         name = f"{plan.site}.activation_scale_table"
         nearest = [min(visited, key=lambda v, r=row: (abs(v - r), v)) for row in range(len(state[name]))]  # type: ignore[misc]

@@ -26,25 +26,20 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
 
 
-def save_checkpoint(checkpoint: Checkpoint, folder: Path, settings: Mapping[str, object]) -> None:
-    """Replaces the checkpoint in `folder`; `settings` are kept so that a resume can be refused if they differ."""
+def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Replaces the checkpoint in `folder`."""
     with atomic_folder(folder, force=True, may_replace=is_artefact) as temporary:
         save_file({**checkpoint.tensors, "sample": checkpoint.sample}, temporary / "checkpoint.safetensors")
-        write_manifest(temporary, _KIND, {"step": checkpoint.step, "settings": dict(settings)})
+        write_manifest(temporary, _KIND, {"step": checkpoint.step})
 
 
-def load_checkpoint(folder: Path, settings: Mapping[str, object]) -> Checkpoint:
-    """Reads a checkpoint of a run with the same settings.
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Reads a checkpoint.
 
     Raises:
-        ArtefactError: if it is missing, damaged, or of other settings (all differences are listed).
+        ArtefactError: if it is missing or damaged.
     """
     manifest = check_manifest(folder, _KIND)
-    saved = manifest.get("settings", {})
-    differing = sorted(k for k in saved.keys() | settings.keys() if saved.get(k) != settings.get(k))
-    if differing:
-        listed = ", ".join(f"{k} was {saved.get(k)!r}, now {settings.get(k)!r}" for k in differing)
-        raise ArtefactError(str(folder), f"belongs to a run with other settings: {listed}", "Resume with the same ones.")
     try:
         tensors = load_file(folder / "checkpoint.safetensors")
         sample = tensors.pop("sample")

@@ -5,8 +5,8 @@
                  L = Σ (ε̂ - ε)² over all elements;  AdamW;  linear decay
                  x_{t-1} = sampler step with the teacher's ε (no student roll-out)
 
-LoRA factors learn at lr_lora·mean(s_w) of their own site, so that a step is the same fraction of every site's grid; scales
-have no weight decay and stay positive. Every random number comes from (seed, epoch, step), so a run that was killed
+LoRA factors learn at lr_lora·mean(s_w) of their own site, so that a step is the same fraction of every site's grid;
+scales have no weight decay and stay positive. Every random number comes from (seed, epoch, step), so a run that was killed
 continues to the same bits. Source: HQ-DM training loop; EfficientDM scale-aware LoRA (arXiv 2310.03270).
 """
 
@@ -112,7 +112,9 @@ def distil(
         loss = (found - wanted).square().sum()
         value = float(loss.detach())
         if not value < float("inf"):
-            raise TrainingError(f"training step {step + 1}", f"the loss is {value}", "Lower --lr-lora or the bits' risk.")
+            raise TrainingError(
+                f"training step {step + 1}", f"the loss is {value}", "Lower --lr-lora or the bits' risk."
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         for group in optimizer.param_groups:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hqc.errors import TrainingError
-from hqc.program import Program
 
 __all__ = ["Denoise", "Task", "class_conditional_task", "guided", "trajectory"]
 
@@ -65,7 +64,9 @@ def class_conditional_task(pipeline: Any) -> Task:
     return Task(lambda: kind.from_config(scheduler_config), (config["in_channels"], size, size), draw, null)
 
 
-def guided(denoise: Denoise, sample: Tensor, timestep: float, conditions: tuple[Tensor, Tensor] | None, g: float) -> Tensor:
+def guided(
+    denoise: Denoise, sample: Tensor, timestep: float, conditions: tuple[Tensor, Tensor] | None, g: float
+) -> Tensor:
     """ε = ε_u + g·(ε_c - ε_u), both halves in one call; ε(x) itself for an unconditional model.
 
     sample [N, C, H, W] -> [N, C, H, W]; conditions = (null, wanted), each [N, L, D].
@@ -85,7 +86,9 @@ def start(task: Task, n: int, generator: torch.Generator) -> tuple[Tensor, tuple
     return torch.randn(n, *task.latent_shape, generator=generator), conditions
 
 
-def advance(scheduler: Any, noise: Tensor, timestep: Tensor, sample: Tensor, eta: float, generator: torch.Generator) -> Tensor:
+def advance(
+    scheduler: Any, noise: Tensor, timestep: Tensor, sample: Tensor, eta: float, generator: torch.Generator
+) -> Tensor:
     """One sampler step x_t -> x_{t-1}; eta and generator go only to schedulers that take them."""
     import inspect
 

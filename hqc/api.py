@@ -1,0 +1,307 @@
+"""The Python API, in the shape that users of quantisation tools know: program in, program out.
+
+    program = hqc.trace("digits")
+    student = hqc.ptq(program, "rtn", "w4a4")                            # training-free
+    student = hqc.qat(program, "hq-dm", "w4a4", work_dir="run")          # distillation, resumable
+    report = hqc.export_program(student, "onnxruntime", "digits-w4a4")
+    pipe.unet = hqc.load("digits-w4a4").as_unet()
+
+`forward_loop(unet)` may replace the built-in calibration: it runs a pipeline whose `.unet` is the object it is given.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqc.errors import ArtefactError, PlanError, TrainingError
+from hqc.pipeline import run_pipeline
+from hqc.program import Program
+from hqc.recipes import Recipe, TrainingSettings, find_recipe
+from hqc.runtimes import as_unet
+from hqc.storage import load_program, save_program
+from hqc.training import StepRecord, Task, calibrate, class_conditional_task, distil
+from hqc.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from hqc.training.task import Denoise, trajectory
+
+__all__ = ["ForwardLoop", "configure", "finish_run", "pipeline_for", "ptq", "qat", "quantise", "task_of"]
+
+ForwardLoop = Callable[[nn.Module], Any]
+
+
+def configure(
+    recipe: str | Recipe,
+    *,
+    block: int | None = None,
+    rules: str | None = None,
+    training: TrainingSettings | None = None,
+) -> Recipe:
+    """A recipe with some of its options replaced; `block` 0 turns the rotation off.
+
+    Raises:
+        PlanError: if the recipe is unknown.
+    """
+    found = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    wanted = {"block": block, "rules": rules, "training": training}
+    return found.model_copy(update={key: value for key, value in wanted.items() if value is not None})
+
+
+def task_of(program: Program, pipeline: Any | None = None) -> Task:
+    """What to sample while calibrating and training `program`: from the pipeline, or from the one it was traced from.
+
+    Raises:
+        TrainingError: if there is none.
+    """
+    if pipeline is None:
+        from hqc.runtimes import pipeline_of
+
+        pipeline = pipeline_of(program)
+    if pipeline is None:
+        raise TrainingError(
+            f"program from {program.origin.source or 'a module'}",
+            "was not traced from a pipeline, so hqc cannot sample it",
+            "Give task=Task(...) or forward_loop=… from Python.",
+        )
+    return class_conditional_task(pipeline)
+
+
+def pipeline_for(artefact: Path) -> Any:
+    """The pipeline that a program folder carries or refers to."""
+    from hqc.runtimes import load
+
+    return load(artefact).pipeline()
+
+
+def quantise(
+    program: Program,
+    recipe: Recipe,
+    bits: str,
+    *,
+    task: Task | None = None,
+    forward_loop: ForwardLoop | None = None,
+    keep_float: Sequence[str] = (),
+) -> Program:
+    """Runs a recipe's passes and calibrates: the training-free part of every method.
+
+    The grid of the scale tables is the sampler's timesteps, or with a forward loop the timesteps that it visits.
+
+    Raises:
+        PlanError: bits or rules make no sense. TrainingError: calibration met NaN, or nothing to sample.
+    """
+    if forward_loop is None:
+        task = task or task_of(program)
+        grid = task.timesteps(recipe.training.num_inference_steps)
+        run = _sampler_loop(task, recipe)
+    else:
+        run = _user_loop(forward_loop, program)
+        grid = _visited(program, run)
+    quantised = run_pipeline(program, recipe.passes(bits, grid, tuple(keep_float)))
+    quantised = quantised.evolve(plan=replace(quantised.plan, recipe=recipe.name))
+    return calibrate(quantised, run, candidates=recipe.calibration.candidates)
+
+
+def _sampler_loop(task: Task, recipe: Recipe) -> Callable[[Denoise], None]:
+    sampler, calibration = recipe.training, recipe.calibration
+
+    def run(denoise: Denoise) -> None:
+        options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta, calibration.seed)
+        for _ in trajectory(task, denoise, calibration.samples, *options):
+            pass
+
+    return run
+
+
+def _user_loop(forward_loop: ForwardLoop, program: Program) -> Callable[[Denoise], None]:
+    def run(denoise: Denoise) -> None:
+        forward_loop(as_unet(denoise, program.origin.unet_config))
+
+    return run
+
+
+def _visited(program: Program, run: Callable[[Denoise], None]) -> tuple[float, ...]:
+    """The timesteps that a forward loop visits, found by running it once on the float program."""
+    module, seen = program.module(), set[float]()
+
+    @torch.no_grad()
+    def record(sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        times = timestep.reshape(-1).float().expand(len(sample))
+        seen.update(times.tolist())
+        return module(*[a for a in (sample, times, condition) if a is not None])  # type: ignore[no-any-return]
+
+    run(record)
+    if not seen:
+        raise TrainingError("calibration", "the forward loop never called the model", "Call the unet it is given.")
+    return tuple(sorted(seen))
+
+
+def ptq(
+    program: Program,
+    recipe: str | Recipe = "rtn",
+    bits: str = "w4a4",
+    *,
+    hadamard: bool = False,
+    block: int = 32,
+    forward_loop: ForwardLoop | None = None,
+    task: Task | None = None,
+    keep_float: Sequence[str] = (),
+) -> Program:
+    """Quantises without training: MSE weight scales, per-timestep activation scales along the float trajectory.
+
+    `hadamard` inserts the rotation (of order `block`) before the quantisers.
+
+    Raises:
+        PlanError, TrainingError: see `quantise`.
+    """
+    found = configure(recipe)
+    if found.trains:
+        raise PlanError(f"recipe {found.name!r}", "needs training", "Use hqc qat, or --recipe rtn here.")
+    if hadamard:
+        found = configure(found, block=block)
+    return quantise(program, found, bits, task=task, forward_loop=forward_loop, keep_float=keep_float)
+
+
+def qat(
+    program: Program,
+    recipe: str | Recipe = "hq-dm",
+    bits: str = "w4a4",
+    *,
+    forward_loop: ForwardLoop | None = None,
+    task: Task | None = None,
+    settings: TrainingSettings | None = None,
+    keep_float: Sequence[str] = (),
+    work_dir: Path | str | None = None,
+    resume: bool = False,
+    on_start: Callable[[Program, int], None] | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> Program:
+    """Quantises and trains by distillation from `program`; with a work folder it can be killed and resumed.
+
+    work_dir: keeps the calibrated program, a JSON-lines log and the last checkpoint. resume: continue there, to the
+    same bits as an uninterrupted run, without calibrating again. on_start(quantised, first step), on_step(record).
+
+    Raises:
+        PlanError, TrainingError: see `quantise`. ArtefactError: nothing to resume, or a run with other settings.
+    """
+    found = configure(recipe, training=settings)
+    if not found.trains:
+        raise PlanError(f"recipe {found.name!r}", "does not train", "Use hqc ptq for it, or --recipe hq-dm here.")
+    task = task or task_of(program)
+    run = _Run(Path(work_dir)) if work_dir is not None else None
+    settings_used = _fingerprint(program, found, bits, keep_float)
+    checkpoint = None
+    if resume:
+        if run is None:
+            raise ArtefactError("resume", "no work folder was given", "Give the work folder of the run to continue.")
+        student, checkpoint = run.load(settings_used)
+    else:
+        student = quantise(program, found, bits, task=task, forward_loop=forward_loop, keep_float=keep_float)
+        student = student.evolve(plan=replace(student.plan, training=settings_used))
+        if run is not None:
+            run.begin(student)
+    if on_start is not None:
+        on_start(student, checkpoint.step if checkpoint else 0)
+
+    def record(step: StepRecord) -> None:
+        if run is not None:
+            run.log(step)
+        if on_step is not None:
+            on_step(step)
+
+    return distil(
+        student,
+        program,
+        task,
+        found.training,
+        resume=checkpoint,
+        on_step=record,
+        on_checkpoint=run.save if run is not None else None,
+    )
+
+
+def finish_run(folder: Path | str) -> None:
+    """Drops the calibrated program and the checkpoint of a run whose result is saved; the log stays."""
+    run = _Run(Path(folder))
+    shutil.rmtree(run.checkpoint, ignore_errors=True)
+    shutil.rmtree(run.quantised, ignore_errors=True)
+
+
+def _fingerprint(program: Program, recipe: Recipe, bits: str, keep_float: Sequence[str]) -> dict[str, Any]:
+    """Everything that decides a run's result, as JSON data; checkpoints go more often without changing it."""
+    digest = hashlib.sha256()
+    for name in sorted(program.state):
+        digest.update(name.encode())
+        digest.update(program.state[name].contiguous().view(torch.uint8).numpy().tobytes())
+    settings = recipe.model_dump(mode="json")
+    settings["training"].pop("checkpoint_every")
+    return {
+        "recipe": settings,
+        "bits": bits.lower(),
+        "keep_float": list(keep_float),
+        "weights_sha256": digest.hexdigest(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+class _Run:
+    """The work folder of one training run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.quantised, self.checkpoint, self.log_path = (
+            folder / "quantised.hqc",
+            folder / "checkpoint",
+            folder / "log.jsonl",
+        )
+
+    def begin(self, student: Program) -> None:
+        try:
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.log_path.write_text("", encoding="utf-8")
+        except OSError as error:
+            raise ArtefactError(
+                str(self.folder), f"cannot be written ({error})", "Choose another --work-dir."
+            ) from error
+        save_program(student, self.quantised, force=True)
+
+    def load(self, settings: dict[str, Any]) -> tuple[Program, Checkpoint | None]:
+        student = load_program(self.quantised)
+        saved = dict(student.plan.training)
+        if saved != settings:
+            raise ArtefactError(
+                str(self.folder),
+                f"belongs to a run with other settings ({_difference(saved, settings)})",
+                "Resume with the same program and options, or start again without --resume.",
+            )
+        checkpoint = load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+        self._truncate_log(checkpoint.step if checkpoint else 0)
+        return student, checkpoint
+
+    def _truncate_log(self, steps: int) -> None:
+        lines = self.log_path.read_text(encoding="utf-8").splitlines() if self.log_path.exists() else []
+        self.log_path.write_text("".join(line + "\n" for line in lines[:steps]), encoding="utf-8")
+
+    def log(self, step: StepRecord) -> None:
+        with self.log_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(step)) + "\n")
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        save_checkpoint(checkpoint, self.checkpoint)
+
+
+def _difference(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
+    parts = []
+    for key in sorted(saved.keys() | wanted.keys()):
+        ours, theirs = saved.get(key), wanted.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            if ours != theirs:
+                parts.append(_difference(ours, theirs, f"{prefix}{key}."))
+        elif ours != theirs:
+            parts.append(f"{prefix}{key} was {ours!r}, now {theirs!r}")
+    return "; ".join(parts)

@@ -1,0 +1,68 @@
+"""What the command line prints: tables, progress bars with an ETA, JSON for machines."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hqc.plan import SitePlan
+from hqc.program import Program
+
+__all__ = ["console", "fields", "print_json", "progress", "sites_table", "stderr"]
+
+console = Console(soft_wrap=True)
+stderr = Console(stderr=True)
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on standard error with an ETA; yields advance_to(completed, note). Silent where nobody looks."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=stderr,
+        disable=not stderr.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(what, total=total, completed=done, note="")
+        yield lambda completed, note="": bar.update(task, completed=completed, note=note)
+
+
+def fields(title: str, values: dict[str, Any]) -> None:
+    """A short list of named values."""
+    console.print(title, style="bold")
+    width = max((len(key) for key in values), default=0)
+    for key, value in values.items():
+        console.print(f"  {key:<{width}}  {value}", markup=False, highlight=False)
+
+
+def sites_table(program: Program) -> Table:
+    """One row a site: bits, rotation, LoRA rank, and the reason of every exception."""
+    table = Table(title=f"{program.plan.recipe or 'plan'} {program.plan.bits}", title_justify="left")
+    for column in ("site", "kind", "in", "out", "bits", "rotation", "LoRA", "note"):
+        table.add_column(column, justify="right" if column in ("in", "out", "LoRA") else "left", overflow="fold")
+    for plan in program.plan.sites:
+        table.add_row(*_row(plan))
+    return table
+
+
+def _row(plan: SitePlan) -> tuple[str, ...]:
+    bits = f"w{plan.weight_bits}a{plan.activation_bits}" if plan.quantised else "float"
+    rotation = f"H{plan.block}" if plan.block else "–"
+    rank = str(plan.lora_rank) if plan.lora_rank else "–"
+    return plan.site, plan.kind, str(plan.in_channels), str(plan.out_channels), bits, rotation, rank, plan.reason
