@@ -1,0 +1,44 @@
+# Everything from a fresh machine: `make demo` shows the whole way, `make test` runs every check.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types tests figures docs clean
+
+help: ## list what there is to make
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+install: $(STAMP) ## make the virtual environment and install hqc with its tools
+
+demo: install ## trace, train, export, sample and evaluate the bundled model; prints one table
+	$(BIN)/python scripts/demo.py
+
+test: install lint types tests ## lint, types, then every test
+
+lint: install ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## mypy, strict
+	$(BIN)/mypy
+
+tests: install ## pytest
+	$(BIN)/python -m pytest
+
+figures: install ## measure again what the README shows (about two hours on two cores)
+	$(BIN)/python scripts/figures.py
+
+docs: install ## write docs/cli.md anew from the command line's own help
+	$(BIN)/python scripts/cli_reference.py
+
+clean: ## remove the virtual environment and what demo and tests wrote
+	rm -rf $(VENV) work .pytest_cache .mypy_cache .ruff_cache .hypothesis
