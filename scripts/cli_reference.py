@@ -1,0 +1,26 @@
+"""Writes docs/cli.md from the command line's own help; a test checks that it is up to date."""
+
+from pathlib import Path
+
+import click
+
+from hqc.cli import main as cli
+
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
+
+
+def reference() -> str:
+    """The help of every command, as Markdown."""
+    parts = ["# Command line\n", "Written by `make docs` from `hqc COMMAND --help`; do not edit.\n"]
+    root = click.Context(cli, info_name="hqc", terminal_width=100, max_content_width=100)
+    parts.append(f"```text\n{cli.get_help(root)}\n```\n")
+    for name in cli.list_commands(root):
+        command = cli.commands[name]
+        context = click.Context(command, info_name=name, parent=root, terminal_width=100, max_content_width=100)
+        parts.append(f"## hqc {name}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    TARGET.write_text(reference(), encoding="utf-8")
+    print(f"wrote {TARGET.name}")

@@ -1,0 +1,85 @@
+"""`make demo`: the whole way on the bundled model, each step the command that a user would type, then one table.
+
+trace -> ptq (RTN, RTN + Hadamard) -> qat (HQ-DM) -> export -> sample -> eval
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from hqc.console import console
+from hqc.evaluation.latency import latency_ms
+from hqc.evaluation.metrics import evaluate
+from hqc.evaluation.report import ReportRow, terminal_report
+from hqc.evaluation.sampling import Samples, sample_images
+from hqc.models.classifier import load_digit_classifier
+from hqc.runtimes import load
+
+ROWS = {
+    "float, torch": "digits.hqc",
+    "RTN, torch fake-quant": "rtn.hqc",
+    "RTN + Hadamard, torch fake-quant": "rtn-hadamard.hqc",
+    "HQ-DM, torch fake-quant": "hq-dm.hqc",
+    "HQ-DM, ONNX Runtime integer": "hq-dm-onnx",
+    "float, ONNX Runtime fp32": "digits-onnx",
+}
+
+
+def hqc(*arguments: str) -> None:
+    """Runs one hqc command as a user would, and shows it."""
+    console.print(f"$ hqc {' '.join(arguments)}", style="bold cyan", markup=False, highlight=False)
+    subprocess.run([sys.executable, "-m", "hqc.cli", *arguments], check=True)
+
+
+def main() -> None:
+    """Runs every step in a work folder and prints the table and the path of the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("work/demo"))
+    parser.add_argument("--bits", default="w4a4")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--steps", type=int, help="updates of the training (default: the recipe's)")
+    options = parser.parse_args()
+    began, work, bits = time.perf_counter(), options.work, options.bits
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    program, trained = str(work / "digits.hqc"), str(work / "hq-dm.hqc")
+    hqc("trace", "digits", "-o", program)
+    hqc("ptq", program, "--bits", bits, "-o", str(work / "rtn.hqc"))
+    hqc("ptq", program, "--bits", bits, "--hadamard", "-o", str(work / "rtn-hadamard.hqc"))
+    steps = ["--steps", str(options.steps)] if options.steps else []
+    hqc("qat", program, "--bits", bits, "--recipe", "hq-dm", *steps, "-o", trained)
+    hqc("export", trained, "--target", "onnxruntime", "-o", str(work / "hq-dm-onnx"))
+    hqc("export", program, "--target", "onnxruntime", "-o", str(work / "digits-onnx"))
+    picture = work / "samples.png"
+    hqc("sample", str(work / "hq-dm-onnx"), "--compare-with", program, "--per-class", "4", "-o", str(picture))
+    console.print(f"measuring {options.images} images with each model …")
+    classifier, reference, rows = load_digit_classifier(), None, []
+    for name, file in ROWS.items():
+        samples = sample(work / file, options.images)
+        reference = reference or samples
+        metrics = evaluate(samples, reference, classifier)
+        model = load(work / file)
+        rows.append(ReportRow(name, metrics, model.size_bytes, latency_ms(model)))
+    console.print(terminal_report(rows))
+    console.print(
+        f"latency: median ms of one denoiser call at batch 2, {torch.get_num_threads()} threads; "
+        "size: the denoiser's files on disk",
+        highlight=False,
+    )
+    console.print(f"picture: {picture.resolve()}   {(time.perf_counter() - began) / 60:.1f} minutes", highlight=False)
+
+
+def sample(path: Path, images: int) -> Samples:
+    """The protocol's images: labels in turn, seeds 0, 1, …"""
+    labels = tuple(i % 10 for i in range(images))
+    sampler = {"num_inference_steps": 20, "guidance_scale": 1.5, "eta": 0.0, "batch_size": 50}
+    return sample_images(load(path).pipeline(), labels, tuple(range(images)), **sampler)
+
+
+if __name__ == "__main__":
+    main()
