@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +22,7 @@ COLUMNS = (
     "PSNR (dB) ↑",
     "SSIM ↑",
     "Latent cosine ↑",
-    "Accuracy ↑",
+    "Acc. (%) ↑",
     "Size (MB)",
     "Latency (ms)",
 )
@@ -46,9 +47,10 @@ class ReportRow:
 
 def terminal_report(rows: Sequence[ReportRow]) -> Group:
     """A rich table with the protocol underneath; print it with `rich.console.Console().print`."""
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)  # ten columns fit into 80 characters
     for column, name in enumerate(COLUMNS):
-        table.add_column(name, justify="right" if column else "left")
+        longest_word = max(map(len, name.split()))
+        table.add_column(name, justify="right" if column else "left", overflow="fold", min_width=longest_word)
     for row in rows:
         table.add_row(*(Text(cell) for cell in _cells(row)))  # Text: a name may hold [brackets]
     return Group(table, *(Text(line) for line in protocol_lines(rows)))
@@ -105,7 +107,7 @@ def _cells(row: ReportRow) -> list[str]:
             _number(near.psnr_db, 2),
             _number(near.ssim, 4),
             _number(near.latent_cosine, 4),
-            f"{_number(100 * metrics.accuracy, 1)} %",
+            _number(100 * metrics.accuracy, 1),
         ]
     return [row.name, *figures, _number(size_mb, 2), _number(row.latency_ms, 1)]
 

@@ -40,8 +40,8 @@ def test_markdown() -> None:
     lines = markdown_report(rows).splitlines()
     assert lines[0].startswith("| Model | IS ↑ | FID to float ↓ | FID to real ↓ | PSNR (dB) ↑ |")
     assert lines[1] == "|---|" + "---:|" * 9
-    assert lines[2] == "| float | 8.77 ± 0.43 | 1.23 | 3.00 | ∞ | 1.0000 | 1.0000 | 97.3 % | 15.60 | 12.3 |"
-    assert lines[3] == r"| RTN \| W4A4 | 8.77 ± 0.43 | 1.23 | – | 25.12 | 0.9123 | 0.9877 | 97.3 % | – | – |"
+    assert lines[2] == "| float | 8.77 ± 0.43 | 1.23 | 3.00 | ∞ | 1.0000 | 1.0000 | 97.3 | 15.60 | 12.3 |"
+    assert lines[3] == r"| RTN \| W4A4 | 8.77 ± 0.43 | 1.23 | – | 25.12 | 0.9123 | 0.9877 | 97.3 | – | – |"
     assert lines[4] == "| absent |" + " – |" * 9
     assert lines[5:] == ["", PROTOCOL_LINE]
 
@@ -51,9 +51,21 @@ def test_terminal_shows_the_same_cells_and_brackets_in_names() -> None:
     with console.capture() as captured:
         console.print(terminal_report([ReportRow("hq-dm [w4a4]", METRICS, 2_000_000, 5.0)]))
     text = captured.get()
-    for cell in ("hq-dm [w4a4]", "8.77 ± 0.43", "25.12", "0.9123", "97.3 %", "2.00", "5.0", "–"):
+    for cell in ("hq-dm [w4a4]", "8.77 ± 0.43", "25.12", "0.9123", "97.3", "2.00", "5.0", "–"):
         assert cell in text
     assert " ".join(PROTOCOL_LINE.split()) in " ".join(text.split())
+
+
+def test_no_figure_is_cut_in_a_terminal_of_80_characters() -> None:
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(terminal_report([ReportRow("float", FLOAT, 15_600_000, 12.3), ReportRow("hq-dm w4a4", METRICS)]))
+    text = captured.get()
+    words = text.split()
+    assert "…" not in text
+    for word in ("float", "8.77", "0.43", "1.23", "3.00", "25.12", "0.9123", "97.3", "15.60", "12.3", "Latency"):
+        assert word in words
+    assert words.count("1.0000") == 2
 
 
 def test_protocols_that_differ_name_their_models() -> None:
