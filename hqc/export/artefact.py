@@ -1,0 +1,116 @@
+"""`export_program`: a Program becomes a verified ONNX folder.
+
+    NAME/model.onnx         the network; weights of at most 4 bits as INT4
+    NAME/model.onnx.data    the weights, where they are too large for the file itself
+    NAME/manifest.json      target, opset, origin, inputs, what verification measured, sha256 and size of every file
+    NAME/plan.json          the quantisation plan
+    NAME/pipeline/          what surrounds the denoiser, in diffusers layout (optional)
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hqc.errors import ExportError
+from hqc.export.model import DATA_FILE, EXTERNAL_DATA_BYTES, MODEL_FILE, onnx_from_program, save_model
+from hqc.export.prepare import Target, prepare
+from hqc.export.verification import Verification, verify_export
+from hqc.program import Program
+from hqc.storage import atomic_folder, copy_pipeline, is_artefact, write_manifest
+
+__all__ = ["EXPORT_KIND", "OPSETS", "ExportReport", "export_program"]
+
+EXPORT_KIND = "hqc-export"
+OPSETS = range(21, 26)
+"""INT4 came with opset 21; onnxruntime's own support sets the upper end."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote and measured."""
+
+    folder: Path
+    target: str
+    opset: int
+    nodes: int
+    size_bytes: int
+    seconds: float
+    verification: Verification
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.folder}: {self.target}, opset {self.opset}, {self.nodes} nodes, "
+            f"{self.size_bytes / 1e6:.1f} MB, {self.seconds:.1f} s"
+        )
+        return f"{head}\n{self.verification}"
+
+
+def export_program(
+    program: Program,
+    target: Target,
+    folder: Path,
+    *,
+    opset: int = 21,
+    force: bool = False,
+    float_program: Program | None = None,
+    pipeline: Path | None = None,
+    verify_batch: int = 4,
+    external_data_bytes: int = EXTERNAL_DATA_BYTES,
+) -> ExportReport:
+    """Lowers a program at any stage to ONNX, verifies the file, and only then puts the folder in its place.
+
+    Args:
+        program: captured (written in float), quantised, trained, or integer.
+        target: `portable` (fake-quant semantics, any runtime) or `onnxruntime` (integer products).
+        folder: written whole or not at all.
+        opset: 21…25.
+        force: replace an artefact that exists.
+        float_program: the captured program, the measure of the quantisation error.
+        pipeline: a diffusers-layout folder whose parts (all but the UNet) go with the export.
+        verify_batch: samples in the verification batch; their timesteps differ.
+        external_data_bytes: weights beyond this go into a file beside the model.
+
+    Raises:
+        ExportError: if an operator cannot be written, or verification is out of bounds.
+        ArtefactError: if the folder exists or cannot be written.
+    """
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset}", f"expected {OPSETS.start}…{OPSETS.stop - 1}", "Use 21 unless you must.")
+    start = time.perf_counter()
+    prepared = prepare(program, target)
+    with atomic_folder(folder, force=force, may_replace=is_artefact) as temporary:
+        model, taps = onnx_from_program(prepared, target, opset)
+        path = save_model(model, temporary, external_data_bytes=external_data_bytes)
+        verification = verify_export(path, taps, program, float_program=float_program, batch=verify_batch)
+        size = sum((temporary / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (temporary / name).exists())
+        report = ExportReport(
+            folder, target, opset, len(model.graph), size, round(time.perf_counter() - start, 3), verification
+        )
+        (temporary / "plan.json").write_text(json.dumps(prepared.plan.to_dict(), indent=1) + "\n", encoding="utf-8")
+        if pipeline is not None:
+            copy_pipeline(pipeline, temporary / "pipeline")
+        write_manifest(temporary, EXPORT_KIND, _fields(program, report))
+    return report
+
+
+def _fields(program: Program, report: ExportReport) -> dict[str, Any]:
+    plan = program.plan
+    return {
+        "target": report.target,
+        "opset": report.opset,
+        "stage": str(program.stage),
+        "origin": asdict(program.origin),
+        "inputs": [asdict(spec) for spec in program.inputs],
+        "plan": {
+            "recipe": plan.recipe,
+            "bits": plan.bits,
+            "sites": len(plan.sites),
+            "quantised": len(plan.quantised),
+            "timesteps": list(plan.timesteps),
+        },
+        "verification": report.verification.to_dict(),
+        "nodes": report.nodes,
+        "size_bytes": report.size_bytes,
+    }

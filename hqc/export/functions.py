@@ -1,0 +1,117 @@
+"""`hqc::Hadamard` in ONNX: its schema, and model-local function bodies of standard operators.
+
+    Hadamard(x; block, axis) = x rotated along `axis` by H/√block, H ±1,  H[i, j] = (-1)^popcount(i & j)
+
+A runtime without a kernel for the operator inlines the body; one with a kernel (a TensorRT plugin) maps the node.
+The sum over ±x comes first and the factor 1/√block last, in the order of the torch reference `hqc::hadamard`.
+"""
+
+from functools import lru_cache
+
+import onnx
+import onnx_ir as ir
+
+from hqc.export.builder import HQC_DOMAIN
+
+__all__ = ["hadamard_function", "register_schemas"]
+
+# The parity of the bits of i & j, folded with xor; block ≤ 128, so that an index fits 8 bits.
+_MATRIX = """
+    order = Constant <value_int: int = @block> ()
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    indices = Range (zero, order, one)
+    index = Cast <to = 2> (indices)
+    last_axis = Constant <value_ints = [1]> ()
+    column = Unsqueeze (index, last_axis)
+    four = Constant <value = uint8 {4}> ()
+    two = Constant <value = uint8 {2}> ()
+    unit = Constant <value = uint8 {1}> ()
+    bits = BitwiseAnd (column, index)
+    bits_4 = BitShift <direction = "RIGHT"> (bits, four)
+    fold_4 = BitwiseXor (bits, bits_4)
+    bits_2 = BitShift <direction = "RIGHT"> (fold_4, two)
+    fold_2 = BitwiseXor (fold_4, bits_2)
+    bits_1 = BitShift <direction = "RIGHT"> (fold_2, unit)
+    fold_1 = BitwiseXor (fold_2, bits_1)
+    odd = BitwiseAnd (fold_1, unit)
+    odd_real = Cast <to = 1> (odd)
+    plus = Constant <value_float = 1.0> ()
+    double = Add (odd_real, odd_real)
+    matrix = Sub (plus, double)
+    order_real = Cast <to = 11> (order)
+    root = Sqrt (order_real)
+    inverse_root = Reciprocal (root)
+    factor = Cast <to = 1> (inverse_root)
+    order_vector = Unsqueeze (order, axis_0)
+"""
+
+# The last axis only: groups of `block` neighbours are the rows of one matrix product.
+_LAST_AXIS = """
+    axis_0 = Constant <value_ints = [0]> ()
+    {matrix}
+    any = Constant <value_ints = [-1]> ()
+    rows = Concat <axis = 0> (any, order_vector)
+    groups = Reshape (x, rows)
+    sums = MatMul (groups, matrix)
+    scaled = Mul (sums, factor)
+    shape = Shape (x)
+    y = Reshape (scaled, shape)
+"""
+
+# Any axis: [outer, block, inner] -> [outer, inner, block], product, and back.
+_ANY_AXIS = """
+    axis_0 = Constant <value_ints = [0]> ()
+    {matrix}
+    shape = Shape (x)
+    rank_vector = Shape (shape)
+    axis = Constant <value_ints_axis> ()
+    wrapped = Mod (axis_plus_rank, rank_vector)
+    next = Add (wrapped, last_axis)
+    tail = Slice (shape, next, rank_vector)
+    inner = ReduceProd <keepdims = 1> (tail)
+    any = Constant <value_ints = [-1]> ()
+    split = Concat <axis = 0> (any, order_vector, inner)
+    groups = Reshape (x, split)
+    turned = Transpose <perm = [0, 2, 1]> (groups)
+    sums = MatMul (turned, matrix)
+    scaled = Mul (sums, factor)
+    back = Transpose <perm = [0, 2, 1]> (scaled)
+    y = Reshape (back, shape)
+""".replace(
+    "axis = Constant <value_ints_axis> ()",
+    "axis = Constant <value_int: int = @axis> ()\n    axis_plus_rank = Add (axis, rank_vector)",
+)
+
+
+def hadamard_function(opset: int, *, last_axis_only: bool) -> ir.Function:
+    """The body of `hqc::Hadamard` for an opset; the one for the last axis is quicker and serves no other."""
+    body = (_LAST_AXIS if last_axis_only else _ANY_AXIS).format(matrix=_MATRIX.strip())
+    header = f'<domain: "{HQC_DOMAIN}", opset_import: ["" : {opset}]>\nHadamard <block, axis> (x) => (y)'
+    return ir.serde.deserialize_function(onnx.parser.parse_function(f"{header} {{{body}}}"))
+
+
+@lru_cache(maxsize=1)
+def register_schemas() -> None:
+    """Registers `hqc::Hadamard` with onnx, so that the full checker infers its type and shape."""
+    kind = onnx.defs.OpSchema
+    schema = kind(
+        "Hadamard",
+        HQC_DOMAIN,
+        1,
+        doc="Rotates one axis by a block-diagonal normalised Hadamard matrix.",
+        inputs=[kind.FormalParameter("x", "T")],
+        outputs=[kind.FormalParameter("y", "T")],
+        type_constraints=[("T", ["tensor(float)"], "real values")],
+        attributes=[
+            kind.Attribute("block", kind.AttrType.INT, "order of the matrix, a power of two up to 128", required=True),
+            kind.Attribute("axis", kind.AttrType.INT, "the rotated axis", required=True),
+        ],
+    )
+    if hasattr(schema, "set_type_and_shape_inference_function"):
+        schema.set_type_and_shape_inference_function(_same_shape)
+    onnx.defs.register_schema(schema)
+
+
+def _same_shape(context: onnx.shape_inference.InferenceContext) -> None:
+    context.set_output_type(0, context.get_input_type(0))

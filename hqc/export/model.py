@@ -1,0 +1,46 @@
+"""Program -> complete ONNX model for one target, and its file on disk."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from hqc.export.functions import hadamard_function, register_schemas
+from hqc.export.lowering import Tap
+from hqc.export.onnxruntime import lower_onnxruntime
+from hqc.export.portable import lower_portable
+from hqc.export.prepare import Target
+from hqc.program import Program
+
+__all__ = ["DATA_FILE", "EXTERNAL_DATA_BYTES", "MODEL_FILE", "onnx_from_program", "save_model"]
+
+MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+
+EXTERNAL_DATA_BYTES = 2**31 - 2**24
+"""Above this the weights go into a file of their own: a protobuf message ends at 2 GiB."""
+
+_LOWER = {"portable": lower_portable, "onnxruntime": lower_onnxruntime}
+
+
+def onnx_from_program(prepared: Program, target: Target, opset: int) -> tuple[ir.Model, Mapping[str, Tap]]:
+    """The model and, for every quantised site, where verification listens.
+
+    Requires: a program as `prepare(program, target)` gives it.
+    """
+    register_schemas()
+    model, lowering = _LOWER[target](prepared, opset)
+    if any(node.op_type == "Hadamard" for node in model.graph):
+        function = hadamard_function(opset, last_axis_only=target == "onnxruntime")
+        model.functions[function.identifier()] = function
+    return model, lowering.taps
+
+
+def save_model(model: ir.Model, folder: Path, *, external_data_bytes: int = EXTERNAL_DATA_BYTES) -> Path:
+    """Writes model.onnx, and model.onnx.data beside it where the weights are larger than the limit."""
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    path = folder / MODEL_FILE
+    if weights > external_data_bytes:
+        ir.save(model, path, external_data=DATA_FILE)
+    else:
+        ir.save(model, path)
+    return path

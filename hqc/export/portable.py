@@ -1,0 +1,68 @@
+"""The `portable` target: fake-quant semantics in standard operators, for any runtime, and the oracle of the others.
+
+    activation  Hadamard → Mul(1/s) → Clip(qmin, qmax) → QuantizeLinear(1) → DequantizeLinear(1) → Mul(s) → Hadamard
+    weight      INT4 or INT8 initialiser → DequantizeLinear(s_w, axis 0)
+    layer       Conv, Gemm, MatMul in floating point
+
+The scale per sample cannot be a QuantizeLinear scale (those are constants for some runtimes and never one a sample),
+so it multiplies outside and the quantiser's own scale is 1. QuantizeLinear has no zero point and names its
+`output_dtype`: with an INT8 zero point onnxruntime 1.27 to 1.32 refuses the graph when a Reshape or a Transpose
+follows. ONNX's INT8 saturates at -128, the method's range is narrow: hence the Clip.
+"""
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from hqc.export.aten_math import MATH
+from hqc.export.aten_shapes import SHAPES
+from hqc.export.builder import HQC_DOMAIN, typed
+from hqc.export.lowering import Lowering, Translations
+from hqc.export.shared import int4_weight, nearest_timestep, per_sample
+from hqc.program import Program, is_op
+
+__all__ = ["lower_portable"]
+
+ops = torch.ops.hqc
+
+
+def lower_portable(program: Program, opset: int) -> tuple[ir.Model, Lowering]:
+    """Requires: a captured program, or a frozen one (`freeze_integers`, optionally `pack_int4`)."""
+    lowering = Lowering(program, _TRANSLATIONS, opset)
+    return lowering.run(), lowering
+
+
+def _hadamard(lo: Lowering, node: fx.Node) -> ir.Value:
+    x, block, axis = node.args
+    return lo.builder.op("Hadamard", lo.value(x), domain=HQC_DOMAIN, block=int(block), axis=int(axis), name=node.name)  # type: ignore[arg-type]
+
+
+def _quantize(lo: Lowering, node: fx.Node) -> ir.Value:
+    b = lo.builder
+    x, scale, low, high = node.args
+    rank = len(lo.shape(x))
+    level = b.op("Mul", lo.value(x), per_sample(lo, b.op("Reciprocal", lo.value(scale)), rank))
+    clipped = b.op("Clip", level, b.scalar(float(low)), b.scalar(float(high)))  # type: ignore[arg-type]
+    name = f"{node.meta['site']}.codes" if "site" in node.meta else node.name
+    codes = b.op("QuantizeLinear", clipped, b.scalar(1.0), output_dtype=ir.DataType.INT8, name=name)
+    return typed(codes, ir.DataType.INT8)
+
+
+def _dequantize(lo: Lowering, node: fx.Node) -> ir.Value:
+    b = lo.builder
+    codes, scale = node.args
+    if not is_op(codes, ops.quantize.default):
+        return b.op("DequantizeLinear", lo.value(codes), lo.value(scale), axis=0, name=node.name)
+    real = b.op("DequantizeLinear", lo.value(codes), b.scalar(1.0))
+    return b.op("Mul", real, per_sample(lo, lo.value(scale), len(lo.shape(codes))), name=node.name)
+
+
+_TRANSLATIONS: Translations = {
+    **SHAPES,
+    **MATH,
+    ops.nearest_timestep.default: nearest_timestep,
+    ops.hadamard.default: _hadamard,
+    ops.quantize.default: _quantize,
+    ops.dequantize.default: _dequantize,
+    ops.unpack_int4.default: int4_weight,
+}

@@ -1,0 +1,76 @@
+"""What happens to a program before it is lowered: the passes of the target, and constants computed by torch."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, fx
+
+from hqc.errors import ExportError
+from hqc.passes import FreezeIntegers, MergeLora, PackInt4, RotateWeights, SplitDigits
+from hqc.passes.rewriting import rewrite
+from hqc.pipeline import Pass, run_pipeline
+from hqc.program import Program, Stage
+
+__all__ = ["Target", "fold_constants", "prepare"]
+
+Target = Literal["portable", "onnxruntime"]
+
+ops = torch.ops.hqc
+
+
+def prepare(program: Program, target: Target) -> Program:
+    """Runs the passes that the target needs and that the program has not had.
+
+    Raises:
+        ExportError: for an unknown target, or an integer program whose form the target cannot express.
+    """
+    if target not in get_args(Target):
+        raise ExportError(f"target {target!r}", f"unknown; there are {', '.join(get_args(Target))}", "Use one of them.")
+    return fold_constants(run_pipeline(program, _missing_passes(program, target)))
+
+
+def _missing_passes(program: Program, target: Target) -> list[Pass]:
+    if program.stage == Stage.CAPTURED:
+        return []
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    passes: list[Pass] = []
+    if program.stage != Stage.INTEGER:
+        passes += [MergeLora(), FreezeIntegers()]
+    integer = bool(targets & {ops.int_linear.default, ops.int_conv2d.default})
+    if target == "portable" and integer:
+        raise ExportError(
+            "target portable", "the program's weights are rotated already", "Export it before rotate_weights."
+        )
+    packed = ops.unpack_int4.default in targets
+    if target == "onnxruntime" and not integer:
+        if packed:
+            raise ExportError("target onnxruntime", "the program is packed but not rotated", "Export it before pack_int4.")
+        passes.append(RotateWeights())
+    if target == "onnxruntime" and ops.digit.default not in targets and not packed:
+        passes.append(SplitDigits())
+    if not packed:
+        passes.append(PackInt4())
+    return passes
+
+
+@torch.no_grad()
+def fold_constants(program: Program) -> Program:
+    """Computes with torch what depends on no input and no weight: the frequencies of the timestep embedding.
+
+    A runtime's own exp differs in the last bit, which sin(1000·x) would magnify.
+    """
+    edit = rewrite(program)
+    known: dict[fx.Node, Tensor] = {}
+    for node in list(edit.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if all(i in known for i in node.all_input_nodes) and not node.target._schema.name.startswith("hqc::"):
+            value = node.target(*fx.map_arg(node.args, known.__getitem__), **fx.map_arg(node.kwargs, known.__getitem__))
+            if isinstance(value, Tensor):
+                known[node] = value
+    for node in known:
+        readers = [u for u in node.users if u not in known]
+        if readers:
+            stored = edit.weight(f"constants.{node.name}", known[node].contiguous(), node)
+            node.replace_all_uses_with(stored)
+    return edit.finish()

@@ -1,0 +1,76 @@
+"""The torch side of a comparison: one site on its own, the whole network, and the network without quantisers."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from hqc.export.sites import QuantisedSite
+from hqc.passes.rewriting import rewrite
+from hqc.program import Program, is_op
+
+__all__ = ["code_levels", "evaluate", "site_output", "verification_inputs", "without_quantisers"]
+
+ops = torch.ops.hqc
+Values = Mapping[fx.Node, Tensor]
+
+
+@torch.no_grad()
+def evaluate(program: Program, node: fx.Node, known: Values) -> Tensor:
+    """The value of a node, given those of others; runs only what lies between."""
+    values: dict[fx.Node, object] = dict(known)
+
+    def visit(one: fx.Node) -> object:
+        if one not in values:
+            if one.op == "get_attr":
+                values[one] = program.state[str(one.target)]
+            else:
+                args = fx.map_arg(one.args, visit)
+                values[one] = one.target(*args, **fx.map_arg(one.kwargs, visit))  # type: ignore[operator]
+        return values[one]
+
+    return visit(node)  # type: ignore[return-value]
+
+
+def code_levels(program: Program, site: QuantisedSite, known: Values) -> Tensor:
+    """x·(1/s) before rounding and clipping, from the site's input."""
+    scale = evaluate(program, site.quantiser.args[1], known)  # type: ignore[arg-type]
+    rotated = evaluate(program, site.quantiser.args[0], known)  # type: ignore[arg-type]
+    return rotated * scale.reciprocal().view(-1, *[1] * (rotated.ndim - 1))
+
+
+def site_output(program: Program, site: QuantisedSite, codes: Tensor, known: Values) -> Tensor:
+    """The site's output from given codes: op(dequantised codes) + bias, as the program computes it."""
+    if site.real is None:
+        return evaluate(program, site.layer, {**known, site.quantiser: codes.to(torch.int8)})
+    scale = evaluate(program, site.quantiser.args[1], known)  # type: ignore[arg-type]
+    real = codes.to(scale.dtype) * scale.view(-1, *[1] * (codes.ndim - 1))
+    return evaluate(program, site.layer, {**known, site.real: real})
+
+
+def verification_inputs(program: Program, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Fixed inputs whose samples have different timesteps: first, last and middle of the grid, and one beside it."""
+    inputs = dict(zip((s.name for s in program.inputs), program.example_inputs(batch, seed), strict=True))
+    grid = program.plan.timesteps
+    if grid and "timestep" in inputs:
+        middle = grid[len(grid) // 2]
+        chosen = (grid[0], grid[-1], middle, 0.3 * grid[0] + 0.7 * middle)
+        inputs["timestep"] = torch.tensor([chosen[i % len(chosen)] for i in range(batch)], dtype=torch.float32)
+    return tuple(inputs.values())
+
+
+def without_quantisers(program: Program) -> Program | None:
+    """The program with its quantisers bypassed, a stand-in for the float model; None if its products are integer.
+
+    A quantised program keeps its float weights (and its LoRA); a frozen one has only codes, so its weights stay
+    quantised and only the activations become float.
+    """
+    if any(is_op(node, ops.int_linear.default, ops.int_conv2d.default) for node in program.graph.nodes):
+        return None
+    edit = rewrite(program)
+    for node in list(edit.graph.nodes):
+        if is_op(node, ops.fake_quantize.default):
+            node.replace_all_uses_with(node.args[0])
+        elif is_op(node, ops.dequantize.default) and is_op(node.args[0], ops.quantize.default):
+            node.replace_all_uses_with(node.args[0].args[0])
+    return edit.finish()

@@ -1,0 +1,85 @@
+"""A quantised site in the graph of a program at any stage: its input, rotation, codes, products and layer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from hqc.program import Program, aten, is_op
+
+__all__ = ["Product", "QuantisedSite", "products_of", "quantised_sites"]
+
+ops = torch.ops.hqc
+PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
+_QUANTISERS = (ops.quantize.default, ops.fake_quantize.default)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One integer product and the factor (1 or 128) that its result carries."""
+
+    node: fx.Node
+    factor: int
+
+
+@dataclass(frozen=True)
+class QuantisedSite:
+    """The nodes of one site: x → [rotation] → quantiser → … → layer.
+
+    `real` is the node that holds the dequantised activation (the fake quantiser itself, or dequantize), None in the
+    integer form; `quantiser.args` is (rotated x, scale, qmin, qmax).
+    """
+
+    site: str
+    x: fx.Node
+    quantiser: fx.Node
+    layer: fx.Node
+    real: fx.Node | None
+    products: tuple[Product, ...] = ()
+
+
+def products_of(accumulator: fx.Node) -> tuple[Product, ...]:
+    """The products that an accumulator sums: one, or low + high·128."""
+    if is_op(accumulator, *PRODUCTS):
+        return (Product(accumulator, 1),)
+    if is_op(accumulator, aten.add.Tensor):
+        low, high = accumulator.args[:2]
+        if is_op(low, *PRODUCTS) and is_op(high, aten.mul.Scalar) and is_op(high.args[0], *PRODUCTS):  # type: ignore[union-attr]
+            return (Product(low, 1), Product(high.args[0], int(high.args[1])))  # type: ignore[arg-type, union-attr]
+    return ()
+
+
+def quantised_sites(program: Program) -> Iterator[QuantisedSite]:
+    """Every site whose activation is quantised, in graph order."""
+    for site, layer in program.sites():
+        found = _integer_site(site, layer) or _fake_site(site, layer)
+        if found is not None:
+            yield found
+
+
+def _integer_site(site: str, layer: fx.Node) -> QuantisedSite | None:
+    if not is_op(layer, ops.rescale.default):
+        return None
+    products = products_of(layer.args[0])  # type: ignore[arg-type]
+    if not products:
+        return None
+    quantiser: fx.Node = products[0].node.args[0]  # type: ignore[assignment]
+    return QuantisedSite(site, _before_rotation(quantiser), quantiser, layer, None, products)
+
+
+def _fake_site(site: str, layer: fx.Node) -> QuantisedSite | None:
+    real: fx.Node = layer.args[0]  # type: ignore[assignment]
+    if is_op(real, ops.hadamard.default):
+        real = real.args[0]  # type: ignore[assignment]
+    if is_op(real, ops.fake_quantize.default):
+        return QuantisedSite(site, _before_rotation(real), real, layer, real)
+    if is_op(real, ops.dequantize.default) and is_op(real.args[0], ops.quantize.default):
+        quantiser: fx.Node = real.args[0]  # type: ignore[assignment]
+        return QuantisedSite(site, _before_rotation(quantiser), quantiser, layer, real)
+    return None
+
+
+def _before_rotation(quantiser: fx.Node) -> fx.Node:
+    x: fx.Node = quantiser.args[0]  # type: ignore[assignment]
+    return x.args[0] if is_op(x, ops.hadamard.default) else x  # type: ignore[return-value]
