@@ -56,7 +56,7 @@ def _(codes: Tensor, block: int) -> Tensor:
 def digit(codes: Tensor, index: int) -> Tensor:
     """Digit 0 (low, -64…63) or 1 (high) of codes = low + 128·high, as int8.
 
-    high = ⌊(w + 64)/128⌋, low = w - 128·high: exact for |w| ≤ 16 320.
+    high = ⌊(w + 64)/128⌋, low = w - 128·high: exact for -16 448 ≤ w ≤ 16 319, where high fits int8.
     """
     wide = codes.to(torch.int32)
     high = torch.div(wide + DIGIT_BASE // 2, DIGIT_BASE, rounding_mode="floor")

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
 
+from hqc.errors import PassError
 from hqc.passes.rewriting import rewrite
 from hqc.passes.rotate_weights import rotated_codes
 from hqc.pipeline import Findings
@@ -22,6 +24,7 @@ from hqc.program import Program, Stage, aten, is_op
 __all__ = ["SplitDigits", "digit_limit"]
 
 ops = torch.ops.hqc
+_TWO_DIGITS = (-64 - 128 * 128, 63 + 128 * 127)
 PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
 
 
@@ -49,7 +52,17 @@ class SplitDigits:
             if not is_op(node, *PRODUCTS):
                 continue
             site = node.meta["site"]
-            peak = int(rotated_codes(program, site).to(torch.int32).abs().max())
+            if _is_int8(node):
+                misses.append((site, "its weight is int8 already"))
+                continue
+            wide = rotated_codes(program, site).to(torch.int32)
+            if int(wide.min()) < _TWO_DIGITS[0] or int(wide.max()) > _TWO_DIGITS[1]:
+                raise PassError(
+                    f"split_digits at {site}",
+                    f"rotated codes span {int(wide.min())}…{int(wide.max())}, past two digits {_TWO_DIGITS}",
+                    "Use a Hadamard block of 64 or less: it cannot leave that range.",
+                )
+            peak = int(wide.abs().max())
             limit = digit_limit(program.plan[site].activation_bits or 8)
             if peak > limit:
                 matches.append(site)
@@ -63,7 +76,7 @@ class SplitDigits:
         for node in [n for n in edit.graph.nodes if is_op(n, *PRODUCTS)]:
             weight, site = node.args[1], node.meta["site"]
             if site not in matches:
-                if weight.meta["dtype"] != "int8" or is_op(weight, ops.rotate_codes.default):
+                if not _is_int8(node):
                     low = edit.call(node, aten.to.dtype, weight, torch.int8, like=weight, site=site, role="weight")
                     node.replace_input_with(weight, low)
                 continue
@@ -76,3 +89,8 @@ class SplitDigits:
             total = edit.call(node, aten.add.Tensor, parts[0], high, like=node, site=site)
             node.replace_all_uses_with(total)
         return edit.finish()
+
+
+def _is_int8(product: fx.Node) -> bool:
+    """Whether the product's weight has been cast or split: a digit, or a cast to int8."""
+    return is_op(product.args[1], ops.digit.default, aten.to.dtype)

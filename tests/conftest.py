@@ -1,0 +1,88 @@
+"""Shared fixtures: one thread, the GPU's state in the header, tiny programs captured once a session."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from hqc.capture import trace
+from hqc.program import Program
+
+# Third-party warnings, each with the text that it has; everything else is an error (pyproject.toml).
+THIRD_PARTY_WARNINGS = (
+    # torch.export's own deprecations, raised from inside torch.
+    "ignore:.*is deprecated.*LeafSpec.*:FutureWarning",
+    "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning",
+    # torch.onnx and torch.jit, on import.
+    "ignore:`torch\\.jit\\..*` is deprecated:DeprecationWarning",
+    # SWIG types in compiled extensions.
+    "ignore:builtin type (SwigPyPacked|SwigPyObject|swigvarlink) has no __module__:DeprecationWarning",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    for line in THIRD_PARTY_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_report_header() -> str:
+    if torch.cuda.is_available():
+        return f"gpu: {torch.cuda.get_device_name()}, tests marked gpu run"
+    return "gpu: no CUDA device, tests marked gpu are skipped"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[_GPU_TESTS] = [item.nodeid for item in on_gpu]
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: torch finds no CUDA device"))
+
+
+_GPU_TESTS = pytest.StashKey[list[str]]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    names = config.stash.get(_GPU_TESTS, [])
+    if names:
+        state = "ran" if torch.cuda.is_available() else "skipped, no CUDA device"
+        terminalreporter.section(f"gpu tests: {len(names)} {state}")
+        for name in names:
+            terminalreporter.line(name)
+
+
+@cache
+def captured_program(name: str) -> Program:
+    """The zoo's model of this name, captured once a session; never change it in place."""
+    import zoo  # this folder is on the path while its tests run
+
+    return trace(zoo.ZOO[name]())
+
+
+@pytest.fixture(scope="session")
+def captured() -> Callable[[str], Program]:
+    """captured("two_sites") is a Program at stage captured."""
+    return captured_program
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """golden(path, text) compares text with the file; `pytest --update-golden` writes it instead."""
+    update = request.config.getoption("--update-golden")
+
+    def compare(path: Path, text: str) -> None:
+        if update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        assert path.is_file(), f"{path} is missing; write it with pytest --update-golden and read it"
+        assert text == path.read_text(encoding="utf-8"), f"differs from {path.name}; see pytest --update-golden"
+
+    return compare

@@ -1,0 +1,70 @@
+"""`torch.library.opcheck` on every operator: schema, fake implementation, autograd registration, dynamic shapes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import hqc.ops  # noqa: F401  (registers the operators)
+
+ops = torch.ops.hqc
+
+
+def real(*shape: int, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_(grad)
+
+
+def codes(*shape: int, dtype: torch.dtype = torch.int8, top: int = 7) -> torch.Tensor:
+    return torch.randint(-top, top + 1, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def scale(n: int, grad: bool = False) -> torch.Tensor:
+    return torch.linspace(0.1, 1, n).requires_grad_(grad)
+
+
+CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
+    "hadamard-tokens": (ops.hadamard, lambda: (real(2, 3, 16), 8, -1)),
+    "hadamard-images": (ops.hadamard, lambda: (real(2, 16, 3, 5), 8, 1)),
+    "hadamard-matrix": (ops.hadamard, lambda: (real(2, 16), 16, 1)),
+    "hadamard-tokens-grad": (ops.hadamard, lambda: (real(2, 3, 16, grad=True), 8, -1)),
+    "hadamard-images-grad": (ops.hadamard, lambda: (real(2, 16, 3, 5, grad=True), 8, 1)),
+    "hadamard-strided": (ops.hadamard, lambda: (real(2, 3, 5, 16).permute(0, 3, 1, 2), 8, 1)),
+    "fake_quantize": (ops.fake_quantize, lambda: (real(3, 4, 5), scale(3), -7, 7)),
+    "fake_quantize-grad": (ops.fake_quantize, lambda: (real(3, 4, grad=True), scale(3, grad=True), -7, 7)),
+    "fake_quantize-scale-grad": (ops.fake_quantize, lambda: (real(3, 4), scale(3, grad=True), -7, 7)),
+    "fake_quantize_backward": (ops.fake_quantize_backward, lambda: (real(3, 4), real(3, 4), scale(3), -7, 7)),
+    "quantize": (ops.quantize, lambda: (real(3, 4, 2, 2), scale(3), -7, 7)),
+    "dequantize": (ops.dequantize, lambda: (codes(3, 4), scale(3))),
+    "nearest_timestep": (ops.nearest_timestep, lambda: (scale(4), scale(7))),
+    "unpack_int4": (ops.unpack_int4, lambda: (codes(8).to(torch.uint8), [3, 5])),
+    "rotate_codes-linear": (ops.rotate_codes, lambda: (codes(3, 16), 8)),
+    "rotate_codes-conv": (ops.rotate_codes, lambda: (codes(3, 16, 3, 3), 16)),
+    "digit-low": (ops.digit, lambda: (codes(3, 4, dtype=torch.int16, top=900), 0)),
+    "digit-high": (ops.digit, lambda: (codes(3, 4, dtype=torch.int16, top=900), 1)),
+    "int_linear": (ops.int_linear, lambda: (codes(2, 3, 8), codes(4, 8, dtype=torch.int16), 7)),
+    "int_conv2d": (ops.int_conv2d, lambda: (codes(2, 8, 5, 6), codes(4, 8, 3, 2), [2, 1], [1, 0], [1, 2], 7)),
+    "rescale-tokens": (ops.rescale, lambda: (codes(2, 3, 4, dtype=torch.int32), scale(2), scale(4), scale(4), -1)),
+    "rescale-images": (ops.rescale, lambda: (codes(2, 4, 3, 3, dtype=torch.int32), scale(2), scale(4), None, 1)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name: str) -> None:
+    operator, arguments = CASES[name]
+    outcomes = torch.library.opcheck(operator.default, arguments())
+    assert set(outcomes) >= {
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    }
+    assert set(outcomes.values()) == {"SUCCESS"}
+
+
+def test_every_operator_is_checked() -> None:
+    import hqc.ops.fake_quantize
+    import hqc.ops.weight_codes
+
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("hqc::")}
+    assert {operator._qualified_op_name.split("::")[1] for operator, _ in CASES.values()} == registered
