@@ -1,10 +1,10 @@
 """`export_program`: a Program becomes a verified ONNX folder.
 
-    NAME/model.onnx         the network; weights of at most 4 bits as INT4
-    NAME/model.onnx.data    the weights, where they are too large for the file itself
-    NAME/manifest.json      target, opset, origin, inputs, what verification measured, sha256 and size of every file
-    NAME/plan.json          the quantisation plan
-    NAME/pipeline/          what surrounds the denoiser, in diffusers layout (optional)
+NAME/model.onnx         the network; weights of at most 4 bits as INT4
+NAME/model.onnx.data    the weights, where they are too large for the file itself
+NAME/manifest.json      target, opset, origin, inputs, what verification measured, sha256 and size of every file
+NAME/plan.json          the quantisation plan
+NAME/pipeline/          what surrounds the denoiser, in diffusers layout (optional)
 """
 
 import json

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from torch import fx
 
 from hqc.errors import ExportError
@@ -77,7 +76,9 @@ def _silu(lo: Lowering, node: fx.Node) -> ir.Value:
 
 
 def _gelu(lo: Lowering, node: fx.Node) -> ir.Value:
-    return lo.builder.op("Gelu", lo.value(node.args[0]), approximate=str(_argument(node, 1, "approximate", "none")), name=node.name)
+    return lo.builder.op(
+        "Gelu", lo.value(node.args[0]), approximate=str(_argument(node, 1, "approximate", "none")), name=node.name
+    )
 
 
 def _softplus(lo: Lowering, node: fx.Node) -> ir.Value:
@@ -110,7 +111,9 @@ def _reduce(op_type: str) -> Translation:
 
 def _where(lo: Lowering, node: fx.Node) -> ir.Value:
     condition, left, right = node.args[:3]
-    return lo.builder.op("Where", lo.value(condition), _operand(lo, node, left), _operand(lo, node, right), name=node.name)
+    return lo.builder.op(
+        "Where", lo.value(condition), _operand(lo, node, left), _operand(lo, node, right), name=node.name
+    )
 
 
 def _matmul(lo: Lowering, node: fx.Node) -> ir.Value:
@@ -141,7 +144,9 @@ def _attention(lo: Lowering, node: fx.Node) -> ir.Value:
     query, key, value = lo.values_of(node.args[:3])
     mask, dropout, causal = (_argument(node, i, n) for i, n in ((3, "attn_mask"), (4, "dropout_p"), (5, "is_causal")))
     if causal or dropout:
-        raise ExportError(f"node {node.name}", "is causal attention or has dropout", "Only plain attention is exported.")
+        raise ExportError(
+            f"node {node.name}", "is causal attention or has dropout", "Only plain attention is exported."
+        )
     if mask is not None and str(mask.meta.get("dtype")) == "bool":
         raise ExportError(f"node {node.name}", "has a boolean attention mask", "Give an additive mask.")
     b, shape = lo.builder, lo.shape(node.args[0])
@@ -182,7 +187,11 @@ def _layer_norm(lo: Lowering, node: fx.Node) -> ir.Value:
         scale = lo.builder.constant(np.ones(tuple(normalised), np.float32))
     inputs = [lo.value(node.args[0]), scale, *([lo.value(bias)] if bias is not None else [])]
     return lo.builder.op(
-        "LayerNormalization", *inputs, axis=-len(normalised), epsilon=1e-5 if epsilon is None else float(epsilon), name=node.name
+        "LayerNormalization",
+        *inputs,
+        axis=-len(normalised),
+        epsilon=1e-5 if epsilon is None else float(epsilon),
+        name=node.name,
     )
 
 
@@ -200,7 +209,9 @@ def linear_layer(lo: Lowering, node: fx.Node) -> ir.Value:
 def conv2d_layer(lo: Lowering, node: fx.Node) -> ir.Value:
     """Conv with explicit padding."""
     x, weight, bias = lo.value(node.args[0]), lo.value(node.args[1]), lo.optional(_argument(node, 2, "bias"))
-    stride, padding, dilation = (_argument(node, i, n, d) for i, n, d in ((3, "stride", [1, 1]), (4, "padding", [0, 0]), (5, "dilation", [1, 1])))
+    stride, padding, dilation = (
+        _argument(node, i, n, d) for i, n, d in ((3, "stride", [1, 1]), (4, "padding", [0, 0]), (5, "dilation", [1, 1]))
+    )
     inputs = [x, weight, *([bias] if bias is not None else [])]
     return lo.builder.op(
         "Conv",
@@ -281,5 +292,3 @@ MATH: Translations = {
     aten.conv2d.default: conv2d_layer,
     aten.avg_pool2d.default: _avg_pool,
 }
-
-_ = torch

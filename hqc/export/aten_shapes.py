@@ -3,8 +3,8 @@
 import operator
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
-import torch
 from torch import fx
 
 from hqc.errors import ExportError
@@ -164,10 +164,11 @@ def _pad(lo: Lowering, node: fx.Node) -> ir.Value:
 
 def _upsample_nearest(lo: Lowering, node: fx.Node) -> ir.Value:
     """Whole factors only: every pixel becomes a block of pixels, which Resize does exactly."""
-    have, want = lo.shape(node.args[0]), lo.shape(node)
-    if not all(isinstance(d, int) for d in (*have[2:], *want[2:])):
+    have, want = lo.static_shape(node.args[0])[2:], lo.static_shape(node)[2:]
+    if -1 in (*have, *want):
         raise ExportError(f"node {node.name}", "upsamples to a size that is not fixed", "Capture it with fixed sizes.")
-    scales = lo.builder.constant(torch.tensor([1.0, 1.0, *[b / a for a, b in zip(have[2:], want[2:], strict=True)]]).numpy())  # type: ignore[operator]
+    factors = [1.0, 1.0, *(b / a for a, b in zip(have, want, strict=True))]
+    scales = lo.builder.constant(np.asarray(factors, np.float32), "scales")
     return lo.builder.op(
         "Resize",
         lo.value(node.args[0]),
@@ -194,7 +195,14 @@ SHAPES: Translations = {
         _same,
     ),
     **dict.fromkeys(
-        (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default),
+        (
+            aten.to.dtype,
+            aten.to.dtype_layout,
+            aten.to.device,
+            aten.to.other,
+            aten._to_copy.default,
+            aten.type_as.default,
+        ),
         _cast,
     ),
     **dict.fromkeys(

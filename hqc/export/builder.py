@@ -1,6 +1,6 @@
 """Building an ONNX graph value by value: named nodes, shared constants, equal nodes merged, transposes composed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -37,7 +37,8 @@ class GraphBuilder:
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         self._names.add(name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
@@ -73,7 +74,9 @@ class GraphBuilder:
         **attributes: Attribute,
     ) -> tuple[ir.Value, ...]:
         """The outputs of a node."""
-        plain = {k: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in attributes.items()}
+        plain = {
+            k: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in attributes.items()
+        }
         key = (domain, op_type, tuple(map(id, inputs)), tuple(sorted(plain.items())), count)
         if key in self._seen:
             return self._seen[key]
@@ -151,6 +154,3 @@ def _attribute(name: str, value: object) -> ir.Attr:
     if isinstance(value, tuple):
         return ir.AttrInt64s(name, value)
     raise TypeError(f"attribute {name} is a {type(value).__name__}")
-
-
-Attributes = Mapping[str, Attribute]

@@ -100,7 +100,9 @@ class Lowering:
         }
         if unknown:
             raise ExportError(
-                "export", f"no ONNX translation for {', '.join(sorted(unknown))}", "Use other layers, or the torch runtime."
+                "export",
+                f"no ONNX translation for {', '.join(sorted(unknown))}",
+                "Use other layers, or the torch runtime.",
             )
 
     def _translate(self, node: fx.Node) -> None:
@@ -186,7 +188,9 @@ class Lowering:
         """
         shape = [d if isinstance(d, int) else -1 for d in self.shape(node)]
         if shape.count(-1) > 1:
-            raise ExportError(f"node {node.name}", f"has shape {self.shape(node)}: two free axes", "Capture it with fixed sizes.")
+            raise ExportError(
+                f"node {node.name}", f"has shape {self.shape(node)}: two free axes", "Capture it with fixed sizes."
+            )
         return shape
 
     def scalar_like(self, node: fx.Node) -> str:
@@ -196,8 +200,8 @@ class Lowering:
     def _find_taps(self) -> dict[str, Tap]:
         taps = {}
         for site in quantised_sites(self.program):
-            values = [listen(self.value(node)) for node in (site.x, site.quantiser, site.layer)]
-            taps[site.site] = Tap(*values, **self.tap_details(site))
+            x, codes, output = (listen(self.value(node)) for node in (site.x, site.quantiser, site.layer))
+            taps[site.site] = Tap(x, codes, output, **self.tap_details(site))
         return taps
 
     def tap_details(self, site: QuantisedSite) -> dict[str, Any]:
@@ -246,7 +250,9 @@ def batch_dims(lowering: Lowering, shape: Sequence[int | str]) -> ir.Value:
     if all(isinstance(d, int) for d in shape):
         return builder.ints(*[int(d) for d in shape])
     if any(isinstance(d, str) and d != BATCH for d in shape):
-        raise ExportError("export", f"shape {list(shape)} is not a plain function of the batch", "Capture it differently.")
+        raise ExportError(
+            "export", f"shape {list(shape)} is not a plain function of the batch", "Capture it differently."
+        )
     batch = builder.op("Shape", builder.graph.inputs[0], start=0, end=1, name="batch")
     parts = [batch if isinstance(d, str) else builder.ints(d) for d in shape]
     return builder.op("Concat", *parts, axis=0) if len(parts) > 1 else parts[0]

@@ -66,7 +66,9 @@ def _absorbed(program: Program) -> set[fx.Node]:
         accumulator: fx.Node = node.args[0]  # type: ignore[assignment]
         products = products_of(accumulator)
         if not products:
-            raise ExportError(f"site {node.meta.get('site')}", "has an accumulator that is not a product", "Report a bug.")
+            raise ExportError(
+                f"site {node.meta.get('site')}", "has an accumulator that is not a product", "Report a bug."
+            )
         absorbed.add(accumulator)
         for product in products:
             absorbed |= {product.node, *(u for u in product.node.users if is_op(u, aten.mul.Scalar))}
@@ -162,7 +164,11 @@ def _matrix(lo: _IntegerLowering, node: fx.Node, name: str) -> ir.Value:
     codes = _weight(lo, weight)
     if is_op(node, ops.int_conv2d.default):
         outputs = int(lo.shape(weight)[0])
-        turned = b.transpose(codes, [2, 3, 1, 0]) if codes.dtype != ir.DataType.INT4 else b.transpose(b.cast(codes, INT8), [2, 3, 1, 0])
+        turned = (
+            b.transpose(codes, [2, 3, 1, 0])
+            if codes.dtype != ir.DataType.INT4
+            else b.transpose(b.cast(codes, INT8), [2, 3, 1, 0])
+        )
         flat = typed(b.reshape(turned, [-1, outputs]), turned.dtype)
     else:
         flat = b.transpose(codes if codes.dtype != ir.DataType.INT4 else b.cast(codes, INT8), [1, 0])

@@ -44,7 +44,9 @@ def _missing_passes(program: Program, target: Target) -> list[Pass]:
     packed = ops.unpack_int4.default in targets
     if target == "onnxruntime" and not integer:
         if packed:
-            raise ExportError("target onnxruntime", "the program is packed but not rotated", "Export it before pack_int4.")
+            raise ExportError(
+                "target onnxruntime", "the program is packed but not rotated", "Export it before pack_int4."
+            )
         passes.append(RotateWeights())
     if target == "onnxruntime" and ops.digit.default not in targets and not packed:
         passes.append(SplitDigits())

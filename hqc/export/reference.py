@@ -1,6 +1,7 @@
 """The torch side of a comparison: one site on its own, the whole network, and the network without quantisers."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,9 +19,9 @@ Values = Mapping[fx.Node, Tensor]
 @torch.no_grad()
 def evaluate(program: Program, node: fx.Node, known: Values) -> Tensor:
     """The value of a node, given those of others; runs only what lies between."""
-    values: dict[fx.Node, object] = dict(known)
+    values: dict[fx.Node, Any] = dict(known)
 
-    def visit(one: fx.Node) -> object:
+    def visit(one: fx.Node) -> Any:
         if one not in values:
             if one.op == "get_attr":
                 values[one] = program.state[str(one.target)]
@@ -29,7 +30,7 @@ def evaluate(program: Program, node: fx.Node, known: Values) -> Tensor:
                 values[one] = one.target(*args, **fx.map_arg(one.kwargs, visit))  # type: ignore[operator]
         return values[one]
 
-    return visit(node)  # type: ignore[return-value]
+    return visit(node)  # type: ignore[no-any-return]
 
 
 def code_levels(program: Program, site: QuantisedSite, known: Values) -> Tensor:

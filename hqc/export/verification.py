@@ -1,8 +1,8 @@
 """An export proves itself: the file is valid ONNX, every site agrees with torch on equal inputs, the network does too.
 
-    site     codes equal except within 1e-4 of a step of a rounding boundary; given the codes, outputs agree to 1e-5
-    network  ‖exported - fake-quant‖ ≤ 0.1·‖fake-quant - float‖: rounding flips stay far below the quantisation error
-    products max_code·(|w_k| + |w_k+1|) ≤ 32 767 for all neighbours: x86's u8×s8 multiply-add cannot saturate
+site     codes equal except within 1e-4 of a step of a rounding boundary; given the codes, outputs agree to 1e-5
+network  ‖exported - fake-quant‖ ≤ 0.1·‖fake-quant - float‖: rounding flips stay far below the quantisation error
+products max_code·(|w_k| + |w_k+1|) ≤ 32 767 for all neighbours: x86's u8×s8 multiply-add cannot saturate
 """
 
 from collections.abc import Mapping, Sequence
@@ -175,7 +175,9 @@ def _groups(
     for name, site in sites.items():
         shapes = [node.meta["shape"] for node in (site.x, site.layer)]
         size = sum(4 * batch * int(np.prod([d for d in shape if isinstance(d, int)])) for shape in shapes)
-        size += sum(reference.state[k].numel() for k in (f"{name}.weight_codes", f"{name}.weight") if k in reference.state)
+        size += sum(
+            reference.state[k].numel() for k in (f"{name}.weight_codes", f"{name}.weight") if k in reference.state
+        )
         if room < size or not groups:
             groups.append([])
             room = _TAP_BYTES
@@ -198,8 +200,10 @@ def _run_with_taps(model: Path, taps: Sequence[Tap], feeds: Mapping[str, Array])
     try:
         onnx.save(proto, str(copy))
         del proto
-        outputs = sorted(names - {i for i in feeds})
-        values = dict(zip(outputs, open_session(copy, threads=torch.get_num_threads()).run(outputs, feeds), strict=True))
+        outputs = sorted(names - set(feeds))
+        values = dict(
+            zip(outputs, open_session(copy, threads=torch.get_num_threads()).run(outputs, feeds), strict=True)
+        )
     finally:
         copy.unlink(missing_ok=True)
     return values | {name: array for name, array in feeds.items() if name in names}

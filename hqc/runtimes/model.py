@@ -1,0 +1,209 @@
+"""`load`: whatever hqc wrote, ready to run, with the diffusers pipeline around it."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hqc.errors import ArtefactError, RuntimeMissingError
+from hqc.export.artefact import EXPORT_KIND
+from hqc.export.model import DATA_FILE, MODEL_FILE
+from hqc.models import digits_path
+from hqc.plan import QuantPlan
+from hqc.runtimes.base import Session
+from hqc.runtimes.ort_runtime import OrtSession
+from hqc.runtimes.torch_runtime import ModuleSession, TorchSession
+from hqc.runtimes.unet import SessionUNet, as_unet
+from hqc.storage import load_program
+
+__all__ = ["Model", "Runtime", "load"]
+
+Runtime = Literal["torch", "onnxruntime"]
+DIGITS = "digits"
+PROGRAM_KIND = "hqc-program"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded denoiser: its session, its plan, its size on disk, and the pipeline that it belongs to.
+
+    `pipeline_folder` is None where the source had no pipeline.
+    """
+
+    name: str
+    runtime: str
+    session: Session
+    plan: QuantPlan
+    size_bytes: int
+    unet_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    pipeline_folder: Path | None = None
+
+    def as_unet(self) -> SessionUNet:
+        """The denoiser as a drop-in for a diffusers pipeline's `.unet`."""
+        return as_unet(self.session, self.unet_config, timesteps=self.plan.timesteps)
+
+    def pipeline(self) -> Any:
+        """The diffusers pipeline with this denoiser in it.
+
+        Raises:
+            ArtefactError: if there is no pipeline, or diffusers cannot load it.
+        """
+        if self.pipeline_folder is None:
+            raise ArtefactError(
+                self.name, "has no pipeline around its denoiser", "Trace a pipeline folder, or use as_unet()."
+            )
+        return _load_pipeline(self.pipeline_folder, self.as_unet())
+
+
+def load(path: Path | str, *, runtime: Runtime | None = None, threads: int | None = None) -> Model:
+    """Loads a Program folder (torch), an export folder (onnxruntime), or `digits`, the bundled float model.
+
+    runtime: None picks the one that fits. threads: of one onnxruntime call.
+
+    Raises:
+        ArtefactError: if the path is no artefact, or one that is damaged.
+        RuntimeMissingError: if the runtime is unknown, not installed, or cannot run this artefact.
+    """
+    if runtime is not None and runtime not in get_args(Runtime):
+        raise RuntimeMissingError(
+            f"runtime {runtime!r}", f"unknown; there are {', '.join(get_args(Runtime))}", "Use one of them."
+        )
+    kind = DIGITS if str(path) == DIGITS else _kind(Path(path))
+    fitting, opener = _OPENERS[kind]
+    if runtime not in (None, fitting):
+        raise RuntimeMissingError(f"runtime {runtime}", f"cannot run {path}, {_WHAT[kind]}", _DO[kind])
+    return opener(Path(path), threads)
+
+
+def _kind(folder: Path) -> str:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what = "has no manifest.json" if folder.is_dir() else "no such folder"
+        raise ArtefactError(str(folder), what, f"Give a folder that hqc wrote, or `{DIGITS}`.") from error
+    except (OSError, ValueError) as error:
+        raise ArtefactError(
+            str(folder / "manifest.json"), f"cannot be read ({error})", "Write the artefact again."
+        ) from error
+    kind = manifest.get("format") if isinstance(manifest, dict) else None
+    if kind not in (PROGRAM_KIND, EXPORT_KIND):
+        raise ArtefactError(str(folder), f"holds {kind!r}", f"Give a folder that hqc wrote, or `{DIGITS}`.")
+    return str(kind)
+
+
+def _open_program(folder: Path, threads: int | None) -> Model:
+    program = load_program(folder)
+    return Model(
+        name=folder.name,
+        runtime="torch",
+        session=TorchSession(program),
+        plan=program.plan,
+        size_bytes=_size(folder, ("graph.json", "weights.safetensors")),
+        unet_config=program.origin.unet_config,
+        pipeline_folder=_pipeline_folder(folder, program.origin.pipeline),
+    )
+
+
+def _open_export(folder: Path, threads: int | None) -> Model:
+    session = OrtSession(folder, threads=threads)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        plan = QuantPlan.from_dict(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+        origin = manifest["origin"]
+        config, reference = dict(origin["unet_config"]), str(origin["pipeline"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(str(folder), f"is not an export ({error})", "Export it again.") from error
+    return Model(
+        name=folder.name,
+        runtime="onnxruntime",
+        session=session,
+        plan=plan,
+        size_bytes=_size(folder, (MODEL_FILE, DATA_FILE)),
+        unet_config=config,
+        pipeline_folder=_pipeline_folder(folder, reference),
+    )
+
+
+def _open_digits(path: Path, threads: int | None) -> Model:
+    from diffusers import UNet2DConditionModel
+
+    folder = digits_path()
+    try:
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ArtefactError(
+            str(folder), f"the bundled model cannot be loaded ({error})", "Install hqc again."
+        ) from error
+    files = [file.name for file in (folder / "unet").iterdir() if file.suffix == ".safetensors"]
+    return Model(
+        name=DIGITS,
+        runtime="torch",
+        session=ModuleSession(unet),
+        plan=QuantPlan(),
+        size_bytes=_size(folder / "unet", files),
+        unet_config=dict(unet.config),
+        pipeline_folder=folder,
+    )
+
+
+_OPENERS: Mapping[str, tuple[str, Callable[[Path, int | None], Model]]] = {
+    PROGRAM_KIND: ("torch", _open_program),
+    EXPORT_KIND: ("onnxruntime", _open_export),
+    DIGITS: ("torch", _open_digits),
+}
+_WHAT = {
+    PROGRAM_KIND: "a program: only torch runs those",
+    EXPORT_KIND: "an ONNX export: only onnxruntime runs those",
+    DIGITS: "the bundled float model: only torch runs it",
+}
+_DO = {
+    PROGRAM_KIND: "Export it with `hqc export` and run the export.",
+    EXPORT_KIND: "Leave the runtime out, or give the program folder that it was exported from.",
+    DIGITS: "Trace it with `hqc trace digits`, then export that.",
+}
+
+
+def _size(folder: Path, names: tuple[str, ...] | list[str]) -> int:
+    return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+
+
+# ---- the pipeline --------------------------------------------------------------------------------------------------
+
+
+def _pipeline_folder(folder: Path, reference: str) -> Path | None:
+    """The copy inside the artefact, else the folder that the origin names."""
+    if (folder / "pipeline" / "model_index.json").is_file():
+        return folder / "pipeline"
+    if reference == DIGITS:
+        return digits_path()
+    return Path(reference) if reference and (Path(reference) / "model_index.json").is_file() else None
+
+
+def _load_pipeline(folder: Path, unet: SessionUNet) -> Any:
+    kind = _pipeline_class(folder)
+    try:
+        # diffusers checks the class of a module that it is handed; one that is set afterwards it takes as it is.
+        pipeline = kind.from_pretrained(folder, unet=None, use_safetensors=True)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise ArtefactError(
+            str(folder), f"diffusers could not load the pipeline ({error})", "Check the folder."
+        ) from error
+    pipeline.unet = unet
+    return pipeline
+
+
+def _pipeline_class(folder: Path) -> Any:
+    import diffusers
+
+    import hqc.models.ldm as own
+
+    try:
+        name = str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(str(folder), f"has no readable model_index.json ({error})", "Check the folder.") from error
+    for module in (own, diffusers):
+        kind = getattr(module, name, None)
+        if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline):
+            return kind
+    raise ArtefactError(str(folder), f"holds a {name}, which diffusers does not have", "Update diffusers.")

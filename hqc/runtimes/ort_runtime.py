@@ -1,0 +1,47 @@
+"""The `onnxruntime` runtime: an export folder, run by ONNX Runtime on the CPU."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hqc.errors import ArtefactError
+from hqc.export.artefact import EXPORT_KIND
+from hqc.export.lowering import OUTPUT
+from hqc.export.model import MODEL_FILE
+from hqc.export.ort_session import open_session
+from hqc.program import InputSpec
+from hqc.runtimes.base import named_inputs
+from hqc.storage import check_manifest
+
+__all__ = ["OrtSession"]
+
+
+class OrtSession:
+    """Runs model.onnx of a folder whose every hash has been checked."""
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, *, threads: int | None = None, optimisation: str = "all") -> None:
+        """threads: of one call; None leaves the choice to the runtime.
+
+        Raises:
+            ArtefactError: if the folder is missing, damaged, or not an export.
+            RuntimeMissingError: if onnxruntime is not installed.
+        """
+        manifest = check_manifest(folder, EXPORT_KIND)
+        if MODEL_FILE not in manifest["files"]:
+            raise ArtefactError(str(folder), f"lists no {MODEL_FILE}", "Export it again.")
+        try:
+            specs = [InputSpec(s["name"], tuple(s["shape"]), s["dtype"]) for s in manifest["inputs"]]
+        except (KeyError, TypeError) as error:
+            raise ArtefactError(str(folder), f"has a manifest without inputs ({error})", "Export it again.") from error
+        self.inputs = tuple(specs)
+        self._session = open_session(folder / MODEL_FILE, threads=threads, optimisation=optimisation)
+
+    def __call__(self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None = None) -> Tensor:
+        """See `Session`."""
+        named = named_inputs(self.inputs, sample, timestep, condition)
+        taken = {value.name for value in self._session.get_inputs()}
+        feeds = {name: tensor.numpy() for name, tensor in named.items() if name in taken}
+        return torch.from_numpy(self._session.run([OUTPUT], feeds)[0])

@@ -1,0 +1,98 @@
+"""A session as a drop-in for a diffusers pipeline's `.unet`."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqc.errors import EvaluationError
+from hqc.runtimes.base import Session
+
+__all__ = ["SessionUNet", "as_unet"]
+
+log = logging.getLogger(__name__)
+
+
+def as_unet(session: Session, unet_config: Mapping[str, Any], *, timesteps: Sequence[float] = ()) -> "SessionUNet":
+    """An object with a diffusers UNet's call, `config`, `dtype` and `device`.
+
+    timesteps: the calibrated grid; a call outside its range uses the nearest row, which is noted in the log once.
+    """
+    return SessionUNet(session, unet_config, timesteps)
+
+
+class SessionUNet(nn.Module):
+    """Calls a session with diffusers' conventions. It has no parameters: the weights belong to the session."""
+
+    def __init__(self, session: Session, unet_config: Mapping[str, Any], timesteps: Sequence[float]) -> None:
+        from diffusers.configuration_utils import FrozenDict
+
+        super().__init__()
+        self.session = session
+        self.config = FrozenDict({**_config_of(session), **unet_config})
+        self._range = (min(timesteps), max(timesteps)) if timesteps else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the session computes in."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs and outputs live."""
+        return torch.device("cpu")
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor | None = None,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        """diffusers' call: (ε,) or an output with `.sample`, in the sample's dtype and on its device.
+
+        Raises:
+            EvaluationError: for options that the captured denoiser does not have, or inputs that do not fit.
+        """
+        if given := sorted(name for name, value in options.items() if value is not None and value != {}):
+            raise EvaluationError(
+                f"option {given[0]!r}",
+                "the denoiser was captured without it",
+                "Leave it out, or capture the model with it.",
+            )
+        self._note_range(timestep)
+        result = self.session(sample, timestep, encoder_hidden_states).to(sample.device, sample.dtype)
+        if not return_dict:
+            return (result,)
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+        return UNet2DConditionOutput(sample=result)
+
+    def _note_range(self, timestep: Tensor | float) -> None:
+        if self._range is None:
+            return
+        low, high = self._range
+        values = torch.as_tensor(timestep, dtype=torch.float32)
+        if bool((values < low).any() | (values > high).any()):
+            log.warning(
+                "timestep %g lies outside the calibrated range %g…%g: the nearest scales are used (noted once)",
+                float(values.max() if bool((values > high).any()) else values.min()),
+                low,
+                high,
+            )
+            self._range = None
+
+
+def _config_of(session: Session) -> dict[str, Any]:
+    """What a pipeline asks a UNet's config for, from the shapes alone; the source's own config has precedence."""
+    shapes = {spec.name: spec.shape for spec in session.inputs}
+    config: dict[str, Any] = {}
+    if len(shape := shapes.get("sample", ())) == 4:
+        height, width = shape[2:]
+        config |= {"in_channels": shape[1], "sample_size": height if height == width else [height, width]}
+    if len(shape := shapes.get("condition", ())) == 3:
+        config["cross_attention_dim"] = shape[2]
+    return config
