@@ -42,7 +42,5 @@ def load_digit_split(seed: int = SPLIT_SEED) -> DigitSplit:
     size = (IMAGE_SIZE, IMAGE_SIZE)
     images = interpolate(pixels, size=size, mode="bicubic", align_corners=False).clamp(0, 1) * 2 - 1
     labels = torch.tensor(source.target, dtype=torch.int64)
-    train, test = train_test_split(
-        range(len(labels)), test_size=0.2, random_state=seed, stratify=source.target
-    )
+    train, test = train_test_split(range(len(labels)), test_size=0.2, random_state=seed, stratify=source.target)
     return DigitSplit(images[train], labels[train], images[test], labels[test])

@@ -57,9 +57,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, class_embedder=class_embedder)
-        self.image_processor = VaeImageProcessor(
-            vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1)
-        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
 
     @torch.no_grad()
     def __call__(
@@ -133,9 +131,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc]
                 "Pass one generator per image, or one.",
             )
         if latents is None:
-            return torch.as_tensor(
-                randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
-            )
+            return torch.as_tensor(randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype))
         if tuple(latents.shape) != shape:
             raise EvaluationError(
                 "latents",
@@ -150,9 +146,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc]
             labels = torch.cat([unconditional, labels])  # [2N]
         return torch.as_tensor(self.class_embedder(labels)).to(self.unet.dtype)
 
-    def _predicted_noise(
-        self, latents: Tensor, t: Tensor, tokens: Tensor, guidance_scale: float | None
-    ) -> Tensor:
+    def _predicted_noise(self, latents: Tensor, t: Tensor, tokens: Tensor, guidance_scale: float | None) -> Tensor:
         model_input = latents if guidance_scale is None else torch.cat([latents, latents])
         model_input = self.scheduler.scale_model_input(model_input, t)
         t_batch = t.expand(len(model_input))  # [N], or [2N] with guidance
