@@ -28,9 +28,22 @@ class _Search:
 
     candidates: Tensor
     errors: Tensor
+    count: int = 0
+    energy: float = 0.0
+
+    def widen(self, scales: Tensor) -> None:
+        """Adds the larger of these candidates, for a call whose values outgrow the earlier ones.
+
+        Earlier values are not clipped there: their error is that of uniform rounding, s²/12 each, at most Σx².
+        """
+        larger = scales[scales > self.candidates[-1]]
+        self.candidates = torch.cat([self.candidates, larger])
+        self.errors = torch.cat([self.errors, (larger.square() * (self.count / 12)).clamp_max(self.energy)])
 
     def add(self, x: Tensor, qmin: int, qmax: int) -> None:
         scale = self.candidates.unsqueeze(1)
+        self.count += x.numel()
+        self.energy += float(x.square().sum())
         quantised = (x / scale).round_().clamp_(qmin, qmax).mul_(scale)
         self.errors += (quantised - x).square_().sum(1)
 
@@ -54,7 +67,7 @@ class _Observer(fx.Interpreter):
 
     def __call__(self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
         times = timestep.reshape(-1).float()
-        if times.unique().numel() != 1:
+        if bool((times != times[0]).any()):
             raise TrainingError(
                 "calibration", "one call mixes timesteps", "Call the model with one timestep at a time."
             )
@@ -69,7 +82,7 @@ class _Observer(fx.Interpreter):
             return super().run_node(n)
         x = self.env[n.args[0]]  # type: ignore[index]
         if role == "activation_quantizer":
-            self._observe(n.meta["site"], x, *n.args[2:])
+            self._observe(n.meta["site"], x, *n.args[2:])  # type: ignore[arg-type]
         return x
 
     def _observe(self, site: str, x: Tensor, qmin: int, qmax: int) -> None:
@@ -85,10 +98,11 @@ class _Observer(fx.Interpreter):
                 "Check the checkpoint and its dtype; leave the site float with --keep-float if it is meant to.",
             )
         key = (site, self.row)
-        if key not in self.searches:
-            base = top / qmax if top > 0 else 1.0
-            ratios = torch.linspace(1.0 / self.candidates, 1.05, self.candidates)
-            self.searches[key] = _Search(base * ratios, torch.zeros(self.candidates))
+        scales = (top / qmax if top > 0 else 1.0) * torch.linspace(1.0 / self.candidates, 1.05, self.candidates)
+        if key not in self.searches or self.searches[key].energy == 0:  # zeros cost nothing at any scale
+            self.searches[key] = _Search(scales, torch.zeros(self.candidates))
+        elif top > 0:
+            self.searches[key].widen(scales)
         self.searches[key].add(flat, qmin, qmax)
 
 
