@@ -196,14 +196,17 @@ def _layer_norm(lo: Lowering, node: fx.Node) -> ir.Value:
 
 
 def linear_layer(lo: Lowering, node: fx.Node) -> ir.Value:
-    """x·Wᵀ + b: Gemm for matrices, MatMul and Add for more axes."""
+    """x·Wᵀ + b as one Gemm over all leading axes, [N, L, C] -> [N·L, C] -> [N·L, O] -> [N, L, O].
+
+    Not MatMul: behind a DequantizeLinear of 8-bit weights onnxruntime turns that into MatMulNBits, which quantises
+    the activations once more (seen in 1.32: 5e-3 relative).
+    """
     b = lo.builder
     x, weight, bias = lo.value(node.args[0]), lo.value(node.args[1]), lo.optional(_argument(node, 2, "bias"))
-    name = str(node.meta.get("site", node.name))
-    if len(lo.shape(node.args[0])) == 2:
-        return b.op("Gemm", x, weight, *([bias] if bias is not None else []), transB=1, name=name)
-    product = b.op("MatMul", x, b.transpose(weight, [1, 0]), name=name if bias is None else f"{name}.product")
-    return product if bias is None else b.op("Add", product, bias, name=name)
+    name, rank = str(node.meta.get("site", node.name)), len(lo.shape(node.args[0]))
+    flat = x if rank == 2 else b.reshape(x, [-1, int(lo.shape(node.args[1])[1])])
+    product = b.op("Gemm", flat, weight, *([bias] if bias is not None else []), transB=1, name=name)
+    return product if rank == 2 else b.reshape(product, lo.static_shape(node), name)
 
 
 def conv2d_layer(lo: Lowering, node: fx.Node) -> ir.Value:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hqc.export.sites import QuantisedSite
+from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.passes.rewriting import rewrite
 from hqc.program import Program, is_op
 
-__all__ = ["code_levels", "evaluate", "site_output", "verification_inputs", "without_quantisers"]
+__all__ = ["ForcedRun", "code_levels", "evaluate", "site_output", "verification_inputs", "without_quantisers"]
 
 ops = torch.ops.hqc
 Values = Mapping[fx.Node, Tensor]
@@ -75,3 +75,35 @@ def without_quantisers(program: Program) -> Program | None:
         elif is_op(node, ops.dequantize.default) and is_op(node.args[0], ops.quantize.default):
             node.replace_all_uses_with(node.args[0].args[0])
     return edit.finish()
+
+
+class ForcedRun(fx.Interpreter):
+    """Runs a program with the codes of every site given, and notes how far they are from its own.
+
+    `flipped[site]` counts codes that differ from the program's own rounding; `distance[site]` is how far, in steps,
+    the worst of them is from the rounding boundary that it crossed.
+    """
+
+    def __init__(self, program: Program, codes: Mapping[str, Tensor]) -> None:
+        super().__init__(program.module())
+        self._sites = {site.quantiser.name: site for site in quantised_sites(program) if site.site in codes}
+        self._codes = codes
+        self.flipped: dict[str, int] = {}
+        self.distance: dict[str, float] = {}
+
+    @torch.no_grad()
+    def run_node(self, n: fx.Node) -> Any:
+        """Quantisers return the given codes; everything else runs as usual."""
+        site = self._sites.get(n.name)
+        if site is None:
+            return super().run_node(n)
+        x, scale, low, high = self.fetch_args_kwargs_from_env(n)[0]
+        broadcast = [-1] + [1] * (x.ndim - 1)
+        level = (x * scale.reciprocal().view(broadcast)).clamp(low, high)
+        codes = self._codes[site.site]
+        differs = level.round() != codes
+        self.flipped[site.site] = int(differs.sum())
+        # A code is right if the level lies within half a step of it.
+        excess = (level - codes).abs() - 0.5
+        self.distance[site.site] = float(excess[differs].max()) if self.flipped[site.site] else 0.0
+        return codes * scale.view(broadcast) if is_op(n, ops.fake_quantize.default) else codes.to(torch.int8)
