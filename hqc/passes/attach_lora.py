@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hqc.errors import PlanError
 from hqc.passes.rewriting import layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage, aten
@@ -37,6 +38,10 @@ class AttachLora:
     takes: ClassVar[tuple[Stage, ...]] = (Stage.QUANTISED,)
     gives: ClassVar[Stage | None] = None
     preserves: ClassVar[str] = "numerics"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise PlanError(f"rank {self.rank}", "a LoRA needs a rank of at least 1", "Leave attach_lora out instead.")
 
     def find(self, program: Program) -> Findings:
         """Quantised sites below 8 weight bits."""
@@ -74,5 +79,6 @@ class AttachLora:
 
 def _kaiming(rank: int, columns: int, seed: int, site: str) -> Tensor:
     """A [r, K] uniform in ±1/√K (Kaiming with a = √5), drawn from a generator of the site's own."""
-    generator = torch.Generator().manual_seed(seed * 0x1_0000_0000 + zlib.crc32(site.encode()))
+    # torch's CPU generator takes 32 bits of seed: both numbers go into one checksum.
+    generator = torch.Generator().manual_seed(zlib.crc32(site.encode(), seed & 0xFFFF_FFFF))
     return (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)

@@ -18,7 +18,7 @@ from torch import fx
 
 from hqc.errors import PlanError
 from hqc.ops import block_size
-from hqc.passes.rewriting import channel_axis, layer_inputs, rewrite
+from hqc.passes.rewriting import UNPLANNED, channel_axis, layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage
 
@@ -49,13 +49,17 @@ class InsertHadamard:
     def find(self, program: Program) -> Findings:
         """Quantised sites with a block that fits."""
         matches, misses = [], []
-        for plan in program.plan.sites:
-            reason = self._miss(program, plan.site)
-            misses.append((plan.site, reason)) if reason else matches.append(plan.site)
+        for site, _ in program.sites():
+            reason = self._miss(program, site)
+            misses.append((site, reason)) if reason else matches.append(site)
         return Findings(tuple(matches), tuple(misses))
 
     def _miss(self, program: Program, site: str) -> str:
+        if site not in program.plan:
+            return UNPLANNED
         plan = program.plan[site]
+        if plan.block:
+            return f"rotated already, block {plan.block}"
         if not plan.quantised:
             return f"float: {plan.reason}"
         if plan.reason.startswith("unrotated"):
@@ -87,6 +91,6 @@ class InsertHadamard:
             plans[site] = replace(program.plan[site], block=block)
         misses = dict(self.find(program).misses)
         for plan in program.plan.sites:
-            if plan.quantised and plan.site in misses:
+            if plan.quantised and not plan.block and plan.site in misses:
                 plans[plan.site] = replace(plan, reason=f"unrotated: {misses[plan.site].removeprefix('unrotated: ')}")
         return edit.finish(plan=program.plan.with_sites(plans))

@@ -9,6 +9,7 @@ timesteps. Weight scales minimise ‖W - Q_w(W)‖² channel by channel; the act
 calibration.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -16,8 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from hqc.errors import PlanError
-from hqc.passes.rewriting import layer_inputs, rewrite
+from hqc.errors import PassError, PlanError
+from hqc.passes.rewriting import UNPLANNED, layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.plan import activation_range, weight_range
 from hqc.program import BATCH, Program, Stage, aten
@@ -42,20 +43,30 @@ class InsertQdq:
     preserves: ClassVar[str] = "nothing"
 
     def __post_init__(self) -> None:
+        if not all(isinstance(t, (int, float)) and math.isfinite(t) for t in self.timesteps):
+            raise PlanError("timesteps", f"the grid {self.timesteps} is not all numbers", "Give finite timesteps.")
         if not self.timesteps or len(set(self.timesteps)) != len(self.timesteps):
             raise PlanError("timesteps", "the grid is empty or repeats a timestep", "Give distinct timesteps.")
 
     def find(self, program: Program) -> Findings:
         """Every site that the plan quantises."""
-        misses = tuple((p.site, f"float: {p.reason}") for p in program.plan.sites if not p.quantised)
-        return Findings(tuple(p.site for p in program.plan.quantised), misses)
+        misses = [(p.site, f"float: {p.reason}") for p in program.plan.sites if not p.quantised]
+        misses += [(site, UNPLANNED) for site, _ in program.sites() if site not in program.plan]
+        return Findings(tuple(p.site for p in program.plan.quantised), tuple(misses))
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Inserts the grid lookup once, then both quantisers of each site."""
         edit = rewrite(program)
         if not matches:
             return edit.finish(plan=replace(program.plan, timesteps=self.timesteps))
-        timestep = next(node for node in edit.graph.nodes if node.op == "placeholder" and node.name == "timestep")
+        inputs = {node.name: node for node in edit.graph.nodes if node.op == "placeholder"}
+        if "timestep" not in inputs:
+            raise PassError(
+                "insert_qdq",
+                f"the inputs are {', '.join(inputs)}; expected one named timestep",
+                "Name the input that holds each sample's timestep [N] `timestep`.",
+            )
+        timestep = inputs["timestep"]
         # The lookup stands right behind its input: it depends on nothing else.
         first = timestep.next
         grid = edit.weight(GRID, torch.tensor(self.timesteps, dtype=torch.float32), first)

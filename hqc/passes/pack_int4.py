@@ -32,8 +32,10 @@ class PackInt4:
         """Sites with codes of at most 4 bits."""
         matches, misses = [], []
         for plan in program.plan.sites:
-            if f"{plan.site}.weight_codes" not in program.state:
+            if not plan.quantised:
                 misses.append((plan.site, f"float: {plan.reason}"))
+            elif f"{plan.site}.weight_packed" in program.state:
+                misses.append((plan.site, "is packed already"))
             elif (plan.weight_bits or 8) > 4:
                 misses.append((plan.site, f"{plan.weight_bits} bits do not fit in 4"))
             else:

@@ -8,9 +8,10 @@ from torch import Tensor, fx
 
 from hqc.program import Program, aten, copy_graph, is_op
 
-__all__ = ["CONV", "LINEAR", "Rewriter", "channel_axis", "layer_inputs", "rewrite"]
+__all__ = ["CONV", "LINEAR", "UNPLANNED", "Rewriter", "channel_axis", "layer_inputs", "rewrite"]
 
 CONV, LINEAR = aten.conv2d.default, aten.linear.default
+UNPLANNED = "the plan does not name it: run select_layers first"
 
 
 def channel_axis(layer: fx.Node) -> int:

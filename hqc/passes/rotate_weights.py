@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hqc.errors import PassError
 from hqc.passes.rewriting import CONV, Rewriter, channel_axis, layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.plan import activation_range
@@ -31,6 +32,8 @@ _INT32_LIMIT = 2**31
 
 def rotated_codes(program: Program, site: str) -> Tensor:
     """w_q·H_b of a site in int16; w_q itself where it is not rotated."""
+    if f"{site}.weight_packed" in program.state:
+        raise PassError(site, "its codes are packed already", "Run pack_int4 after every other pass.")
     codes, block = program.state[f"{site}.weight_codes"], program.plan[site].block
     return ops.rotate_codes(codes, block) if block else codes.to(torch.int16)  # type: ignore[no-any-return]
 
@@ -46,9 +49,13 @@ class RotateWeights:
     def find(self, program: Program) -> Findings:
         """Frozen sites whose accumulators fit int32."""
         matches, misses = [], []
+        layers = dict(program.sites())
         for plan in program.plan.sites:
-            if f"{plan.site}.weight_codes" not in program.state:
+            if not plan.quantised:
                 misses.append((plan.site, f"float: {plan.reason}"))
+                continue
+            if is_op(layers[plan.site], ops.rescale.default):
+                misses.append((plan.site, "is an integer product already"))
                 continue
             top = activation_range(plan.activation_bits or 8)[1]
             bound = int(rotated_codes(program, plan.site).to(torch.int64).abs().flatten(1).sum(1).max()) * top
@@ -74,7 +81,8 @@ def _make_integer(edit: Rewriter, site: str) -> None:
     stored, scale_w = weight.args
     wide = stored
     if plan.block:
-        wide = edit.call(layer, ops.rotate_codes.default, stored, plan.block, like=stored, site=site, role="weight")  # type: ignore[arg-type]
+        meta = {"shape": stored.meta["shape"], "dtype": "int16", "site": site, "role": "weight"}  # type: ignore[union-attr]
+        wide = edit.call(layer, ops.rotate_codes.default, stored, plan.block, **meta)
         # s_w/√b is formed once here, in float32, so that every runtime multiplies by the same number.
         folded = state[str(scale_w.target)] * plan.block**-0.5  # type: ignore[union-attr]
         scale_w = edit.weight(f"{site}.weight_rotated_scale", folded, layer)

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from hqc.errors import PlanError
+from hqc.errors import PassError, PlanError
 from hqc.passes.rewriting import CONV, LINEAR
 from hqc.pipeline import Findings
 from hqc.plan import RULE_SETS, QuantPlan, Rule, SitePlan, decide, parse_bits
@@ -23,9 +23,13 @@ __all__ = ["SelectLayers"]
 
 _UNSUPPORTED = {
     aten.conv1d.default: "conv1d is not rewritten",
+    aten.conv1d.padding: "conv1d is not rewritten",
     aten.conv3d.default: "conv3d is not rewritten",
+    aten.conv3d.padding: "conv3d is not rewritten",
     aten.conv2d.padding: "a convolution with padding given as text is not rewritten",
+    aten.conv_transpose1d.default: "transposed convolutions are not rewritten",
     aten.conv_transpose2d.input: "transposed convolutions are not rewritten",
+    aten.conv_transpose3d.input: "transposed convolutions are not rewritten",
     aten.addmm.default: "addmm is not rewritten; capture the module in training IR",
 }
 
@@ -54,6 +58,8 @@ class SelectLayers:
 
     def find(self, program: Program) -> Findings:
         """Sites to quantise; misses are layers that stay float."""
+        if rotated := [plan.site for plan in program.plan.sites if plan.block]:
+            raise PassError("select_layers", f"{rotated[0]} is rotated already", "Run it before insert_hadamard.")
         matches, misses = [], []
         for site, node in program.sites():
             reason = _unfit(node) or self._float_reason(site)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
 
 from hqc.errors import PassError
 from hqc.passes.rewriting import rewrite
@@ -52,8 +51,8 @@ class SplitDigits:
             if not is_op(node, *PRODUCTS):
                 continue
             site = node.meta["site"]
-            if _is_int8(node):
-                misses.append((site, "its weight is int8 already"))
+            if is_op(node.args[1], ops.digit.default, aten.to.dtype):
+                misses.append((site, "its weight is a digit already"))
                 continue
             wide = rotated_codes(program, site).to(torch.int32)
             if int(wide.min()) < _TWO_DIGITS[0] or int(wide.max()) > _TWO_DIGITS[1]:
@@ -76,21 +75,18 @@ class SplitDigits:
         for node in [n for n in edit.graph.nodes if is_op(n, *PRODUCTS)]:
             weight, site = node.args[1], node.meta["site"]
             if site not in matches:
-                if not _is_int8(node):
-                    low = edit.call(node, aten.to.dtype, weight, torch.int8, like=weight, site=site, role="weight")
+                if weight.meta["dtype"] != "int8":
+                    meta = {"shape": weight.meta["shape"], "dtype": "int8", "site": site, "role": "weight"}
+                    low = edit.call(node, aten.to.dtype, weight, torch.int8, **meta)
                     node.replace_input_with(weight, low)
                 continue
             parts = []
             for index in (0, 1):
-                part = edit.call(node, ops.digit.default, weight, index, like=weight, site=site, role="weight")
+                meta = {"shape": weight.meta["shape"], "dtype": "int8", "site": site, "role": "weight"}
+                part = edit.call(node, ops.digit.default, weight, index, **meta)
                 args = [part if a is weight else a for a in node.args]
                 parts.append(edit.call(node, node.target, *args, like=node, site=site, role="product"))
             high = edit.call(node, aten.mul.Scalar, parts[1], 128, like=node)
             total = edit.call(node, aten.add.Tensor, parts[0], high, like=node, site=site)
             node.replace_all_uses_with(total)
         return edit.finish()
-
-
-def _is_int8(product: fx.Node) -> bool:
-    """Whether the product's weight has been cast or split: a digit, or a cast to int8."""
-    return is_op(product.args[1], ops.digit.default, aten.to.dtype)

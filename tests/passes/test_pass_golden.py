@@ -1,0 +1,69 @@
+"""Before and after each pass as text, for a model of one convolution and one linear layer.
+
+`pytest --update-golden` writes the files; read the diff before committing it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hqc.passes import (
+    PASSES,
+    AttachLora,
+    FreezeIntegers,
+    InsertHadamard,
+    InsertQdq,
+    MergeLora,
+    PackInt4,
+    RotateWeights,
+    SelectLayers,
+    SplitDigits,
+)
+from hqc.pipeline import Pass, pass_name, run_pass, run_pipeline
+from hqc.program import Program
+from hqc.text import graph_text
+
+GOLDEN = Path(__file__).parent / "golden"
+CHAIN: tuple[Pass, ...] = (
+    SelectLayers(bits="w4a4"),
+    InsertHadamard(block=32),
+    InsertQdq(timesteps=(0.0, 500.0)),
+    AttachLora(rank=4),
+    MergeLora(),
+    FreezeIntegers(),
+    RotateWeights(),
+    SplitDigits(),
+    PackInt4(),
+)
+
+
+def described(program: Program) -> str:
+    """The graph and the plan: what passes may change besides tensors."""
+    sites = [
+        f"{p.site}: w{p.weight_bits}a{p.activation_bits} block={p.block} lora={p.lora_rank}"
+        + (f" ({p.reason})" if p.reason else "")
+        for p in program.plan.sites
+    ]
+    return f"# stage {program.stage}\n" + "".join(f"# {site}\n" for site in sites) + graph_text(program)
+
+
+@pytest.mark.parametrize("index", range(len(CHAIN)), ids=[pass_name(type(one)) for one in CHAIN])
+def test_golden(index: int, captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:
+    name = pass_name(type(CHAIN[index]))
+    before = run_pipeline(captured("two_sites"), CHAIN[:index])
+    golden(GOLDEN / f"{name}.before.txt", described(before))
+    golden(GOLDEN / f"{name}.after.txt", described(run_pass(before, CHAIN[index])))
+
+
+def test_golden_two_digits(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:
+    """`split_digits` again, at widths where both sites need a second digit."""
+    chain = [SelectLayers(bits="w8a8"), InsertHadamard(), InsertQdq((0.0,)), FreezeIntegers(), RotateWeights()]
+    before = run_pipeline(captured("two_sites"), chain)
+    golden(GOLDEN / "split_digits_w8a8.before.txt", described(before))
+    golden(GOLDEN / "split_digits_w8a8.after.txt", described(run_pass(before, SplitDigits())))
+
+
+def test_no_golden_file_is_left_over() -> None:
+    names = {f"{name}.{side}.txt" for name in (*PASSES, "split_digits_w8a8") for side in ("before", "after")}
+    assert {path.name for path in GOLDEN.iterdir()} == names
