@@ -84,22 +84,45 @@ _SHAPE = "Write passes as name(option=value), separated by commas."
 
 
 def _parse_call(call: ast.expr, known: Mapping[str, type]) -> Pass:
-    where = f"pipeline item {ast.unparse(call)[:80]!r}"
+    where = f"pipeline item {_unparse(call)!r}"
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
         raise PipelineTextError(where, "is not name(option=value)", _SHAPE)
     if call.func.id not in known:
         raise PipelineTextError(where, f"unknown pass; there are {', '.join(known)}", "Use one of them.")
     kind = known[call.func.id]
-    allowed = [f.name for f in fields(kind)]
-    options = {}
+    allowed = {f.name: f.default for f in fields(kind)}
+    options: dict[str, object] = {}
     for keyword in call.keywords:
-        if keyword.arg not in allowed:
+        if keyword.arg is None or keyword.arg not in allowed:
             raise PipelineTextError(where, f"has no option {keyword.arg!r}; it has {', '.join(allowed)}", "Correct it.")
-        try:
-            options[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError as error:
-            raise PipelineTextError(where, f"option {keyword.arg} is not a literal", "Write a value.") from error
+        if keyword.arg in options:
+            raise PipelineTextError(where, f"gives option {keyword.arg} twice", "Give it once.")
+        options[keyword.arg] = _option(where, keyword.arg, keyword.value, allowed[keyword.arg])
     return kind(**options)  # type: ignore[no-any-return]
+
+
+def _unparse(call: ast.expr) -> str:
+    try:
+        return ast.unparse(call)[:80]
+    except RecursionError:
+        return "…"
+
+
+def _option(where: str, name: str, value: ast.expr, default: object) -> object:
+    """The literal, if it is of the default's type; a list is taken for a tuple, a whole number for a float."""
+    try:
+        found = ast.literal_eval(value)
+    except (ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise PipelineTextError(where, f"option {name} is not a literal", "Write a value.") from error
+    found = tuple(found) if isinstance(found, list) and isinstance(default, tuple) else found
+    found = float(found) if type(found) is int and isinstance(default, float) else found
+    if type(found) is not type(default):
+        raise PipelineTextError(
+            where,
+            f"option {name} is a {type(found).__name__}; expected {type(default).__name__}",
+            f"Write it as in {name}={default!r}.",
+        )
+    return found  # type: ignore[no-any-return]
 
 
 def run_pass(program: Program, one: Pass, *, check_numerics: bool = False) -> Program:
