@@ -176,7 +176,7 @@ class QuantPlan:
             PlanError: if a field is missing, unknown, or of the wrong type.
         """
         try:
-            sites = tuple(SitePlan(**site) for site in data["sites"])
+            sites = tuple(_site_plan(site) for site in data["sites"])
             return QuantPlan(
                 recipe=str(data["recipe"]),
                 bits=str(data["bits"]),
@@ -186,6 +186,21 @@ class QuantPlan:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError("plan.json", f"not a quantisation plan ({error})", "Write the artefact again.") from error
+
+
+def _site_plan(data: Mapping[str, Any]) -> SitePlan:
+    plan = SitePlan(**data)
+    texts, counts = (
+        (plan.site, plan.kind, plan.reason),
+        (plan.in_channels, plan.out_channels, plan.block, plan.lora_rank),
+    )
+    widths = (plan.weight_bits, plan.activation_bits)
+    if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in counts):
+        raise ValueError(f"site {plan.site!r} has a field of the wrong type")
+    quantised = all(type(b) is int and LOWEST_BITS <= b <= HIGHEST_BITS for b in widths)
+    if not quantised and widths != (None, None):
+        raise ValueError(f"site {plan.site!r} has widths {widths}")
+    return plan
 
 
 def decide(site: str, rules: Sequence[Rule]) -> Rule | None:

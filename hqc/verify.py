@@ -68,6 +68,10 @@ def _allowed(target: object) -> bool:
 def _check_state(program: Program) -> list[str]:
     used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
     problems = [f"weight {name} is missing" for name in sorted(used - program.state.keys())]
+    for node in program.graph.nodes:
+        tensor = program.state.get(str(node.target)) if node.op == "get_attr" else None
+        if tensor is not None and tuple(tensor.shape) != tuple(node.meta.get("shape", tensor.shape)):
+            problems.append(f"weight {node.target} is {list(tensor.shape)}; the graph says {list(node.meta['shape'])}")
     problems += [f"weight {name} is unused" for name in sorted(program.state.keys() - used)]
     for name, tensor in program.state.items():
         if name.endswith(("_scale", "scale_table")) and not bool((tensor > 0).all() & tensor.isfinite().all()):
