@@ -19,17 +19,16 @@ _KIND = "hqc-checkpoint"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run stands: updates done, x_t of the running trajectory, values and AdamW moments by name."""
+    """Where a run stands: updates done, values and AdamW moments by name."""
 
     step: int
-    sample: Tensor
     tensors: Mapping[str, Tensor]
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Replaces the checkpoint in `folder`."""
     with atomic_folder(folder, force=True, may_replace=is_artefact) as temporary:
-        save_file({**checkpoint.tensors, "sample": checkpoint.sample}, temporary / "checkpoint.safetensors")
+        save_file(dict(checkpoint.tensors), temporary / "checkpoint.safetensors")
         write_manifest(temporary, _KIND, {"step": checkpoint.step})
 
 
@@ -42,9 +41,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     manifest = check_manifest(folder, _KIND)
     try:
         tensors = load_file(folder / "checkpoint.safetensors")
-        sample = tensors.pop("sample")
-    except (KeyError, SafetensorError) as error:
+        step = int(manifest["step"])
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ArtefactError(str(folder), f"cannot be read ({error})", "Start again without --resume.") from error
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
         raise ArtefactError(str(folder), "holds NaN or infinity", "Start again without --resume.")
-    return Checkpoint(int(manifest["step"]), sample, tensors)
+    return Checkpoint(step, tensors)

@@ -6,8 +6,8 @@
                  x_{t-1} = sampler step with the teacher's ε (no student roll-out)
 
 LoRA factors learn at lr_lora·mean(s_w) of their own site, so that a step is the same fraction of every site's grid;
-scales have no weight decay and stay positive. Every random number comes from (seed, epoch, step), so a run that was killed
-continues to the same bits. Source: HQ-DM training loop; EfficientDM scale-aware LoRA (arXiv 2310.03270).
+scales have no weight decay and stay positive. Every random number comes from (seed, epoch, step), so a run that was
+killed continues to the same bits. Source: HQ-DM training loop; EfficientDM scale-aware LoRA (arXiv 2310.03270).
 """
 
 import time
@@ -91,23 +91,26 @@ def distil(
     names = trainable(student)
     parameters = {name: _own_parameter(module, name) for name in names}
     optimizer = _optimizer(student, parameters, settings)
-    scheduler = task.new_scheduler()
-    scheduler.set_timesteps(settings.num_inference_steps)
+    length = len(_fresh_scheduler(task, settings).timesteps)
     total, first = settings.total_steps, 0
-    sample, conditions = torch.empty(0), None
     if resume is not None:
-        first, sample = resume.step, resume.sample
+        first = resume.step
         _restore(optimizer, parameters, resume)
-    for step in range(first, total):
+    # A trajectory that was cut is walked again from its start without the student: samplers may have a memory.
+    for step in range(first - first % length, total):
         began = time.perf_counter()
-        epoch, index = divmod(step, len(scheduler.timesteps))
-        if index == 0 or step == first:
-            fresh, conditions = start(task, settings.batch_size, _generator(settings.seed, epoch, 0))
-            sample = fresh * scheduler.init_noise_sigma if index == 0 else sample
+        epoch, index = divmod(step, length)
+        if index == 0:
+            scheduler = _fresh_scheduler(task, settings)
+            noise, conditions = start(task, settings.batch_size, _generator(settings.seed, epoch, 0))
+            sample = noise * scheduler.init_noise_sigma
         timestep = scheduler.timesteps[index]
         model_input = scheduler.scale_model_input(sample, timestep)
         with torch.no_grad():
             wanted = guided(teacher_module, model_input, float(timestep), conditions, settings.guidance_scale)
+        sample = advance(scheduler, wanted, timestep, sample, settings.eta, _generator(settings.seed, epoch, index + 1))
+        if step < first:
+            continue
         found = guided(module, model_input, float(timestep), conditions, settings.guidance_scale)
         loss = (found - wanted).square().sum()
         value = float(loss.detach())
@@ -121,12 +124,11 @@ def distil(
             group["lr"] = group["base_lr"] * (1 - step / total)
         optimizer.step()
         _keep_positive(parameters, names)
-        sample = advance(scheduler, wanted, timestep, sample, settings.eta, _generator(settings.seed, epoch, index + 1))
         if on_step is not None:
             relative = value / float(wanted.square().sum())
             on_step(StepRecord(step + 1, total, epoch, float(timestep), value, relative, time.perf_counter() - began))
         if on_checkpoint is not None and (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
-            on_checkpoint(_snapshot(step + 1, sample, optimizer, parameters))
+            on_checkpoint(_snapshot(step + 1, optimizer, parameters))
     state = dict(student.state) | {name: p.detach().clone() for name, p in parameters.items()}
     return student.evolve(state=state, stage=Stage.TRAINED)
 
@@ -170,20 +172,24 @@ def _generator(*numbers: int) -> torch.Generator:
 
 @torch.no_grad()
 def _keep_positive(parameters: dict[str, nn.Parameter], names: dict[str, str]) -> None:
-    scales = [parameters[name] for name, kind in names.items() if kind != "lora"]
+    scales: list[Tensor] = [parameters[name] for name, kind in names.items() if kind != "lora"]
     torch._foreach_clamp_min_(scales, _SMALLEST_SCALE)
 
 
-def _snapshot(
-    step: int, sample: Tensor, optimizer: torch.optim.AdamW, parameters: dict[str, nn.Parameter]
-) -> Checkpoint:
+def _fresh_scheduler(task: Task, settings: TrainingSettings) -> Any:
+    scheduler = task.new_scheduler()
+    scheduler.set_timesteps(settings.num_inference_steps)
+    return scheduler
+
+
+def _snapshot(step: int, optimizer: torch.optim.AdamW, parameters: dict[str, nn.Parameter]) -> Checkpoint:
     tensors = {}
     for name, parameter in parameters.items():
         moments = optimizer.state[parameter]
         tensors[f"value/{name}"] = parameter.detach().clone()
         tensors[f"mean/{name}"] = moments["exp_avg"].clone()
         tensors[f"square/{name}"] = moments["exp_avg_sq"].clone()
-    return Checkpoint(step, sample.clone(), tensors)
+    return Checkpoint(step, tensors)
 
 
 @torch.no_grad()

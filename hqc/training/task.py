@@ -31,7 +31,7 @@ class Task:
     def __post_init__(self) -> None:
         if (self.draw_conditions is None) != (self.unconditional is None):
             has, lacks = ("draw_conditions", "unconditional")[:: -1 if self.draw_conditions is None else 1]
-            raise TrainingError("Task", f"has {has} without {lacks}", "Give both, or neither for an unconditional model.")
+            raise TrainingError("Task", f"has {has} without {lacks}", "Give both, or neither for an unconditional one.")
 
     def timesteps(self, num_inference_steps: int) -> tuple[float, ...]:
         """The sampler's timesteps: the grid of the scale tables, ascending."""

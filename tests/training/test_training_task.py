@@ -159,7 +159,7 @@ def test_a_task_with_half_of_the_conditions_is_refused(given: str) -> None:
         "draw_conditions": lambda n, generator: torch.zeros(n, 1, 2),
         "unconditional": lambda n: torch.zeros(n, 1, 2),
     }
-    with pytest.raises(TrainingError, match="Task: has .* without .*Give both"):
+    with pytest.raises(TrainingError, match=r"Task: has .* without .*Give both"):
         _task(**{given: options[given]})
 
 
