@@ -9,7 +9,7 @@ __all__ = ["CalibrationSettings", "Recipe", "TrainingSettings"]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class CalibrationSettings(_Settings):
@@ -19,9 +19,9 @@ class CalibrationSettings(_Settings):
     minimises the squared quantisation error over `candidates` clip ranges.
     """
 
-    samples: int = Field(16, ge=1, le=4096)
-    candidates: int = Field(60, ge=2, le=1000)
-    seed: int = Field(2024, ge=0)
+    samples: int = Field(default=16, ge=1, le=4096)
+    candidates: int = Field(default=60, ge=2, le=1000)
+    seed: int = Field(default=2024, ge=0)
 
 
 class TrainingSettings(_Settings):
@@ -31,18 +31,18 @@ class TrainingSettings(_Settings):
     weight scales `lr_weight_scale`, activation tables `lr_activation_scale`; all decay linearly to zero.
     """
 
-    epochs: int = Field(50, ge=1)
-    steps: int | None = Field(None, ge=1)
-    batch_size: int = Field(8, ge=1, le=1024)
-    num_inference_steps: int = Field(20, ge=1, le=1000)
-    guidance_scale: float = Field(1.5, ge=0, le=100)
-    eta: float = Field(0.0, ge=0, le=1)
-    seed: int = Field(3407, ge=0)
-    lr_lora: float = Field(1e-2, gt=0)
-    lr_weight_scale: float = Field(1e-5, gt=0)
-    lr_activation_scale: float = Field(5e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    checkpoint_every: int = Field(200, ge=1)
+    epochs: int = Field(default=50, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=1024)
+    num_inference_steps: int = Field(default=20, ge=1, le=1000)
+    guidance_scale: float = Field(default=1.5, ge=0, le=100)
+    eta: float = Field(default=0.0, ge=0, le=1)
+    seed: int = Field(default=3407, ge=0)
+    lr_lora: float = Field(default=1e-2, gt=0)
+    lr_weight_scale: float = Field(default=1e-5, gt=0)
+    lr_activation_scale: float = Field(default=5e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    checkpoint_every: int = Field(default=200, ge=1)
 
     @property
     def total_steps(self) -> int:
@@ -59,9 +59,9 @@ class Recipe(_Settings):
     name: str
     source: str
     rules: str = "default"
-    block: int = 0
+    block: int = Field(default=0, ge=0)
     rotate_tokens: bool = True
-    lora_rank: int = 0
+    lora_rank: int = Field(default=0, ge=0)
     trains: bool = False
     calibration: CalibrationSettings = CalibrationSettings()
     training: TrainingSettings = TrainingSettings()

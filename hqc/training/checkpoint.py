@@ -15,6 +15,7 @@ from hqc.storage import atomic_folder, check_manifest, is_artefact, write_manife
 __all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
 
 _KIND = "hqc-checkpoint"
+_TENSORS = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Checkpoint:
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Replaces the checkpoint in `folder`."""
     with atomic_folder(folder, force=True, may_replace=is_artefact) as temporary:
-        save_file(dict(checkpoint.tensors), temporary / "checkpoint.safetensors")
+        save_file(dict(checkpoint.tensors), temporary / _TENSORS)
         write_manifest(temporary, _KIND, {"step": checkpoint.step})
 
 
@@ -39,9 +40,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         ArtefactError: if it is missing or damaged.
     """
     manifest = check_manifest(folder, _KIND)
+    if _TENSORS not in manifest["files"]:
+        raise ArtefactError(str(folder / "manifest.json"), f"lists no {_TENSORS}", "Start again without --resume.")
     try:
-        tensors = load_file(folder / "checkpoint.safetensors")
-        step = int(manifest["step"])
+        tensors = load_file(folder / _TENSORS)
+        if (step := int(manifest["step"])) < 1:
+            raise ValueError(f"step {step}")
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ArtefactError(str(folder), f"cannot be read ({error})", "Start again without --resume.") from error
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):

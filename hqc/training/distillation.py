@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hqc.errors import TrainingError
+from hqc.errors import ArtefactError, TrainingError
 from hqc.ops.fake_quantize import FakeQuantize
 from hqc.ops.hadamard import Hadamard
 from hqc.program import Program, Stage
@@ -85,7 +85,7 @@ def distil(
         on_step: called after every update. on_checkpoint: called every `settings.checkpoint_every` updates.
 
     Raises:
-        TrainingError: if the loss is not finite, naming the step.
+        TrainingError: if the loss is not finite, naming the step. ArtefactError: a checkpoint of another program.
     """
     module, teacher_module = _training_module(student), teacher.module()
     names = trainable(student)
@@ -195,10 +195,17 @@ def _snapshot(step: int, optimizer: torch.optim.AdamW, parameters: dict[str, nn.
 @torch.no_grad()
 def _restore(optimizer: torch.optim.AdamW, parameters: dict[str, nn.Parameter], saved: Checkpoint) -> None:
     for name, parameter in parameters.items():
-        parameter.copy_(saved.tensors[f"value/{name}"])
-        state: dict[str, Any] = {
+        value, mean, square = (_saved(saved, f"{kind}/{name}", parameter) for kind in ("value", "mean", "square"))
+        parameter.copy_(value)
+        optimizer.state[parameter] = {
             "step": torch.tensor(float(saved.step)),
-            "exp_avg": saved.tensors[f"mean/{name}"].clone(),
-            "exp_avg_sq": saved.tensors[f"square/{name}"].clone(),
+            "exp_avg": mean.clone(),
+            "exp_avg_sq": square.clone(),
         }
-        optimizer.state[parameter] = state
+
+
+def _saved(saved: Checkpoint, name: str, parameter: Tensor) -> Tensor:
+    tensor = saved.tensors.get(name)
+    if tensor is None or tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
+        raise ArtefactError("checkpoint", f"has no {name} as this program needs it", "Start again without --resume.")
+    return tensor
