@@ -195,7 +195,7 @@ def _layer_norm(lo: Lowering, node: fx.Node) -> ir.Value:
     )
 
 
-def linear_layer(lo: Lowering, node: fx.Node) -> ir.Value:
+def _linear(lo: Lowering, node: fx.Node) -> ir.Value:
     """x·Wᵀ + b as one Gemm over all leading axes, [N, L, C] -> [N·L, C] -> [N·L, O] -> [N, L, O].
 
     Not MatMul: behind a DequantizeLinear of 8-bit weights onnxruntime turns that into MatMulNBits, which quantises
@@ -209,32 +209,69 @@ def linear_layer(lo: Lowering, node: fx.Node) -> ir.Value:
     return product if rank == 2 else b.reshape(product, lo.static_shape(node), name)
 
 
-def conv2d_layer(lo: Lowering, node: fx.Node) -> ir.Value:
-    """Conv with explicit padding."""
-    x, weight, bias = lo.value(node.args[0]), lo.value(node.args[1]), lo.optional(_argument(node, 2, "bias"))
-    stride, padding, dilation = (
-        _argument(node, i, n, d) for i, n, d in ((3, "stride", [1, 1]), (4, "padding", [0, 0]), (5, "dilation", [1, 1]))
-    )
-    inputs = [x, weight, *([bias] if bias is not None else [])]
+def _conv(lo: Lowering, node: fx.Node) -> ir.Value:
+    """Conv with explicit padding, over one or two spatial axes."""
+    kernel = [int(d) for d in lo.shape(node.args[1])[2:]]
+    dilation = _spread(_argument(node, 5, "dilation", 1), len(kernel))
     return lo.builder.op(
         "Conv",
-        *inputs,
-        strides=_pair(stride),
-        pads=_pair(padding) * 2,
-        dilations=_pair(dilation),
+        *_layer_inputs(lo, node),
+        strides=_spread(_argument(node, 3, "stride", 1), len(kernel)),
+        pads=_pads(_argument(node, 4, "padding", 0), kernel, dilation),
+        dilations=dilation,
         group=int(_argument(node, 6, "groups", 1)),
-        kernel_shape=[int(d) for d in lo.shape(node.args[1])[2:]],
+        kernel_shape=kernel,
         name=str(node.meta.get("site", node.name)),
     )
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value] * 2 if isinstance(value, int) else [int(v) for v in value] * (2 // len(value))
+def _conv_transpose(lo: Lowering, node: fx.Node) -> ir.Value:
+    """ConvTranspose; arguments: stride, padding, output padding, groups, dilation."""
+    kernel = [int(d) for d in lo.shape(node.args[1])[2:]]
+    stride, padding, extra, groups, dilation = (
+        _argument(node, i, name, default)
+        for i, name, default in (
+            (3, "stride", 1),
+            (4, "padding", 0),
+            (5, "output_padding", 0),
+            (6, "groups", 1),
+            (7, "dilation", 1),
+        )
+    )
+    return lo.builder.op(
+        "ConvTranspose",
+        *_layer_inputs(lo, node),
+        strides=_spread(stride, len(kernel)),
+        pads=_spread(padding, len(kernel)) * 2,
+        output_padding=_spread(extra, len(kernel)),
+        group=int(groups),
+        dilations=_spread(dilation, len(kernel)),
+        kernel_shape=kernel,
+        name=node.name,
+    )
+
+
+def _layer_inputs(lo: Lowering, node: fx.Node) -> list[ir.Value]:
+    bias = lo.optional(_argument(node, 2, "bias"))
+    return [*lo.values_of(node.args[:2]), *([bias] if bias is not None else [])]
+
+
+def _pads(padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """ONNX's (begins, ends); "same" puts the odd one at the end."""
+    if not isinstance(padding, str):
+        return _spread(padding, len(kernel)) * 2
+    total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+    return [t // 2 for t in total] + [t - t // 2 for t in total]
+
+
+def _spread(value: int | Sequence[int], count: int) -> list[int]:
+    """torch takes one number for all axes."""
+    return [value] * count if isinstance(value, int) else [int(v) for v in value] * (count // len(value))
 
 
 def _avg_pool(lo: Lowering, node: fx.Node) -> ir.Value:
-    kernel = _pair(node.args[1])  # type: ignore[arg-type]
-    stride = _pair(_argument(node, 2, "stride") or kernel)
+    kernel = _spread(node.args[1], 2)  # type: ignore[arg-type]
+    stride = _spread(_argument(node, 2, "stride") or kernel, 2)
     if _argument(node, 4, "ceil_mode", False) or _argument(node, 6, "divisor_override") is not None:
         raise ExportError(f"node {node.name}", "is a pooling with options", "Use plain average pooling.")
     return lo.builder.op(
@@ -242,7 +279,7 @@ def _avg_pool(lo: Lowering, node: fx.Node) -> ir.Value:
         lo.value(node.args[0]),
         kernel_shape=kernel,
         strides=stride,
-        pads=_pair(_argument(node, 3, "padding", 0)) * 2,
+        pads=_spread(_argument(node, 3, "padding", 0), 2) * 2,
         count_include_pad=int(bool(_argument(node, 5, "count_include_pad", True))),
         name=node.name,
     )
@@ -272,7 +309,7 @@ MATH: Translations = {
     aten.reciprocal.default: _unary("Reciprocal"),
     aten.tanh.default: _unary("Tanh"),
     aten.sigmoid.default: _unary("Sigmoid"),
-    aten.relu.default: _unary("Relu"),
+    **dict.fromkeys((aten.relu.default, aten.relu_.default), _unary("Relu")),
     aten.round.default: _unary("Round"),
     aten.floor.default: _unary("Floor"),
     aten.mish.default: _unary("Mish"),
@@ -291,7 +328,8 @@ MATH: Translations = {
     aten.scaled_dot_product_attention.default: _attention,
     aten.group_norm.default: _group_norm,
     aten.layer_norm.default: _layer_norm,
-    aten.linear.default: linear_layer,
-    aten.conv2d.default: conv2d_layer,
+    aten.linear.default: _linear,
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv1d.padding, aten.conv2d.padding), _conv),
+    **dict.fromkeys((aten.conv_transpose1d.default, aten.conv_transpose2d.input), _conv_transpose),
     aten.avg_pool2d.default: _avg_pool,
 }

@@ -114,12 +114,15 @@ def _getitem(lo: Lowering, node: fx.Node) -> ir.Value:
 def _slice(lo: Lowering, node: fx.Node) -> ir.Value:
     args: list[Any] = [*node.args[1:], *[None] * 4][:4]
     axis, start, end, step = args[0] or 0, args[1] or 0, args[2], args[3] or 1
-    if not all(isinstance(v, int) or v is None for v in (axis, start, end, step)):
+    if not all(isinstance(v, int) for v in (axis, start, step)):
         raise ExportError(f"node {node.name}", "slices by a size that depends on the batch", "Rewrite the model.")
     if lo.shape(node.args[0]) == lo.shape(node):
         return lo.value(node.args[0])
     b = lo.builder
-    ends = b.ints(_LAST if end is None else end)
+    # An end that depends on the batch is the size that the program notes for the result.
+    ends = batch_dims(lo, [lo.shape(node)[axis]]) if isinstance(end, fx.Node) else b.ints(_LAST if end is None else end)
+    if isinstance(end, fx.Node) and (start != 0 or step != 1):
+        raise ExportError(f"node {node.name}", "slices by a size that depends on the batch", "Rewrite the model.")
     return b.op("Slice", lo.value(node.args[0]), b.ints(start), ends, b.ints(axis), b.ints(step), name=node.name)
 
 

@@ -152,7 +152,9 @@ def _check_network(
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    """‖found - wanted‖/‖wanted‖; 1 where something was found and nothing wanted."""
+    size = wanted.norm() if bool(wanted.norm() > 0) else found.norm().clamp_min(1e-30)
+    return float((found - wanted).norm() / size)
 
 
 def _all_codes(model: Path, taps: Mapping[str, Tap], feeds: Mapping[str, Array]) -> dict[str, Tensor]:
