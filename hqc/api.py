@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from hqc.errors import ArtefactError, PlanError, TrainingError
+from hqc.models import digits_path
 from hqc.pipeline import run_pipeline
-from hqc.program import Program
+from hqc.program import InputSpec, Program
 from hqc.recipes import Recipe, TrainingSettings, find_recipe
 from hqc.runtimes import as_unet
+from hqc.runtimes.base import named_inputs
+from hqc.runtimes.model import Model
+from hqc.runtimes.torch_runtime import TorchSession
 from hqc.storage import load_program, save_program
 from hqc.training import StepRecord, Task, calibrate, class_conditional_task, distil
 from hqc.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hqc.training.task import Denoise, trajectory
 
-__all__ = ["ForwardLoop", "configure", "finish_run", "pipeline_for", "ptq", "qat", "quantise", "task_of"]
+__all__ = ["ForwardLoop", "configure", "finish_run", "ptq", "qat", "quantise", "task_of"]
 
 ForwardLoop = Callable[[nn.Module], Any]
 
@@ -59,9 +63,7 @@ def task_of(program: Program, pipeline: Any | None = None) -> Task:
         TrainingError: if there is none.
     """
     if pipeline is None:
-        from hqc.runtimes import pipeline_of
-
-        pipeline = pipeline_of(program)
+        pipeline = _pipeline_around(program)
     if pipeline is None:
         raise TrainingError(
             f"program from {program.origin.source or 'a module'}",
@@ -71,11 +73,14 @@ def task_of(program: Program, pipeline: Any | None = None) -> Task:
     return class_conditional_task(pipeline)
 
 
-def pipeline_for(artefact: Path) -> Any:
-    """The pipeline that a program folder carries or refers to."""
-    from hqc.runtimes import load
-
-    return load(artefact).pipeline()
+def _pipeline_around(program: Program) -> Any | None:
+    """The pipeline that a program was traced from, if it is still there."""
+    reference = program.origin.pipeline
+    folder = digits_path() if reference == "digits" else Path(reference)
+    if not reference or not (folder / "model_index.json").is_file():
+        return None
+    config, size = program.origin.unet_config, program.size_bytes()
+    return Model(reference, "torch", TorchSession(program), program.plan, size, config, folder).pipeline()
 
 
 def quantise(
@@ -119,9 +124,22 @@ def _sampler_loop(task: Task, recipe: Recipe) -> Callable[[Denoise], None]:
 
 def _user_loop(forward_loop: ForwardLoop, program: Program) -> Callable[[Denoise], None]:
     def run(denoise: Denoise) -> None:
-        forward_loop(as_unet(denoise, program.origin.unet_config))
+        forward_loop(as_unet(_Observed(program.inputs, denoise), program.origin.unet_config))
 
     return run
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """The model of a forward loop: what it is called on goes to `denoise`."""
+
+    inputs: tuple[InputSpec, ...]
+    denoise: Denoise
+    name: str = "calibration"
+
+    def __call__(self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None = None) -> Tensor:
+        named = named_inputs(self.inputs, sample, timestep, condition)
+        return self.denoise(named["sample"], named["timestep"], named.get("condition"))
 
 
 def _visited(program: Program, run: Callable[[Denoise], None]) -> tuple[float, ...]:
@@ -130,9 +148,8 @@ def _visited(program: Program, run: Callable[[Denoise], None]) -> tuple[float, .
 
     @torch.no_grad()
     def record(sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
-        times = timestep.reshape(-1).float().expand(len(sample))
-        seen.update(times.tolist())
-        return module(*[a for a in (sample, times, condition) if a is not None])  # type: ignore[no-any-return]
+        seen.update(timestep.tolist())
+        return module(*[a for a in (sample, timestep, condition) if a is not None])  # type: ignore[no-any-return]
 
     run(record)
     if not seen:

@@ -1,6 +1,6 @@
 """The command line: parse, call, print. Every command is a thin layer over the Python API."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ from hqc.errors import HqcError
 
 if TYPE_CHECKING:
     from hqc.evaluation.sampling import Samples
+    from hqc.export import Target
     from hqc.recipes import TrainingSettings
+    from hqc.runtimes import Model, Runtime
 
 __all__ = ["main"]
 
@@ -24,6 +26,8 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except HqcError as error:
             raise _UserError(str(error)) from error
+        except BrokenPipeError:
+            raise  # the reader has seen enough: click ends quietly
         except OSError as error:
             raise _UserError(
                 f"{error.filename or 'file system'}: {error.strerror or error}. Check the path."
@@ -37,7 +41,7 @@ class _UserError(click.ClickException):
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"hqc: {self.format_message()}", err=True)
+        click.echo(f"hqc: {' '.join(self.format_message().split())}", err=True)
 
 
 @click.group(
@@ -246,7 +250,7 @@ def ptq(
             "calibration": found.calibration.model_copy(update={"samples": calib_size}),
         }
     )
-    task = api.task_of(captured, api.pipeline_for(program))
+    task = api.task_of(captured, _open(str(program)).pipeline())
     result = api.ptq(captured, found, bits, hadamard=hadamard, block=int(block), task=task, keep_float=keep_float)
     save_program(result, output, force=force, pipeline=pipeline_folder(program))
     out.fields(f"quantised {program}", {"program": str(output), "sites": len(result.plan.quantised), "bits": bits})
@@ -315,7 +319,7 @@ def qat(
             captured,
             found,
             bits,
-            task=api.task_of(captured, api.pipeline_for(program)),
+            task=api.task_of(captured, _open(str(program)).pipeline()),
             settings=training,
             keep_float=keep_float,
             work_dir=folder,
@@ -353,10 +357,10 @@ def _training(defaults: "TrainingSettings", given: dict[str, Any]) -> "TrainingS
 @click.argument("program", type=click.Path(path_type=Path))
 @_output
 @click.option("--target", type=click.Choice(["portable", "onnxruntime"]), default="onnxruntime", show_default=True)
-@click.option("--opset", type=click.IntRange(21, 26), default=21, show_default=True)
+@click.option("--opset", type=click.IntRange(21, 25), default=21, show_default=True)
 @_force
 @_as_json
-def export(program: Path, output: Path, target: str, opset: int, force: bool, as_json: bool) -> None:
+def export(program: Path, output: Path, target: "Target", opset: int, force: bool, as_json: bool) -> None:
     """Lower PROGRAM to ONNX for a target, verify it against the fake-quant graph, and write a folder."""
     from hqc import console as out
     from hqc.export import export_program
@@ -365,28 +369,55 @@ def export(program: Path, output: Path, target: str, opset: int, force: bool, as
     refuse_existing(output, force=force)
     loaded = load_program(program)
     report = export_program(loaded, target, output, opset=opset, force=force, pipeline=pipeline_folder(program))
-    out.print_json(report.to_dict()) if as_json else out.fields(f"exported {program} to {output}", report.summary())
+    if as_json:
+        out.print_json(
+            {
+                "export": str(output),
+                "target": report.target,
+                "opset": report.opset,
+                "nodes": report.nodes,
+                "size_bytes": report.size_bytes,
+                "seconds": report.seconds,
+                "verification": report.verification.to_dict(),
+            }
+        )
+    else:
+        click.echo(f"exported {report}")
 
 
 # ---- commands over models ------------------------------------------------------------------------------------------
 
 
-def _labels(text: str) -> tuple[int, ...]:
+_MOST_LABELS = 10_000
+
+
+def _labels(text: str) -> Sequence[int]:
     try:
         first, _, last = text.partition("-")
-        return tuple(range(int(first), int(last) + 1)) if last else tuple(int(part) for part in text.split(","))
-    except ValueError as error:
+        labels = range(int(first), int(last) + 1) if last else [int(part) for part in text.split(",")]
+        if not 0 < len(labels) <= _MOST_LABELS:
+            raise ValueError(text)
+    except (ValueError, OverflowError) as error:
         raise click.BadParameter(f"{text!r}; expected 0-9 or 1,4,7", param_hint="--labels") from error
+    return labels
+
+
+def _open(model: str, runtime: "Runtime | None" = None, threads: int | None = None) -> "Model":
+    from diffusers.utils import logging
+
+    from hqc.runtimes import load
+
+    logging.disable_progress_bar()  # loading takes no time worth a bar
+    return load(model, runtime=runtime, threads=threads)
 
 
 def _sample(
-    model: str, runtime: str | None, labels: tuple[int, ...], seeds: tuple[int, ...], **sampler: Any
+    model: str, runtime: "Runtime | None", labels: tuple[int, ...], seeds: tuple[int, ...], **sampler: Any
 ) -> "Samples":
     from hqc import console as out
     from hqc.evaluation.sampling import sample_images
-    from hqc.runtimes import load
 
-    pipe = load(model, runtime=runtime).pipeline()
+    pipe = _open(model, runtime).pipeline()
     with out.progress(f"sampling {model}", len(labels)) as advance:
         return sample_images(pipe, labels, seeds, **sampler, progress=lambda done, _: advance(done, ""))
 
@@ -405,7 +436,7 @@ def _sample(
 def sample(
     model: str,
     output: Path,
-    runtime: str | None,
+    runtime: "Runtime | None",
     compare_with: tuple[str, ...],
     labels: str,
     per_class: int,
@@ -439,7 +470,7 @@ def sample(
 @_sampler
 @_as_json
 def evaluate(
-    model: str, against: str, runtime: str | None, images: int, seed: int, as_json: bool, **sampler: Any
+    model: str, against: str, runtime: "Runtime | None", images: int, seed: int, as_json: bool, **sampler: Any
 ) -> None:
     """Compare MODEL with the float model on the same seeds: PSNR, SSIM, latent cosine, IS, FID, accuracy."""
     from hqc import console as out
@@ -466,12 +497,11 @@ def evaluate(
 @click.option("--threads", type=click.IntRange(1, 256), help="Of the runtime.")
 def serve(export_folder: str, host: str, port: int, max_images: int, threads: int | None) -> None:
     """Serve EXPORT over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, GET /health."""
-    from hqc.runtimes import load
     from hqc.serving.app import create_app
     from hqc.serving.limits import Limits
     from hqc.serving.server import serve as run
 
-    model = load(export_folder, threads=threads)
+    model = _open(export_folder, threads=threads)
     app = create_app(model.pipeline(), model_name=model.name, limits=Limits(max_images=max_images))
     run(app, host=host, port=port)
 
