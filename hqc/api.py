@@ -246,6 +246,7 @@ def finish_run(folder: Path | str) -> None:
     run = _Run(Path(folder))
     shutil.rmtree(run.checkpoint, ignore_errors=True)
     shutil.rmtree(run.quantised, ignore_errors=True)
+    run.sweep()
 
 
 def _fingerprint(program: Program, recipe: Recipe, bits: str, keep_float: Sequence[str]) -> dict[str, Any]:
@@ -277,6 +278,7 @@ class _Run:
         )
 
     def begin(self, student: Program) -> None:
+        self.sweep()
         try:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -287,7 +289,15 @@ class _Run:
             ) from error
         save_program(student, self.quantised, force=True)
 
+    def sweep(self) -> None:
+        """Removes what a run that was killed in the middle of writing left behind."""
+        for target in (self.checkpoint, self.quantised):
+            for left in self.folder.glob(f".{target.name}.*"):
+                shutil.rmtree(left, ignore_errors=True)
+
     def load(self, settings: dict[str, Any]) -> tuple[Program, Checkpoint | None]:
+        if not self.quantised.exists():
+            raise ArtefactError(str(self.folder), "holds no run to resume", "Start it without --resume.")
         student = load_program(self.quantised)
         saved = dict(student.plan.training)
         if saved != settings:

@@ -1,0 +1,303 @@
+"""The Python API: program in, program out; the forward loop of the user; work folders that can be resumed."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_pipeline
+import torch
+import zoo
+from torch import nn
+
+import hqc
+from hqc import api
+from hqc.errors import ArtefactError, PlanError, TrainingError
+from hqc.program import Program, Stage
+from hqc.recipes import CalibrationSettings, Recipe, TrainingSettings, find_recipe
+from hqc.training import StepRecord
+
+SETTINGS = TrainingSettings(steps=5, batch_size=2, num_inference_steps=4, checkpoint_every=2, lr_lora=0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline.save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def program(folder: Path) -> Program:
+    return hqc.trace(str(folder))
+
+
+def small(name: str) -> Recipe:
+    """The recipe, calibrated on two images of four steps."""
+    found = find_recipe(name)
+    calibration = CalibrationSettings(samples=2, candidates=10)
+    return found.model_copy(update={"training": SETTINGS, "calibration": calibration, "lora_rank": 2 * found.trains})
+
+
+def forward_loop(unet: nn.Module) -> None:
+    """What a user of quantisation tools writes: the pipeline with its UNet replaced."""
+    pipeline = tiny_pipeline.tiny_pipeline()
+    pipeline.unet = unet
+    pipeline([1, 2], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="latent")
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(hqc, name) is not None for name in hqc.__all__)
+    assert hqc.qat is api.qat
+    with pytest.raises(AttributeError, match="module 'hqc' has no attribute 'quantize'"):
+        hqc.quantize  # noqa: B018
+
+
+@pytest.mark.parametrize("command", ["import hqc", "from hqc.cli import main; main(['--help'], standalone_mode=False)"])
+def test_nothing_heavy_is_imported_for_help(command: str) -> None:
+    code = f"{command}\nimport sys\nheavy = sys.modules.keys() & {{'torch', 'numpy', 'diffusers', 'onnx', 'rich'}}\n"
+    done = subprocess.run([sys.executable, "-c", code + "assert not heavy, heavy"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- ptq -----------------------------------------------------------------------------------------------------------
+
+
+def test_ptq_quantises_on_the_pipeline_that_was_traced(program: Program) -> None:
+    before = zoo.fingerprint(program)
+    result = hqc.ptq(program, small("rtn"), "W4A4")
+    assert zoo.fingerprint(program) == before
+    assert (result.stage, result.plan.recipe, result.plan.bits) == (Stage.QUANTISED, "rtn", "w4a4")
+    assert result.plan.timesteps == (0.0, 25.0, 50.0, 75.0)
+    assert not any(plan.block for plan in result.plan.sites)
+    tables = [t for name, t in result.state.items() if name.endswith("activation_scale_table")]
+    assert len(tables) == len(result.plan.quantised) > 10
+    assert all(len(table) == 4 for table in tables)
+    assert sum(bool((table != 1).all()) for table in tables) == len(tables)
+
+
+def test_hadamard_inserts_rotations(program: Program) -> None:
+    plain = hqc.ptq(program, small("rtn"), "w4a4")
+    rotated = hqc.ptq(program, small("rtn"), "w4a4", hadamard=True, block=16)
+    assert {plan.block for plan in rotated.plan.sites} == {0, 16}
+    calls = [str(node.target) for node in rotated.graph.nodes]
+    assert "hqc.hadamard.default" in calls
+    assert "hqc.hadamard.default" not in [str(node.target) for node in plain.graph.nodes]
+
+
+def test_ptq_with_a_forward_loop(program: Program) -> None:
+    """The grid is what the loop visits, and the scales are those of the loop's own images."""
+    result = hqc.ptq(program, small("rtn"), "w4a4", forward_loop=forward_loop)
+    assert result.plan.timesteps == (0.0, 33.0, 66.0)
+    built_in = hqc.ptq(program, small("rtn"), "w4a4")
+    assert len(result.plan.quantised) == len(built_in.plan.quantised)
+    sample, timestep, condition = program.example_inputs(2)
+    wanted = program.module()(sample, timestep * 0 + 33, condition)
+    error = (result.module()(sample, timestep * 0 + 33, condition) - wanted).norm() / wanted.norm()
+    assert 1e-3 < float(error) < 0.5
+
+
+def test_keep_float(program: Program) -> None:
+    result = hqc.ptq(program, small("rtn"), "w4a4", keep_float=("*.to_q", "conv_in"))
+    kept = [plan.site for plan in result.plan.sites if not plan.quantised]
+    assert "conv_in" in kept
+    assert all(site.endswith(".to_q") or site == "conv_in" for site in kept)
+    assert len(kept) >= 3
+
+
+def test_a_forward_loop_that_never_calls_is_refused(program: Program) -> None:
+    with pytest.raises(TrainingError, match="the forward loop never called the model"):
+        hqc.ptq(program, small("rtn"), "w4a4", forward_loop=lambda unet: None)
+
+
+def test_a_module_without_pipeline_says_what_to_give(captured: Callable[[str], Program]) -> None:
+    with pytest.raises(TrainingError) as caught:
+        hqc.ptq(captured("in_place"), "rtn", "w4a4")
+    assert str(caught.value) == (
+        "program from in_place: was not traced from a pipeline, so hqc cannot sample it. "
+        "Give task=Task(...) or forward_loop=… from Python."
+    )
+
+
+def test_a_module_without_pipeline_takes_a_forward_loop(captured: Callable[[str], Program]) -> None:
+    def loop(model: nn.Module) -> None:
+        for time in (10, 20.0, torch.tensor(30)):
+            output = model(torch.randn(2, 32, 4, 4, generator=torch.Generator().manual_seed(0)), time)
+            assert output.sample.shape == (2, 32, 4, 4)
+
+    result = hqc.ptq(captured("in_place"), "rtn", "w8a8", forward_loop=loop)
+    assert result.plan.timesteps == (10.0, 20.0, 30.0)
+
+
+def test_recipes_are_sent_to_the_right_function(program: Program) -> None:
+    with pytest.raises(PlanError, match="recipe 'hq-dm': needs training"):
+        hqc.ptq(program, "hq-dm")
+    with pytest.raises(PlanError, match="recipe 'rtn': does not train"):
+        hqc.qat(program, "rtn")
+
+
+# ---- qat -----------------------------------------------------------------------------------------------------------
+
+
+def _qat(program: Program, **options: Any) -> Program:
+    return hqc.qat(program, small("hq-dm"), "w4a4", settings=options.pop("settings", SETTINGS), **options)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(program: Program) -> Program:
+    return _qat(program)
+
+
+def _same_bits(ours: Program, theirs: Program) -> bool:
+    return ours.state.keys() == theirs.state.keys() and all(
+        torch.equal(tensor, theirs.state[name]) for name, tensor in ours.state.items()
+    )
+
+
+def test_qat_trains_and_tells(program: Program, uninterrupted: Program) -> None:
+    starts, steps = [], list[StepRecord]()
+    result = _qat(program, on_start=lambda p, first: starts.append((p.stage, first)), on_step=steps.append)
+    assert (result.stage, result.plan.recipe) == (Stage.TRAINED, "hq-dm")
+    assert starts == [(Stage.QUANTISED, 0)]
+    assert [(s.step, s.total) for s in steps] == [(k, 5) for k in range(1, 6)]
+    assert _same_bits(result, uninterrupted)
+    assert result.plan.training["recipe"]["training"]["steps"] == 5
+    assert len(result.plan.training["weights_sha256"]) == 64
+
+
+def test_qat_with_a_forward_loop(program: Program) -> None:
+    result = _qat(program, forward_loop=forward_loop)
+    assert result.plan.timesteps == (0.0, 33.0, 66.0)
+    assert result.stage == Stage.TRAINED
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def _stop_after(step: int) -> Callable[[StepRecord], None]:
+    def on_step(record: StepRecord) -> None:
+        if record.step == step:
+            raise _Interrupted
+
+    return on_step
+
+
+def _log(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4], ids=["before a checkpoint", "at one", "between", "at the second"])
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    program: Program, uninterrupted: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    with pytest.raises(_Interrupted):
+        _qat(program, work_dir=tmp_path, on_step=_stop_after(after))
+    assert _log(tmp_path) == list(range(1, after + 1))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr(api, "calibrate", refuse)
+    starts: list[int] = []
+    result = _qat(program, work_dir=tmp_path, resume=True, on_start=lambda _, first: starts.append(first))
+    assert _same_bits(result, uninterrupted)
+    assert _log(tmp_path) == [1, 2, 3, 4, 5]
+    # A checkpoint is written after the step is told, so the one of this step is not there yet.
+    assert starts == [(after - 1) // 2 * 2]
+
+
+def test_finish_run_leaves_the_log(program: Program, tmp_path: Path) -> None:
+    _qat(program, work_dir=tmp_path)
+    (tmp_path / ".checkpoint.k1ll3d").mkdir()  # what a kill in the middle of writing leaves
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "quantised.hqc",
+        "checkpoint",
+        "log.jsonl",
+        ".checkpoint.k1ll3d",
+    }
+    api.finish_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_new_run_forgets_the_old_one(program: Program, uninterrupted: Program, tmp_path: Path) -> None:
+    other = SETTINGS.model_copy(update={"seed": 1})
+    with pytest.raises(_Interrupted):
+        _qat(program, work_dir=tmp_path, settings=other, on_step=_stop_after(4))
+    assert _same_bits(_qat(program, work_dir=tmp_path), uninterrupted)
+    assert _log(tmp_path) == [1, 2, 3, 4, 5]
+
+
+# ---- resuming what is not there, or is another run -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interrupted(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(_Interrupted):
+        _qat(program, work_dir=folder, on_step=_stop_after(3))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"settings": SETTINGS.model_copy(update={"seed": 1})}, "recipe.training.seed was 3407, now 1"),
+        ({"settings": SETTINGS.model_copy(update={"eta": 0.5})}, "recipe.training.eta was 0.0, now 0.5"),
+        ({"keep_float": ("conv_in",)}, "keep_float was [], now ['conv_in']"),
+    ],
+    ids=["seed", "eta", "keep_float"],
+)
+def test_resuming_with_other_settings_is_refused(
+    program: Program, interrupted: Path, change: dict[str, Any], said: str
+) -> None:
+    before = _log(interrupted)
+    with pytest.raises(ArtefactError, match="belongs to a run with other settings") as caught:
+        _qat(program, work_dir=interrupted, resume=True, **change)
+    assert f"({said})" in str(caught.value)
+    assert _log(interrupted) == before
+
+
+def test_resuming_with_several_differences_lists_them_all(program: Program, interrupted: Path) -> None:
+    settings = SETTINGS.model_copy(update={"seed": 1, "batch_size": 3})
+    with pytest.raises(ArtefactError) as caught:
+        hqc.qat(program, small("hq-dm"), "w4a3", settings=settings, work_dir=interrupted, resume=True)
+    for part in ("bits was 'w4a4', now 'w4a3'", "training.batch_size was 2, now 3", "training.seed was 3407, now 1"):
+        assert part in str(caught.value)
+
+
+def test_resuming_with_other_weights_is_refused(program: Program, interrupted: Path) -> None:
+    name = next(iter(program.state))
+    other = program.evolve(state={**program.state, name: program.state[name] + 1e-6})
+    with pytest.raises(ArtefactError, match="weights_sha256 was"):
+        _qat(other, work_dir=interrupted, resume=True)
+
+
+def test_checkpointing_more_often_is_no_other_run(program: Program, interrupted: Path, uninterrupted: Program) -> None:
+    often = SETTINGS.model_copy(update={"checkpoint_every": 1})
+    assert _same_bits(_qat(program, work_dir=interrupted, resume=True, settings=often), uninterrupted)
+
+
+def test_resuming_nothing_is_refused(program: Program, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError) as caught:
+        _qat(program, work_dir=tmp_path / "none", resume=True)
+    assert str(caught.value) == f"{tmp_path / 'none'}: holds no run to resume. Start it without --resume."
+    assert not (tmp_path / "none").exists()
+
+
+def test_resuming_without_a_work_folder_is_refused(program: Program) -> None:
+    with pytest.raises(ArtefactError, match="resume: no work folder was given"):
+        _qat(program, resume=True)
+
+
+def test_a_damaged_checkpoint_is_refused(program: Program, tmp_path: Path) -> None:
+    with pytest.raises(_Interrupted):
+        _qat(program, work_dir=tmp_path, on_step=_stop_after(3))
+    path = tmp_path / "checkpoint" / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(ArtefactError, match="is damaged"):
+        _qat(program, work_dir=tmp_path, resume=True)
