@@ -61,7 +61,18 @@ def capture_module(module: nn.Module, inputs: Sequence[InputSpec], origin: Origi
             f"torch.export could not capture it ({first})",
             "Run torch.export.draft_export on the module to see where, and make that part exportable.",
         ) from error
-    graph, state = _plain_graph(exported, [spec.name for spec in inputs])
+    if any(_mutates(node) for node in exported.graph.nodes):
+        # In-place operators become functional ones, and what they leave behind shows in the signature.
+        exported = exported.run_decompositions({})
+    _check_pure(exported, module)
+    try:
+        graph, state = _plain_graph(exported, [spec.name for spec in inputs])
+    except (TypeError, ValueError) as error:
+        raise CaptureError(
+            type(module).__name__,
+            f"cannot be written as a graph ({error})",
+            "Rename or replace that part of the module.",
+        ) from error
     program = Program(graph=graph, state=state, inputs=tuple(inputs), origin=origin or Origin())
     worst = max(_relative_error(program, module, _examples(inputs, batch, seed=batch)) for batch in (1, 3))
     if not worst <= 1e-4:
@@ -71,6 +82,27 @@ def capture_module(module: nn.Module, inputs: Sequence[InputSpec], origin: Origi
             "The module depends on something besides its inputs (a counter, random numbers): make it a pure function.",
         )
     return program.evolve(origin=Origin(**{**vars(program.origin), "capture_error": worst}))
+
+
+def _check_pure(exported: torch.export.ExportedProgram, module: nn.Module) -> None:
+    signature = exported.graph_signature
+    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if changed:
+        raise CaptureError(
+            type(module).__name__,
+            f"changes {str(changed[0]).removeprefix('model.')} when it is called",
+            "Make it a pure function of its inputs: no counters, no running statistics, no inputs written in place.",
+        )
+    if len(signature.user_outputs) != 1 or signature.user_outputs[0] is None:
+        raise CaptureError(
+            type(module).__name__,
+            f"returns {len(signature.user_outputs)} values; expected one tensor",
+            "Wrap it in a module that returns the predicted noise alone.",
+        )
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _examples(inputs: Sequence[InputSpec], batch: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -100,7 +132,8 @@ def _plain_graph(exported: torch.export.ExportedProgram, names: Sequence[str]) -
         if node.op == "placeholder" and node.name in lifted:
             name = lifted[node.name].removeprefix("model.")
             state[name] = tensors[lifted[node.name]].detach()
-            mapping[node] = graph.create_node("get_attr", name, name=name.replace(".", "_"))
+            alias = f"{name}_weight" if name in names else name.replace(".", "_")
+            mapping[node] = graph.create_node("get_attr", name, name=alias)
         elif node.op == "placeholder":
             mapping[node] = graph.placeholder(next(user))
         elif node.op == "output":

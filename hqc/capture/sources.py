@@ -99,7 +99,10 @@ def _condition_length(folder: Path) -> int:
     path = folder / "tokenizer" / "tokenizer_config.json"
     if not path.is_file():
         return 1
-    return min(int(json.loads(path.read_text(encoding="utf-8")).get("model_max_length", 77)), 512)
+    try:
+        return min(int(json.loads(path.read_text(encoding="utf-8")).get("model_max_length", 77)), 512)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CaptureError(str(path), f"gives no length ({error})", "Check the file.") from error
 
 
 def _from_unet(folder: Path, name: str, condition_length: int, pipeline: Path | None) -> Source:
@@ -146,12 +149,21 @@ def _from_callable(source: str) -> Source:
     module_name, name = source.split(":")
     try:
         function: Callable[[], Any] = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise CaptureError(f"source {source!r}", f"cannot be imported ({error})", "Check the name.") from error
-    result = function()
+    except Exception as error:  # the module is the user's: importing it may raise anything
+        raise CaptureError(
+            f"source {source!r}", f"cannot be imported ({type(error).__name__}: {error})", "Check the name."
+        ) from error
+    if not callable(function):
+        raise CaptureError(f"source {source!r}", f"is a {type(function).__name__}", "Give a callable.")
+    try:
+        result = function()
+    except Exception as error:
+        raise CaptureError(
+            f"source {source!r}", f"raised {type(error).__name__}: {error}", "Call it in Python to see where."
+        ) from error
     if isinstance(result, Source):
         return result
-    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)):
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module) and _named(result[1])):
         raise CaptureError(
             f"source {source!r}",
             f"returned {type(result).__name__}; expected (module, {{input name: example tensor}})",
@@ -164,8 +176,19 @@ def _from_callable(source: str) -> Source:
             f"has inputs {', '.join(examples)}; expected one named timestep",
             "Name the input that holds each sample's timestep [N] `timestep`.",
         )
+    for key, tensor in examples.items():
+        if tensor.dtype != torch.float32 or tensor.ndim == 0:
+            raise CaptureError(
+                f"source {source!r}",
+                f"input {key} is {tensor.dtype} with {tensor.ndim} axes; expected torch.float32 [N, …]",
+                "Convert inside the module, for example labels with `.long()`.",
+            )
     inputs = tuple(InputSpec(key, (BATCH, *tensor.shape[1:])) for key, tensor in examples.items())
     return Source(module, inputs, Origin(source=source, kind=type(module).__name__, versions=_versions()))
+
+
+def _named(examples: object) -> bool:
+    return isinstance(examples, Mapping) and all(isinstance(tensor, Tensor) for tensor in examples.values())
 
 
 def _versions() -> dict[str, str]:
