@@ -12,6 +12,7 @@ torch's own `.pt2` archive is not used: `torch.export.load` unpickles and evalua
 
 import hashlib
 import json
+import keyword
 import math
 import os
 import re
@@ -28,9 +29,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
-from hqc.errors import ArtefactError
+from hqc.errors import ArtefactError, HqcError
 from hqc.plan import QuantPlan
-from hqc.program import ALLOWED_FUNCTIONS, InputSpec, Origin, PassRecord, Program, Stage
+from hqc.program import ALLOWED_FUNCTIONS, BATCH, InputSpec, Origin, PassRecord, Program, Stage
+from hqc.verify import verify
 
 __all__ = ["FORMAT_VERSION", "atomic_folder", "check_manifest", "load_program", "save_program", "write_manifest"]
 
@@ -62,20 +64,62 @@ def atomic_folder(target: Path, *, force: bool = False, may_replace: Callable[[P
         for path in temporary.rglob("*"):
             if path.is_file():
                 _fsync(path)
-        if target.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            os.replace(target, old)
-            os.replace(temporary, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, target)
+        _swap(temporary, target)
         _fsync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         raise ArtefactError(
             str(target), f"could not be written ({error})", "Free some space or choose another folder."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Puts the new folder in the place of the old one; the old one comes back if that fails."""
+    if not target.exists() and not target.is_symlink():
+        os.replace(temporary, target)
+        return
+    old = temporary.with_name(temporary.name + ".old")
+    os.replace(target, old)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    if old.is_symlink():
+        old.unlink()  # only the link is replaced, not the folder that it points to
+    else:
+        shutil.rmtree(old)
+
+
+def refuse_existing(target: Path, *, force: bool) -> None:
+    """The checks of `atomic_folder`, before long work starts.
+
+    Raises:
+        ArtefactError: if the target exists and may not be replaced.
+    """
+    if not (target.exists() or target.is_symlink()):
+        return
+    if not is_artefact(target):
+        raise ArtefactError(str(target), "exists and was not written by hqc", "Choose another name.")
+    if not force:
+        raise ArtefactError(str(target), "already exists", "Give --force to replace it, or choose another name.")
+
+
+def refuse_existing_file(target: Path, *, force: bool) -> None:
+    """Refuses to overwrite a file without `force`.
+
+    Raises:
+        ArtefactError: if it exists.
+    """
+    if target.exists() and not force:
+        raise ArtefactError(str(target), "already exists", "Give --force to replace it, or choose another name.")
+
+
+def pipeline_folder(artefact: Path) -> Path | None:
+    """The diffusers-layout folder inside an artefact, if it has one."""
+    folder = artefact / "pipeline"
+    return folder if folder.is_dir() else None
 
 
 def _fsync(path: Path) -> None:
@@ -111,11 +155,15 @@ def is_artefact(folder: Path) -> bool:
     return re.search(r'"format": "hqc-', text) is not None
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def _read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > _LARGEST_JSON:
             raise ArtefactError(str(path), "is larger than any that hqc writes", "Write the artefact again.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise ArtefactError(str(path), f"cannot be read ({error})", "Write the artefact again.") from error
 
@@ -144,7 +192,10 @@ def check_manifest(folder: Path, kind: str) -> dict[str, Any]:
     if not isinstance(files, dict):
         raise ArtefactError(str(folder / "manifest.json"), "lists no files", "Write the artefact again.")
     for name, expected in files.items():
-        _check_file(folder, name, expected)
+        try:
+            _check_file(folder, name, expected)
+        except (OSError, ValueError) as error:
+            raise ArtefactError(str(folder), f"cannot read {name!r} ({error})", "Do not use this artefact.") from error
     return manifest
 
 
@@ -188,9 +239,16 @@ def _encode(value: Any) -> Any:
     raise TypeError(f"argument of type {type(value).__name__}")
 
 
-def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+_DEEPEST_ARGUMENT = 8
+
+
+def _decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
+    if depth > _DEEPEST_ARGUMENT:
+        raise ValueError("an argument is nested too deep")
     if isinstance(value, list):
-        return [_decode(v, nodes) for v in value]
+        return [_decode(v, nodes, depth + 1) for v in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("an integer does not fit 64 bits")
     if not isinstance(value, dict):
         return value
     ((kind, data),) = value.items()
@@ -200,8 +258,9 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return float(data)
     if kind == "device":
         return torch.device(data)
+    expected = _ENUMS[kind]
     found = getattr(torch, data)
-    if not isinstance(found, _ENUMS[kind]):
+    if not isinstance(found, expected):
         raise ValueError(f"{data!r} is not a torch.{kind}")
     return found
 
@@ -224,7 +283,34 @@ def _find_target(name: str) -> Any:
     target = getattr(getattr(getattr(torch.ops, match[1]), match[2]), match[3])
     if not isinstance(target, torch._ops.OpOverload):
         raise ValueError(f"{name!r} is not an operator")
+    if target._schema.is_mutable or match[2] in _REFUSED:
+        raise ValueError(f"operator {name!r} changes its arguments or touches files")
     return target
+
+
+_REFUSED = ("from_file",)
+
+# fx writes names into the Python source that it compiles: a name must never be able to end the string or the
+# identifier that it stands in.
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PATH = re.compile(r"[A-Za-z0-9_@:/ -]+(\.[A-Za-z0-9_@:/ -]+)*")
+
+
+def _check_node(item: Mapping[str, Any]) -> None:
+    op, name, target, site = item["op"], item["name"], item["target"], item["meta"].get("site", "x")
+    if op not in ("placeholder", "get_attr", "call_function", "output"):
+        raise ValueError(f"node {name!r} has op {op!r}")
+    if not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name) or name == "self":
+        raise ValueError(f"node {name!r} has a name that is not an identifier")
+    if op == "placeholder" and (target != name or item["args"] or item["kwargs"]):
+        raise ValueError(f"input {name!r} is called {target!r}; its name cannot be used")
+    for path in (site, target) if op == "get_attr" else (site,):
+        if not _PATH.fullmatch(path) or any(map(keyword.iskeyword, path.split("."))):
+            raise ValueError(f"the name {path!r} has a Python keyword or a character that hqc does not take")
+    if not all(_IDENTIFIER.fullmatch(key) for key in item["kwargs"]):
+        raise ValueError(f"node {name!r} has an argument whose name is not an identifier")
+    if not isinstance(item["args"], list):
+        raise ValueError(f"node {name!r} has no list of arguments")
 
 
 _META = ("site", "role", "shape", "dtype")
@@ -246,12 +332,13 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
 
 
 def graph_from_json(data: list[dict[str, Any]]) -> fx.Graph:
-    """Builds the graph; only ATen and hqc operators and size arithmetic are admitted."""
+    """Builds the graph; only ATen and hqc operators without side effects and size arithmetic are admitted."""
     graph, nodes = fx.Graph(), dict[str, fx.Node]()
     for item in data:
+        _check_node(item)
         op, name = item["op"], item["name"]
-        if op not in ("placeholder", "get_attr", "call_function", "output"):
-            raise ValueError(f"node {name!r} has op {op!r}")
+        if name in nodes:
+            raise ValueError(f"two nodes are called {name!r}")
         target = _find_target(item["target"]) if op == "call_function" else item["target"]
         args = tuple(_decode(item["args"], nodes))
         node = graph.create_node(op, target, args, {k: _decode(v, nodes) for k, v in item["kwargs"].items()}, name)
@@ -259,6 +346,8 @@ def graph_from_json(data: list[dict[str, Any]]) -> fx.Graph:
             node.name = name
         node.meta = {k: tuple(v) if k == "shape" else v for k, v in item["meta"].items() if k in _META}
         nodes[name] = node
+    if not data or data[-1]["op"] != "output" or [n["op"] for n in data].count("output") != 1:
+        raise ValueError("the graph does not end in its one output")
     graph.lint()
     return graph
 
@@ -298,8 +387,9 @@ def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     out = {}
     for name, tensor in state.items():
-        shared = tensor.numel() > 0 and tensor.data_ptr() in seen
-        seen.add(tensor.data_ptr())
+        memory = tensor.untyped_storage().data_ptr()
+        shared = tensor.numel() > 0 and memory in seen
+        seen.add(memory)
         out[name] = tensor.clone() if shared else tensor
     return out
 
@@ -315,6 +405,9 @@ def _dump(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+_PARTS = ("graph.json", "weights.safetensors", "plan.json", "history.json")
+
+
 def load_program(folder: Path | str) -> Program:
     """Reads NAME.hqc/ after checking every hash.
 
@@ -323,16 +416,18 @@ def load_program(folder: Path | str) -> Program:
     """
     folder = Path(folder)
     manifest = check_manifest(folder, "hqc-program")
+    if unlisted := [name for name in _PARTS if name not in manifest["files"]]:
+        raise ArtefactError(str(folder / "manifest.json"), f"does not list {unlisted[0]}", "Write it again.")
     try:
         graph = graph_from_json(_read_json(folder / "graph.json")["nodes"])
         state = load_file(folder / "weights.safetensors")
         wanted = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         if missing := sorted(wanted - state.keys()):
             raise ValueError(f"weights {', '.join(missing[:3])} are missing")
-        return Program(
+        program = Program(
             graph=graph,
             state=state,
-            inputs=tuple(InputSpec(spec["name"], tuple(spec["shape"]), spec["dtype"]) for spec in manifest["inputs"]),
+            inputs=tuple(_input_spec(spec) for spec in manifest["inputs"]),
             stage=Stage(manifest["stage"]),
             plan=QuantPlan.from_dict(_read_json(folder / "plan.json")),
             history=tuple(
@@ -341,5 +436,16 @@ def load_program(folder: Path | str) -> Program:
             ),
             origin=Origin(**manifest["origin"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        verify(program, after="load")
+        return program
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError, HqcError) as error:
         raise ArtefactError(str(folder), f"is not a program ({error})", "Write it again with `hqc trace`.") from error
+
+
+def _input_spec(data: Mapping[str, Any]) -> InputSpec:
+    shape = tuple(data["shape"])
+    if not shape or not all(d == BATCH or (type(d) is int and d > 0) for d in shape):
+        raise ValueError(f"input {data['name']!r} has shape {list(shape)}")
+    if data["dtype"] != "float32":
+        raise ValueError(f"input {data['name']!r} is {data['dtype']!r}; expected float32")
+    return InputSpec(str(data["name"]), shape, data["dtype"])
