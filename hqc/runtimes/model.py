@@ -1,7 +1,8 @@
 """`load`: whatever hqc wrote, ready to run, with the diffusers pipeline around it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -183,14 +184,28 @@ def _pipeline_folder(folder: Path, reference: str) -> Path | None:
 def _load_pipeline(folder: Path, unet: SessionUNet) -> Any:
     kind = _pipeline_class(folder)
     try:
-        # diffusers checks the class of a module that it is handed; one that is set afterwards it takes as it is.
-        pipeline = kind.from_pretrained(folder, unet=None, use_safetensors=True)
+        with _no_progress_bar():
+            # diffusers checks the class of a module that it is handed; one that is set afterwards it takes as it is.
+            pipeline = kind.from_pretrained(folder, unet=None, use_safetensors=True)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise ArtefactError(
             str(folder), f"diffusers could not load the pipeline ({error})", "Check the folder."
         ) from error
     pipeline.unet = unet
     return pipeline
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from diffusers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _pipeline_class(folder: Path) -> Any:

@@ -1,0 +1,63 @@
+"""Integer sites in numpy int64, written apart from hqc: loops for the convolution, popcount for Hadamard's matrix."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from onnx.reference.op_run import OpRun
+
+__all__ = ["MatMulIntegerToFloat", "conv", "rotated", "saturated_pair_sum", "signs"]
+
+
+def signs(order: int) -> np.ndarray:
+    """H ±1 of a power-of-two order."""
+    return np.array([[1 - 2 * ((i & j).bit_count() % 2) for j in range(order)] for i in range(order)], dtype=np.int64)
+
+
+def rotated(weight: np.ndarray, block: int) -> np.ndarray:
+    """w·H over input channels, block by block; [O, C, …]."""
+    if not block:
+        return weight.astype(np.int64)
+    out = np.zeros(weight.shape, dtype=np.int64)
+    matrix = signs(block)
+    for start in range(0, weight.shape[1], block):
+        part = weight[:, start : start + block].astype(np.int64)
+        out[:, start : start + block] = np.einsum("ij,oj...->oi...", matrix, part)
+    return out
+
+
+def conv(
+    codes: np.ndarray, weight: np.ndarray, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> np.ndarray:
+    """acc[n, o, y, x] over int64, padded with 0; one output pixel at a time."""
+    n, _, height, width = codes.shape
+    outputs, _, kh, kw = weight.shape
+    (sy, sx), (py, px), (dy, dx) = stride, padding, dilation
+    padded = np.zeros((n, codes.shape[1], height + 2 * py, width + 2 * px), dtype=np.int64)
+    padded[:, :, py : py + height, px : px + width] = codes
+    rows = (height + 2 * py - dy * (kh - 1) - 1) // sy + 1
+    columns = (width + 2 * px - dx * (kw - 1) - 1) // sx + 1
+    acc = np.zeros((n, outputs, rows, columns), dtype=np.int64)
+    for y in range(rows):
+        for x in range(columns):
+            patch = padded[:, :, y * sy : y * sy + dy * (kh - 1) + 1 : dy, x * sx : x * sx + dx * (kw - 1) + 1 : dx]
+            acc[:, :, y, x] = np.einsum("ncij,ocij->no", patch, weight.astype(np.int64))
+    return acc
+
+
+def saturated_pair_sum(codes: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """What x86 without VNNI computes: products of neighbours added in int16 with saturation, then in int32."""
+    pairs = codes.astype(np.int64)[:, :, None] * weight.astype(np.int64)[None]  # [M, K, O]
+    added = np.clip(pairs[:, 0::2] + pairs[:, 1::2], -(2**15), 2**15 - 1)
+    return added.sum(1)
+
+
+class MatMulIntegerToFloat(OpRun):
+    """com.microsoft's operator from its documentation, in int64 and one rounding per factor."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, a, b, a_scale, b_scale, a_zero_point=None, b_zero_point=None, bias=None):
+        left = a.astype(np.int64) - (0 if a_zero_point is None else a_zero_point.astype(np.int64))
+        right = b.astype(np.int64) - (0 if b_zero_point is None else b_zero_point.astype(np.int64))
+        out = (left @ right).astype(np.float32) * (a_scale * b_scale).astype(np.float32)
+        return (out if bias is None else out + bias,)
