@@ -7,7 +7,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import fx
 
 from hqc.errors import ArtefactError, ExportError
 from hqc.export import export_program
@@ -15,6 +14,7 @@ from hqc.export.model import onnx_from_program, save_model
 from hqc.export.ort_session import open_session
 from hqc.export.prepare import prepare
 from hqc.export.verification import verify_export
+from hqc.program import copy_graph
 from hqc.storage import check_manifest
 
 
@@ -73,12 +73,13 @@ def test_refusals(captured, tmp_path, options, message) -> None:
 
 def test_operators_without_translation_are_all_named(captured, tmp_path) -> None:
     program = captured("two_sites")
-    graph = fx.Graph()
-    nodes = {node: graph.node_copy(node, lambda n: nodes[n]) for node in program.graph.nodes if node.op != "output"}
-    last = next(reversed(nodes.values()))
-    for target in (torch.ops.aten.erf.default, torch.ops.aten.lgamma.default):
-        last = graph.call_function(target, (last,))
-    graph.output(last)
+    graph = copy_graph(program.graph)
+    output = next(node for node in graph.nodes if node.op == "output")
+    last = output.args[0]
+    with graph.inserting_before(output):
+        for target in (torch.ops.aten.erf.default, torch.ops.aten.lgamma.default):
+            last = graph.call_function(target, (last,))
+    output.args = (last,)
     with pytest.raises(ExportError, match=r"aten\.erf\.default, aten\.lgamma\.default"):
         export_program(program.evolve(graph=graph), "portable", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
