@@ -31,16 +31,16 @@ class TrainingSettings(_Settings):
     weight scales `lr_weight_scale`, activation tables `lr_activation_scale`; all decay linearly to zero.
     """
 
-    epochs: int = Field(default=50, ge=1)
+    epochs: int = Field(default=30, ge=1)
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=1, le=1024)
     num_inference_steps: int = Field(default=20, ge=1, le=1000)
     guidance_scale: float = Field(default=1.5, ge=0, le=100)
     eta: float = Field(default=0.0, ge=0, le=1)
     seed: int = Field(default=3407, ge=0)
-    lr_lora: float = Field(default=1e-2, gt=0)
+    lr_lora: float = Field(default=3e-2, gt=0)
     lr_weight_scale: float = Field(default=1e-5, gt=0)
-    lr_activation_scale: float = Field(default=5e-4, gt=0)
+    lr_activation_scale: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     checkpoint_every: int = Field(default=200, ge=1)
 
