@@ -16,7 +16,7 @@ __all__ = ["latency_ms"]
 def latency_ms(model: "Model", *, batch: int = 2, repeats: int = 30, warm_up: int = 5) -> float:
     """Median milliseconds of one call on fixed random inputs at the given batch, after a warm-up."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [spec.example(batch, generator) for spec in model.inputs]
+    inputs = [spec.example(batch, generator) for spec in model.session.inputs]
     for _ in range(warm_up):
         model.session(*inputs)
     times = []
