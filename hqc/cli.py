@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hqc import __version__
-from hqc.errors import HqcError
+from hqc.errors import ComparisonError, HqcError
 
 if TYPE_CHECKING:
     from hqc.evaluation.sampling import Samples
@@ -51,6 +51,31 @@ class _UserError(click.ClickException):
 @click.version_option(__version__, prog_name="hqc")
 def main() -> None:
     """Hadamard Quantisation Compiler: low-bit latent diffusion, from checkpoint to integer kernels."""
+
+
+def _check_output(output: Path, *, force: bool) -> None:
+    """Refuses an artefact that is there, and a place that cannot be written, before long work starts."""
+    from hqc.storage import refuse_existing
+
+    refuse_existing(output, force=force)
+    _check_writable(output)
+
+
+def _check_writable(output: Path) -> None:
+    import tempfile
+
+    from hqc.errors import ArtefactError
+
+    folder = output.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=folder):
+            pass
+    except OSError as error:
+        raise ArtefactError(
+            str(output.parent), f"cannot be written ({error.strerror})", "Choose a writable folder."
+        ) from error
 
 
 # ---- options that several commands share ---------------------------------------------------------------------------
@@ -106,9 +131,9 @@ def trace(source: str, output: Path, condition_length: int | None, force: bool, 
     from hqc import console as out
     from hqc.capture import find_source
     from hqc.capture import trace as capture
-    from hqc.storage import refuse_existing, save_program
+    from hqc.storage import save_program
 
-    refuse_existing(output, force=force)
+    _check_output(output, force=force)
     start = time.perf_counter()
     found = find_source(source, condition_length=condition_length)
     program = capture(found)
@@ -238,9 +263,9 @@ def ptq(
     """Quantise PROGRAM without training: the baseline that every gain is measured against."""
     from hqc import api
     from hqc import console as out
-    from hqc.storage import load_program, pipeline_folder, refuse_existing, save_program
+    from hqc.storage import load_program, pipeline_folder, save_program
 
-    refuse_existing(output, force=force)
+    _check_output(output, force=force)
     captured = load_program(program)
     found = api.configure(recipe, rules=rules)
     sampler = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "eta": eta}
@@ -298,9 +323,9 @@ def qat(
     """Quantise PROGRAM and train it against itself: scales and LoRA, merged before export."""
     from hqc import api
     from hqc import console as out
-    from hqc.storage import load_program, pipeline_folder, refuse_existing, save_program
+    from hqc.storage import load_program, pipeline_folder, save_program
 
-    refuse_existing(output, force=force)
+    _check_output(output, force=force)
     captured = load_program(program)
     found = api.configure(recipe, block=0 if no_hadamard else None, rules=rules)
     if found.block:
@@ -364,9 +389,9 @@ def export(program: Path, output: Path, target: "Target", opset: int, force: boo
     """Lower PROGRAM to ONNX for a target, verify it against the fake-quant graph, and write a folder."""
     from hqc import console as out
     from hqc.export import export_program
-    from hqc.storage import load_program, pipeline_folder, refuse_existing
+    from hqc.storage import load_program, pipeline_folder
 
-    refuse_existing(output, force=force)
+    _check_output(output, force=force)
     loaded = load_program(program)
     report = export_program(loaded, target, output, opset=opset, force=force, pipeline=pipeline_folder(program))
     if as_json:
@@ -449,6 +474,10 @@ def sample(
     from hqc.storage import refuse_existing_file
 
     refuse_existing_file(output, force=force)
+    _check_writable(output)
+    models = (model, *compare_with)
+    if twice := [name for name in models if models.count(name) > 1]:
+        raise ComparisonError(f"model {twice[0]}", "is compared with itself", "Name each model once.")
     classes = tuple(label for label in _labels(labels) for _ in range(per_class))
     seeds = tuple(range(seed, seed + len(classes)))
     first = _sample(model, runtime, classes, seeds, **sampler)
@@ -486,7 +515,7 @@ def evaluate(
     if as_json:
         out.print_json({"model": model, "against": against, **metrics.to_dict()})
     else:
-        out.console.print(terminal_report([ReportRow(model, metrics)]))
+        out.console.print(terminal_report([ReportRow(Path(model).name, metrics)]))
 
 
 @main.command()

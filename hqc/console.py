@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from hqc.plan import SitePlan
 from hqc.program import Program
@@ -40,7 +41,11 @@ def progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int,
     )
     with bar:
         task = bar.add_task(what, total=total, completed=done, note="")
-        yield lambda completed, note="": bar.update(task, completed=completed, note=note)
+
+        def advance(completed: int, note: str = "") -> None:
+            bar.update(task, completed=completed, note=note)
+
+        yield advance
 
 
 def fields(title: str, values: dict[str, Any]) -> None:
@@ -57,7 +62,7 @@ def sites_table(program: Program) -> Table:
     for column in ("site", "kind", "in", "out", "bits", "rotation", "LoRA", "note"):
         table.add_column(column, justify="right" if column in ("in", "out", "LoRA") else "left", overflow="fold")
     for plan in program.plan.sites:
-        table.add_row(*_row(plan))
+        table.add_row(*map(Text, _row(plan)))  # Text: a pattern may hold [brackets]
     return table
 
 

@@ -1,0 +1,647 @@
+"""Every command on a tiny pipeline, from trace to serve; and what each says, and leaves alone, when it cannot go on."""
+
+import base64
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import tiny_pipeline
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors import SafetensorError
+
+from hqc.cli import main
+from hqc.storage import load_program, save_program
+
+STEPS = ("--num-inference-steps", "4")
+
+
+def hqc(*arguments: object) -> Result:
+    """Runs one command in this process."""
+    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
+
+
+def ok(*arguments: object) -> Result:
+    result = hqc(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    return result
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file and folder below, hidden ones too, with the hash of its bytes."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def refused(folder: Path, *arguments: object) -> str:
+    """The one line that a refused command says; nothing below `folder` changes, nothing is left behind."""
+    before = tree(folder)
+    result = hqc(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("hqc: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.endswith("\n")
+    assert "Traceback" not in result.output
+    assert tree(folder) == before
+    return result.stderr.removeprefix("hqc: ").rstrip("\n")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One artefact of every kind, each by its command, with what the command printed."""
+    work = tmp_path_factory.mktemp("cli")
+    source = tiny_pipeline.save_tiny_pipeline(work / "pipeline")
+    program, rtn, rotated, trained = (work / f"{name}.hqc" for name in ("program", "rtn", "rotated", "trained"))
+    integer, portable = work / "integer", work / "portable"
+    said = {
+        "trace": ok("trace", source, "-o", program, "--json"),
+        "ptq": ok("ptq", program, "-o", rtn, *STEPS, "--calib-size", "2", "--bits", "W4A4"),
+        "ptq --hadamard": ok("ptq", program, "-o", rotated, "--n-steps", "4", "--calib_size", "2", "--hadamard"),
+        "qat": ok(
+            *("qat", program, "-o", trained, "--steps", "4", "--batch-size", "2", *STEPS, "--calib-size", "2"),
+            *("--checkpoint-every", "2", "--json"),
+        ),
+        "export": ok("export", trained, "-o", integer, "--json"),
+        "export --target portable": ok("export", trained, "-o", portable, "--target", "portable"),
+    }
+    return SimpleNamespace(
+        work=work,
+        source=source,
+        program=program,
+        rtn=rtn,
+        rotated=rotated,
+        trained=trained,
+        integer=integer,
+        portable=portable,
+        said=said,
+    )
+
+
+# ---- the way from a checkpoint to images ---------------------------------------------------------------------------
+
+
+def test_trace(made: SimpleNamespace) -> None:
+    said = json.loads(made.said["trace"].stdout)
+    program = load_program(made.program)
+    assert said["sites"] == len(list(program.sites())) > 10
+    assert said["nodes"] == len(program.graph.nodes)
+    assert said["weights_bytes"] == program.size_bytes()
+    assert 0 <= said["graph_equals_module_relative_error"] < 1e-5
+    assert (made.program / "pipeline" / "vae").is_dir()
+    assert not (made.program / "pipeline" / "unet").exists()
+
+
+def test_explain(made: SimpleNamespace) -> None:
+    text = ok("explain", made.program, "--bits", "w4a3", "--keep-float", "*.to_q").stdout
+    assert "hq-dm w4a3" in text
+    assert "rules, last match wins:" in text
+    assert "pipeline: select_layers(bits='w4a3', keep_float=('*.to_q',)), insert_hadamard()" in text
+    assert "rule '*.to_q': asked for" in text
+    assert "3 input channels" in text or "4 input channels" in text or "first or last layer" in text
+
+
+def test_explain_as_json(made: SimpleNamespace) -> None:
+    said = json.loads(ok("explain", made.program, "--recipe", "rtn", "--json").stdout)
+    sites = {site["site"]: site for site in said["plan"]["sites"]}
+    assert sites["conv_in"]["weight_bits"] == 8
+    assert "insert_hadamard" not in said["pipeline"]
+    assert len(said["passes"]) == 2
+    plain = json.loads(ok("explain", made.program, "--no-hadamard", "--json").stdout)
+    assert "attach_lora" in plain["pipeline"]
+    assert "insert_hadamard" not in plain["pipeline"]
+    rotated = json.loads(ok("explain", made.program, "--block", "16", "--rules", "all", "--json").stdout)
+    assert {site["block"] for site in rotated["plan"]["sites"]} == {0, 16}
+
+
+def test_explain_writes_nothing(made: SimpleNamespace) -> None:
+    before = tree(made.work)
+    ok("explain", made.program)
+    ok("inspect", made.program)
+    assert tree(made.work) == before
+
+
+def test_inspect(made: SimpleNamespace) -> None:
+    text = ok("inspect", made.rotated).stdout
+    assert "= hqc.hadamard.default(" in text
+    assert "insert_qdq(timesteps=(0.0, 25.0, 50.0, 75.0))" in text
+    assert "stage" in text
+    assert "= hqc.hadamard.default(" not in ok("inspect", made.rotated, "--no-graph").stdout
+    said = json.loads(ok("inspect", made.trained, "--json").stdout)
+    assert said["stage"] == "trained"
+    assert said["bytes_by_kind"]["lora_a"] > 0
+    assert any("aten.conv2d.default" in line for line in said["graph"])
+
+
+def test_ptq(made: SimpleNamespace) -> None:
+    plain, rotated = load_program(made.rtn), load_program(made.rotated)
+    assert (plain.plan.recipe, plain.plan.bits) == ("rtn", "w4a4")
+    assert plain.plan.timesteps == rotated.plan.timesteps == (0.0, 25.0, 50.0, 75.0)
+    assert {plan.block for plan in plain.plan.sites} == {0}
+    assert {plan.block for plan in rotated.plan.sites} == {0, 32}
+
+
+def test_calib_size_is_read_with_a_dash_and_with_an_underscore(made: SimpleNamespace, tmp_path: Path) -> None:
+    """Both spellings of one number give one result, and another number another result."""
+    names = ("--calib-size", "2"), ("--calib_size", "2"), ("--calib_size", "3")
+    tables = []
+    for i, option in enumerate(names):
+        ok("ptq", made.program, "-o", tmp_path / f"{i}.hqc", *STEPS, *option)
+        tables.append(load_program(tmp_path / f"{i}.hqc").state["conv_out.activation_scale_table"])
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
+
+
+def test_qat(made: SimpleNamespace) -> None:
+    said = json.loads(made.said["qat"].stdout)
+    trained = load_program(made.trained)
+    assert (said["updates"], said["bits"], said["sites"]) == (4, "w4a4", len(trained.plan.quantised))
+    assert said["last_loss"] > 0
+    log = [json.loads(line) for line in Path(said["log"]).read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert log[-1]["loss"] == said["last_loss"]
+    # What is only needed to resume is gone, the log is not.
+    assert [path.name for path in Path(said["log"]).parent.iterdir()] == ["log.jsonl"]
+
+
+def test_export(made: SimpleNamespace) -> None:
+    said = json.loads(made.said["export"].stdout)
+    assert (said["target"], said["opset"]) == ("onnxruntime", 21)
+    assert said["size_bytes"] == sum(f.stat().st_size for f in made.integer.glob("model.onnx*"))
+    assert said["verification"]["sites"] > 10
+    text = made.said["export --target portable"].stdout
+    assert text.startswith(f"exported {made.portable}: portable, opset 21, ")
+
+
+def test_sample(made: SimpleNamespace, tmp_path: Path) -> None:
+    output = tmp_path / "grid.png"
+    ok("sample", made.integer, "-o", output, *STEPS, "--labels", "1,4", "--per-class", "2")
+    with Image.open(output) as grid:
+        assert grid.format == "PNG"
+        single = grid.size
+    both = tmp_path / "both.png"
+    models = ("--compare-with", made.program, "--compare-with", made.portable)
+    ok("sample", made.integer, "-o", both, *STEPS, "--labels", "1,4", "--per-class", "2", *models)
+    with Image.open(both) as grid:
+        assert grid.size[0] > 1.5 * single[0]  # three blocks of images beside one column of labels
+
+
+def test_sample_is_deterministic(made: SimpleNamespace, tmp_path: Path) -> None:
+    common = ("sample", made.trained, *STEPS, "--labels", "0-2", "--per-class", "1", "-o")
+    ok(*common, tmp_path / "a.png")
+    ok(*common, tmp_path / "b.png")
+    ok(*common, tmp_path / "c.png", "--seed", "5")
+    images = [(tmp_path / f"{name}.png").read_bytes() for name in "abc"]
+    assert images[0] == images[1] != images[2]
+
+
+def test_comparing_a_model_with_itself(made: SimpleNamespace, tmp_path: Path) -> None:
+    options = (*STEPS, "--labels", "1", "--per-class", "1", "-o", tmp_path / "x.png")
+    assert "is compared with itself" in refused(
+        tmp_path, "sample", made.trained, "--compare-with", made.trained, *options
+    )
+
+
+def test_eval(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = (*STEPS, "--images", "70", "--batch-size", "70")
+    said = json.loads(ok("eval", made.integer, "--against", made.program, *common, "--json").stdout)
+    assert said["model"] == str(made.integer)
+    assert said["num_images"] == 70
+    assert 5 < said["psnr_db"] < 80
+    assert 0 < said["latent_cosine"] < 1
+    assert said["protocol"]["num_inference_steps"] == 4
+    monkeypatch.setenv("COLUMNS", "120")
+    text = ok("eval", made.program, "--against", made.program, *common).stdout
+    assert "PSNR (dB)" in text
+    assert "\n program.hqc  " in text
+    assert "∞" in text  # the same images
+
+
+def test_timesteps_outside_the_calibrated_range_are_noted_once(
+    made: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calibrated at 0…75; five steps reach 80."""
+    with caplog.at_level(logging.WARNING):
+        hqc("sample", made.trained, "-o", tmp_path / "x.png", "--n-steps", "5", "--labels", "1", "--per-class", "3")
+    notes = [record.getMessage() for record in caplog.records if "calibrated" in record.getMessage()]
+    assert notes == ["timestep 80 lies outside the calibrated range 0…75: the nearest scales are used (noted once)"]
+    assert (tmp_path / "x.png").is_file()
+
+
+def test_serve(made: SimpleNamespace) -> None:
+    command = [sys.executable, "-m", "hqc.cli", "serve", str(made.integer), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("Serving at http://127.0.0.1:"), process.stderr and process.stderr.read()
+        with httpx.Client(base_url=line.split()[2], timeout=60, trust_env=False) as client:
+            health = client.get("/health")
+            assert (health.status_code, health.json()["model"]) == (200, "integer")
+            body = {"prompt": "a handwritten 7", "num_inference_steps": 4, "seed": 3}
+            answer = client.post("/v1/images/generations", json=body)
+            assert answer.status_code == 200, answer.text
+            png = base64.b64decode(answer.json()["data"][0]["b64_json"])
+            with Image.open(io.BytesIO(png)) as image:
+                assert image.size == (32, 32)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        _, stderr = process.communicate()
+    assert "Traceback" not in stderr
+
+
+# ---- a run that is killed ------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_resumes_to_the_same_bits(made: SimpleNamespace, tmp_path: Path) -> None:
+    """SIGKILL after the first checkpoint; the resumed run ends where one that nobody killed does."""
+    common = ("qat", made.program, "--steps", "40", "--batch-size", "2", *STEPS, "--eta", "0.5", "--calib-size", "2")
+    common = (*common, "--checkpoint-every", "3", "--lr-lora", "0.5")
+    whole, killed = tmp_path / "whole.hqc", tmp_path / "killed.hqc"
+    work = tmp_path / "killed.hqc.training"
+    command = [sys.executable, "-m", "hqc.cli", *map(str, common), "-o", str(killed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    deadline = time.monotonic() + 120
+    while not (work / "checkpoint" / "manifest.json").exists():
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not killed.exists()
+    before = [json.loads(line)["step"] for line in (work / "log.jsonl").read_text().splitlines()]
+    assert 3 <= len(before) < 40
+    ok(*common, "-o", killed, "--resume")
+    ok(*common, "-o", whole)
+    ours, theirs = load_program(killed), load_program(whole)
+    assert ours.state.keys() == theirs.state.keys()
+    assert [name for name in ours.state if not torch.equal(ours.state[name], theirs.state[name])] == []
+    log = [json.loads(line)["step"] for line in (work / "log.jsonl").read_text().splitlines()]
+    assert log == list(range(1, 41))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "killed.hqc",
+        "killed.hqc.training",
+        "whole.hqc",
+        "whole.hqc.training",
+    ]
+    assert [path.name for path in work.iterdir()] == ["log.jsonl"]
+
+
+def test_resuming_with_other_options_lists_them(made: SimpleNamespace, tmp_path: Path) -> None:
+    common = ("qat", made.program, "-o", tmp_path / "x.hqc", *STEPS, "--calib-size", "2", "--batch-size", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hqc.api.distil", _raise(KeyboardInterrupt()))
+        assert hqc(*common, "--steps", "2").exit_code == 1
+    said = refused(tmp_path, *common, "--steps", "3", "--resume", "--seed", "1")
+    assert "recipe.training.seed was 3407, now 1; recipe.training.steps was 2, now 3" in said
+
+
+def test_resuming_nothing(made: SimpleNamespace, tmp_path: Path) -> None:
+    said = refused(tmp_path, "qat", made.program, "-o", tmp_path / "x.hqc", "--resume")
+    assert "holds no run to resume" in said
+
+
+# ---- refusals: options ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", ["w9a4", "w4", "4a4", "w4a1", "w4a4x", ""])
+@pytest.mark.parametrize("command", ["ptq", "qat", "explain"])
+def test_unknown_bits(made: SimpleNamespace, tmp_path: Path, command: str, bits: str) -> None:
+    output = () if command == "explain" else ("-o", tmp_path / "x.hqc")
+    said = refused(tmp_path, command, made.program, *output, "--bits", bits)
+    assert said == f"bits {bits!r}: expected wNaM with N and M in 2…8. Use for example w4a4, w4a3 or w8a8."
+
+
+@pytest.mark.parametrize("command", ["ptq", "qat", "explain"])
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (("--recipe", "mine"), "recipe 'mine': unknown; there are hq-dm, hq-dm-reference, rtn. Use one of them."),
+        (("--rules", "mine"), "rules 'mine': unknown; there are default, reference, all. Use one of them."),
+        (("--keep-float", "down.*.nothing"), "pattern 'down.*.nothing': matches no site. Sites are named like"),
+    ],
+    ids=["recipe", "rules", "keep-float"],
+)
+def test_unknown_names(
+    made: SimpleNamespace, tmp_path: Path, command: str, options: tuple[str, ...], wanted: str
+) -> None:
+    output = () if command == "explain" else ("-o", tmp_path / "x.hqc")
+    assert wanted in refused(tmp_path, command, made.program, *output, *options)
+
+
+def test_recipes_of_the_other_command(made: SimpleNamespace, tmp_path: Path) -> None:
+    assert "Use hqc qat" in refused(tmp_path, "ptq", made.program, "-o", tmp_path / "x", "--recipe", "hq-dm")
+    assert "Use hqc ptq" in refused(tmp_path, "qat", made.program, "-o", tmp_path / "x", "--recipe", "rtn")
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf"])
+def test_learning_rates_out_of_range(made: SimpleNamespace, tmp_path: Path, rate: str) -> None:
+    said = refused(tmp_path, "qat", made.program, "-o", tmp_path / "x.hqc", "--lr-lora", rate)
+    assert said.startswith("--lr-lora: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "--target", "tensorrt", "-o", "x"),
+        ("export", "--opset", "20", "-o", "x"),
+        ("ptq", "--calib-size", "0", "-o", "x"),
+        ("ptq", "--block", "24", "-o", "x"),
+        ("qat", "--steps", "0", "-o", "x"),
+        ("ptq",),
+        ("sample", "--labels", "a-b"),
+        ("sample", "--labels", "9-0"),
+        ("sample", "--labels", "0-99999999999"),
+        ("sample", "--runtime", "tpu"),
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_usage_errors(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = hqc(arguments[0], made.program, *arguments[1:])
+    assert result.exit_code == 2
+    assert "\nError: " in result.stderr
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("labels", ["11", "-1,2", "3,12"])
+def test_labels_that_the_model_does_not_have(made: SimpleNamespace, tmp_path: Path, labels: str) -> None:
+    result = hqc("sample", made.program, "-o", tmp_path / "x.png", f"--labels={labels}", "--per-class", "1", *STEPS)
+    assert result.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+    if labels != "-1,2":
+        assert result.stderr.startswith("hqc: class_labels: ")
+        assert result.stderr.count("\n") == 1
+        assert "expected labels in 0…10" in result.stderr
+
+
+def test_too_few_images(made: SimpleNamespace, tmp_path: Path) -> None:
+    said = refused(tmp_path, "eval", made.program, "--against", made.program, "--images", "12", *STEPS)
+    assert "12 images in 10 splits" in said
+    said = refused(tmp_path, "eval", made.program, "--against", made.program, "--images", "64", *STEPS)
+    assert "64 images for 64 features" in said
+
+
+def test_a_program_that_was_quantised_already(made: SimpleNamespace, tmp_path: Path) -> None:
+    said = refused(tmp_path, "ptq", made.rtn, "-o", tmp_path / "x.hqc", *STEPS)
+    assert "takes a program that is captured; this one is quantised" in said
+
+
+def test_runtimes_that_do_not_fit(made: SimpleNamespace, tmp_path: Path) -> None:
+    said = refused(tmp_path, "sample", made.program, "--runtime", "onnxruntime", "-o", tmp_path / "x.png")
+    assert "runtime onnxruntime: cannot run" in said
+
+
+# ---- refusals: what is on disk -------------------------------------------------------------------------------------
+
+
+def _flip(folder: Path, name: str) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+
+
+def _truncate(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:-7])
+
+
+def _version(folder: Path, name: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path, str], None], str]] = {
+    "bit flip": (_flip, "is damaged"),
+    "truncated": (_truncate, "is truncated or changed"),
+    "version": (_version, "has format version 99"),
+    "file gone": (lambda folder, name: (folder / name).unlink(), "is missing"),
+    "folder gone": (lambda folder, name: shutil.rmtree(folder), "no such folder"),
+    "manifest gone": (lambda folder, name: (folder / "manifest.json").unlink(), "has no manifest.json"),
+    "manifest cut": (lambda folder, name: _truncate(folder, "manifest.json"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("command", ["explain", "inspect", "ptq", "qat", "export", "sample"])
+def test_a_damaged_program(made: SimpleNamespace, tmp_path: Path, command: str, damage: str) -> None:
+    shutil.copytree(made.program, tmp_path / "copy.hqc")
+    apply, wanted = DAMAGE[damage]
+    apply(tmp_path / "copy.hqc", "weights.safetensors")
+    output = () if command in ("explain", "inspect") else ("-o", tmp_path / "x")
+    assert wanted in refused(tmp_path, command, tmp_path / "copy.hqc", *output)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("command", ["sample", "eval", "serve"])
+def test_a_damaged_export(made: SimpleNamespace, tmp_path: Path, command: str, damage: str) -> None:
+    shutil.copytree(made.integer, tmp_path / "copy")
+    apply, wanted = DAMAGE[damage]
+    apply(tmp_path / "copy", "model.onnx")
+    options = {"sample": ("-o", tmp_path / "x.png"), "eval": ("--against", tmp_path / "copy"), "serve": ()}
+    assert wanted in refused(tmp_path, command, tmp_path / "copy", *options[command])
+
+
+def test_an_export_is_not_a_program(made: SimpleNamespace, tmp_path: Path) -> None:
+    said = refused(tmp_path, "inspect", made.integer)
+    assert "holds 'hqc-export'; expected 'hqc-program'" in said
+
+
+@pytest.mark.parametrize("source", ["nothing-here", "no.such.module:build", "os:getcwd"])
+def test_sources_that_cannot_be_traced(tmp_path: Path, source: str) -> None:
+    assert refused(tmp_path, "trace", source, "-o", tmp_path / "x.hqc").startswith("source ")
+
+
+# ---- refusals: where to write --------------------------------------------------------------------------------------
+
+
+def _writing(made: SimpleNamespace, command: str, output: Path) -> tuple[object, ...]:
+    """A quick run of each command that writes."""
+    short = (*STEPS, "--calib-size", "1")
+    return {
+        "trace": ("trace", made.source, "-o", output),
+        "ptq": ("ptq", made.program, "-o", output, *short),
+        "qat": ("qat", made.program, "-o", output, *short, "--steps", "1", "--batch-size", "1"),
+        "export": ("export", made.rtn, "-o", output),
+        "sample": ("sample", made.program, "-o", output, *STEPS, "--labels", "1", "--per-class", "1"),
+    }[command]
+
+
+WRITING = ["trace", "ptq", "qat", "export", "sample"]
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_nothing_is_overwritten_without_force(made: SimpleNamespace, tmp_path: Path, command: str) -> None:
+    output = tmp_path / "there"
+    ok(*_writing(made, command, output))
+    shutil.rmtree(tmp_path / "there.training", ignore_errors=True)
+    said = refused(tmp_path, *_writing(made, command, output))
+    assert said == f"{output}: already exists. Give --force to replace it, or choose another name."
+    (output / "manifest.json" if output.is_dir() else output).touch()
+    ok(*_writing(made, command, output), "--force")
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("command", WRITING[:-1])
+def test_a_folder_of_the_user_is_not_replaced_even_with_force(
+    made: SimpleNamespace, tmp_path: Path, command: str
+) -> None:
+    output = tmp_path / "mine"
+    output.mkdir()
+    (output / "thesis.txt").write_text("years of work")
+    for force in ((), ("--force",)):
+        said = refused(tmp_path, *_writing(made, command, output), *force)
+        assert said == f"{output}: exists and was not written by hqc. Choose another name."
+
+
+@pytest.mark.parametrize("command", WRITING[:-1])
+def test_a_file_of_the_user_is_not_replaced_even_with_force(
+    made: SimpleNamespace, tmp_path: Path, command: str
+) -> None:
+    output = tmp_path / "mine"
+    output.write_text("years of work")
+    said = refused(tmp_path, *_writing(made, command, output), "--force")
+    assert said == f"{output}: exists and was not written by hqc. Choose another name."
+
+
+@pytest.mark.parametrize("place", ["under a file", "in proc"])
+@pytest.mark.parametrize("command", WRITING)
+def test_places_that_cannot_be_written(
+    made: SimpleNamespace, tmp_path: Path, command: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before any long work. Root is stopped by no permission: a path below a file, and one in /proc."""
+    for work in ("capture.trace", "api.ptq", "api.qat", "export.artefact.prepare", "evaluation.sampling.sample_images"):
+        monkeypatch.setattr(f"hqc.{work}", _raise(AssertionError("worked in vain")))
+    (tmp_path / "file").write_text("")
+    folder = {"under a file": tmp_path / "file", "in proc": Path("/proc/hqc-test")}[place]
+    said = refused(tmp_path, *_writing(made, command, folder / "x"))
+    assert str(folder) in said
+    assert "cannot be written" in said
+
+
+def _raise(error: BaseException) -> Callable[..., None]:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_a_full_disk(made: SimpleNamespace, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", _raise(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    result = hqc(*_writing(made, command, tmp_path / "x"))
+    assert result.exit_code == 2
+    assert "No space left on device" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert {path.name for path in tmp_path.rglob("*")} <= {"x.training", "log.jsonl"}
+
+
+def test_a_full_disk_as_safetensors_says_it(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = SafetensorError("I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr("hqc.storage.save_file", _raise(error))
+    said = refused(tmp_path, *_writing(made, "ptq", tmp_path / "x"))
+    assert "could not be written (I/O error: No space left" in said
+
+
+def test_a_full_disk_leaves_what_was_there(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ok(*_writing(made, "ptq", tmp_path / "x"))
+    monkeypatch.setattr(os, "fsync", _raise(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    refused(tmp_path, *_writing(made, "ptq", tmp_path / "x"), "--force")
+
+
+# ---- refusals: numbers ---------------------------------------------------------------------------------------------
+
+
+def test_nan_weights_are_found_by_trace(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline.tiny_pipeline()
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight[0, 0, 0, 0] = float("nan")
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    said = refused(tmp_path, "trace", tmp_path / "pipeline", "-o", tmp_path / "x.hqc")
+    assert "nan" in said.lower()
+
+
+@pytest.mark.parametrize("command", ["ptq", "qat"])
+def test_nan_while_calibrating(made: SimpleNamespace, tmp_path: Path, command: str) -> None:
+    program = load_program(made.program)
+    name = "conv_in.weight"
+    broken = {**program.state, name: torch.full_like(program.state[name], float("nan"))}
+    save_program(program.evolve(state=broken), tmp_path / "nan.hqc", pipeline=made.program / "pipeline")
+    said = refused(tmp_path, command, tmp_path / "nan.hqc", "-o", tmp_path / "x.hqc", *STEPS, "--calib-size", "1")
+    assert said.startswith("calibration at ")
+    assert "met NaN or infinity at timestep 75." in said
+
+
+# ---- the process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "hqc.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+def test_a_process_says_one_line_and_exits_with_2(process: Any, made: SimpleNamespace, tmp_path: Path) -> None:
+    done = process("ptq", made.program, "-o", tmp_path / "x.hqc", "--bits", "w1a1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "hqc: bits 'w1a1': expected wNaM with N and M in 2…8. Use for example w4a4, w4a3 or w8a8.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_works_says_nothing_on_standard_error(
+    process: Any, made: SimpleNamespace, tmp_path: Path
+) -> None:
+    options = (*STEPS, "--labels", "1", "--per-class", "1")
+    done = process("sample", made.integer, "--compare-with", made.trained, "-o", tmp_path / "x.png", *options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"wrote {tmp_path / 'x.png'}\n", "")
+
+
+def test_a_reader_that_leaves_early_is_no_error(made: SimpleNamespace) -> None:
+    """`hqc inspect PROGRAM | head -1`."""
+    command = [sys.executable, "-m", "hqc.cli", "inspect", str(made.program)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) in (0, 1)  # click's own status for it is 1
+    process.stderr.close()
+
+
+def test_version_and_help() -> None:
+    assert ok("--version").stdout == "hqc, version 0.1.0\n"
+    text = ok("--help").stdout
+    commands = [line.split()[0] for line in text.partition("Commands:\n")[2].splitlines()]
+    assert commands == ["trace", "explain", "inspect", "ptq", "qat", "export", "sample", "eval", "serve"]
+    for command in commands:
+        assert ok(command, "-h").stdout.startswith(f"Usage: main {command}")
