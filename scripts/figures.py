@@ -1,4 +1,4 @@
-"""`make figures`: measures what the README shows about `digits`, cell by cell; a cell that is there is not measured again.
+"""`make figures`: measures what the README shows about `digits`; a cell that is there is not measured again.
 
 For each bit width: RTN, RTN + Hadamard, the same QAT without Hadamard, HQ-DM. Every cell is exported to ONNX Runtime's
 integer form and 1 000 images of it are compared with the float model's, three times: run k uses image seeds

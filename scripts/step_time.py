@@ -1,4 +1,4 @@
-"""Times a float distillation step against a QAT step on `digits`: same batch, teacher, guidance and optimiser, interleaved.
+"""Times a float distillation step against a QAT step on `digits`: same batch, teacher and optimiser, interleaved.
 
 The float step trains every weight of a float copy against the teacher; the QAT step trains LoRA and scales of the
 quantised graph. Both run teacher forward, student forward and backward, AdamW.
