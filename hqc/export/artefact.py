@@ -56,7 +56,7 @@ def export_program(
     force: bool = False,
     float_program: Program | None = None,
     pipeline: Path | None = None,
-    verify_batch: int = 4,
+    verify_batch: int = 8,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
 ) -> ExportReport:
     """Lowers a program at any stage to ONNX, verifies the file, and only then puts the folder in its place.

@@ -225,14 +225,11 @@ _IR_VERSIONS: Mapping[int, int] = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 
 def _is_size(node: fx.Node) -> bool:
     """Arithmetic on sizes: shapes are read from the program's notes instead."""
-    if node.op != "call_function" or is_op(node, *_NOT_SIZES):
+    if node.op != "call_function":
         return False
     if is_op(node, torch.ops.aten.sym_size.int):
         return True
     return not isinstance(node.target, torch._ops.OpOverload) and not _is_item(node)
-
-
-_NOT_SIZES: tuple[Any, ...] = ()
 
 
 def _is_item(node: fx.Node) -> bool:

@@ -81,7 +81,7 @@ class ForcedRun(fx.Interpreter):
     """Runs a program with the codes of every site given, and notes how far they are from its own.
 
     `flipped[site]` counts codes that differ from the program's own rounding; `distance[site]` is how far, in steps,
-    the worst of them is from the rounding boundary that it crossed.
+    the worst of them is from the rounding boundary that it crossed; `parted` [N] marks the samples that hold one.
     """
 
     def __init__(self, program: Program, codes: Mapping[str, Tensor]) -> None:
@@ -90,6 +90,7 @@ class ForcedRun(fx.Interpreter):
         self._codes = codes
         self.flipped: dict[str, int] = {}
         self.distance: dict[str, float] = {}
+        self.parted = torch.zeros(0, dtype=torch.bool)
 
     @torch.no_grad()
     def run_node(self, n: fx.Node) -> Any:
@@ -103,6 +104,8 @@ class ForcedRun(fx.Interpreter):
         codes = self._codes[site.site]
         differs = level.round() != codes
         self.flipped[site.site] = int(differs.sum())
+        samples = differs.flatten(1).any(1)
+        self.parted = self.parted | samples if len(self.parted) else samples
         # A code is right if the level lies within half a step of it.
         excess = (level - codes).abs() - 0.5
         self.distance[site.site] = float(excess[differs].max()) if self.flipped[site.site] else 0.0

@@ -2,9 +2,7 @@
 
 import math
 
-import numpy as np
 import onnx_ir as ir
-import torch
 from torch import fx
 
 from hqc.export.builder import typed
@@ -34,8 +32,3 @@ def int4_weight(lo: Lowering, node: fx.Node) -> ir.Value:
 def per_sample(lo: Lowering, scale: ir.Value, rank: int) -> ir.Value:
     """scale [N] -> [N, 1, …] of the given rank."""
     return lo.builder.reshape(scale, [-1] + [1] * (rank - 1))
-
-
-def as_numpy(tensor: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
-    """A torch tensor as a numpy array over the same memory."""
-    return tensor.detach().cpu().numpy()  # type: ignore[no-any-return]
