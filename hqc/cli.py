@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hqc.evaluation.sampling import Samples
     from hqc.export import Target
     from hqc.recipes import TrainingSettings
-    from hqc.runtimes import Model, Runtime
+    from hqc.runtimes import Runtime
 
 __all__ = ["main"]
 
@@ -263,6 +263,7 @@ def ptq(
     """Quantise PROGRAM without training: the baseline that every gain is measured against."""
     from hqc import api
     from hqc import console as out
+    from hqc.runtimes import load
     from hqc.storage import load_program, pipeline_folder, save_program
 
     _check_output(output, force=force)
@@ -275,7 +276,7 @@ def ptq(
             "calibration": found.calibration.model_copy(update={"samples": calib_size}),
         }
     )
-    task = api.task_of(captured, _open(str(program)).pipeline())
+    task = api.task_of(captured, load(program).pipeline())
     result = api.ptq(captured, found, bits, hadamard=hadamard, block=int(block), task=task, keep_float=keep_float)
     save_program(result, output, force=force, pipeline=pipeline_folder(program))
     out.fields(f"quantised {program}", {"program": str(output), "sites": len(result.plan.quantised), "bits": bits})
@@ -323,6 +324,7 @@ def qat(
     """Quantise PROGRAM and train it against itself: scales and LoRA, merged before export."""
     from hqc import api
     from hqc import console as out
+    from hqc.runtimes import load
     from hqc.storage import load_program, pipeline_folder, save_program
 
     _check_output(output, force=force)
@@ -344,7 +346,7 @@ def qat(
             captured,
             found,
             bits,
-            task=api.task_of(captured, _open(str(program)).pipeline()),
+            task=api.task_of(captured, load(program).pipeline()),
             settings=training,
             keep_float=keep_float,
             work_dir=folder,
@@ -427,22 +429,14 @@ def _labels(text: str) -> Sequence[int]:
     return labels
 
 
-def _open(model: str, runtime: "Runtime | None" = None, threads: int | None = None) -> "Model":
-    from diffusers.utils import logging
-
-    from hqc.runtimes import load
-
-    logging.disable_progress_bar()  # loading takes no time worth a bar
-    return load(model, runtime=runtime, threads=threads)
-
-
 def _sample(
     model: str, runtime: "Runtime | None", labels: tuple[int, ...], seeds: tuple[int, ...], **sampler: Any
 ) -> "Samples":
     from hqc import console as out
     from hqc.evaluation.sampling import sample_images
+    from hqc.runtimes import load
 
-    pipe = _open(model, runtime).pipeline()
+    pipe = load(model, runtime=runtime).pipeline()
     with out.progress(f"sampling {model}", len(labels)) as advance:
         return sample_images(pipe, labels, seeds, **sampler, progress=lambda done, _: advance(done, ""))
 
@@ -526,11 +520,12 @@ def evaluate(
 @click.option("--threads", type=click.IntRange(1, 256), help="Of the runtime.")
 def serve(export_folder: str, host: str, port: int, max_images: int, threads: int | None) -> None:
     """Serve EXPORT over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, GET /health."""
+    from hqc.runtimes import load
     from hqc.serving.app import create_app
     from hqc.serving.limits import Limits
     from hqc.serving.server import serve as run
 
-    model = _open(export_folder, threads=threads)
+    model = load(export_folder, threads=threads)
     app = create_app(model.pipeline(), model_name=model.name, limits=Limits(max_images=max_images))
     run(app, host=host, port=port)
 
