@@ -1,6 +1,8 @@
 """The value itself: frozen, its module, its inputs, its text."""
 
 import dataclasses
+import doctest
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -107,3 +109,11 @@ def test_the_text_shows_python_functions_and_types() -> None:
         "%view_default = aten.view.default(%to_dtype, [%mul, -1])\n"
         "return %view_default\n"
     )
+
+
+@pytest.mark.parametrize("module", ["hqc.plan", "hqc.ops.hadamard", "hqc.passes.split_digits"])
+def test_examples_in_docstrings(module: str) -> None:
+    # hqc.ops.hadamard is also the name of a function: the module is asked for by its full name.
+    outcome = doctest.testmod(importlib.import_module(module))
+    assert outcome.attempted > 0
+    assert outcome.failed == 0

@@ -19,6 +19,7 @@ from hqc.passes import (
     SplitDigits,
 )
 from hqc.passes.insert_qdq import mse_weight_scale
+from hqc.passes.split_digits import digit_limit
 from hqc.pipeline import run_pipeline
 from hqc.program import Program
 
@@ -222,3 +223,28 @@ def test_the_weight_scale_is_the_best_of_its_candidates(low: int, high: int) -> 
         errors = [np.sum((flat - s * np.clip(np.rint(flat / s), low, high)) ** 2) for s in scales]
         best = scales[int(np.argmin(errors))]
         assert float(found[row]) == pytest.approx(best, rel=1e-5)  # the same candidate, in float32
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(2, 127), (4, 127), (7, 127), (8, 64)])
+def test_one_digit_cannot_saturate_two_products_in_int16(bits: int, limit: int) -> None:
+    # x86 without VNNI adds two u8×s8 products in int16. An unsigned 7-bit activation is at most 127,
+    # an 8-bit one 255.
+    assert digit_limit(bits) == limit
+    unsigned_top = 2**bits - 1
+    assert 2 * unsigned_top * limit <= 2**15 - 1
+    assert bits < 8 or 2 * unsigned_top * (limit + 1) > 2**15 - 1
+
+
+def test_eight_bit_activations_split_at_64(captured: Callable[[str], Program]) -> None:
+    chain = [MergeLora(), FreezeIntegers(), RotateWeights()]
+    found = {}
+    for bits in ("w4a7", "w4a8"):
+        frozen = run_pipeline(quantised(captured, "odd_channels", bits), chain)
+        # Equal codes add up over their block: 8·8 = 64 just fits, 16·5 = 80 does not.
+        state = dict(frozen.state)
+        state["eight.weight_codes"] = torch.full_like(state["eight.weight_codes"], -8)
+        state["sixteen.weight_codes"] = torch.full_like(state["sixteen.weight_codes"], -5)
+        found[bits] = SplitDigits().find(frozen.evolve(state=state))
+    assert {"eight", "sixteen"} <= dict(found["w4a7"].misses).keys()
+    assert dict(found["w4a8"].misses)["eight"] == "one digit is enough: codes reach 64 of 64"
+    assert "sixteen" in found["w4a8"].matches
