@@ -7,6 +7,7 @@ integer form and 1 000 images of it are compared with the float model's, three t
 
 import argparse
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -42,7 +43,8 @@ def hqc(*arguments: str) -> None:
 def images_of(path: Path | str, run: int, count: int) -> Samples:
     """Run k's images: labels in turn, seeds 1000·k, 1000·k + 1, …"""
     seeds = tuple(range(1000 * run, 1000 * run + count))
-    return sample_images(load(path).pipeline(), tuple(i % 10 for i in range(count)), seeds, **SAMPLER)
+    pipe = load(path, threads=torch.get_num_threads()).pipeline()
+    return sample_images(pipe, tuple(i % 10 for i in range(count)), seeds, **SAMPLER)
 
 
 def figures(metrics: Metrics) -> dict[str, float]:
@@ -50,7 +52,7 @@ def figures(metrics: Metrics) -> dict[str, float]:
     return {
         "inception_score": metrics.inception_score,
         "fid_to_float": metrics.fid_reference,
-        "psnr_db": metrics.fidelity.psnr_db,
+        "psnr_db": None if math.isinf(metrics.fidelity.psnr_db) else metrics.fidelity.psnr_db,
         "ssim": metrics.fidelity.ssim,
         "latent_cosine": metrics.fidelity.latent_cosine,
         "accuracy": metrics.accuracy,
@@ -91,7 +93,7 @@ def markdown(results: dict[str, Any]) -> str:
     for cell in results["cells"].values():
         groups.setdefault((cell["bits"], cell["method"]), []).append(cell["figures"])
     for (bits, method), runs in groups.items():
-        columns = {key: [run[key] for run in runs] for key in runs[0]}
+        columns = {key: [run[key] for run in runs] for key in runs[0] if runs[0][key] is not None}
         exact = method == "float"
         lines.append(
             f"| {bits} | {method} | {spread(columns['inception_score'], 2)} | "
