@@ -385,9 +385,16 @@ def _training(defaults: "TrainingSettings", given: dict[str, Any]) -> "TrainingS
 @_output
 @click.option("--target", type=click.Choice(["portable", "onnxruntime"]), default="onnxruntime", show_default=True)
 @click.option("--opset", type=click.IntRange(21, 25), default=21, show_default=True)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="The captured Program that the quantisation error is measured from (default: PROGRAM without quantisers).",
+)
 @_force
 @_as_json
-def export(program: Path, output: Path, target: "Target", opset: int, force: bool, as_json: bool) -> None:
+def export(
+    program: Path, output: Path, target: "Target", opset: int, against: Path | None, force: bool, as_json: bool
+) -> None:
     """Lower PROGRAM to ONNX for a target, verify it against the fake-quant graph, and write a folder."""
     from hqc import console as out
     from hqc.export import export_program
@@ -395,7 +402,15 @@ def export(program: Path, output: Path, target: "Target", opset: int, force: boo
 
     _check_output(output, force=force)
     loaded = load_program(program)
-    report = export_program(loaded, target, output, opset=opset, force=force, pipeline=pipeline_folder(program))
+    report = export_program(
+        loaded,
+        target,
+        output,
+        opset=opset,
+        force=force,
+        float_program=load_program(against) if against is not None else None,
+        pipeline=pipeline_folder(program),
+    )
     if as_json:
         out.print_json(
             {
@@ -526,7 +541,8 @@ def serve(export_folder: str, host: str, port: int, max_images: int, threads: in
     from hqc.serving.server import serve as run
 
     model = load(export_folder, threads=threads)
-    app = create_app(model.pipeline(), model_name=model.name, limits=Limits(max_images=max_images))
+    limits = Limits(max_images=max_images)
+    app = create_app(model.pipeline(), model_name=model.name, limits=limits, runtime=model.runtime)
     run(app, host=host, port=port)
 
 
