@@ -228,7 +228,9 @@ def test_a_new_run_forgets_the_old_one(program: Program, uninterrupted: Program,
     other = SETTINGS.model_copy(update={"seed": 1})
     with pytest.raises(_Interrupted):
         _qat(program, work_dir=tmp_path, settings=other, on_step=_stop_after(4))
-    assert _same_bits(_qat(program, work_dir=tmp_path), uninterrupted)
+    with pytest.raises(_Interrupted):  # before its own first checkpoint
+        _qat(program, work_dir=tmp_path, on_step=_stop_after(1))
+    assert _same_bits(_qat(program, work_dir=tmp_path, resume=True), uninterrupted)
     assert _log(tmp_path) == [1, 2, 3, 4, 5]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from hqc.errors import TrainingError
 from hqc.program import Program, Stage
 from hqc.recipes import TrainingSettings
-from hqc.training import StepRecord, Task, distil
+from hqc.training import StepRecord, Task, distil, distillation
 from hqc.training.distillation import _generator, trainable
 from hqc.training.task import start
 
@@ -265,6 +265,20 @@ def test_every_epoch_draws_anew(student: Program, teacher: Program, task: Task, 
     assert not torch.equal(draws[1], draws[2])
     numbers = itertools.product(range(3), range(5), range(21))
     assert len({_generator(*three).initial_seed() for three in numbers}) == 3 * 5 * 21
+
+
+def test_every_step_of_the_sampler_has_noise_of_its_own(
+    student: Program, teacher: Program, task: Task, settings: TrainingSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds, real = [], distillation.advance
+
+    def spy(*args: Any) -> Tensor:
+        seeds.append(args[-1].initial_seed())
+        return real(*args)
+
+    monkeypatch.setattr(distillation, "advance", spy)
+    _run(student, teacher, task, settings)
+    assert len(seeds) == len(set(seeds)) == 12
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
