@@ -21,6 +21,7 @@ from zoo import ZOO, fingerprint
 
 import hqc.storage
 from hqc.errors import ArtefactError
+from hqc.graph_json import graph_from_json, graph_to_json
 from hqc.passes import (
     AttachLora,
     FreezeIntegers,
@@ -33,7 +34,7 @@ from hqc.passes import (
 )
 from hqc.pipeline import run_pipeline
 from hqc.program import Program
-from hqc.storage import graph_from_json, graph_to_json, load_program, save_program
+from hqc.storage import load_program, save_program
 from hqc.text import graph_text
 
 FILES = ("graph.json", "history.json", "manifest.json", "plan.json", "weights.safetensors")

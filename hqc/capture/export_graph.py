@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from hqc.errors import CaptureError
+from hqc.graph_json import graph_from_json, graph_to_json
 from hqc.program import BATCH, InputSpec, Origin, Program, aten, is_op
-from hqc.storage import graph_from_json, graph_to_json
 
 __all__ = ["LAYER_OPS", "capture_module"]
 
