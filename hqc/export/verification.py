@@ -6,11 +6,12 @@
               rounding, outputs equal to 1e-4
     network   free-running, ‖exported - fake-quant‖ ≤ 0.1·‖fake-quant - float‖ over the samples whose codes all agree
 
-Rounding is not continuous: where a value lies on a boundary, float noise of 1e-7 moves it by a whole step, which moves
-others further down, until two equally right paths have parted by up to the quantisation error itself. It happens to
-torch's own integer form against torch's own fake-quant form: on `digits` to one sample in eight at w4a4, to half of them
-at w8a8, whose grid is finer. So a sample with such a flip is judged by the run with its codes given, in which nothing is
-left to chance; its free-running error is reported, and may be √2 of the quantisation error, two draws of the same size.
+Rounding is not continuous: where a value lies on a boundary, float noise of 1e-7 moves it by a whole step, which
+moves others further down, until two equally right paths have parted by up to the quantisation error itself. It happens
+to torch's own integer form against torch's own fake-quant form: on `digits` to one sample in eight at w4a4, to half of
+them at w8a8, whose grid is finer. So a sample with such a flip is judged by the run with its codes given, in which
+nothing is left to chance; its free-running error is reported, and may be √2 of the quantisation error, two draws of the
+same size.
 """
 
 import math
