@@ -2,7 +2,7 @@
 
 For each bit width: RTN, RTN + Hadamard, the same QAT without Hadamard, HQ-DM. Every cell is exported to ONNX Runtime's
 integer form and 1 000 images of it are compared with the float model's, three times: run k uses image seeds
-1000·k … 1000·k + 999 and, for trained methods, training seed 3407 + k.
+1000·k … 1000·k + 999. Training has one seed, `--train-seed`.
 """
 
 import argparse
@@ -59,13 +59,13 @@ def figures(metrics: Metrics) -> dict[str, float]:
     }
 
 
-def measure(work: Path, method: str, bits: str, run: int, reference: Samples) -> dict[str, Any]:
+def measure(work: Path, method: str, bits: str, train_seed: int, reference: Samples) -> dict[str, Any]:
     """Makes, exports and measures one cell; returns its figures, size and training seconds."""
-    name = f"{bits}-{method.lower().replace(' + ', '-').replace(' ', '-')}-{run if METHODS[method][0] == 'qat' else 0}"
+    name = f"{bits}-{method.lower().replace(' + ', '-').replace(' ', '-')}"
     program, export = work / f"{name}.hqc", work / f"{name}-onnx"
     started = time.perf_counter()
     if not program.exists():
-        seed = ("--seed", str(3407 + run)) if METHODS[method][0] == "qat" else ()
+        seed = ("--seed", str(train_seed)) if METHODS[method][0] == "qat" else ()
         command, *flags = METHODS[method]
         hqc(command, str(work / "digits.hqc"), "--bits", bits, *flags, *seed, "-o", str(program))
     seconds = time.perf_counter() - started
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/measurements/digits.json"))
     parser.add_argument("--bits", nargs="+", default=["w4a4", "w4a3"])
     parser.add_argument("--runs", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--train-seed", type=int, default=3407)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     options = parser.parse_args()
@@ -119,7 +120,13 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.output.read_text()) if options.output.exists() else {"cells": {}}
-    results["protocol"] = {**SAMPLER, "images": options.images, "sampler": "DDIM", "threads": torch.get_num_threads()}
+    results["protocol"] = {
+        **SAMPLER,
+        "sampler": "DDIM",
+        "images": options.images,
+        "train_seed": options.train_seed,
+        "threads": torch.get_num_threads(),
+    }
     results["machine"] = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
     if not (options.work / "digits.hqc").exists():
         hqc("trace", "digits", "-o", str(options.work / "digits.hqc"))
@@ -133,7 +140,7 @@ def main() -> None:
             if method == "float":
                 cell = figures(evaluate(reference, reference, load_digit_classifier()))
             else:
-                cell = measure(options.work, method, bits, run, reference)
+                cell = measure(options.work, method, bits, options.train_seed, reference)
             results["cells"][key] = {"bits": bits, "method": method, "run": run, "figures": cell}
             options.output.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
             console.print(key, cell, highlight=False)
