@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,10 @@ def hqc(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "hqc.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-def images_of(path: Path | str, run: int, count: int) -> Samples:
-    """Run k's images: labels in turn, seeds 1000·k, 1000·k + 1, …"""
-    seeds = tuple(range(1000 * run, 1000 * run + count))
+def images_of(path: Path | str, seeds: Sequence[int]) -> Samples:
+    """One image a seed, labels in turn."""
     pipe = load(path, threads=torch.get_num_threads()).pipeline()
-    return sample_images(pipe, tuple(i % 10 for i in range(count)), seeds, **SAMPLER)
+    return sample_images(pipe, tuple(i % 10 for i in range(len(seeds))), seeds, **SAMPLER)
 
 
 def figures(metrics: Metrics) -> dict[str, float]:
@@ -71,7 +71,7 @@ def measure(work: Path, method: str, bits: str, train_seed: int, reference: Samp
     seconds = time.perf_counter() - started
     if not export.exists():
         hqc("export", str(program), "--target", "onnxruntime", "-o", str(export))
-    samples = images_of(export, run, len(reference.labels))
+    samples = images_of(export, reference.seeds)
     metrics = evaluate(samples, reference, load_digit_classifier())
     return {**figures(metrics), "size_bytes": load(export).size_bytes, "seconds": seconds}
 
@@ -136,7 +136,8 @@ def main() -> None:
             key = f"{bits}/{method}/{run}"
             if key in results["cells"]:
                 continue
-            reference = reference or images_of(options.work / "digits.hqc", run, options.images)
+            seeds = range(1000 * run, 1000 * run + options.images)
+            reference = reference or images_of(options.work / "digits.hqc", tuple(seeds))
             if method == "float":
                 cell = figures(evaluate(reference, reference, load_digit_classifier()))
             else:
