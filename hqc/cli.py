@@ -110,10 +110,16 @@ _calib_size = click.option("--calib-size", type=click.IntRange(1, 4096), default
 _block = click.option(
     "--block",
     type=click.Choice(["8", "16", "32", "64", "128"]),
-    default="32",
-    show_default=True,
-    help="Hadamard order.",
+    help="Hadamard order (default: 32).",
 )
+
+
+def _order(block: str | None, *, rotated: bool) -> int:
+    from hqc.errors import PlanError
+
+    if block is not None and not rotated:
+        raise PlanError(f"--block {block}", "there is no rotation to give an order to", "Ask for the rotation too.")
+    return int(block or 32) if rotated else 0
 
 
 @main.command()
@@ -165,7 +171,7 @@ def explain(
     bits: str,
     rules: str | None,
     no_hadamard: bool,
-    block: str,
+    block: str | None,
     keep_float: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -176,9 +182,9 @@ def explain(
     from hqc.plan import RULE_SETS
     from hqc.storage import load_program
 
-    found = configure(recipe, block=0 if no_hadamard else None, rules=rules)
-    if found.block:
-        found = configure(found, block=int(block))
+    found = configure(recipe, rules=rules)
+    rotated = bool(found.block) and not no_hadamard
+    found = configure(found, block=_order(block, rotated=rotated))
     captured = load_program(program)
     passes = found.passes(bits, (0.0,), keep_float)
     steps = list(dry_run(captured, passes))
@@ -251,7 +257,7 @@ def ptq(
     recipe: str,
     bits: str,
     hadamard: bool,
-    block: str,
+    block: str | None,
     rules: str | None,
     keep_float: tuple[str, ...],
     calib_size: int,
@@ -277,7 +283,15 @@ def ptq(
         }
     )
     task = api.task_of(captured, load(program).pipeline())
-    result = api.ptq(captured, found, bits, hadamard=hadamard, block=int(block), task=task, keep_float=keep_float)
+    result = api.ptq(
+        captured,
+        found,
+        bits,
+        hadamard=hadamard,
+        block=_order(block, rotated=hadamard),
+        task=task,
+        keep_float=keep_float,
+    )
     save_program(result, output, force=force, pipeline=pipeline_folder(program))
     out.fields(f"quantised {program}", {"program": str(output), "sites": len(result.plan.quantised), "bits": bits})
 
@@ -311,7 +325,7 @@ def qat(
     recipe: str,
     bits: str,
     no_hadamard: bool,
-    block: str,
+    block: str | None,
     rules: str | None,
     keep_float: tuple[str, ...],
     calib_size: int,
@@ -329,9 +343,9 @@ def qat(
 
     _check_output(output, force=force)
     captured = load_program(program)
-    found = api.configure(recipe, block=0 if no_hadamard else None, rules=rules)
-    if found.block:
-        found = api.configure(found, block=int(block))
+    found = api.configure(recipe, rules=rules)
+    rotated = bool(found.block) and not no_hadamard
+    found = api.configure(found, block=_order(block, rotated=rotated))
     training = _training(found.training, settings)
     found = found.model_copy(update={"calibration": found.calibration.model_copy(update={"samples": calib_size})})
     folder = work_dir or output.with_name(output.name + ".training")

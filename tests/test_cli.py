@@ -355,6 +355,12 @@ def test_recipes_of_the_other_command(made: SimpleNamespace, tmp_path: Path) -> 
     assert "Use hqc ptq" in refused(tmp_path, "qat", made.program, "-o", tmp_path / "x", "--recipe", "rtn")
 
 
+@pytest.mark.parametrize("command", [("ptq",), ("qat", "--no-hadamard"), ("explain", "--recipe", "rtn")], ids=" ".join)
+def test_an_order_without_a_rotation(made: SimpleNamespace, tmp_path: Path, command: tuple[str, ...]) -> None:
+    output = () if command[0] == "explain" else ("-o", tmp_path / "x.hqc")
+    assert "--block 16" in refused(tmp_path, command[0], made.program, *command[1:], *output, "--block", "16")
+
+
 @pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf"])
 def test_learning_rates_out_of_range(made: SimpleNamespace, tmp_path: Path, rate: str) -> None:
     said = refused(tmp_path, "qat", made.program, "-o", tmp_path / "x.hqc", "--lr-lora", rate)
