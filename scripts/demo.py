@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from hqc.console import console
 from hqc.evaluation.latency import latency_ms
@@ -21,12 +22,12 @@ from hqc.models.classifier import load_digit_classifier
 from hqc.runtimes import load
 
 ROWS = {
-    "float, torch": "digits.hqc",
-    "RTN, torch fake-quant": "rtn.hqc",
-    "RTN + Hadamard, torch fake-quant": "rtn-hadamard.hqc",
-    "HQ-DM, torch fake-quant": "hq-dm.hqc",
-    "HQ-DM, ONNX Runtime integer": "hq-dm-onnx",
-    "float, ONNX Runtime fp32": "digits-onnx",
+    "float": "digits.hqc",
+    "RTN": "rtn.hqc",
+    "RTN + Hadamard": "rtn-hadamard.hqc",
+    "HQ-DM": "hq-dm.hqc",
+    "HQ-DM, ONNX Runtime": "hq-dm-onnx",
+    "float, ONNX Runtime": "digits-onnx",
 }
 
 
@@ -65,10 +66,10 @@ def main() -> None:
         metrics = evaluate(samples, reference, classifier)
         model = load(work / file)
         rows.append(ReportRow(name, metrics, model.size_bytes, latency_ms(model)))
-    console.print(terminal_report(rows))
+    Console(width=max(120, console.width)).print(terminal_report(rows))
     console.print(
         f"latency: median ms of one denoiser call at batch 2, {torch.get_num_threads()} threads; "
-        "size: the denoiser's files on disk",
+        "size: the denoiser's files on disk; rows without ONNX Runtime are torch, float or fake-quant",
         highlight=False,
     )
     console.print(f"picture: {picture.resolve()}   {(time.perf_counter() - began) / 60:.1f} minutes", highlight=False)
