@@ -254,7 +254,7 @@ def _fingerprint(program: Program, recipe: Recipe, bits: str, keep_float: Sequen
     digest = hashlib.sha256()
     for name in sorted(program.state):
         digest.update(name.encode())
-        digest.update(program.state[name].contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(program.state[name].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     settings = recipe.model_dump(mode="json")
     settings["training"].pop("checkpoint_every")
     return {

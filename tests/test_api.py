@@ -303,3 +303,15 @@ def test_a_damaged_checkpoint_is_refused(program: Program, tmp_path: Path) -> No
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(ArtefactError, match="is damaged"):
         _qat(program, work_dir=tmp_path, resume=True)
+
+
+def test_a_fingerprint_takes_weights_without_axes(captured: Callable[[str], Program]) -> None:
+    # A scalar cannot be viewed as bytes as it is: this raised before.
+    program = captured("two_sites")
+
+    def digest(value: float) -> object:
+        changed = program.evolve(state={**program.state, "scalar": torch.tensor(value)})
+        return api._fingerprint(changed, find_recipe("hq-dm"), "w4a4", ())["weights_sha256"]
+
+    assert digest(1.0) == digest(1.0)
+    assert digest(1.0) != digest(2.0)
