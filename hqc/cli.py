@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Every command is a thin layer over the Python API."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,9 +188,8 @@ def explain(
     found = configure(found, block=_order(block, rotated=rotated))
     captured = load_program(program)
     passes = found.passes(bits, (0.0,), keep_float)
-    steps = list(dry_run(captured, passes))
-    result = steps[-1][2]
-    result = result.evolve(plan=result.plan.__class__(**{**vars(result.plan), "recipe": found.name}))
+    *_, (_, _, result) = dry_run(captured, passes)
+    result = result.evolve(plan=replace(result.plan, recipe=found.name))
     if as_json:
         misses = [{"pass": str(r.text), "missed": dict(r.missed)} for r in result.history[len(captured.history) :]]
         out.print_json({"plan": result.plan.to_dict(), "pipeline": format_pipeline(passes), "passes": misses})

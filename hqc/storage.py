@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -39,18 +39,14 @@ _LARGEST_JSON = 256 * 2**20
 
 
 @contextmanager
-def atomic_folder(target: Path, *, force: bool = False, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
+def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields a temporary folder that becomes `target` when the block ends well: all of it or nothing.
 
     Raises:
-        ArtefactError: if the target exists and `force` is not set, is not an artefact that hqc wrote (`may_replace`
-            says no), or cannot be written (permissions, a full disk).
+        ArtefactError: if the target exists and `force` is not set, is not an artefact that hqc wrote, or cannot be
+            written (permissions, a full disk).
     """
-    if target.exists() or target.is_symlink():
-        if not may_replace(target):
-            raise ArtefactError(str(target), "exists and was not written by hqc", "Choose another name.")
-        if not force:
-            raise ArtefactError(str(target), "already exists", "Give --force to replace it, or choose another name.")
+    refuse_existing(target, force=force)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -221,7 +217,7 @@ def save_program(program: Program, folder: Path, *, force: bool = False, pipelin
     Raises:
         ArtefactError: if the folder exists (without `force`) or cannot be written.
     """
-    with atomic_folder(folder, force=force, may_replace=is_artefact) as temporary:
+    with atomic_folder(folder, force=force) as temporary:
         graph = {"nodes": graph_to_json(program.graph)}
         (temporary / "graph.json").write_text(json.dumps(graph, allow_nan=False) + "\n", encoding="utf-8")
         save_file(

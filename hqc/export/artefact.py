@@ -18,7 +18,7 @@ from hqc.export.model import DATA_FILE, EXTERNAL_DATA_BYTES, MODEL_FILE, onnx_fr
 from hqc.export.prepare import Target, prepare
 from hqc.export.verification import Verification, verify_export
 from hqc.program import Program
-from hqc.storage import atomic_folder, copy_pipeline, is_artefact, write_manifest
+from hqc.storage import atomic_folder, copy_pipeline, write_manifest
 
 __all__ = ["EXPORT_KIND", "OPSETS", "ExportReport", "export_program"]
 
@@ -80,7 +80,7 @@ def export_program(
         raise ExportError(f"opset {opset}", f"expected {OPSETS.start}…{OPSETS.stop - 1}", "Use 21 unless you must.")
     start = time.perf_counter()
     prepared = prepare(program, target)
-    with atomic_folder(folder, force=force, may_replace=is_artefact) as temporary:
+    with atomic_folder(folder, force=force) as temporary:
         model, taps = onnx_from_program(prepared, target, opset)
         path = save_model(model, temporary, external_data_bytes=external_data_bytes)
         verification = verify_export(path, taps, program, float_program=float_program, batch=verify_batch)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hqc.errors import ArtefactError
-from hqc.storage import atomic_folder, check_manifest, is_artefact, write_manifest
+from hqc.storage import atomic_folder, check_manifest, write_manifest
 
 __all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -28,7 +28,7 @@ class Checkpoint:
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Replaces the checkpoint in `folder`."""
-    with atomic_folder(folder, force=True, may_replace=is_artefact) as temporary:
+    with atomic_folder(folder, force=True) as temporary:
         save_file(dict(checkpoint.tensors), temporary / _TENSORS)
         write_manifest(temporary, _KIND, {"step": checkpoint.step})
 
