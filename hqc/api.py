@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hqc.capture import ARCHITECTURE
 from hqc.errors import ArtefactError, PlanError, TrainingError
 from hqc.models import digits_path
 from hqc.pipeline import run_pipeline
@@ -30,7 +31,7 @@ from hqc.runtimes.base import named_inputs
 from hqc.runtimes.model import Model
 from hqc.runtimes.torch_runtime import TorchSession
 from hqc.storage import load_program, save_program
-from hqc.training import StepRecord, Task, calibrate, class_conditional_task, distil
+from hqc.training import StepRecord, Task, calibrate, class_conditional_task, distil, synthetic_task
 from hqc.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hqc.training.task import Denoise, trajectory
 
@@ -56,14 +57,19 @@ def configure(
     return found.model_copy(update={key: value for key, value in wanted.items() if value is not None})
 
 
-def task_of(program: Program, pipeline: Any | None = None) -> Task:
+def task_of(program: Program, pipeline: Any | None = None, *, folder: Path | None = None) -> Task:
     """What to sample while calibrating and training `program`: from the pipeline, or from the one it was traced from.
+
+    folder: the pipeline folder beside the program, instead of the one that its origin names.
+    A named architecture has seeded weights and no pipeline: it is run on noise and random conditions.
 
     Raises:
         TrainingError: if there is none.
     """
+    if pipeline is None and program.origin.source.startswith(ARCHITECTURE):
+        return synthetic_task(program.inputs)
     if pipeline is None:
-        pipeline = _pipeline_around(program)
+        pipeline = _pipeline_around(program, folder)
     if pipeline is None:
         raise TrainingError(
             f"program from {program.origin.source or 'a module'}",
@@ -73,11 +79,12 @@ def task_of(program: Program, pipeline: Any | None = None) -> Task:
     return class_conditional_task(pipeline)
 
 
-def _pipeline_around(program: Program) -> Any | None:
+def _pipeline_around(program: Program, folder: Path | None) -> Any | None:
     """The pipeline that a program was traced from, if it is still there."""
     reference = program.origin.pipeline
-    folder = digits_path() if reference == "digits" else Path(reference)
-    if not reference or not (folder / "model_index.json").is_file():
+    if folder is None:
+        folder = digits_path() if reference == "digits" else Path(reference)
+    if not (reference or folder.name) or not (folder / "model_index.json").is_file():
         return None
     config, size = program.origin.unet_config, program.size_bytes()
     return Model(reference, "torch", TorchSession(program), program.plan, size, config, folder).pipeline()

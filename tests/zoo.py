@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hqc.capture.sources import Source, _DiffusersUNet
+from hqc.capture.diffusers_models import DiffusersUNet
+from hqc.capture.source import Source
 from hqc.program import InputSpec, Origin, Program
 from hqc.text import graph_text
 
@@ -47,7 +48,7 @@ def cross_attention() -> Source:
         InputSpec("timestep", ("N",)),
         InputSpec("condition", ("N", 2, 32)),
     )
-    return Source(_DiffusersUNet(unet), inputs, Origin(source="cross_attention"))
+    return Source(DiffusersUNet(unet), inputs, Origin(source="cross_attention"), prefix="unet.")
 
 
 def _unconditional(name: str, **options: Any) -> Source:
@@ -69,7 +70,7 @@ def _unconditional(name: str, **options: Any) -> Source:
 
 def _wrapped(name: str, unet: nn.Module) -> Source:
     inputs = (InputSpec("sample", ("N", 3, 8, 8)), InputSpec("timestep", ("N",)))
-    return Source(_DiffusersUNet(unet), inputs, Origin(source=name))
+    return Source(DiffusersUNet(unet), inputs, Origin(source=name), prefix="unet.")
 
 
 def unconditional() -> Source:

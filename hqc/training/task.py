@@ -1,6 +1,6 @@
 """What is sampled while calibrating and training: scheduler, latents, conditions; and how guidance combines."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hqc.errors import TrainingError
+from hqc.program import InputSpec
 
-__all__ = ["Denoise", "Task", "class_conditional_task", "guided", "trajectory"]
+__all__ = ["Denoise", "Task", "class_conditional_task", "guided", "synthetic_task", "trajectory"]
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(sample [N, C, H, W], timestep [N], condition [N, L, D] or None) -> noise [N, C, H, W]."""
@@ -67,6 +68,33 @@ def class_conditional_task(pipeline: Any) -> Task:
 
     kind, scheduler_config = type(pipeline.scheduler), pipeline.scheduler.config
     return Task(lambda: kind.from_config(scheduler_config), (config["in_channels"], size, size), draw, null)
+
+
+def synthetic_task(inputs: Sequence[InputSpec]) -> Task:
+    """The task of a denoiser with seeded weights: DDIM over 1 000 steps, normal noise, normal conditions, null zero.
+
+    Raises:
+        TrainingError: if the sample is no image [N, C, H, W].
+    """
+    from diffusers import DDIMScheduler
+
+    shapes = {spec.name: tuple(int(d) for d in spec.shape[1:]) for spec in inputs}
+    latent = shapes["sample"]
+    if len(latent) != 3:
+        raise TrainingError("sample", f"has shape {list(latent)} a sample; expected (C, H, W)", "Give task=Task(…).")
+
+    def scheduler() -> Any:
+        return DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False)
+
+    if "condition" not in shapes:
+        return Task(scheduler, latent)
+    condition = shapes["condition"]
+    return Task(
+        scheduler,
+        latent,
+        lambda n, generator: torch.randn(n, *condition, generator=generator),
+        lambda n: torch.zeros(n, *condition),
+    )
 
 
 def guided(

@@ -1,0 +1,1 @@
+"""One function a command, grouped by what they work on; `hqc/cli.py` lists them."""

@@ -1,0 +1,187 @@
+"""Commands over Programs: trace, explain, inspect, export."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hqc.commands.options import (
+    bits_option,
+    block_option,
+    check_output,
+    force_option,
+    json_option,
+    keep_float_option,
+    output_option,
+    rotation_order,
+    rules_option,
+)
+
+if TYPE_CHECKING:
+    from hqc.export import Target
+
+__all__ = ["explain", "export", "inspect", "trace"]
+
+
+@click.command()
+@click.argument("source")
+@output_option
+@click.option(
+    "--condition-length", type=click.IntRange(1, 4096), help="Tokens of the condition (default: from SOURCE)."
+)
+@force_option
+@json_option
+def trace(source: str, output: Path, condition_length: int | None, force: bool, as_json: bool) -> None:
+    """Capture SOURCE into a Program: `digits`, a diffusers pipeline or UNet folder, or `module:callable`."""
+    import time
+
+    from hqc import console as out
+    from hqc.capture import find_source
+    from hqc.capture import trace as capture
+    from hqc.storage import save_program
+
+    check_output(output, force=force)
+    start = time.perf_counter()
+    found = find_source(source, condition_length=condition_length)
+    program = capture(found)
+    save_program(program, output, force=force, pipeline=found.pipeline)
+    summary = {
+        "program": str(output),
+        "source": source,
+        "sites": len(list(program.sites())),
+        "nodes": len(program.graph.nodes),
+        "weights_bytes": program.size_bytes(),
+        "graph_equals_module_relative_error": program.origin.capture_error,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    out.print_json(summary) if as_json else out.fields(f"traced {source}", summary)
+
+
+@click.command()
+@click.argument("program", type=click.Path(path_type=Path))
+@click.option("--recipe", default="hq-dm", show_default=True)
+@bits_option
+@rules_option
+@click.option("--no-hadamard", is_flag=True, help="Without rotation.")
+@block_option
+@keep_float_option
+@json_option
+def explain(
+    program: Path,
+    recipe: str,
+    bits: str,
+    rules: str | None,
+    no_hadamard: bool,
+    block: str | None,
+    keep_float: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Show what a recipe would do to PROGRAM: every site with its bits, rotation, and the reason of every miss."""
+    from hqc import console as out
+    from hqc.api import configure
+    from hqc.pipeline import dry_run, format_pipeline
+    from hqc.plan import RULE_SETS
+    from hqc.storage import load_program
+
+    found = configure(recipe, rules=rules)
+    rotated = bool(found.block) and not no_hadamard
+    found = configure(found, block=rotation_order(block, rotated=rotated))
+    captured = load_program(program)
+    passes = found.passes(bits, (0.0,), keep_float)
+    *_, (_, _, result) = dry_run(captured, passes)
+    result = result.evolve(plan=replace(result.plan, recipe=found.name))
+    if as_json:
+        misses = [{"pass": str(r.text), "missed": dict(r.missed)} for r in result.history[len(captured.history) :]]
+        out.print_json({"plan": result.plan.to_dict(), "pipeline": format_pipeline(passes), "passes": misses})
+        return
+    out.console.print(out.sites_table(result))
+    out.console.print(
+        "rules, last match wins:", *(f"  {rule}" for rule in RULE_SETS[found.rules]), sep="\n", markup=False
+    )
+    out.console.print(f"pipeline: {format_pipeline(passes)}", markup=False)
+    for record in result.history[len(captured.history) :]:
+        out.console.print(record, markup=False, highlight=False)
+
+
+@click.command()
+@click.argument("program", type=click.Path(path_type=Path))
+@click.option("--graph/--no-graph", default=True, show_default=True, help="Print the graph's text.")
+@json_option
+def inspect(program: Path, graph: bool, as_json: bool) -> None:
+    """Show PROGRAM: graph text, plan, history, sizes."""
+    from hqc import console as out
+    from hqc.storage import load_program
+    from hqc.text import graph_text
+
+    loaded = load_program(program)
+    sizes: dict[str, int] = {}
+    for name, tensor in loaded.state.items():
+        kind = name.rsplit(".", 1)[-1]
+        sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
+    summary = {
+        "stage": str(loaded.stage),
+        "source": loaded.origin.source,
+        "nodes": len(loaded.graph.nodes),
+        "sites": len(list(loaded.sites())),
+        "weights_bytes": loaded.size_bytes(),
+        "bytes_by_kind": sizes,
+    }
+    if as_json:
+        text = {"graph": graph_text(loaded).splitlines()} if graph else {}
+        out.print_json({**summary, "plan": loaded.plan.to_dict(), "history": [str(r) for r in loaded.history], **text})
+        return
+    if graph:
+        click.echo(graph_text(loaded))
+    if loaded.plan.sites:
+        out.console.print(out.sites_table(loaded))
+    for record in loaded.history:
+        out.console.print(record, markup=False, highlight=False)
+    out.fields(str(program), summary)
+
+
+@click.command()
+@click.argument("program", type=click.Path(path_type=Path))
+@output_option
+@click.option("--target", type=click.Choice(["portable", "onnxruntime"]), default="onnxruntime", show_default=True)
+@click.option("--opset", type=click.IntRange(21, 25), default=21, show_default=True)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="The captured Program that the quantisation error is measured from (default: PROGRAM without quantisers).",
+)
+@force_option
+@json_option
+def export(
+    program: Path, output: Path, target: "Target", opset: int, against: Path | None, force: bool, as_json: bool
+) -> None:
+    """Lower PROGRAM to ONNX for a target, verify it against the fake-quant graph, and write a folder."""
+    from hqc import console as out
+    from hqc.export import export_program
+    from hqc.storage import load_program, pipeline_folder
+
+    check_output(output, force=force)
+    loaded = load_program(program)
+    report = export_program(
+        loaded,
+        target,
+        output,
+        opset=opset,
+        force=force,
+        float_program=load_program(against) if against is not None else None,
+        pipeline=pipeline_folder(program),
+    )
+    if as_json:
+        out.print_json(
+            {
+                "export": str(output),
+                "target": report.target,
+                "opset": report.opset,
+                "nodes": report.nodes,
+                "size_bytes": report.size_bytes,
+                "seconds": report.seconds,
+                "verification": report.verification.to_dict(),
+            }
+        )
+    else:
+        click.echo(f"exported {report}")

@@ -1,0 +1,99 @@
+"""What several commands share: options, and checks before long work starts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = [
+    "bits_option",
+    "block_option",
+    "calib_size_option",
+    "check_output",
+    "check_writable",
+    "force_option",
+    "json_option",
+    "keep_float_option",
+    "options",
+    "output_option",
+    "rotation_order",
+    "rules_option",
+    "runtime_option",
+    "sampler_options",
+]
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuses an artefact that is there, and a place that cannot be written, before long work starts."""
+    from hqc.storage import refuse_existing
+
+    refuse_existing(output, force=force)
+    check_writable(output)
+
+
+def check_writable(output: Path) -> None:
+    """Refuses a place that cannot be written; makes and removes a folder beside it to find out."""
+    import tempfile
+
+    from hqc.errors import ArtefactError
+
+    folder = output.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=folder):
+            pass
+    except OSError as error:
+        raise ArtefactError(
+            str(output.parent), f"cannot be written ({error.strerror})", "Choose a writable folder."
+        ) from error
+
+
+# ---- options that several commands share ---------------------------------------------------------------------------
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def options(*decorators: Decorator) -> Decorator:
+    """Several options as one decorator, in the order given."""
+
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+output_option = click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write.")
+force_option = click.option("--force", is_flag=True, help="Replace an artefact that is already there.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+bits_option = click.option("--bits", default="w4a4", show_default=True, help="wNaM, N and M in 2…8, case-insensitive.")
+rules_option = click.option("--rules", help="Layer rules: default, reference or all (default: the recipe's).")
+keep_float_option = click.option("--keep-float", multiple=True, metavar="PATTERN", help="Leave matching sites float.")
+sampler_options = options(
+    click.option("--num-inference-steps", "--n-steps", type=click.IntRange(1, 1000), default=20, show_default=True),
+    click.option("--guidance-scale", type=click.FloatRange(0, 100), default=1.5, show_default=True),
+    click.option("--eta", type=click.FloatRange(0, 1), default=0.0, show_default=True),
+)
+runtime_option = click.option(
+    "--runtime", type=click.Choice(["torch", "onnxruntime"]), help="Default: the artefact's own (Program: torch)."
+)
+calib_size_option = click.option(
+    "--calib-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Images."
+)
+block_option = click.option(
+    "--block",
+    type=click.Choice(["8", "16", "32", "64", "128"]),
+    help="Hadamard order (default: 32).",
+)
+
+
+def rotation_order(block: str | None, *, rotated: bool) -> int:
+    """The Hadamard order that --block asks for: 32 by default, 0 without a rotation."""
+    from hqc.errors import PlanError
+
+    if block is not None and not rotated:
+        raise PlanError(f"--block {block}", "there is no rotation to give an order to", "Ask for the rotation too.")
+    return int(block or 32) if rotated else 0
