@@ -195,6 +195,25 @@ def _layer_norm(lo: Lowering, node: fx.Node) -> ir.Value:
     )
 
 
+def _rms_norm(lo: Lowering, node: fx.Node) -> ir.Value:
+    """x / √(mean x² + ε) · w over the last axes; ε is float32's own where none is given, as in torch."""
+    b, x, dtype = lo.builder, lo.value(node.args[0]), lo.scalar_like(node)
+    normalised: Sequence[int] = node.args[1]  # type: ignore[assignment]
+    weight, epsilon = _argument(node, 2, "weight"), _argument(node, 3, "eps")
+    axes = b.ints(*range(-len(normalised), 0))
+    mean = b.op("ReduceMean", b.op("Mul", x, x), axes, keepdims=1)
+    floor = float(np.finfo(dtype).eps) if epsilon is None else float(epsilon)
+    y = b.op("Div", x, b.op("Sqrt", b.op("Add", mean, b.scalar(floor, dtype))), name=node.name)
+    return y if weight is None else b.op("Mul", y, lo.value(weight), name=node.name)
+
+
+def _outer(lo: Lowering, node: fx.Node) -> ir.Value:
+    """[L] and [M] -> [L, M]."""
+    b = lo.builder
+    left, right = (_operand(lo, node, argument) for argument in node.args[:2])
+    return b.op("Mul", b.op("Unsqueeze", left, b.ints(1)), b.op("Unsqueeze", right, b.ints(0)), name=node.name)
+
+
 def _linear(lo: Lowering, node: fx.Node) -> ir.Value:
     """x·Wᵀ + b as one Gemm over all leading axes, [N, L, C] -> [N·L, C] -> [N·L, O] -> [N, L, O].
 
@@ -290,7 +309,7 @@ MATH: Translations = {
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _binary("Sub")),
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _binary("Mul", neutral=1)),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _binary("Div", neutral=1)),
-    **dict.fromkeys((aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor), _binary("Pow")),
+    **dict.fromkeys((aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar), _binary("Pow")),
     **dict.fromkeys((aten.rsub.Scalar, aten.rsub.Tensor), _reverse_sub),
     aten.maximum.default: _binary("Max"),
     aten.minimum.default: _binary("Min"),
@@ -328,6 +347,8 @@ MATH: Translations = {
     aten.scaled_dot_product_attention.default: _attention,
     aten.group_norm.default: _group_norm,
     aten.layer_norm.default: _layer_norm,
+    aten.rms_norm.default: _rms_norm,
+    aten.outer.default: _outer,
     aten.linear.default: _linear,
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv1d.padding, aten.conv2d.padding), _conv),
     **dict.fromkeys((aten.conv_transpose1d.default, aten.conv_transpose2d.input), _conv_transpose),

@@ -106,6 +106,23 @@ def _split_sizes(lo: Lowering, node: fx.Node) -> tuple[ir.Value, ...]:
     return _split(lo, node, [int(s) for s in node.args[1]], axis)  # type: ignore[union-attr, arg-type]
 
 
+def _unbind(lo: Lowering, node: fx.Node) -> tuple[ir.Value, ...]:
+    """The slices along an axis, without it."""
+    axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    parts = range(_extent(lo, node, axis))
+    x, b = lo.value(node.args[0]), lo.builder
+    return tuple(b.op("Gather", x, b.scalar(i, "int64"), axis=axis, name=node.name) for i in parts)
+
+
+def _repeat_interleave(lo: Lowering, node: fx.Node) -> ir.Value:
+    """Every element along an axis `repeats` times in a row: a Gather at 0, 0, 1, 1, …"""
+    repeats, axis = int(node.args[1]), node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")  # type: ignore[arg-type]
+    if axis is None:
+        raise ExportError(f"node {node.name}", "repeats a flattened tensor", "Name the axis.")
+    places = np.repeat(np.arange(_extent(lo, node, int(axis)), dtype=np.int64), repeats)  # type: ignore[arg-type]
+    return lo.builder.op("Gather", lo.value(node.args[0]), lo.builder.constant(places), axis=int(axis), name=node.name)  # type: ignore[arg-type]
+
+
 def _getitem(lo: Lowering, node: fx.Node) -> ir.Value:
     parts = lo.values[node.args[0]]  # type: ignore[index]
     return parts[node.args[1]]  # type: ignore[no-any-return]
@@ -228,11 +245,13 @@ SHAPES: Translations = {
     aten.permute.default: _permute,
     aten.transpose.int: _transpose,
     aten.t.default: _transpose,
-    aten.cat.default: _cat,
+    **dict.fromkeys((aten.cat.default, aten.concat.default), _cat),
     aten.stack.default: _stack,
     aten.chunk.default: _chunk,
     aten.split.Tensor: _split_tensor,
     aten.split_with_sizes.default: _split_sizes,
+    aten.unbind.int: _unbind,
+    aten.repeat_interleave.self_int: _repeat_interleave,
     operator.getitem: _getitem,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
