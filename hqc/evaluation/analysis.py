@@ -1,0 +1,327 @@
+"""What quantisation meets at every site: outliers, scales and signal to noise along the float sampler's trajectory.
+
+Observers run over the float graph while a sampler calls it. Moments are summed over every value; the scale search runs
+on a bounded sample of whole channel vectors, for one timestep at a time, so no activation outlives its reader.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hqc.errors import EvaluationError, TrainingError
+from hqc.evaluation.analysis_statistics import Moments, best_scale, channel_rows, sample_rows, snr_db
+from hqc.evaluation.stepping import Run, float_program
+from hqc.export.reference import evaluate
+from hqc.export.sites import QuantisedSite, quantised_sites
+from hqc.ops import block_size
+from hqc.ops.hadamard import hadamard
+from hqc.passes.insert_qdq import mse_weight_scale
+from hqc.passes.rewriting import channel_axis
+from hqc.plan import Bits, SitePlan, activation_range, parse_bits, weight_range
+from hqc.program import Program, Stage
+from hqc.training.task import Task, trajectory
+
+__all__ = ["Basis", "FixedInputs", "Sampler", "SiteAnalysis", "SiteRow", "WeightNumbers", "analyse", "with_scales"]
+
+SAMPLED_VALUES = 16_384
+"""Values of a site and timestep that the scale search sees."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Whose trajectory is observed: `images` in batches, DDIM's eta, classifier-free guidance, the first seed."""
+
+    images: int = 16
+    batch_size: int = 8
+    num_inference_steps: int = 20
+    guidance_scale: float = 1.5
+    eta: float = 0.0
+    seed: int = 2024
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The activation in one basis: outliers, and what the best scale gives at the site's bits."""
+
+    max_over_rms: float | None
+    kurtosis: float | None
+    scale: float
+    snr_db: float | None
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site at one timestep; `rotated` is None where no Hadamard block divides the channels.
+
+    `program_scale` and `program_snr_db` belong to the program's own scale table, None for a captured program.
+    """
+
+    timestep: float
+    values: int
+    max_abs: float
+    rms: float
+    plain: Basis
+    rotated: Basis | None
+    program_scale: float | None = None
+    program_snr_db: float | None = None
+
+
+@dataclass(frozen=True)
+class WeightNumbers:
+    """The weight of a site (with its LoRA), and its SNR with a scale per output channel."""
+
+    max_over_rms: float | None
+    kurtosis: float | None
+    snr_db: float | None
+
+
+@dataclass(frozen=True)
+class SiteAnalysis:
+    """One site: its plan, the bits and the rotation that the numbers are for, its weight, a row per timestep.
+
+    `bits` are the plan's, or for a site that stays float the bits asked for; `block` is the plan's rotation, or for
+    an unrotated site the one that would fit.
+    """
+
+    plan: SitePlan
+    bits: Bits
+    block: int
+    weight: WeightNumbers
+    rows: tuple[SiteRow, ...]
+
+    def median(self, number: Callable[[SiteRow], float | None]) -> float | None:
+        """The median of a number over the timesteps at which it is defined."""
+        found = [value for row in self.rows if (value := number(row)) is not None]
+        return median(found) if found else None
+
+
+@dataclass
+class FixedInputs:
+    """Calls of the trajectory that are kept: at some timesteps, the inputs of a few samples each."""
+
+    timesteps: Sequence[float]
+    samples: int
+    kept: dict[float, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def note(self, timestep: float, args: tuple[Tensor, ...]) -> None:
+        """Keeps the last samples of the first call at a wanted timestep: with guidance, those with a condition."""
+        if timestep in self.timesteps and timestep not in self.kept:
+            self.kept[timestep] = tuple(arg[-self.samples :].clone() for arg in args)
+
+    def batch(self) -> tuple[Tensor, ...]:
+        """All of them as one batch, timesteps ascending.
+
+        Raises:
+            EvaluationError: if the trajectory came by none of the timesteps.
+        """
+        if not self.kept:
+            raise EvaluationError("fixed inputs", "the sampler visited none of the timesteps", "Give ones it visits.")
+        return tuple(torch.cat(parts) for parts in zip(*(self.kept[t] for t in sorted(self.kept)), strict=True))
+
+
+def analyse(
+    program: Program,
+    planned: Program,
+    task: Task,
+    sampler: Sampler,
+    *,
+    inputs: FixedInputs | None = None,
+    block: int = 32,
+    candidates: int = 60,
+    progress: Callable[[int], None] = lambda calls: None,
+) -> tuple[SiteAnalysis, ...]:
+    """Observes every site of a program along its float trajectory.
+
+    Args:
+        program: captured, quantised or trained.
+        planned: the program itself if it is quantised, else what the recipe's passes make of it.
+        task: what is sampled. sampler: how.
+        inputs: takes calls along the way, for the sensitivity.
+        block: the Hadamard order to try at sites that the plan does not rotate.
+        candidates: of the scale search, as in calibration.
+        progress: is told the number of denoiser calls so far.
+
+    Raises:
+        EvaluationError: if the program is integer. TrainingError: for NaN or infinity, naming site and timestep.
+    """
+    if program.stage == Stage.INTEGER:
+        raise EvaluationError("program", "is integer: its float weights are gone", "Give the program it came from.")
+    watched = dict(_watched(program, planned, block))
+    grid = torch.tensor(planned.plan.timesteps)
+    observer = _Observer(watched, grid, Run(float_program(program)), candidates, inputs, progress)
+    batches = [sampler.batch_size] * (sampler.images // sampler.batch_size)
+    batches += [rest] if (rest := sampler.images % sampler.batch_size) else []
+    options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta)
+    runs = [trajectory(task, observer, n, *options, sampler.seed + i) for i, n in enumerate(batches)]
+    for _ in zip_longest(*runs):  # in step with each other: all batches of a timestep, then the next timestep
+        pass
+    return observer.finish()
+
+
+@dataclass
+class _Seen:
+    """One site at the timestep under way: moments in both bases, and rows [k, C] of the sample."""
+
+    plain: Moments = field(default_factory=Moments)
+    rotated: Moments = field(default_factory=Moments)
+    rows: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """What the observer knows of a site before it runs."""
+
+    plan: SitePlan
+    bits: Bits
+    block: int
+    axis: int
+    table: Tensor | None
+    weight: WeightNumbers
+
+
+@dataclass
+class _Observer:
+    """The denoiser of a trajectory: the float graph, watched."""
+
+    watched: Mapping[str, _Watched]
+    grid: Tensor
+    run: Run
+    candidates: int
+    inputs: FixedInputs | None
+    progress: Callable[[int], None]
+    rows: dict[str, dict[float, SiteRow]] = field(default_factory=dict)
+    seen: dict[str, _Seen] = field(default_factory=dict)
+    timestep: float = math.nan
+    calls: int = 0
+
+    def __call__(self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        now = float(timestep.reshape(-1)[0])
+        if now != self.timestep:
+            self._flush()
+            self.timestep = now
+        args = tuple(a for a in (sample, timestep, condition) if a is not None)
+        if self.inputs is not None:
+            self.inputs.note(now, args)
+        values = self.run.start(args)
+        moments: dict[tuple[fx.Node, int], Moments] = {}
+        for _, node in self.run.steps(values):
+            if node.meta.get("role") == "layer":
+                self._observe(node, values[node.args[0]], moments)  # type: ignore[index]
+        self.calls += 1
+        self.progress(self.calls)
+        return values[self.run.nodes[-1]]  # type: ignore[no-any-return]
+
+    def _observe(self, layer: fx.Node, x: Tensor, moments: dict[tuple[fx.Node, int], Moments]) -> None:
+        """Sites that read one tensor share its moments."""
+        site = self.watched[layer.meta["site"]]
+        source: fx.Node = layer.args[0]  # type: ignore[assignment]
+        seen = self.seen.setdefault(site.plan.site, _Seen())
+        if (source, 0) not in moments:
+            moments[source, 0] = Moments.of(x)
+        if not math.isfinite(moments[source, 0].m4):
+            raise TrainingError(
+                f"analysis at {site.plan.site}",
+                f"met NaN or infinity at timestep {self.timestep:g}",
+                "Check the checkpoint and its dtype.",
+            )
+        if site.block and (source, site.block) not in moments:
+            moments[source, site.block] = Moments.of(_rotate(x, site.block, site.axis))
+        seen.plain = seen.plain.merge(moments[source, 0])
+        if site.block:
+            seen.rotated = seen.rotated.merge(moments[source, site.block])
+        seen.rows.append(sample_rows(channel_rows(x, site.axis), SAMPLED_VALUES).clone())
+
+    def _flush(self) -> None:
+        """Turns what was seen at the timestep that ends into rows."""
+        for name, seen in self.seen.items():
+            # A solver of second order may come back to a timestep: what it sees then is the later one's.
+            self.rows.setdefault(name, {})[self.timestep] = self._row(self.watched[name], seen)
+        self.seen = {}
+
+    def _row(self, site: _Watched, seen: _Seen) -> SiteRow:
+        qmin, qmax = activation_range(site.bits.activation)
+        x = torch.cat(seen.rows)
+        turned = _rotate(x, site.block, -1) if site.block else x
+        rotated = self._basis(turned, seen.rotated, qmin, qmax) if site.block else None
+        scale = snr = None
+        if site.table is not None:
+            scale = float(site.table[int((self.grid - (self.timestep)).abs().argmin())])
+            own = turned if site.plan.block else x
+            snr = snr_db(own, _quantised(own, scale, qmin, qmax))
+        plain = self._basis(x, seen.plain, qmin, qmax)
+        count, top, rms = seen.plain.count, seen.plain.top, seen.plain.rms
+        return SiteRow(self.timestep, count, top, rms, plain, rotated, scale, snr)
+
+    def _basis(self, x: Tensor, moments: Moments, qmin: int, qmax: int) -> Basis:
+        scale = best_scale(x, moments.top, qmin, qmax, self.candidates)
+        snr = snr_db(x, _quantised(x, scale, qmin, qmax))
+        return Basis(moments.max_over_rms, moments.kurtosis, scale, snr)
+
+    def finish(self) -> tuple[SiteAnalysis, ...]:
+        """Every site in graph order, its rows by ascending timestep."""
+        self._flush()
+        return tuple(
+            SiteAnalysis(w.plan, w.bits, w.block, w.weight, tuple(rows[t] for t in sorted(rows)))
+            for w, rows in ((w, self.rows.get(name, {})) for name, w in self.watched.items())
+        )
+
+
+def _rotate(x: Tensor, block: int, axis: int) -> Tensor:
+    return hadamard(x, block, axis)  # type: ignore[no-any-return]
+
+
+def _quantised(x: Tensor, scale: float, qmin: int, qmax: int) -> Tensor:
+    return (x / scale).round_().clamp_(qmin, qmax).mul_(scale)
+
+
+def _watched(program: Program, planned: Program, wanted: int) -> Iterator[tuple[str, _Watched]]:
+    asked, quantised = parse_bits(planned.plan.bits), {s.site: s for s in quantised_sites(planned)}
+    for site, layer in float_program(program).sites():
+        plan = planned.plan[site]
+        bits = Bits(plan.weight_bits or asked.weight, plan.activation_bits or asked.activation)
+        axis = channel_axis(layer)
+        channels = int(layer.args[0].meta["shape"][axis])  # type: ignore[union-attr]
+        # Grouped convolutions see fewer channels than the tensor has: rotating would mix groups.
+        fits = channels == plan.in_channels
+        block = plan.block or (block_size(channels, wanted) if fits else 0)
+        own = program.stage != Stage.CAPTURED and site in quantised
+        table = planned.state[f"{site}.activation_scale_table"] if own else None
+        weight = _weight_numbers(program, planned, quantised.get(site), layer, bits)
+        yield site, _Watched(plan, bits, block, axis, table, weight)
+
+
+@torch.no_grad()
+def _weight_numbers(
+    program: Program, planned: Program, site: QuantisedSite | None, layer: fx.Node, bits: Bits
+) -> WeightNumbers:
+    if site is not None:
+        quantiser: fx.Node = site.layer.args[1]  # type: ignore[assignment]
+        weight = evaluate(planned, quantiser.args[0], {})  # type: ignore[arg-type]
+        found = evaluate(planned, quantiser, {})
+    else:
+        weight = program.state[str(layer.args[1].target)]  # type: ignore[union-attr]
+        low, high = weight_range(bits.weight)
+        found = torch.ops.hqc.fake_quantize(weight, mse_weight_scale(weight, low, high), low, high)
+    moments = Moments.of(weight)
+    return WeightNumbers(moments.max_over_rms, moments.kurtosis, snr_db(weight, found))
+
+
+def with_scales(planned: Program, sites: Sequence[SiteAnalysis]) -> Program:
+    """The planned program with the analysis' best scales in its tables, each row from the nearest timestep seen."""
+    state: dict[str, Any] = dict(planned.state)
+    for site in sites:
+        name = f"{site.plan.site}.activation_scale_table"
+        if name not in state:
+            continue
+        found: Mapping[float, float] = {
+            row.timestep: (row.rotated if site.plan.block and row.rotated else row.plain).scale for row in site.rows
+        }
+        nearest = [min(found, key=lambda t, r=row: (abs(t - r), t)) for row in planned.plan.timesteps]  # type: ignore[misc]
+        state[name] = torch.tensor([found[t] for t in nearest])
+    return planned.evolve(state=state)

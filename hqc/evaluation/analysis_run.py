@@ -1,0 +1,88 @@
+"""`measure`: from a program to a report, as `hqc analyze` runs it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from hqc.evaluation.analysis import FixedInputs, Sampler, analyse, with_scales
+from hqc.evaluation.analysis_report import Report
+from hqc.evaluation.sensitivity import Sensitivity, SensitivityProbe
+from hqc.pipeline import run_pipeline
+from hqc.program import Program, Stage
+from hqc.recipes import Recipe
+from hqc.training.task import Task
+
+__all__ = ["LONGEST_UNASKED_SECONDS", "SENSITIVITY_TIMESTEPS", "fixed_inputs", "measure", "planned_program"]
+
+LONGEST_UNASKED_SECONDS = 600.0
+"""A sensitivity run that is estimated to take longer waits to be asked for."""
+SENSITIVITY_TIMESTEPS = 4
+
+Progress = Callable[[int, str], None]
+Phase = Callable[[str, int], Any]
+
+
+def planned_program(
+    program: Program, recipe: Recipe, bits: str, timesteps: tuple[float, ...], keep_float: tuple[str, ...] = ()
+) -> Program:
+    """What the recipe's passes make of a captured program (without LoRA: nothing is trained); others as they are."""
+    if program.stage != Stage.CAPTURED:
+        return program
+    plain = recipe.model_copy(update={"lora_rank": 0})
+    planned = run_pipeline(program, plain.passes(bits, timesteps, keep_float))
+    return planned.evolve(plan=replace(planned.plan, recipe=recipe.name))
+
+
+def fixed_inputs(task: Task, sampler: Sampler, samples: int, count: int = SENSITIVITY_TIMESTEPS) -> FixedInputs:
+    """Keeps `samples` inputs at each of `count` timesteps, evenly spread from the last to the first."""
+    times = task.timesteps(sampler.num_inference_steps)
+    count = min(count, len(times))
+    chosen = {times[round(i * (len(times) - 1) / max(1, count - 1))] for i in range(count)}
+    return FixedInputs(tuple(sorted(chosen)), min(samples, sampler.images, sampler.batch_size))
+
+
+def measure(
+    program: Program,
+    planned: Program,
+    task: Task,
+    sampler: Sampler,
+    measured: Mapping[str, Any],
+    *,
+    samples: int = 2,
+    sensitivity: bool | None = None,
+    block: int = 32,
+    phase: Phase,
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Statistics, then sensitivity.
+
+    sensitivity: None means unless it is estimated to take more than ten minutes. phase(name, total) is a context that
+    yields advance(done, note). say: is told estimates.
+    """
+    inputs = fixed_inputs(task, sampler, samples)
+    calls = len(task.timesteps(sampler.num_inference_steps)) * -(-sampler.images // sampler.batch_size)
+    with phase("observing", calls) as advance:
+        sites = analyse(
+            program, planned, task, sampler, inputs=inputs, block=block, progress=lambda done: advance(done, "")
+        )
+    about = {**measured, "timesteps": [row.timestep for row in sites[0].rows] if sites else []}
+    if sensitivity is False:
+        return Report(about, sites, sensitivity_note="Not measured (--no-sensitivity).")
+    scaled = with_scales(planned, sites) if program.stage == Stage.CAPTURED else planned
+    probe = SensitivityProbe(program, scaled, inputs.batch())
+    count, estimate = len(probe.sites), _duration(probe.estimated_seconds)
+    say(f"sensitivity of {count} sites: about {estimate}")
+    if sensitivity is None and probe.estimated_seconds > LONGEST_UNASKED_SECONDS:
+        return Report(about, sites, sensitivity_note=f"Not measured: {count} sites take long. Ask with --sensitivity.")
+    with phase("sensitivity", count) as advance:
+        found: tuple[Sensitivity, ...] = probe.measure(advance)
+    note = (
+        "Relative error of the denoiser's output when only one site is quantised, weight and activation, on "
+        f"{inputs.samples} samples of the float trajectory at each of the timesteps "
+        f"{', '.join(f'{t:g}' for t in sorted(inputs.kept))}; the first 30 of {count} sites."
+    )
+    return Report(about, sites, found, note, probe.all_sites_error())
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

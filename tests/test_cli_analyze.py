@@ -1,0 +1,101 @@
+"""`hqc analyze` and `hqc compare` on a tiny pipeline: what they write, what they say, what they refuse."""
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_pipeline
+from click.testing import CliRunner, Result
+
+from hqc.cli import main
+from hqc.storage import load_program
+
+FEW = ("--n-steps", "3", "--calib-size", "2")
+
+
+def hqc(*arguments: object) -> Result:
+    """Runs one command in this process."""
+    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
+
+
+def ok(*arguments: object) -> Result:
+    result = hqc(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    return result
+
+
+def refused(folder: Path, *arguments: object) -> str:
+    """The one line that a refused command says; nothing new lies in the folder."""
+    before = sorted(folder.rglob("*"))
+    result = hqc(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("hqc: ")
+    assert result.stderr.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A captured and a quantised program."""
+    work = tmp_path_factory.mktemp("analyze")
+    source = tiny_pipeline.save_tiny_pipeline(work / "pipeline")
+    program, rotated = work / "program.hqc", work / "rotated.hqc"
+    ok("trace", source, "-o", program)
+    ok("ptq", program, "-o", rotated, *FEW, "--hadamard")
+    return SimpleNamespace(work=work, program=program, rotated=rotated)
+
+
+def test_analyze_writes_a_report_csv_and_json(made: SimpleNamespace, tmp_path: Path) -> None:
+    page, table = tmp_path / "report.html", tmp_path / "rows.csv"
+    said = ok("analyze", made.program, "-o", page, "--csv", table, *FEW, "--json", "--bits", "W4A3")
+    data = json.loads(said.stdout)
+    names = [site for site, _ in load_program(made.program).sites()]
+    assert [site["plan"]["site"] for site in data["sites"]] == names
+    assert data["measured"]["program"] == "program.hqc"
+    assert data["measured"]["bits"] == "w4a3"
+    assert (data["measured"]["images"], data["measured"]["steps"], data["measured"]["seed"]) == (2, 3, 2024)
+    assert len(data["sensitivity"]) == len(names)
+    rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == 3 * len(names)
+    assert {row["bits"] for row in rows} == {"w4a3", "w8a8"}
+    text = page.read_text(encoding="utf-8")
+    assert all(text.count(f'<th scope="row">{name.replace(".", ".<wbr>")}</th>') == 1 for name in names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "rows.csv"]
+
+
+def test_analyze_is_deterministic(made: SimpleNamespace, tmp_path: Path) -> None:
+    first, second, other = (tmp_path / f"{name}.html" for name in "abc")
+    said = ok("analyze", made.program, "-o", first, *FEW)
+    assert "97" not in said.stdout
+    assert "max/RMS, before → after rotation" in said.stdout
+    assert "most sensitive, 1" in said.stdout
+    ok("analyze", made.program, "-o", second, *FEW)
+    ok("analyze", made.program, "-o", other, *FEW, "--seed", "5")
+    assert first.read_bytes() == second.read_bytes()
+    assert first.read_bytes() != other.read_bytes()
+
+
+def test_analyze_takes_a_quantised_program_with_its_own_plan(made: SimpleNamespace, tmp_path: Path) -> None:
+    said = ok("analyze", made.rotated, "-o", tmp_path / "r.html", *FEW, "--json", "--no-sensitivity")
+    data = json.loads(said.stdout)
+    program = load_program(made.rotated)
+    assert data["sensitivity"] == []
+    assert data["measured"]["stage"] == "quantised"
+    for site in data["sites"]:
+        table = program.state[f"{site['plan']['site']}.activation_scale_table"].tolist()
+        assert [row["program_scale"] for row in site["rows"]] == table
+
+
+def test_analyze_refuses_before_it_works(made: SimpleNamespace, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert "--bits: PROGRAM is quantised" in refused(tmp_path, "analyze", made.rotated, "-o", page, "--bits", "w4a4")
+    assert "bits 'w9a4'" in refused(tmp_path, "analyze", made.program, "-o", page, "--bits", "w9a4")
+    page.write_text("mine", encoding="utf-8")
+    assert "already exists" in refused(tmp_path, "analyze", made.program, "-o", page)
+    assert page.read_text(encoding="utf-8") == "mine"
+    ok("analyze", made.program, "-o", page, "--force", "--no-sensitivity", "--n-steps", "1", "--calib-size", "1")
+    assert "Not measured (--no-sensitivity)." in page.read_text(encoding="utf-8")
