@@ -10,11 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from hqc.console import console
-from hqc.evaluation.latency import latency_ms
+from hqc.evaluation.bench.run import Timing, median_milliseconds
 from hqc.evaluation.metrics import evaluate
 from hqc.evaluation.report import ReportRow, terminal_report
 from hqc.evaluation.sampling import Samples, sample_images
@@ -59,16 +58,16 @@ def main() -> None:
     picture = work / "samples.png"
     hqc("sample", str(work / "hq-dm-onnx"), "--compare-with", program, "--per-class", "4", "-o", str(picture))
     console.print(f"measuring {options.images} images with each model …")
-    classifier, reference, rows = load_digit_classifier(), None, []
+    classifier, reference, rows, timing = load_digit_classifier(), None, [], Timing(runs=30)
+    milliseconds = median_milliseconds({name: work / file for name, file in ROWS.items()}, timing=timing)
     for name, file in ROWS.items():
         samples = sample(work / file, options.images)
         reference = reference or samples
         metrics = evaluate(samples, reference, classifier)
-        model = load(work / file)
-        rows.append(ReportRow(name, metrics, model.size_bytes, latency_ms(model)))
+        rows.append(ReportRow(name, metrics, load(work / file).size_bytes, milliseconds[name]))
     Console(width=max(120, console.width)).print(terminal_report(rows))
     console.print(
-        f"latency: median ms of one denoiser call at batch 2, {torch.get_num_threads()} threads; "
+        f"latency: median ms of one denoiser call at batch {timing.batch_size}, {timing.cores} threads, in turns; "
         "size: the denoiser's files on disk; rows without ONNX Runtime are torch, float or fake-quant",
         highlight=False,
     )

@@ -1,0 +1,116 @@
+"""The command that times a model against its peers: bench."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hqc.commands.options import check_writable, force_option, json_option, rules_option
+
+if TYPE_CHECKING:
+    from hqc.evaluation.bench.workspace import Workspace
+
+__all__ = ["bench"]
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--against",
+    default="onnxruntime-fp32",
+    show_default=True,
+    metavar="PEERS",
+    help="Comma-separated: onnxruntime-fp32, onnxruntime-int8 (its own quantize_static), torch.",
+)
+@click.option("--float", "float_model", metavar="FLOAT", help="Float side of a quantised MODEL (default: its source).")
+@click.option("--bits", help="wNaM, N and M in 2…8, for a float MODEL (default: w4a4).")
+@click.option("--no-hadamard", is_flag=True, help="Quantise a float MODEL without rotation.")
+@rules_option
+@click.option("--calib-size", type=click.IntRange(1, 4096), default=2, show_default=True, help="Images.")
+@click.option("--num-inference-steps", "--n-steps", type=click.IntRange(1, 1000), default=4, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1, 1024), default=2, show_default=True)
+@click.option("--threads", type=click.IntRange(1, 1024), help="Of one call (default: every core).")
+@click.option("--runs", type=click.IntRange(1, 10_000), default=10, show_default=True, help="Timed rounds.")
+@click.option("--warm-up", type=click.IntRange(0, 1000), default=3, show_default=True, help="Rounds before those.")
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep what is made there, and take it again while it fits (default: a temporary folder).",
+)
+@click.option("--chart", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="A .png or .svg of it.")
+@force_option
+@json_option
+def bench(
+    model: str,
+    against: str,
+    float_model: str | None,
+    bits: str | None,
+    no_hadamard: bool,
+    rules: str | None,
+    calib_size: int,
+    num_inference_steps: int,
+    batch_size: int,
+    threads: int | None,
+    runs: int,
+    warm_up: int,
+    work_dir: Path | None,
+    chart: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Time MODEL against other runtimes on this machine: the ratio, with what makes it reproducible.
+
+    MODEL: an export, a Program, or whatever `hqc trace` takes; what is missing is traced, quantised (round-to-nearest
+    with Hadamard) and exported first. Every contender runs in a process of its own, in turns, on the same inputs.
+    """
+    from rich.console import Console
+
+    from hqc import console as out
+    from hqc.evaluation.bench.chart import check_chart, save_chart
+    from hqc.evaluation.bench.models import Quantisation
+    from hqc.evaluation.bench.peers import find_peers
+    from hqc.evaluation.bench.run import Timing
+    from hqc.evaluation.bench.run import bench as measure
+    from hqc.evaluation.bench.table import bench_table
+
+    peers = find_peers(against)
+    if chart is not None:
+        check_chart(chart, force=force)
+        check_writable(chart)
+    with _workspace(work_dir, force=force) as space, out.progress("timing", runs + warm_up) as advance:
+        result = measure(
+            model,
+            peers,
+            space,
+            float_model=float_model,
+            quantisation=Quantisation(bits, not no_hadamard, rules, calib_size, num_inference_steps),
+            timing=Timing(batch_size, threads, runs, warm_up),
+            on_round=lambda done: advance(done, ""),
+        )
+    if chart is not None:
+        save_chart(chart, result)
+    if as_json:
+        out.print_json(result.to_dict())
+    else:
+        Console(width=max(200, out.console.width)).print(bench_table(result), soft_wrap=True)
+
+
+@contextmanager
+def _workspace(folder: Path | None, *, force: bool) -> "Iterator[Workspace]":
+    """The work folder, or a temporary one; every stage is a line with its seconds on standard error."""
+    import tempfile
+
+    from hqc import console as out
+    from hqc.evaluation.bench.workspace import Stage, Workspace
+
+    def say(stage: Stage) -> None:
+        note = ", kept from an earlier run" if stage.reused else ""
+        out.stderr.print(f"{stage.name}: {stage.seconds:.1f} s{note}", markup=False, highlight=False)
+
+    if folder is not None:
+        yield Workspace(folder, force=force, on_end=say)
+        return
+    with tempfile.TemporaryDirectory(prefix="hqc-bench-") as temporary:
+        yield Workspace(Path(temporary), on_end=say)

@@ -1,0 +1,116 @@
+"""The figures of a benchmark, and what is computed from them."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hqc.evaluation.bench.contender import Loaded
+from hqc.evaluation.bench.workspace import Stage
+
+__all__ = ["DEFINITIONS", "BenchResult", "Figures", "Spread", "spread"]
+
+DEFINITIONS: Mapping[str, str] = {
+    "speedup": "median over the rounds of (peer ms / hqc ms) in the same round; above 1 hqc is faster",
+    "speedup_spread": "10th and 90th percentile of the same ratios",
+    "milliseconds": "wall time of one denoiser call, equal inputs for all: median, 10th and 90th percentile, every run",
+    "size_bytes": "files that the runtime reads: graph and weights",
+    "load_seconds": "opening the model from disk, the runtime imported before, the file cache as it is",
+    "resident_bytes": "resident set of the contender's own process after the timed runs, runtime included",
+    "runtime_resident_bytes": "the same after the runtime's import, before the model",
+    "loaded_resident_bytes": "the same after loading, before the first run",
+    "peak_resident_bytes": "the largest resident set of the process until after the timed runs",
+    "error_to_float": "norm(output - float output) / norm(float output), of the float program in torch, on normal noise "
+    "at the first sampler timestep",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median with the 10th and 90th percentile."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of one or more values; percentiles interpolate linearly.
+
+    >>> spread([1.0, 2.0, 3.0])
+    Spread(median=2.0, p10=1.2, p90=2.8)
+    """
+    low, high = (round(float(p), 12) for p in np.percentile(values, (10, 90)))
+    return Spread(statistics.median(values), low, high)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one contender; `milliseconds` one a round."""
+
+    what: str
+    runtime: str
+    milliseconds: tuple[float, ...]
+    size_bytes: int
+    loaded: Loaded
+    resident_bytes: int
+    peak_resident_bytes: int
+    error_to_float: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """The compared model `ours`, its peers, those that failed with the reason, and how it was all measured."""
+
+    model: str
+    quantisation: str  # bits and method
+    protocol: Mapping[str, Any]  # batch size, threads, runs, …
+    machine: Mapping[str, Any]
+    stages: tuple[Stage, ...]
+    ours: Figures
+    peers: Mapping[str, Figures]
+    failed: Mapping[str, str]
+
+    @property
+    def contenders(self) -> dict[str, Figures]:
+        """All that was measured, ours first."""
+        return {"hqc": self.ours, **self.peers}
+
+    def speedup(self, peer: str) -> Spread:
+        """How many times as long as ours a peer's call takes, round by round."""
+        pairs = zip(self.peers[peer].milliseconds, self.ours.milliseconds, strict=True)
+        return spread([theirs / ours for theirs, ours in pairs])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data: one mapping a figure, from contender to value; see `definitions` in it."""
+        everyone = self.contenders
+        ratios = {name: self.speedup(name) for name in self.peers}
+        return {
+            "model": self.model,
+            "quantisation": self.quantisation,
+            "speedup": {name: ratio.median for name, ratio in ratios.items()},
+            "speedup_spread": {name: [ratio.p10, ratio.p90] for name, ratio in ratios.items()},
+            "milliseconds": {name: _milliseconds(figures) for name, figures in everyone.items()},
+            "size_bytes": {name: figures.size_bytes for name, figures in everyone.items()},
+            "resident_bytes": {name: figures.resident_bytes for name, figures in everyone.items()},
+            "peak_resident_bytes": {name: figures.peak_resident_bytes for name, figures in everyone.items()},
+            "loaded_resident_bytes": {name: f.loaded.loaded_resident_bytes for name, f in everyone.items()},
+            "runtime_resident_bytes": {name: f.loaded.runtime_resident_bytes for name, f in everyone.items()},
+            "load_seconds": {name: figures.loaded.load_seconds for name, figures in everyone.items()},
+            "error_to_float": {name: figures.error_to_float for name, figures in everyone.items()},
+            "what": {name: figures.what for name, figures in everyone.items()},
+            "notes": {name: list(figures.notes) for name, figures in everyone.items() if figures.notes},
+            "failed": dict(self.failed),
+            "protocol": dict(self.protocol),
+            "machine": dict(self.machine),
+            "stages": [stage.to_dict() for stage in self.stages],
+            "definitions": dict(DEFINITIONS),
+        }
+
+
+def _milliseconds(figures: Figures) -> dict[str, Any]:
+    found = spread(figures.milliseconds)
+    return {"median": found.median, "p10": found.p10, "p90": found.p90, "runs": list(figures.milliseconds)}

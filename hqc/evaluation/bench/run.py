@@ -1,0 +1,231 @@
+"""`bench`: the whole benchmark, from what the user names to the figures."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hqc.errors import ArtefactError, EvaluationError, HqcError
+from hqc.evaluation.bench.contender import Contender, Loaded
+from hqc.evaluation.bench.machine import available_cores, describe_machine
+from hqc.evaluation.bench.models import Models, Quantisation, find_models, inputs_of
+from hqc.evaluation.bench.peers import HQC, PEERS, Built, hqc_export, size_bytes
+from hqc.evaluation.bench.result import BenchResult, Figures, spread
+from hqc.evaluation.bench.rounds import PAUSE_SECONDS, Rounds, take_turns
+from hqc.evaluation.bench.workspace import Workspace
+from hqc.export.model import MODEL_FILE
+from hqc.plan import QuantPlan
+from hqc.program import InputSpec
+
+__all__ = ["Timing", "bench", "median_milliseconds"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How calls are timed. threads: of one call; None takes every core that this process may use."""
+
+    batch_size: int = 2
+    threads: int | None = None
+    runs: int = 10
+    warm_up: int = 3
+    seed: int = 0
+
+    @property
+    def cores(self) -> int:
+        """The threads of one call."""
+        return self.threads or available_cores()
+
+
+def bench(
+    model: str,
+    against: Sequence[str],
+    space: Workspace,
+    *,
+    float_model: str | None = None,
+    quantisation: Quantisation | None = None,
+    timing: Timing | None = None,
+    on_round: Callable[[int], None] = lambda done: None,
+) -> BenchResult:
+    """Times `model` against the named peers; see the package's first lines and `models` for what it may be.
+
+    Raises:
+        HqcError: the model cannot be made or run. A peer that cannot is listed in the result instead.
+    """
+    quantisation, timing = quantisation or Quantisation(), timing or Timing()
+    models = find_models(model, float_model, quantisation, space)
+    built, failed = _build_peers(against, models.float_program, quantisation, space)
+    with tempfile.TemporaryDirectory(dir=space.folder) as scratch:
+        inputs, reference = Path(scratch) / "inputs.npz", Path(scratch) / "reference.npy"
+        _write_inputs(models.inputs, timing, _first_timestep(models.export), inputs)
+        with space.stage("float reference"), Contender("float reference", "torch", models.float_program) as float_run:
+            float_run.load(inputs, timing.cores)
+            float_run.save_output(reference)
+        with space.stage("timing"):
+            figures, dropped = _measure(
+                {HQC: hqc_export(models.export), **built}, inputs, np.load(reference), timing, on_round
+            )
+    return BenchResult(
+        model=model,
+        quantisation=f"{models.bits} {models.recipe}".strip(),
+        protocol={
+            **asdict(timing),
+            "threads": timing.cores,
+            "pause_seconds": PAUSE_SECONDS,
+            "calibration": _calibration(models, quantisation),
+        },
+        machine=describe_machine(),
+        stages=tuple(space.done),
+        ours=figures.pop(HQC),
+        peers=figures,
+        failed={**failed, **dropped},
+    )
+
+
+def median_milliseconds(artefacts: Mapping[str, Path], *, timing: Timing) -> dict[str, float]:
+    """Median milliseconds of one call of Programs (torch) and exports (onnxruntime), in turns on the same inputs.
+
+    Raises:
+        HqcError: if one of them cannot be loaded or run.
+    """
+    inputs = inputs_of(next(iter(artefacts.values())))
+    built = {
+        name: hqc_export(path) if (path / MODEL_FILE).exists() else Built("torch", path)
+        for name, path in artefacts.items()
+    }
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as processes:
+        _write_inputs(inputs, timing, None, Path(scratch) / "inputs.npz")
+        runners = {n: processes.enter_context(Contender(n, b.runtime, b.model)) for n, b in built.items()}
+        for runner in runners.values():
+            runner.load(Path(scratch) / "inputs.npz", timing.cores)
+        rounds = take_turns(runners, runs=timing.runs, warm_up=timing.warm_up)
+    for name, reason in rounds.failed.items():
+        raise EvaluationError(name, reason, "Export it again.")
+    return {name: spread(times).median for name, times in rounds.milliseconds.items()}
+
+
+def _calibration(models: Models, quantisation: Quantisation) -> str:
+    if not models.calibrated_on:
+        return "as the model was quantised"
+    return f"{quantisation.calib_size} images, {quantisation.n_steps} timesteps, {models.calibrated_on}"
+
+
+def _build_peers(
+    against: Sequence[str], captured: Path, quantisation: Quantisation, space: Workspace
+) -> tuple[dict[str, Built], dict[str, str]]:
+    built: dict[str, Built] = {}
+    failed: dict[str, str] = {}
+    for name in against:
+        try:
+            built[name] = PEERS[name].build(captured, quantisation, space)
+        except HqcError as error:
+            failed[name] = error.found
+        except Exception as error:  # a peer's tool may raise anything: its row says so, the others go on
+            failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return built, failed
+
+
+def _write_inputs(specs: Sequence[InputSpec], timing: Timing, first_timestep: float | None, file: Path) -> None:
+    """Fixed random inputs: normal noise at the sampler's first timestep, the one at which noise is what it sees.
+
+    At a later one noise is no input that the activation scales were calibrated for, and the error would say so.
+    """
+    generator = torch.Generator().manual_seed(timing.seed)
+    arrays = {spec.name: spec.example(timing.batch_size, generator).numpy() for spec in specs}
+    if first_timestep is not None and "timestep" in arrays:
+        arrays["timestep"][:] = first_timestep
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _first_timestep(export: Path) -> float | None:
+    """The largest calibrated timestep of an export's plan; None for a float one."""
+    try:
+        plan = QuantPlan.from_dict(json.loads((export / "plan.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(str(export), f"has no readable plan.json ({error})", "Export it again.") from error
+    return max(plan.timesteps, default=None)
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A loaded contender that gave a finite output."""
+
+    contender: Contender
+    loaded: Loaded
+    error: float
+
+
+def _measure(
+    built: Mapping[str, Built],
+    inputs: Path,
+    reference: NDArray[np.float32],
+    timing: Timing,
+    on_round: Callable[[int], None],
+) -> tuple[dict[str, Figures], dict[str, str]]:
+    """Figures of those that ran to the end, the reasons of the others. Ours must be among the first.
+
+    Raises:
+        EvaluationError: if it is not.
+    """
+    ready: dict[str, _Ready] = {}
+    failed: dict[str, str] = {}
+    with ExitStack() as processes:
+        for name, made in built.items():
+            contender = processes.enter_context(Contender(name, made.runtime, made.model))
+            try:
+                loaded = contender.load(inputs, timing.cores)
+                ready[name] = _Ready(contender, loaded, _error(contender, reference, inputs.with_name("output.npy")))
+            except HqcError as error:
+                contender.close()
+                failed[name] = error.found
+        _require_ours(failed)
+        runners = {name: item.contender for name, item in ready.items()}
+        rounds = take_turns(runners, runs=timing.runs, warm_up=timing.warm_up, on_round=on_round)
+        _require_ours(rounds.failed)
+        figures = {name: _figures(name, built[name], ready[name], rounds) for name in rounds.milliseconds}
+    return figures, {**failed, **rounds.failed}
+
+
+def _require_ours(failed: Mapping[str, str]) -> None:
+    if HQC in failed:
+        raise EvaluationError("the export", failed[HQC], "Export it again.")
+
+
+def _figures(name: str, built: Built, ready: _Ready, rounds: Rounds) -> Figures:
+    resident, peak = ready.contender.memory()
+    return Figures(
+        what="the export in ONNX Runtime" if name == HQC else PEERS[name].what,
+        runtime=built.runtime,
+        milliseconds=rounds.milliseconds[name],
+        size_bytes=size_bytes(built),
+        loaded=ready.loaded,
+        resident_bytes=resident,
+        peak_resident_bytes=peak,
+        error_to_float=ready.error,
+        notes=built.notes,
+    )
+
+
+def _error(contender: Contender, reference: NDArray[np.float32], file: Path) -> float:
+    """‖y - r‖ / ‖r‖ of one run's output against the float program's, in float64.
+
+    Raises:
+        EvaluationError: if the output is of another shape or not finite.
+    """
+    contender.save_output(file)
+    output, wanted = np.load(file).astype(np.float64), reference.astype(np.float64)
+    if output.shape != wanted.shape:
+        raise EvaluationError(
+            contender.name, f"its output is {list(output.shape)}; expected {list(wanted.shape)}", "Export it again."
+        )
+    if not np.isfinite(output).all():
+        raise EvaluationError(contender.name, "its output holds NaN or infinity", "Check the model.")
+    return float(np.linalg.norm(output - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))

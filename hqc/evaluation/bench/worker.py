@@ -1,0 +1,137 @@
+"""The child process that runs one contender: `python -m hqc.evaluation.bench.worker`.
+
+One JSON object a line on standard input, one answer a line on standard output:
+
+    {"do": "load", "runtime": "onnxruntime", "model": PATH, "inputs": FILE.npz, "threads": 2}
+        -> {"load_seconds": …, "runtime_resident_bytes": …, "loaded_resident_bytes": …}
+    {"do": "run"}                    -> {"milliseconds": …}
+    {"do": "output", "file": PATH}   -> {}                   the output of one more run, as .npy
+    {"do": "memory"}                 -> {"resident_bytes": …, "peak_resident_bytes": …}
+    {"do": "stop"}                   -> {}
+
+What goes wrong is answered with {"error": …}. Only the runtime asked for is imported: its memory is counted.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hqc.evaluation.bench.memory import peak_resident_bytes, resident_bytes
+
+__all__ = ["RUNTIMES", "Worker", "main"]
+
+Arrays = Mapping[str, NDArray[np.float32]]
+Call = Callable[[], NDArray[np.float32]]
+
+
+def _onnxruntime(threads: int) -> Callable[[Path, Arrays], Call]:
+    """Default session options: every optimisation, the runtime's own thread pool."""
+    import onnxruntime  # noqa: F401  (imported before the clock of the load starts)
+
+    from hqc.export.ort_session import open_session
+
+    def load(model: Path, inputs: Arrays) -> Call:
+        session = open_session(model, threads=threads)
+        taken = {value.name for value in session.get_inputs()}
+        feeds = {name: array for name, array in inputs.items() if name in taken}
+        output = session.get_outputs()[0].name
+        return lambda: session.run([output], feeds)[0]  # type: ignore[no-any-return]
+
+    return load
+
+
+def _torch(threads: int) -> Callable[[Path, Arrays], Call]:
+    """A Program folder in eager mode without gradients."""
+    import torch
+
+    from hqc.runtimes.torch_runtime import TorchSession
+    from hqc.storage import load_program
+
+    torch.set_num_threads(threads)
+
+    def load(model: Path, inputs: Arrays) -> Call:
+        session = TorchSession(load_program(model))
+        tensors = [torch.from_numpy(inputs[spec.name]) for spec in session.inputs]
+        return lambda: session(*tensors).numpy()  # type: ignore[no-any-return]
+
+    return load
+
+
+RUNTIMES: Mapping[str, Callable[[int], Callable[[Path, Arrays], Call]]] = {
+    "onnxruntime": _onnxruntime,
+    "torch": _torch,
+}
+"""Runtime -> what imports it and returns its loader; a further runtime is one entry."""
+
+
+class Worker:
+    """Answers the requests of the module's first lines."""
+
+    def __init__(self) -> None:
+        self._call: Call | None = None
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One request, one answer."""
+        if request["do"] == "load":
+            return self._load(request)
+        if request["do"] == "memory":
+            return {"resident_bytes": resident_bytes(), "peak_resident_bytes": peak_resident_bytes()}
+        if request["do"] == "stop":
+            return {}
+        if self._call is None:
+            raise RuntimeError("no model is loaded")
+        if request["do"] == "run":
+            start = time.perf_counter()
+            self._call()
+            return {"milliseconds": 1e3 * (time.perf_counter() - start)}
+        if request["do"] == "output":
+            np.save(request["file"], self._call(), allow_pickle=False)
+            return {}
+        raise RuntimeError(f"unknown request {request['do']!r}")
+
+    def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        with np.load(request["inputs"], allow_pickle=False) as stored:
+            inputs = {name: stored[name] for name in stored.files}
+        load = RUNTIMES[request["runtime"]](request["threads"])
+        before = resident_bytes()
+        start = time.perf_counter()
+        self._call = load(Path(request["model"]), inputs)
+        seconds = time.perf_counter() - start
+        return {
+            "load_seconds": seconds,
+            "runtime_resident_bytes": before,
+            "loaded_resident_bytes": resident_bytes(),
+        }
+
+
+def serve(requests: TextIO, answers: TextIO) -> None:
+    """Answers until the input ends or asks to stop."""
+    worker = Worker()
+    for line in requests:
+        request = json.loads(line)
+        try:
+            answer = worker.answer(request)
+        except Exception as error:  # whatever a runtime raises is the parent's to report
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+        if request["do"] == "stop":
+            return
+
+
+def main() -> None:
+    """Serves on the process's own pipes; what libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    serve(sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""The parts of `hqc bench` without processes or models: turns, figures, workspace, machine, worker protocol, chart."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from hqc.errors import ArtefactError, EvaluationError
+from hqc.evaluation.bench import worker
+from hqc.evaluation.bench.chart import _Box, _Label, _layout, _width, check_chart, png_chart, save_chart, svg_chart
+from hqc.evaluation.bench.contender import Loaded
+from hqc.evaluation.bench.machine import available_cores, describe_machine, has_vnni, isa_flags, machine_line
+from hqc.evaluation.bench.memory import peak_resident_bytes, resident_bytes
+from hqc.evaluation.bench.ort_int8 import read_batches, write_batches
+from hqc.evaluation.bench.peers import PEERS, find_peers
+from hqc.evaluation.bench.result import BenchResult, Figures, Spread, spread
+from hqc.evaluation.bench.rounds import take_turns
+from hqc.evaluation.bench.table import bench_table
+from hqc.evaluation.bench.workspace import Stage, Workspace
+from hqc.storage import atomic_folder, write_manifest
+
+# ---- turns ---------------------------------------------------------------------------------------------------------
+
+
+class Fake:
+    """Writes its name down and takes one millisecond more each time; fails at the run that it is told to."""
+
+    def __init__(self, name: str, log: list[str], fails_at: int = -1) -> None:
+        self.name, self.log, self.fails_at, self.calls = name, log, fails_at, 0
+
+    def run(self) -> float:
+        self.log.append(self.name)
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise EvaluationError(self.name, "broke", "Mend it.")
+        return float(self.calls)
+
+
+def turns(log: list[str], runs: int, warm_up: int, **fails_at: int) -> Any:
+    runners = {name: Fake(name, log, fails_at.get(name, -1)) for name in "abc"}
+    return take_turns(runners, runs=runs, warm_up=warm_up, pause=lambda: log.append("."))
+
+
+def test_one_run_of_each_a_round_with_a_pause_before_and_another_first_each_time() -> None:
+    log: list[str] = []
+    rounds = turns(log, runs=2, warm_up=1)
+    assert "".join(log) == ".a.b.c" + ".b.c.a" + ".c.a.b"
+    assert rounds.milliseconds == dict.fromkeys("abc", (2.0, 3.0))  # the first call warmed up
+    assert rounds.failed == {}
+
+
+def test_a_contender_that_fails_is_dropped_and_the_others_go_on() -> None:
+    log: list[str] = []
+    rounds = turns(log, runs=3, warm_up=0, b=2)
+    assert rounds.failed == {"b": "broke"}
+    assert rounds.milliseconds == {"a": (1.0, 2.0, 3.0), "c": (1.0, 2.0, 3.0)}
+    assert log.count("b") == 2
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------
+
+
+def figures(*milliseconds: float, notes: tuple[str, ...] = ()) -> Figures:
+    return Figures("a model", "torch", milliseconds, 10**6, Loaded(0.5, 1, 2), 3 * 10**6, 4 * 10**6, 0.25, notes)
+
+
+def result(**changes: Any) -> BenchResult:
+    made = BenchResult(
+        model="digits",
+        quantisation="w4a4 rtn",
+        protocol={"batch_size": 2, "threads": 1, "runs": 3, "warm_up": 1, "calibration": "noise"},
+        machine=describe_machine(),
+        stages=(Stage("integer", 1.5, False),),
+        ours=figures(1.0, 2.0, 10.0),
+        peers={"torch": figures(2.0, 6.0, 10.0), "onnxruntime-int8": figures(0.5, 1.0, 5.0, notes=("a <note>",))},
+        failed={"onnxruntime-fp32": "no [memory] … & more"},
+    )
+    return replace(made, **changes)
+
+
+def test_the_speedup_is_the_median_of_the_rounds_ratios() -> None:
+    said = result().to_dict()
+    assert said["speedup"] == {"torch": 2.0, "onnxruntime-int8": 0.5}  # not 6/2 = 3: medians of unlike rounds
+    assert said["speedup_spread"]["torch"] == pytest.approx([1.2, 2.8])  # of 1, 2, 3
+    assert said["milliseconds"]["hqc"] == {"median": 2.0, "p10": 1.2, "p90": 8.4, "runs": [1.0, 2.0, 10.0]}
+
+
+def test_the_data_are_json_and_every_figure_is_explained() -> None:
+    said = result().to_dict()
+    assert json.loads(json.dumps(said, allow_nan=False)) == said
+    assert said["definitions"].keys() <= said.keys()
+    by_contender = ("milliseconds", "size_bytes", "resident_bytes", "load_seconds", "error_to_float", "what")
+    assert all(list(said[name]) == ["hqc", "torch", "onnxruntime-int8"] for name in by_contender)
+    assert said["failed"] == {"onnxruntime-fp32": "no [memory] … & more"}
+
+
+@given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=50))
+def test_a_spread_lies_in_order_within_its_values(values: list[float]) -> None:
+    found, slack = spread(values), 1e-9 * max(values) + 1e-12  # percentiles are rounded to 12 digits
+    assert min(values) - slack <= found.p10 <= found.median + slack
+    assert found.median <= found.p90 + slack <= max(values) + 2 * slack
+
+
+def test_a_spread_of_one() -> None:
+    assert spread([4.0]) == Spread(4.0, 4.0, 4.0)
+
+
+def test_the_table_is_markdown_with_the_ratio_first_and_the_failures() -> None:
+    console = Console(width=200, file=io.StringIO())
+    console.print(bench_table(result()), soft_wrap=True)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    header = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert header[:2] == ["model", "hqc is faster by"]
+    assert set(lines[1]) <= set("|-:")
+    assert "2.00× (1.20–2.80)" in text
+    assert "onnxruntime-fp32: no [memory] … & more" in text
+    assert "onnxruntime-int8: a <note>" in text
+    assert "batch 2, 1 threads; 3 rounds after 1" in text
+
+
+# ---- the chart -----------------------------------------------------------------------------------------------------
+
+
+def test_the_svg_is_well_formed_and_says_everything() -> None:
+    root = ElementTree.fromstring(svg_chart(result()))
+    texts = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "digits, w4a4 rtn" in texts
+    assert "6.00  (2.00x)" in texts
+    assert "failed: no [memory] ... & more" in texts
+    bars = [e for e in root.iter("{http://www.w3.org/2000/svg}rect") if e.get("height") == "22.0"]
+    assert len(bars) == 3 * 3
+
+
+def _overlap(a: _Label, b: _Label) -> bool:
+    apart_x = a.x + _width(a.text, a.size) <= b.x or b.x + _width(b.text, b.size) <= a.x
+    return not apart_x and abs(a.y - b.y) < (a.size + b.size) / 2
+
+
+@pytest.mark.parametrize("failed", [{}, {"torch-compile": "very long reason " * 30, "tensorrt": "no GPU"}])
+@pytest.mark.parametrize("slow", [1.0, 123456.0])
+def test_no_text_lies_on_another_or_leaves_the_page(failed: dict[str, str], slow: float) -> None:
+    peers = {"onnxruntime-fp32": figures(slow, 2 * slow, 3 * slow), "torch": figures(0.1, 0.2, 0.3)}
+    shapes, width, height = _layout(result(peers=peers, failed=failed, model="arch:" + "long-name " * 20))
+    labels = [shape for shape in shapes if isinstance(shape, _Label)]
+    assert [(a.text, b.text) for i, a in enumerate(labels) for b in labels[i + 1 :] if _overlap(a, b)] == []
+    for shape in shapes:
+        right = shape.x + (shape.width if isinstance(shape, _Box) else _width(shape.text, shape.size))
+        assert shape.x >= 0
+        assert right <= width
+        assert 0 <= shape.y <= height
+
+
+def test_the_png_has_bars_in_both_colours(tmp_path: Path) -> None:
+    image = png_chart(result())
+    colours = {colour for _, colour in image.getcolors(10**6) or ()}
+    assert {(0x2A, 0x6F, 0x97), (0xB8, 0xBE, 0xC6)} <= colours
+    save_chart(tmp_path / "chart.png", result())
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_a_chart_is_a_png_or_an_svg_and_not_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"neither \.png nor \.svg"):
+        check_chart(tmp_path / "chart.pdf", force=True)
+    (tmp_path / "chart.svg").write_text("mine")
+    with pytest.raises(ArtefactError, match="already exists"):
+        check_chart(tmp_path / "chart.svg", force=False)
+    check_chart(tmp_path / "chart.svg", force=True)
+
+
+# ---- the workspace -------------------------------------------------------------------------------------------------
+
+
+def builder(log: list[str], text: str) -> Any:
+    def build(target: Path) -> None:
+        log.append(text)
+        with atomic_folder(target, force=True) as folder:
+            (folder / "data").write_text(text)
+            write_manifest(folder, "hqc-test", {})
+
+    return build
+
+
+def make(folder: Path, depends: dict[str, Any] | None, log: list[str], text: str, **options: Any) -> Workspace:
+    space = Workspace(folder, **options)
+    assert (space.make("thing", "hqc-test", depends, builder(log, text)) / "data").is_file()
+    return space
+
+
+def test_a_stage_is_made_again_only_when_what_it_depends_on_changed(tmp_path: Path) -> None:
+    log: list[str] = []
+    first = make(tmp_path / "w", {"bits": 4}, log, "one")
+    second = make(tmp_path / "w", {"bits": 4}, log, "two")
+    third = make(tmp_path / "w", {"bits": 3}, log, "three")
+    assert log == ["one", "three"]
+    assert [space.done[0].reused for space in (first, second, third)] == [False, True, False]
+    assert (tmp_path / "w" / "thing" / "data").read_text() == "three"
+
+
+def test_a_damaged_artefact_and_one_of_unknown_origin_are_made_again(tmp_path: Path) -> None:
+    log: list[str] = []
+    make(tmp_path, {}, log, "one")
+    (tmp_path / "thing" / "data").write_text("xxx")
+    make(tmp_path, {}, log, "two")
+    make(tmp_path, None, log, "three")
+    make(tmp_path, None, log, "four")
+    assert log == ["one", "two", "three", "four"]
+
+
+def test_a_stage_that_was_interrupted_is_made_again(tmp_path: Path) -> None:
+    log: list[str] = []
+    make(tmp_path, {"n": 1}, log, "one")
+
+    def die(target: Path) -> None:
+        builder(log, "half")(target)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Workspace(tmp_path).make("thing", "hqc-test", {"n": 2}, die)
+    make(tmp_path, {"n": 1}, log, "again")  # the place holds what {"n": 2} made
+    assert log == ["one", "half", "again"]
+
+
+def test_what_the_workspace_did_not_make_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thing").mkdir()
+    with pytest.raises(ArtefactError, match="not written by hqc"):
+        make(tmp_path, {}, [], "one", force=True)
+    (tmp_path / "thing").rmdir()
+    with atomic_folder(tmp_path / "thing") as folder:
+        (folder / "data").write_text("somebody's")
+        write_manifest(folder, "hqc-test", {})
+    with pytest.raises(ArtefactError, match="already exists"):
+        make(tmp_path, {}, [], "one")
+    make(tmp_path, {}, [], "one", force=True)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"thing": 5}'])
+def test_unreadable_records_count_as_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "stages.json").write_text(text)
+    log: list[str] = []
+    make(tmp_path, {}, log, "one", force=True)
+    make(tmp_path, {}, log, "two")
+    assert log == ["one"]
+
+
+def test_a_stage_is_made_once_a_run(tmp_path: Path) -> None:
+    log: list[str] = []
+    space = make(tmp_path, None, log, "one")
+    space.make("thing", "hqc-test", None, builder(log, "two"))
+    assert log == ["one"]
+    assert len(space.done) == 1
+
+
+# ---- peers, machine, memory ----------------------------------------------------------------------------------------
+
+
+def test_peers_by_name() -> None:
+    assert find_peers(" torch,onnxruntime-fp32,torch ") == ("torch", "onnxruntime-fp32")
+    with pytest.raises(EvaluationError, match=r"tensorflow.*There are onnxruntime-fp32, onnxruntime-int8, torch"):
+        find_peers("torch,tensorflow")
+    with pytest.raises(EvaluationError, match="names no peer"):
+        find_peers(" , ")
+    assert set(PEERS) == {"onnxruntime-fp32", "onnxruntime-int8", "torch"}
+
+
+def test_calibration_batches_come_back_in_order(tmp_path: Path) -> None:
+    batches = [{"sample": np.full((2, 3), i, np.float32), "timestep": np.float32([i, i])} for i in range(12)]
+    write_batches(tmp_path / "b.npz", batches)
+    back = list(read_batches(tmp_path / "b.npz"))
+    assert [batch.keys() for batch in back] == [{"sample", "timestep"}] * 12
+    assert [float(batch["sample"][0, 0]) for batch in back] == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_vnni avx2x\n", ("avx2", "avx512_vnni")),
+        ("Features\t: fp asimd asimddp i8mm\n", ("asimd", "asimddp", "i8mm")),
+        ("", ()),
+    ],
+)
+def test_isa_flags(text: str, flags: tuple[str, ...]) -> None:
+    assert isa_flags(text) == flags
+
+
+def test_vnni_decides_about_seven_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert has_vnni(["avx2", "avx512_vnni"])
+    assert not has_vnni(["avx2", "avx512f"])
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert has_vnni([])
+
+
+def test_the_machine_is_described_without_its_name() -> None:
+    import platform
+
+    machine = describe_machine()
+    assert machine["cores"] == available_cores() >= 1
+    assert machine["memory_bytes"] > 10**8
+    assert {"hqc", "torch", "onnxruntime"} <= machine["versions"].keys()
+    line = machine_line(machine)
+    assert machine["cpu"] in line
+    assert platform.node() not in json.dumps(machine)
+
+
+def test_memory_of_this_process() -> None:
+    before = resident_bytes()
+    block = np.ones(8 * 2**20)  # 64 MiB
+    assert resident_bytes() - before > 0.9 * block.nbytes
+    assert peak_resident_bytes() >= resident_bytes() - 2**20
+
+
+# ---- the worker's protocol -----------------------------------------------------------------------------------------
+
+
+def ask(*requests: dict[str, Any]) -> list[dict[str, Any]]:
+    answers = io.StringIO()
+    worker.serve(io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), answers)
+    return [json.loads(line) for line in answers.getvalue().splitlines()]
+
+
+def test_the_worker_answers_every_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(worker.RUNTIMES, "double", lambda threads: lambda model, inputs: lambda: threads * inputs["x"])  # type: ignore[arg-type]
+    np.savez(tmp_path / "in.npz", x=np.float32([1, 2]))
+    load = {"do": "load", "runtime": "double", "model": "m", "inputs": str(tmp_path / "in.npz"), "threads": 3}
+    loaded, ran, out, memory, stopped = ask(
+        load, {"do": "run"}, {"do": "output", "file": str(tmp_path / "out.npy")}, {"do": "memory"}, {"do": "stop"}
+    )
+    assert loaded["load_seconds"] >= 0
+    assert loaded["loaded_resident_bytes"] > 0
+    assert ran["milliseconds"] >= 0
+    assert out == stopped == {}
+    assert memory["peak_resident_bytes"] >= memory["resident_bytes"] - 2**20
+    assert np.load(tmp_path / "out.npy").tolist() == [3, 6]
+
+
+def test_the_worker_reports_what_goes_wrong_and_goes_on() -> None:
+    first, second, third = ask({"do": "run"}, {"do": "load", "inputs": "/nowhere.npz"}, {"do": "memory"})
+    assert first == {"error": "RuntimeError: no model is loaded"}
+    assert second["error"].startswith("FileNotFoundError")
+    assert third["resident_bytes"] > 0
