@@ -196,12 +196,12 @@ def test_a_captured_program_is_quantised_without_rotation_on_request(done: Simpl
         str(done.work / "w" / "float.hqc"),
         [],
         Workspace(tmp_path),
-        quantisation=Quantisation("W8A8", hadamard=False, calib_size=1, n_steps=2),
+        quantisation=Quantisation("W8A8", hadamard=False, calib_size=8, n_steps=2),
         timing=TIMING,
     )
     assert result.quantisation == "w8a8 rtn"
     assert load_program(tmp_path / "quantised.hqc").plan.bits == "w8a8"
-    assert 1e-5 < result.ours.error_to_float < 0.05  # eight bits
+    assert 1e-5 < result.ours.error_to_float < 0.08  # 0.046: scales of 8 images of 192 values each
 
 
 @pytest.mark.parametrize(

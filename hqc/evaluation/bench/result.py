@@ -22,8 +22,8 @@ DEFINITIONS: Mapping[str, str] = {
     "runtime_resident_bytes": "the same after the runtime's import, before the model",
     "loaded_resident_bytes": "the same after loading, before the first run",
     "peak_resident_bytes": "the largest resident set of the process until after the timed runs",
-    "error_to_float": "norm(output - float output) / norm(float output), of the float program in torch, on normal noise "
-    "at the first sampler timestep",
+    "error_to_float": "norm(output - reference) / norm(reference), the float program in torch, on normal noise at the "
+    "first sampler timestep",
 }
 
 
