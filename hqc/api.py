@@ -31,7 +31,7 @@ from hqc.runtimes.base import named_inputs
 from hqc.runtimes.model import Model
 from hqc.runtimes.torch_runtime import TorchSession
 from hqc.storage import load_program, save_program
-from hqc.training import StepRecord, Task, calibrate, class_conditional_task, distil, synthetic_task
+from hqc.training import StepRecord, Task, calibrate, class_conditional_task, distil, synthetic_task, unconditional_task
 from hqc.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hqc.training.task import Denoise, trajectory
 
@@ -76,6 +76,8 @@ def task_of(program: Program, pipeline: Any | None = None, *, folder: Path | Non
             "was not traced from a pipeline, so hqc cannot sample it",
             "Give task=Task(...) or forward_loop=… from Python.",
         )
+    if not pipeline.unet.config.get("cross_attention_dim"):
+        return unconditional_task(pipeline)
     return class_conditional_task(pipeline)
 
 

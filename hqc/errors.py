@@ -7,6 +7,7 @@ __all__ = [
     "EvaluationError",
     "ExportError",
     "HqcError",
+    "MemoryShortError",
     "PassError",
     "PipelineTextError",
     "PlanError",
@@ -31,6 +32,10 @@ class HqcError(Exception):
 
 class CaptureError(HqcError):
     """A source could not be captured into a Program."""
+
+
+class MemoryShortError(HqcError):
+    """What was asked for does not fit the memory that is free."""
 
 
 class ArtefactError(HqcError):

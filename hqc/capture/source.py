@@ -1,6 +1,7 @@
 """`Source`: a denoiser that is ready for capture."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,7 +16,8 @@ __all__ = ["Source", "versions"]
 class Source:
     """A denoiser ready for capture: module(*inputs), its inputs, its origin, the pipeline folder around it.
 
-    prefix: what a wrapper put in front of the names that users know; capture takes it off.
+    prefix: what a wrapper put in front of the names that users know; capture takes it off. notes: what `hqc trace`
+    says about the source besides.
     """
 
     module: nn.Module
@@ -23,6 +25,7 @@ class Source:
     origin: Origin
     pipeline: Path | None = None
     prefix: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""What `hqc trace` accepts: `digits`, a diffusers pipeline or UNet folder, `arch:NAME`, or `module:callable`."""
+"""What `hqc trace` accepts: `digits`, a diffusers pipeline or UNet folder, an original checkpoint with its
+configuration, `arch:NAME`, or `module:callable`."""
 
 import re
 from pathlib import Path
@@ -13,16 +14,29 @@ from hqc.program import Program
 
 __all__ = ["Source", "find_source", "trace"]
 
+CHECKPOINTS = (".ckpt", ".safetensors")
+_SOURCES = (
+    "`digits`, a diffusers pipeline or UNet folder, a .ckpt or .safetensors file with --config, `arch:NAME`, "
+    "or `module:callable`"
+)
 
-def trace(source: str | Source, *, condition_length: int | None = None) -> Program:
-    """Captures a source into a Program; `source` as `find_source` takes it, or a `Source`.
+
+def trace(
+    source: str | Source,
+    *,
+    condition_length: int | None = None,
+    config: Path | str | None = None,
+    outliers: bool = False,
+) -> Program:
+    """Captures a source into a Program; `source` and the options as `find_source` takes them, or a `Source`.
 
     Raises:
         CaptureError: if the source is unknown or cannot be captured.
     """
-    found = source if isinstance(source, Source) else find_source(source, condition_length=condition_length)
-    program = capture_module(found.module, found.inputs, found.origin)
-    return _without_prefix(program, found.prefix) if found.prefix else program
+    if not isinstance(source, Source):
+        source = find_source(source, condition_length=condition_length, config=config, outliers=outliers)
+    program = capture_module(source.module, source.inputs, source.origin)
+    return _without_prefix(program, source.prefix) if source.prefix else program
 
 
 def _without_prefix(program: Program, prefix: str) -> Program:
@@ -35,14 +49,32 @@ def _without_prefix(program: Program, prefix: str) -> Program:
     return program.evolve(state={k.removeprefix(prefix): v for k, v in program.state.items()})
 
 
-def find_source(source: str, *, condition_length: int | None = None) -> Source:
-    """Resolves what the user typed; see the module's first line."""
+def find_source(
+    source: str,
+    *,
+    condition_length: int | None = None,
+    config: Path | str | None = None,
+    outliers: bool = False,
+) -> Source:
+    """Resolves what the user typed; see the module's first lines.
+
+    config: the YAML file of an original checkpoint, and of nothing else. outliers: of a named architecture.
+
+    Raises:
+        CaptureError: if it is none of these, or an option does not belong to it.
+    """
+    is_checkpoint = Path(source).suffix in CHECKPOINTS
+    _check_options(source, config is not None, is_checkpoint, outliers)
     if source == "digits":
         from hqc.models import digits_path
 
         return from_pipeline(digits_path(), "digits", condition_length)
     if source.startswith(ARCHITECTURE):
-        return from_architecture(source, condition_length=condition_length)
+        return from_architecture(source, condition_length=condition_length, outliers=outliers)
+    if is_checkpoint and config is not None:
+        from hqc.capture.ldm import from_checkpoint
+
+        return from_checkpoint(Path(source), Path(config))
     folder = Path(source)
     if (folder / "model_index.json").is_file():
         return from_pipeline(folder, str(folder.resolve()), condition_length)
@@ -51,8 +83,19 @@ def find_source(source: str, *, condition_length: int | None = None) -> Source:
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
         return from_callable(source)
     what = "a folder without model_index.json or config.json" if folder.is_dir() else "nothing that hqc can trace"
-    raise CaptureError(
-        f"source {source!r}",
-        f"is {what}",
-        "Give `digits`, a diffusers pipeline or UNet folder, `arch:NAME`, or `module:callable`.",
-    )
+    raise CaptureError(f"source {source!r}", f"is {what}", f"Give {_SOURCES}.")
+
+
+def _check_options(source: str, has_config: bool, is_checkpoint: bool, outliers: bool) -> None:
+    if is_checkpoint and not has_config and not Path(source).is_dir():
+        raise CaptureError(
+            f"source {source!r}",
+            "is a checkpoint without a configuration",
+            "Give its YAML file with --config.",
+        )
+    if has_config and not is_checkpoint:
+        raise CaptureError(
+            f"source {source!r}", "takes no --config", "Leave it out; it belongs to a .ckpt or .safetensors file."
+        )
+    if outliers and not source.startswith(ARCHITECTURE):
+        raise CaptureError(f"source {source!r}", "takes no --outliers", "Leave it out; it belongs to `arch:NAME`.")

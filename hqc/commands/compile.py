@@ -30,10 +30,26 @@ __all__ = ["explain", "export", "inspect", "trace"]
 @click.option(
     "--condition-length", type=click.IntRange(1, 4096), help="Tokens of the condition (default: from SOURCE)."
 )
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="The YAML configuration of an original checkpoint, SOURCE."
+)
+@click.option("--outliers", is_flag=True, help="Heavy-tailed activations in a named architecture, arch:NAME.")
 @force_option
 @json_option
-def trace(source: str, output: Path, condition_length: int | None, force: bool, as_json: bool) -> None:
-    """Capture SOURCE into a Program: `digits`, a diffusers pipeline or UNet folder, or `module:callable`."""
+def trace(
+    source: str,
+    output: Path,
+    condition_length: int | None,
+    config: Path | None,
+    outliers: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Capture SOURCE into a Program.
+
+    SOURCE is `digits`, a diffusers pipeline or UNet folder, an original latent-diffusion checkpoint (.ckpt or
+    .safetensors with --config), `arch:NAME` (a published size with seeded weights), or `module:callable`.
+    """
     import time
 
     from hqc import console as out
@@ -43,7 +59,7 @@ def trace(source: str, output: Path, condition_length: int | None, force: bool, 
 
     check_output(output, force=force)
     start = time.perf_counter()
-    found = find_source(source, condition_length=condition_length)
+    found = find_source(source, condition_length=condition_length, config=config, outliers=outliers)
     program = capture(found)
     save_program(program, output, force=force, pipeline=found.pipeline)
     summary = {
@@ -54,6 +70,7 @@ def trace(source: str, output: Path, condition_length: int | None, force: bool, 
         "weights_bytes": program.size_bytes(),
         "graph_equals_module_relative_error": program.origin.capture_error,
         "seconds": round(time.perf_counter() - start, 2),
+        **found.notes,
     }
     out.print_json(summary) if as_json else out.fields(f"traced {source}", summary)
 

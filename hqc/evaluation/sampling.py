@@ -123,7 +123,8 @@ def sample_images(
             latents.append(latent.float().cpu())
             if progress is not None:
                 progress(min(start + batch_size, len(labels)), len(labels))
-    protocol = SamplingProtocol(type(pipe.scheduler).__name__, num_inference_steps, guidance_scale, eta)
+    guidance = 1.0 if _unconditional(pipe) else guidance_scale
+    protocol = SamplingProtocol(type(pipe.scheduler).__name__, num_inference_steps, guidance, eta)
     all_images = torch.cat(images)  # outside inference mode: ordinary tensors
     _check_finite(all_images, labels, seeds)
     return Samples(all_images, torch.cat(latents), tuple(labels), tuple(seeds), protocol)
@@ -152,10 +153,10 @@ def _sample_latents(
     guidance_scale: float,
     eta: float,
 ) -> Tensor:
+    condition: dict[str, Any] = {"class_labels": list(labels), "guidance_scale": guidance_scale}
     output = pipe(
-        class_labels=list(labels),
+        **({"batch_size": len(labels)} if _unconditional(pipe) else condition),
         num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
         eta=eta,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="latent",
@@ -163,6 +164,13 @@ def _sample_latents(
     )
     latents: Tensor = output[0]
     return latents
+
+
+def _unconditional(pipe: SamplingPipeline) -> bool:
+    """Whether the labels only count images: the pipeline takes neither a class nor a guidance scale."""
+    from hqc.models.ldm import UnconditionalLDMPipeline
+
+    return isinstance(pipe, UnconditionalLDMPipeline)
 
 
 def _decode(pipe: SamplingPipeline, latents: Tensor) -> Tensor:

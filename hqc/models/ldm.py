@@ -1,11 +1,11 @@
-"""A class-conditional latent diffusion pipeline with classifier-free guidance, in diffusers conventions."""
+"""Latent diffusion pipelines in diffusers conventions: class-conditional with guidance, and unconditional."""
 
 import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel, UNet2DModel, VQModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from hqc.errors import EvaluationError
 
-__all__ = ["ClassConditionalLDMPipeline", "ClassEmbedder", "OutputType"]
+__all__ = ["ClassConditionalLDMPipeline", "ClassEmbedder", "OutputType", "UnconditionalLDMPipeline"]
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -39,18 +39,57 @@ class ClassEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return tokens
 
 
-class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Samples images of given classes: class token → UNet in latent space → KL decoder.
+class _LatentPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """What both pipelines share: noise at the start, the decoder at the end.
 
     Of `unet` it uses only the call, `config.in_channels`, `config.sample_size` and `dtype`, so that any
-    object with these can replace it.
+    object with these can replace it. A `VQModel` snaps the latents to its codebook before it decodes them.
     """
+
+    def _initial_latents(
+        self,
+        count: int,
+        generator: Generator | list[Generator] | None,
+        latents: Tensor | None,
+        device: torch.device,
+    ) -> Tensor:
+        size = self.unet.config.sample_size
+        shape = (count, self.unet.config.in_channels, size, size)
+        if isinstance(generator, list) and len(generator) != count:
+            raise EvaluationError(
+                "generator",
+                f"found {len(generator)} for {count} images",
+                "Pass one generator per image, or one.",
+            )
+        if latents is None:
+            return torch.as_tensor(randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype))
+        if tuple(latents.shape) != shape:
+            raise EvaluationError(
+                "latents",
+                f"found shape {tuple(latents.shape)}, expected {shape}",
+                "Pass noise of that shape.",
+            )
+        return latents.to(device=device, dtype=self.unet.dtype)
+
+    def _decoded(self, latents: Tensor, output_type: str) -> Any:
+        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        decoded = self.vae.decode(latents, return_dict=False)[0]  # [N, 1, 32, 32] in [-1, 1]
+        return self.image_processor.postprocess(decoded, output_type=output_type)
+
+    def _step_options(self, generator: Generator | list[Generator] | None, eta: float) -> dict[str, Any]:
+        accepted = inspect.signature(self.scheduler.step).parameters
+        options = {"eta": eta, "generator": generator}
+        return {name: value for name, value in options.items() if name in accepted}
+
+
+class ClassConditionalLDMPipeline(_LatentPipeline):
+    """Samples images of given classes: class token → UNet in latent space → decoder."""
 
     model_cpu_offload_seq = "class_embedder->unet->vae"
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | VQModel,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
         class_embedder: ClassEmbedder,
@@ -115,31 +154,6 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc]
             )
         return labels
 
-    def _initial_latents(
-        self,
-        count: int,
-        generator: Generator | list[Generator] | None,
-        latents: Tensor | None,
-        device: torch.device,
-    ) -> Tensor:
-        size = self.unet.config.sample_size
-        shape = (count, self.unet.config.in_channels, size, size)
-        if isinstance(generator, list) and len(generator) != count:
-            raise EvaluationError(
-                "generator",
-                f"found {len(generator)} for {count} images",
-                "Pass one generator per image, or one.",
-            )
-        if latents is None:
-            return torch.as_tensor(randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype))
-        if tuple(latents.shape) != shape:
-            raise EvaluationError(
-                "latents",
-                f"found shape {tuple(latents.shape)}, expected {shape}",
-                "Pass noise of that shape.",
-            )
-        return latents.to(device=device, dtype=self.unet.dtype)
-
     def _tokens(self, labels: Tensor, guided: bool) -> Tensor:
         if guided:
             unconditional = torch.full_like(labels, self.class_embedder.unconditional_label)
@@ -157,12 +171,45 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc]
         unconditional, conditional = noise.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    def _decoded(self, latents: Tensor, output_type: str) -> Any:
-        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        decoded = self.vae.decode(latents, return_dict=False)[0]  # [N, 1, 32, 32] in [-1, 1]
-        return self.image_processor.postprocess(decoded, output_type=output_type)
 
-    def _step_options(self, generator: Generator | list[Generator] | None, eta: float) -> dict[str, Any]:
-        accepted = inspect.signature(self.scheduler.step).parameters
-        options = {"eta": eta, "generator": generator}
-        return {name: value for name, value in options.items() if name in accepted}
+class UnconditionalLDMPipeline(_LatentPipeline):
+    """Samples images without a condition: UNet in latent space → decoder.
+
+    diffusers' LDMPipeline does the same for a VQModel alone, and cannot return latents.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+
+    def __init__(self, vae: AutoencoderKL | VQModel, unet: UNet2DModel, scheduler: KarrasDiffusionSchedulers) -> None:
+        super().__init__()
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 20,
+        eta: float = 0.0,
+        generator: Generator | list[Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample `batch_size` images; the other arguments as for `ClassConditionalLDMPipeline`.
+
+        Raises:
+            EvaluationError: a list of generators of another length, or latents of another shape.
+        """
+        device = self._execution_device
+        latents = self._initial_latents(batch_size, generator, latents, device)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = latents * self.scheduler.init_noise_sigma
+        step_options = self._step_options(generator, eta)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            model_input = self.scheduler.scale_model_input(latents, t)
+            noise = self.unet(model_input, t.expand(len(model_input)), return_dict=False)[0]
+            latents = self.scheduler.step(noise, t, latents, **step_options, return_dict=False)[0]
+        images = latents if output_type == "latent" else self._decoded(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

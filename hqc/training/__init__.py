@@ -2,6 +2,15 @@
 
 from hqc.training.calibration import calibrate
 from hqc.training.distillation import StepRecord, distil
-from hqc.training.task import Task, class_conditional_task, guided, synthetic_task
+from hqc.training.task import Task, class_conditional_task, guided, synthetic_task, unconditional_task
 
-__all__ = ["StepRecord", "Task", "calibrate", "class_conditional_task", "distil", "guided", "synthetic_task"]
+__all__ = [
+    "StepRecord",
+    "Task",
+    "calibrate",
+    "class_conditional_task",
+    "distil",
+    "guided",
+    "synthetic_task",
+    "unconditional_task",
+]

@@ -10,7 +10,15 @@ from torch import Tensor
 from hqc.errors import TrainingError
 from hqc.program import InputSpec
 
-__all__ = ["Denoise", "Task", "class_conditional_task", "guided", "synthetic_task", "trajectory"]
+__all__ = [
+    "Denoise",
+    "Task",
+    "class_conditional_task",
+    "guided",
+    "synthetic_task",
+    "trajectory",
+    "unconditional_task",
+]
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(sample [N, C, H, W], timestep [N], condition [N, L, D] or None) -> noise [N, C, H, W]."""
@@ -68,6 +76,13 @@ def class_conditional_task(pipeline: Any) -> Task:
 
     kind, scheduler_config = type(pipeline.scheduler), pipeline.scheduler.config
     return Task(lambda: kind.from_config(scheduler_config), (config["in_channels"], size, size), draw, null)
+
+
+def unconditional_task(pipeline: Any) -> Task:
+    """The task of an `UnconditionalLDMPipeline`: noise alone."""
+    config = pipeline.unet.config
+    size, kind, scheduler_config = config["sample_size"], type(pipeline.scheduler), pipeline.scheduler.config
+    return Task(lambda: kind.from_config(scheduler_config), (config["in_channels"], size, size))
 
 
 def synthetic_task(inputs: Sequence[InputSpec]) -> Task:

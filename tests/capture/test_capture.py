@@ -370,7 +370,10 @@ def test_unknown_sources(source: str) -> None:
         find_source(source)
     assert caught.value.where == f"source {source!r}"
     assert "nothing that hqc can trace" in caught.value.found or "model_index.json" in caught.value.found
-    assert caught.value.do == "Give `digits`, a diffusers pipeline or UNet folder, `arch:NAME`, or `module:callable`."
+    assert caught.value.do == (
+        "Give `digits`, a diffusers pipeline or UNet folder, a .ckpt or .safetensors file with --config, `arch:NAME`, "
+        "or `module:callable`."
+    )
 
 
 def test_folders_that_hold_no_denoiser(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""The tensors of a checkpoint file by name: `.safetensors`, or `.ckpt` without running a pickle's code.
+
+A `.ckpt` is read with `weights_only=True` and memory-mapped, so that only the weights that are used are ever read.
+What training frameworks leave beside the weights (callbacks by class) is replaced by empty classes; every other global
+in the pickle is refused by name before anything is loaded.
+"""
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hqc.errors import CaptureError
+
+__all__ = ["prefer_ema", "read_checkpoint"]
+
+UNET, EMA = "model.", "model_ema."
+_HARMLESS = re.compile(r"(pytorch_)?lightning(\.pytorch)?\.callbacks\.[\w.]+")
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU, memory-mapped where the format allows it.
+
+    Raises:
+        CaptureError: if the file is missing, truncated, holds code, or holds no named tensors.
+    """
+    if path.is_dir():
+        raise CaptureError(str(path), "is a folder; expected a checkpoint file", "Give the file inside it.")
+    if not path.is_file():
+        raise CaptureError(str(path), "no such file", "Check the path.")
+    try:
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_ckpt(path)
+    except OSError as error:
+        raise CaptureError(str(path), f"cannot be read ({error.strerror or error})", "Check the file.") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def _read_ckpt(path: Path) -> dict[str, Tensor]:
+    zipped = zipfile.is_zipfile(path)
+    stubs = _stubs(path) if zipped else []
+    try:
+        with torch.serialization.safe_globals(stubs), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about the file's age
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise _has_code(path, [found[1]]) from error
+        raise _damaged(path, error) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    return _named_tensors(path, data)
+
+
+def _stubs(path: Path) -> list[Any]:
+    """Empty classes under the names of the callbacks that a checkpoint mentions.
+
+    Raises:
+        CaptureError: for any other global that torch does not load as a weight, and for compressed members, which
+            cannot be mapped.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise CaptureError(str(path), "has compressed members, unlike what torch.save writes", "Save it again.")
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, IndexError, pickle.UnpicklingError) as error:
+        raise _damaged(path, error) from error
+    if code := sorted(name for name in unsafe if not _HARMLESS.fullmatch(name)):
+        raise _has_code(path, code)
+    return [(type(name.rpartition(".")[2], (), {}), name) for name in unsafe]
+
+
+def _has_code(path: Path, names: list[str]) -> CaptureError:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return CaptureError(
+        str(path),
+        f"is a pickle that calls {', '.join(names[:3])}{more}, and hqc runs no code from a file",
+        "If you trust it, load it in torch yourself and save its state_dict as .safetensors.",
+    )
+
+
+def _damaged(path: Path, error: Exception) -> CaptureError:
+    what = " ".join(str(error).split())[:160] or type(error).__name__
+    return CaptureError(str(path), f"is truncated or no checkpoint ({what})", "Copy or download the file again.")
+
+
+def _named_tensors(path: Path, data: Any) -> dict[str, Tensor]:
+    state = data.get("state_dict", data) if isinstance(data, Mapping) else data
+    if not isinstance(state, Mapping):
+        raise CaptureError(str(path), f"holds a {type(state).__name__}; expected a state_dict", "Give a checkpoint.")
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise CaptureError(str(path), "holds no named tensors", "Give a checkpoint with a state_dict.")
+    return tensors
+
+
+def prefer_ema(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[dict[str, Tensor], bool]:
+    """The checkpoint with the denoiser's weights replaced by their moving averages, and whether there are any.
+
+    The average of `model.diffusion_model.out.2.weight` is kept as `model_ema.diffusion_modelout2weight`: the name
+    below `model.` without its dots. `names` are the denoiser's parameters below `model.`.
+    """
+    averages = {EMA + name.removeprefix(UNET).replace(".", ""): name for name in names}
+    found = {averages[key]: tensor for key, tensor in tensors.items() if key in averages}
+    others = {key: tensor for key, tensor in tensors.items() if not key.startswith(EMA)}
+    if not found:
+        return others, False
+    raw = {key for key in others if key.startswith(UNET)} - set(names)
+    return {key: t for key, t in others.items() if not key.startswith(UNET) or key in raw} | found, True
