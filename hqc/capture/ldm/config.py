@@ -272,14 +272,14 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
 def _first_problem(error: ValidationError) -> str:
     """The first problem in one line, with its place and, for an unknown option, the nearest known one."""
     # Of the two forms that cond_stage_config may have, the mapping is the one that has something to say.
-    found = [problem for problem in error.errors(include_url=False) if problem["loc"][-1] != _UNCONDITIONAL_BRANCH]
+    found = [problem for problem in error.errors(include_url=False) if _UNCONDITIONAL_BRANCH not in problem["loc"]]
     first = (found or error.errors(include_url=False))[0]
     steps = [str(step) for step in first["loc"] if step not in (_ClassStage.__name__, _UNCONDITIONAL_BRANCH)]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = f"hqc does not know this option{_nearest_option(steps)}"
     elif first["type"] not in ("missing", "value_error"):
-        message = f"{str(first['input'])[:60]!r}: {message}"
+        message = f"{first['input']!r:.60}: {'expected a mapping' if first['type'] == 'model_type' else message}"
     more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
     return f"{'.'.join(['model.params', *steps])}: {message}{more}"
 
