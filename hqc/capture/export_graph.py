@@ -154,7 +154,9 @@ def _shape_meta(node: fx.Node) -> dict[str, Any]:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return {}
-    shape = tuple(d if isinstance(d, int) else _batch_name(str(d)) for d in value.shape)
+    # An expression that cancelled to a number, such as 32·N // N, still comes as a symbol.
+    names = [d if isinstance(d, int) else _batch_name(str(d)) for d in value.shape]
+    shape = tuple(int(d) if isinstance(d, str) and d.isdecimal() else d for d in names)
     return {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
 
 

@@ -115,12 +115,15 @@ def _unbind(lo: Lowering, node: fx.Node) -> tuple[ir.Value, ...]:
 
 
 def _repeat_interleave(lo: Lowering, node: fx.Node) -> ir.Value:
-    """Every element along an axis `repeats` times in a row: a Gather at 0, 0, 1, 1, …"""
+    """Every element along an axis `repeats` times in a row: [.., A, ..] -> [.., A, r, ..] -> [.., A·r, ..]."""
     repeats, axis = int(node.args[1]), node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")  # type: ignore[arg-type]
     if axis is None:
         raise ExportError(f"node {node.name}", "repeats a flattened tensor", "Name the axis.")
-    places = np.repeat(np.arange(_extent(lo, node, int(axis)), dtype=np.int64), repeats)  # type: ignore[arg-type]
-    return lo.builder.op("Gather", lo.value(node.args[0]), lo.builder.constant(places), axis=int(axis), name=node.name)  # type: ignore[arg-type]
+    b, rank = lo.builder, len(lo.shape(node))
+    place = int(axis) % rank + 1  # type: ignore[arg-type]
+    copies = b.ints(*(repeats if i == place else 1 for i in range(rank + 1)))
+    spread = b.op("Expand", b.op("Unsqueeze", lo.value(node.args[0]), b.ints(place)), copies)
+    return b.reshape(spread, lo.static_shape(node), node.name)
 
 
 def _getitem(lo: Lowering, node: fx.Node) -> ir.Value:

@@ -37,10 +37,17 @@ def _unbound(x: Tensor) -> Tensor:
     return torch.stack([-imaginary, real], -1).flatten(2)
 
 
+def _heads(x: Tensor) -> Tensor:
+    """A mask for each head, as diffusers makes it: the batch axis itself is repeated."""
+    mask = x.mean(2)[:, None].repeat_interleave(3, dim=0)
+    return mask.view(-1, 3, 1, 6).sum(1) * x.mean(2, keepdim=True)
+
+
 FUNCTIONS: dict[str, tuple[object, Function]] = {
     "concat": (aten.concat.default, lambda x: torch.concat([x, 2 * x], dim=-1)),
     "outer": (aten.outer.default, _rotary),
     "repeat_interleave": (aten.repeat_interleave.self_int, _rotary),
+    "repeat_interleave of the batch": (aten.repeat_interleave.self_int, _heads),
     "unbind": (aten.unbind.int, _unbound),
     "pow of a number": (aten.pow.Scalar, lambda x: 2.5**x),
     "rms_norm": (aten.rms_norm.default, nn.RMSNorm(8, eps=1e-6)),
