@@ -31,9 +31,9 @@ from hqc.runtimes.base import named_inputs
 from hqc.runtimes.model import Model
 from hqc.runtimes.torch_runtime import TorchSession
 from hqc.storage import load_program, save_program
-from hqc.training import StepRecord, Task, calibrate, class_conditional_task, distil, synthetic_task, unconditional_task
+from hqc.training import StepRecord, Task, calibrate, distil, pipeline_task, synthetic_task
 from hqc.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from hqc.training.task import Denoise, trajectory
+from hqc.training.task import Denoise, denoiser, trajectory
 
 __all__ = ["ForwardLoop", "configure", "finish_run", "ptq", "qat", "quantise", "task_of"]
 
@@ -57,28 +57,29 @@ def configure(
     return found.model_copy(update={key: value for key, value in wanted.items() if value is not None})
 
 
-def task_of(program: Program, pipeline: Any | None = None, *, folder: Path | None = None) -> Task:
+def task_of(
+    program: Program, pipeline: Any | None = None, *, folder: Path | None = None, synthetic: bool = False
+) -> Task:
     """What to sample while calibrating and training `program`: from the pipeline, or from the one it was traced from.
 
     folder: the pipeline folder beside the program, instead of the one that its origin names.
-    A named architecture has seeded weights and no pipeline: it is run on noise and random conditions.
+    synthetic: noise and random conditions instead, for any denoiser; always so for a named architecture, which has
+    seeded weights and no pipeline.
 
     Raises:
         TrainingError: if there is none.
     """
-    if pipeline is None and program.origin.source.startswith(ARCHITECTURE):
-        return synthetic_task(program.inputs)
+    if pipeline is None and (synthetic or program.origin.source.startswith(ARCHITECTURE)):
+        return synthetic_task(program)
     if pipeline is None:
         pipeline = _pipeline_around(program, folder)
     if pipeline is None:
         raise TrainingError(
             f"program from {program.origin.source or 'a module'}",
             "was not traced from a pipeline, so hqc cannot sample it",
-            "Give task=Task(...) or forward_loop=… from Python.",
+            "Give --synthetic for noise and random conditions, or task=Task(...) or forward_loop=… from Python.",
         )
-    if not pipeline.unet.config.get("cross_attention_dim"):
-        return unconditional_task(pipeline)
-    return class_conditional_task(pipeline)
+    return pipeline_task(pipeline, program)
 
 
 def _pipeline_around(program: Program, folder: Path | None) -> Any | None:
@@ -146,19 +147,21 @@ class _Observed:
     denoise: Denoise
     name: str = "calibration"
 
-    def __call__(self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None = None) -> Tensor:
-        named = named_inputs(self.inputs, sample, timestep, condition)
-        return self.denoise(named["sample"], named["timestep"], named.get("condition"))
+    def __call__(
+        self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
+    ) -> Tensor:
+        given = named_inputs(self.inputs, sample, timestep, *conditions, **named)
+        return self.denoise(*given.values())
 
 
 def _visited(program: Program, run: Callable[[Denoise], None]) -> tuple[float, ...]:
     """The timesteps that a forward loop visits, found by running it once on the float program."""
-    module, seen = program.module(), set[float]()
+    denoise, seen = denoiser(program.module()), set[float]()
 
     @torch.no_grad()
-    def record(sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def record(sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
         seen.update(timestep.tolist())
-        return module(*[a for a in (sample, timestep, condition) if a is not None])  # type: ignore[no-any-return]
+        return denoise(sample, timestep, *conditions)
 
     run(record)
     if not seen:

@@ -97,19 +97,39 @@ _TIME_EMBEDDING = ("time_embedding.linear_*", "time_embed.*")
 _FIRST_AND_LAST = ("conv_in", "conv_out", "input_blocks.0.0", "out.2")
 _SHORTCUTS = ("*conv_shortcut", "*skip_connection", "*downsamplers.*.conv", "*.op")
 
+# What else makes one vector a sample that every block reads (guidance, classes, pooled text, sizes): as the time
+# embedding, an error there is an error everywhere, and the layers are too small to save anything.
+_OTHER_EMBEDDINGS = (
+    "time_embedding.cond_proj",
+    "add_embedding.linear_*",
+    "class_embedding.linear_*",
+    *(f"*{name}_embedder.linear_*" for name in ("timestep", "guidance", "text", "resolution", "aspect_ratio")),
+)
+# A transformer's patches and its condition enter through one layer each, and leave through one: as conv_in and
+# conv_out. Patches have few channels of very different size, which a rotation cannot spread (4 to 64 of them).
+_TRANSFORMER_EDGES = (
+    *("pos_embed.proj", "x_embedder", "proj_in", "proj_out", "proj_out_2"),
+    *("context_embedder", "caption_projection.linear_*", "encoder_hid_proj"),
+)
+# adaLN: one vector a sample becomes shift, scale and gate of all tokens of a block, so that a rounding error moves
+# every token the same way and does not average out; the product is one row a sample and costs next to nothing.
+_MODULATIONS = ("*norm*.linear", "adaln_single.linear", "proj_out_1")
+
 _BASE = (
     Rule("*", "every conv and linear layer"),
     *(Rule(p, "time embedding", bits=_EDGE, rotate=False) for p in _TIME_EMBEDDING),
-    *(Rule(p, "first or last layer", bits=_EDGE, rotate=False) for p in _FIRST_AND_LAST),
+    *(Rule(p, "embedding that every block reads", bits=_EDGE, rotate=False) for p in _OTHER_EMBEDDINGS),
+    *(Rule(p, "first or last layer", bits=_EDGE, rotate=False) for p in (*_FIRST_AND_LAST, *_TRANSFORMER_EDGES)),
 )
+_ADALN = tuple(Rule(p, "adaLN modulation", bits=_EDGE) for p in _MODULATIONS)
 
 RULE_SETS: Mapping[str, tuple[Rule, ...]] = {
-    "default": (*_BASE, *(Rule(p, "shortcut or downsampler", bits=_EDGE) for p in _SHORTCUTS)),
-    "reference": (*_BASE, *(Rule(p, "shortcut or downsampler", float_=True) for p in _SHORTCUTS)),
+    "default": (*_BASE, *_ADALN, *(Rule(p, "shortcut or downsampler", bits=_EDGE) for p in _SHORTCUTS)),
+    "reference": (*_BASE, *_ADALN, *(Rule(p, "shortcut or downsampler", float_=True) for p in _SHORTCUTS)),
     "all": _BASE,
 }
-"""`default` quantises shortcuts and downsamplers at 8 bits; `reference` leaves them float, as HQ-DM's code does;
-`all` gives them the asked bits."""
+"""`default` quantises shortcuts, downsamplers and modulations at 8 bits; `reference` leaves shortcuts and downsamplers
+float, as HQ-DM's code does; `all` gives all of these the asked bits."""
 
 
 @dataclass(frozen=True)

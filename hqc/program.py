@@ -1,11 +1,13 @@
 """`Program`: the one value that flows through hqc. A captured graph, its weights, its plan and its history.
 
 The graph is a plain `torch.fx.Graph` over ATen and `hqc::` operators: placeholders are the user inputs (sample,
-timestep, condition), weights are `get_attr` nodes named by their fully qualified names, and every weighted layer
-carries its stable site name in `node.meta["site"]`. Nothing here is changed in place: a pass returns a new Program.
+timestep, and the conditions by name), weights are `get_attr` nodes named by their fully qualified names, and every
+weighted layer carries its stable site name in `node.meta["site"]`. Nothing here is changed in place: a pass returns a
+new Program.
 """
 
 import copy
+import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +23,7 @@ from hqc.plan import QuantPlan
 __all__ = ["InputSpec", "Origin", "PassRecord", "Program", "Stage", "is_op"]
 
 BATCH = "N"
+INPUT_DTYPES = ("float32", "int64")
 aten = torch.ops.aten
 
 
@@ -35,18 +38,54 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input: its name, its shape with "N" for the batch, its dtype."""
+    """One input: its name, its shape with "N" for the batch (none for what a whole batch shares), its dtype.
+
+    span: (low, high) of the values that make sense, high excluded: labels of an embedding, 0 and 1 of a mask, the
+    timesteps of a flow model. None: any number, or for `timestep` 0…999.
+    """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str = "float32"
+    span: tuple[float, float] | None = None
 
     def example(self, batch: int, generator: torch.Generator) -> Tensor:
-        """A random input of this shape: normal, or timesteps in 0…999 for a vector [N]."""
+        """A random input of this shape: uniform in its span (whole numbers for integers), or normal without one."""
         shape = [batch if d == BATCH else int(d) for d in self.shape]
-        if self.name == "timestep":
-            return torch.randint(0, 1000, shape, generator=generator).to(torch.float32)
-        return torch.randn(shape, generator=generator)
+        dtype = getattr(torch, self.dtype)
+        if self.span is None and self.name == "timestep":
+            return torch.randint(0, 1000, shape, generator=generator).to(dtype)
+        if not dtype.is_floating_point:
+            low, high = self.span or (0, 2)
+            return torch.randint(int(low), int(high), shape, generator=generator).to(dtype)
+        if self.span is None:
+            return torch.randn(shape, generator=generator).to(dtype)
+        low, high = self.span
+        return torch.empty(shape).uniform_(low, high, generator=generator).to(dtype)
+
+    @property
+    def batched(self) -> bool:
+        """Whether every sample has a value of its own."""
+        return BATCH in self.shape
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "InputSpec":
+        """Reads what `dataclasses.asdict` gives.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it is not an input that a program may have.
+        """
+        shape, dtype, span = tuple(data["shape"]), data["dtype"], data.get("span")
+        if not shape or not all(d == BATCH or (type(d) is int and d > 0) for d in shape):
+            raise ValueError(f"input {data['name']!r} has shape {list(shape)}")
+        if dtype not in INPUT_DTYPES:
+            raise ValueError(f"input {data['name']!r} is {dtype!r}; expected {' or '.join(INPUT_DTYPES)}")
+        if span is not None:
+            low, high = (float(v) for v in span)
+            if not -math.inf < low < high < math.inf:
+                raise ValueError(f"input {data['name']!r} has span {list(span)}")
+            span = (low, high)
+        return InputSpec(str(data["name"]), shape, dtype, span)
 
 
 @dataclass(frozen=True)

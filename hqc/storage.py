@@ -29,7 +29,7 @@ from torch import Tensor
 from hqc.errors import ArtefactError, HqcError
 from hqc.graph_json import graph_from_json, graph_to_json
 from hqc.plan import QuantPlan
-from hqc.program import BATCH, InputSpec, Origin, PassRecord, Program, Stage
+from hqc.program import InputSpec, Origin, PassRecord, Program, Stage
 from hqc.verify import verify
 
 __all__ = ["FORMAT_VERSION", "atomic_folder", "check_manifest", "load_program", "save_program", "write_manifest"]
@@ -251,9 +251,11 @@ def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def copy_pipeline(source: Path, target: Path) -> None:
-    """Copies a diffusers-layout folder without its UNet and without links."""
+    """Copies a diffusers-layout folder without its denoiser and without links."""
     shutil.copytree(
-        source, target, ignore=shutil.ignore_patterns("unet", "classifier", "*.png", "*.bin", "*.ckpt", "*.pt")
+        source,
+        target,
+        ignore=shutil.ignore_patterns("unet", "transformer", "classifier", "*.png", "*.bin", "*.ckpt", "*.pt"),
     )
 
 
@@ -283,7 +285,7 @@ def load_program(folder: Path | str) -> Program:
         program = Program(
             graph=graph,
             state=state,
-            inputs=tuple(_input_spec(spec) for spec in manifest["inputs"]),
+            inputs=tuple(InputSpec.from_dict(spec) for spec in manifest["inputs"]),
             stage=Stage(manifest["stage"]),
             plan=QuantPlan.from_dict(_read_json(folder / "plan.json")),
             history=tuple(
@@ -296,12 +298,3 @@ def load_program(folder: Path | str) -> Program:
         return program
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError, HqcError) as error:
         raise ArtefactError(str(folder), f"is not a program ({error})", "Write it again with `hqc trace`.") from error
-
-
-def _input_spec(data: Mapping[str, Any]) -> InputSpec:
-    shape = tuple(data["shape"])
-    if not shape or not all(d == BATCH or (type(d) is int and d > 0) for d in shape):
-        raise ValueError(f"input {data['name']!r} has shape {list(shape)}")
-    if data["dtype"] != "float32":
-        raise ValueError(f"input {data['name']!r} is {data['dtype']!r}; expected float32")
-    return InputSpec(str(data["name"]), shape, data["dtype"])

@@ -119,7 +119,7 @@ def test_a_module_without_pipeline_says_what_to_give(captured: Callable[[str], P
         hqc.ptq(captured("in_place"), "rtn", "w4a4")
     assert str(caught.value) == (
         "program from in_place: was not traced from a pipeline, so hqc cannot sample it. "
-        "Give task=Task(...) or forward_loop=… from Python."
+        "Give --synthetic for noise and random conditions, or task=Task(...) or forward_loop=… from Python."
     )
 
 

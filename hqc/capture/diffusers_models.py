@@ -1,20 +1,55 @@
-"""diffusers folders as sources: a pipeline's denoiser, or a UNet folder."""
+"""diffusers folders as sources: a pipeline's denoiser, or the folder of a denoiser by itself."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hqc.capture.families import FAMILIES, call_arguments, family_of
 from hqc.capture.source import Source, versions
 from hqc.errors import CaptureError
-from hqc.program import BATCH, InputSpec, Origin
+from hqc.program import InputSpec, Origin
 
-__all__ = ["DiffusersUNet", "from_pipeline", "from_unet", "unet_source"]
+__all__ = [
+    "CaptureOptions",
+    "Denoiser",
+    "DiffusersUNet",
+    "denoiser_source",
+    "from_folder",
+    "from_pipeline",
+    "load_denoiser",
+    "read_class",
+    "unet_source",
+]
 
-_UNETS = ("UNet2DConditionModel", "UNet2DModel")
+PARTS = ("unet", "transformer")
+# Configurations of DiT and PixArt-α on the hub still have the class that these were split from.
+_LEGACY = ("Transformer2DModel",)
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What a source leaves open: tokens of the condition, side of the latents; None takes the model's own."""
+
+    condition_length: int | None = None
+    latent_size: int | None = None
+
+
+class Denoiser(nn.Module):
+    """A diffusers denoiser as forward(sample, timestep, *conditions) -> tensor, in the order of `names`."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.unet = model
+        self.names = tuple(names)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        call = call_arguments(type(self.unet).__name__, dict(zip(self.names, inputs, strict=True)))
+        return self.unet(**call, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
 class DiffusersUNet(nn.Module):
@@ -30,15 +65,27 @@ class DiffusersUNet(nn.Module):
         return self.unet(sample, timestep, encoder_hidden_states=condition, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
-def from_pipeline(folder: Path, name: str, condition_length: int | None) -> Source:
-    if not (folder / "unet" / "config.json").is_file():
-        raise CaptureError(str(folder), "the pipeline has no unet/ folder", "Give a pipeline with a UNet denoiser.")
-    length = condition_length or _condition_length(folder)
-    return from_unet(folder / "unet", name, length, folder)
+def from_pipeline(folder: Path, name: str, options: CaptureOptions) -> Source:
+    """The denoiser of a pipeline folder: its unet/ or transformer/.
+
+    Raises:
+        CaptureError: if it has neither, or what is there cannot be captured.
+    """
+    part = next((part for part in PARTS if (folder / part / "config.json").is_file()), None)
+    if part is None:
+        raise CaptureError(
+            str(folder),
+            "the pipeline has no unet/ folder and no transformer/ folder",
+            "Give a pipeline with one of them.",
+        )
+    length = options.condition_length or _condition_length(folder, read_class(folder / part))
+    return from_folder(folder / part, name, CaptureOptions(length, options.latent_size), folder)
 
 
-def _condition_length(folder: Path) -> int:
-    """Tokens of the condition: the tokenizer's maximum if there is one, else the single token of a class embedder."""
+def _condition_length(folder: Path, kind: str) -> int:
+    """Tokens of the condition: the tokenizer's maximum for a UNet with one, one for a class embedder."""
+    if kind not in ("UNet2DConditionModel", "UNet2DModel"):
+        return family_of(kind).length if kind in FAMILIES else 1
     path = folder / "tokenizer" / "tokenizer_config.json"
     if not path.is_file():
         return 1
@@ -48,45 +95,78 @@ def _condition_length(folder: Path) -> int:
         raise CaptureError(str(path), f"gives no length ({error})", "Check the file.") from error
 
 
-def from_unet(folder: Path, name: str, condition_length: int, pipeline: Path | None) -> Source:
+def from_folder(folder: Path, name: str, options: CaptureOptions, pipeline: Path | None) -> Source:
+    """The denoiser of a folder with config.json and safetensors weights.
+
+    Raises:
+        CaptureError: if it holds another class, or cannot be loaded or captured.
+    """
+    kind = read_class(folder)
+    if kind not in (*FAMILIES, *_LEGACY):
+        raise CaptureError(
+            str(folder), f"holds a {kind}; expected {' or '.join(FAMILIES)}", "Give the denoiser's own folder."
+        )
+    model = load_denoiser(folder, kind)
+    return denoiser_source(model, name, options.condition_length, options.latent_size, pipeline)
+
+
+def read_class(folder: Path) -> str:
+    """The class that a folder's config.json names.
+
+    Raises:
+        CaptureError: if it cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8")).get("_class_name"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise CaptureError(str(path), f"is not JSON ({error})", "Check the file.") from error
+
+
+def load_denoiser(folder: Path, kind: str) -> nn.Module:
+    """The module of a folder, in float32; weights are read from safetensors alone.
+
+    Raises:
+        CaptureError: if diffusers cannot load it.
+    """
     import diffusers
 
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        class_name = config.get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise CaptureError(str(folder / "config.json"), f"is not JSON ({error})", "Check the file.") from error
-    if class_name not in _UNETS:
-        raise CaptureError(
-            str(folder), f"holds a {class_name}; expected {' or '.join(_UNETS)}", "Give the UNet's folder."
+        return getattr(diffusers, kind).from_pretrained(  # type: ignore[no-any-return]
+            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
-    try:
-        unet = getattr(diffusers, class_name).from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise CaptureError(str(folder), f"diffusers could not load it ({error})", "Check the folder.") from error
-    return unet_source(unet, name, condition_length, pipeline)
 
 
-def unet_source(unet: Any, name: str, condition_length: int, pipeline: Path | None = None) -> Source:
-    """A loaded diffusers UNet as a source; `condition_length` tokens where it is conditional."""
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    inputs = [InputSpec("sample", (BATCH, unet.config.in_channels, height, width)), InputSpec("timestep", (BATCH,))]
-    kind = type(unet).__name__
-    if kind == "UNet2DConditionModel":
-        inputs.append(InputSpec("condition", (BATCH, condition_length, _width(unet.config.cross_attention_dim))))
+def denoiser_source(
+    model: Any,
+    name: str,
+    condition_length: int | None = None,
+    latent_size: int | None = None,
+    pipeline: Path | None = None,
+) -> Source:
+    """A loaded diffusers denoiser as a source; `condition_length` tokens where it is conditional.
+
+    Raises:
+        CaptureError: for a class without a wrapper, or options of it that hqc has no input for.
+    """
+    kind = type(model).__name__
+    family = family_of(kind)
+    inputs: tuple[InputSpec, ...] = family.inputs(model.config, condition_length or family.length, latent_size)
     origin = Origin(
         source=name,
         kind=kind,
         pipeline=str(pipeline.resolve()) if pipeline is not None and name != "digits" else name if pipeline else "",
-        unet_config=_plain_config(unet.config),
+        unet_config={**_plain_config(model.config), "_class_name": kind},
         versions=versions(),
     )
-    return Source(DiffusersUNet(unet), tuple(inputs), origin, pipeline, prefix="unet.")
+    return Source(Denoiser(model, [spec.name for spec in inputs]), inputs, origin, pipeline, prefix="unet.")
 
 
-def _width(dimension: int | list[int]) -> int:
-    return dimension if isinstance(dimension, int) else dimension[0]
+def unet_source(unet: Any, name: str, condition_length: int, pipeline: Path | None = None) -> Source:
+    """A loaded diffusers UNet as a source; `condition_length` tokens where it is conditional."""
+    return denoiser_source(unet, name, condition_length, None, pipeline)
 
 
 def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from hqc.capture.architectures import ARCHITECTURE, from_architecture
-from hqc.capture.diffusers_models import from_pipeline, from_unet
+from hqc.capture.diffusers_models import CaptureOptions, from_folder, from_pipeline
 from hqc.capture.export_graph import capture_module
 from hqc.capture.source import Source
 from hqc.capture.user_callable import from_callable
@@ -25,6 +25,7 @@ def trace(
     source: str | Source,
     *,
     condition_length: int | None = None,
+    latent_size: int | None = None,
     config: Path | str | None = None,
     outliers: bool = False,
 ) -> Program:
@@ -34,7 +35,9 @@ def trace(
         CaptureError: if the source is unknown or cannot be captured.
     """
     if not isinstance(source, Source):
-        source = find_source(source, condition_length=condition_length, config=config, outliers=outliers)
+        source = find_source(
+            source, condition_length=condition_length, latent_size=latent_size, config=config, outliers=outliers
+        )
     program = capture_module(source.module, source.inputs, source.origin)
     return _without_prefix(program, source.prefix) if source.prefix else program
 
@@ -53,11 +56,13 @@ def find_source(
     source: str,
     *,
     condition_length: int | None = None,
+    latent_size: int | None = None,
     config: Path | str | None = None,
     outliers: bool = False,
 ) -> Source:
     """Resolves what the user typed; see the module's first lines.
 
+    condition_length: tokens of the condition. latent_size: side of the latents. None takes the source's own.
     config: the YAML file of an original checkpoint, and of nothing else. outliers: of a named architecture.
 
     Raises:
@@ -65,10 +70,11 @@ def find_source(
     """
     is_checkpoint = Path(source).suffix in CHECKPOINTS
     _check_options(source, config is not None, is_checkpoint, outliers)
+    options = CaptureOptions(condition_length, latent_size)
     if source == "digits":
         from hqc.models import digits_path
 
-        return from_pipeline(digits_path(), "digits", condition_length)
+        return from_pipeline(digits_path(), "digits", options)
     if source.startswith(ARCHITECTURE):
         return from_architecture(source, condition_length=condition_length, outliers=outliers)
     if is_checkpoint and config is not None:
@@ -77,9 +83,9 @@ def find_source(
         return from_checkpoint(Path(source), Path(config))
     folder = Path(source)
     if (folder / "model_index.json").is_file():
-        return from_pipeline(folder, str(folder.resolve()), condition_length)
+        return from_pipeline(folder, str(folder.resolve()), options)
     if (folder / "config.json").is_file():
-        return from_unet(folder, str(folder.resolve()), condition_length or 77, None)
+        return from_folder(folder, str(folder.resolve()), options, None)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
         return from_callable(source)
     what = "a folder without model_index.json or config.json" if folder.is_dir() else "nothing that hqc can trace"

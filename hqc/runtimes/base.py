@@ -1,4 +1,4 @@
-"""What a runtime offers: a session that maps (sample, timestep, condition) to the denoiser's output."""
+"""What a runtime offers: a session that maps (sample, timestep, conditions) to the denoiser's output."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -25,8 +25,10 @@ class Session(Protocol):
         """What it takes, in order."""
         ...
 
-    def __call__(self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None = None) -> Tensor:
-        """sample [N, C, H, W], timestep scalar or [N], condition [N, L, D] or None -> [N, C', H, W] on the CPU.
+    def __call__(
+        self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
+    ) -> Tensor:
+        """sample [N, …], timestep scalar or [N], conditions by name or in the order of `inputs` -> [N, …] on the CPU.
 
         Raises:
             EvaluationError: if the inputs are not what the denoiser was captured for.
@@ -35,44 +37,74 @@ class Session(Protocol):
 
 
 def named_inputs(
-    inputs: Sequence[InputSpec], sample: Tensor, timestep: Tensor | float, condition: Tensor | None
+    inputs: Sequence[InputSpec],
+    sample: Tensor,
+    timestep: Tensor | float,
+    *conditions: Tensor | None,
+    **named: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The three arguments as contiguous float32 CPU tensors by name; a timestep for all becomes one a sample.
+    """The arguments as contiguous CPU tensors by name, each in the dtype and shape of its `InputSpec`, in their order.
+
+    A timestep, or any other condition [N], may be one value for all samples; what all samples share may have a leading
+    axis of 1. Conditions without a name are those after `timestep`, in order; None leaves one out.
 
     Raises:
-        EvaluationError: for a missing or superfluous condition, or a shape that does not fit.
+        EvaluationError: for a missing or superfluous input, or a shape that does not fit.
     """
     names = [spec.name for spec in inputs]
-    given = {"sample": sample, "timestep": _per_sample(timestep, len(sample)), "condition": condition}
-    if extra := [n for n in names if n not in given]:
+    given: dict[str, Tensor | float | None] = {
+        "sample": sample,
+        "timestep": timestep,
+        **_by_name(names, conditions),
+    }
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if given.get(name) is not None:
+            raise EvaluationError(name, "is given twice", "Give it once.")
+        given[name] = tensor
+    for name, value in given.items():
+        if value is not None and name not in names:
+            what = f"takes {', '.join(names)}; it was captured without {name}"
+            raise EvaluationError(name, f"the denoiser {what}", "Leave it out, or capture the model with it.")
+    return {spec.name: _fitted(spec, given.get(spec.name), len(sample)) for spec in inputs}
+
+
+def _by_name(names: Sequence[str], conditions: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    """Conditions in order under their names; one beyond the last is an error only if it is not None."""
+    free = [name for name in names if name not in ("sample", "timestep")]
+    if any(value is not None for value in conditions[len(free) :]):
+        if not free:
+            raise EvaluationError("condition", "the denoiser is unconditional", "Leave the condition out.")
         raise EvaluationError(
-            "denoiser", f"takes the input {extra[0]!r}, which a sampler does not have", "Call it itself."
+            "denoiser", f"takes {len(free)} conditions ({', '.join(free)}) and was given more", "Leave the rest out."
         )
-    if condition is not None and "condition" not in names:
-        raise EvaluationError("condition", "the denoiser is unconditional", "Leave the condition out.")
-    tensors = {}
-    for spec in inputs:
-        value = given[spec.name]
-        if value is None:
-            raise EvaluationError(spec.name, f"is missing; expected {list(spec.shape)}", "Give it.")
-        _check_shape(spec, value, len(sample))
-        tensors[spec.name] = value.detach().to("cpu", getattr(torch, spec.dtype)).contiguous()
-    return tensors
+    return dict(zip(free, conditions, strict=False))
 
 
-def _per_sample(timestep: Tensor | float, count: int) -> Tensor:
-    """A number, or a tensor of one or N -> [N] float32."""
-    vector = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
-    if len(vector) not in (1, count):
-        raise EvaluationError("timestep", f"has {len(vector)} values for {count} samples", "Give one, or one a sample.")
-    return vector.expand(count)
-
-
-def _check_shape(spec: InputSpec, value: Tensor, batch: int) -> None:
-    wanted = [batch if d == BATCH else d for d in spec.shape]
-    if list(value.shape) != wanted:
+def _fitted(spec: InputSpec, value: Tensor | float | None, batch: int) -> Tensor:
+    """A value in the shape and dtype of its input."""
+    wanted = [batch if d == BATCH else int(d) for d in spec.shape]
+    if value is None:
+        raise EvaluationError(spec.name, f"is missing; expected {list(spec.shape)}", "Give it.")
+    dtype = getattr(torch, spec.dtype)
+    tensor = torch.as_tensor(value).detach().to("cpu", dtype)
+    if spec.shape == (BATCH,):
+        return _per_sample(spec.name, tensor, batch)
+    if not spec.batched and tensor.ndim == len(wanted) + 1 and len(tensor) == 1:
+        tensor = tensor[0]
+    if list(tensor.shape) != wanted:
         raise EvaluationError(
             spec.name,
-            f"has shape {list(value.shape)}; expected {wanted}",
+            f"has shape {list(tensor.shape)}; expected {wanted}",
             "Give the shape that the denoiser was captured for.",
         )
+    return tensor.contiguous()
+
+
+def _per_sample(name: str, values: Tensor, count: int) -> Tensor:
+    """One number or N of them -> [N]."""
+    vector = values.reshape(-1)
+    if len(vector) not in (1, count):
+        raise EvaluationError(name, f"has {len(vector)} values for {count} samples", "Give one, or one a sample.")
+    return vector.expand(count).contiguous()

@@ -40,9 +40,13 @@ class Model:
     unet_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
     pipeline_folder: Path | None = None
 
-    def as_unet(self) -> SessionUNet:
-        """The denoiser as a drop-in for a diffusers pipeline's `.unet`."""
+    def as_denoiser(self) -> SessionUNet:
+        """The denoiser as a drop-in for a diffusers pipeline's `.unet` or `.transformer`."""
         return as_unet(self.session, self.unet_config, timesteps=self.plan.timesteps)
+
+    def as_unet(self) -> SessionUNet:
+        """The same as `as_denoiser`."""
+        return self.as_denoiser()
 
     def pipeline(self) -> Any:
         """The diffusers pipeline with this denoiser in it.
@@ -52,9 +56,9 @@ class Model:
         """
         if self.pipeline_folder is None:
             raise ArtefactError(
-                self.name, "has no pipeline around its denoiser", "Trace a pipeline folder, or use as_unet()."
+                self.name, "has no pipeline around its denoiser", "Trace a pipeline folder, or use as_denoiser()."
             )
-        return _load_pipeline(self.pipeline_folder, self.as_unet())
+        return _load_pipeline(self.pipeline_folder, self.as_denoiser())
 
 
 def load(path: Path | str, *, runtime: Runtime | None = None, threads: int | None = None) -> Model:
@@ -181,17 +185,18 @@ def _pipeline_folder(folder: Path, reference: str) -> Path | None:
     return Path(reference) if reference and (Path(reference) / "model_index.json").is_file() else None
 
 
-def _load_pipeline(folder: Path, unet: SessionUNet) -> Any:
-    kind = _pipeline_class(folder)
+def _load_pipeline(folder: Path, denoiser: SessionUNet) -> Any:
+    index = _model_index(folder)
+    kind, part = _pipeline_class(folder, index), "transformer" if "transformer" in index else "unet"
     try:
         with _no_progress_bar():
             # diffusers checks the class of a module that it is handed; one that is set afterwards it takes as it is.
-            pipeline = kind.from_pretrained(folder, unet=None, use_safetensors=True)
+            pipeline = kind.from_pretrained(folder, **{part: None}, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise ArtefactError(
             str(folder), f"diffusers could not load the pipeline ({error})", "Check the folder."
         ) from error
-    pipeline.unet = unet
+    setattr(pipeline, part, denoiser)
     return pipeline
 
 
@@ -208,15 +213,20 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _pipeline_class(folder: Path) -> Any:
+def _model_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        return {"_class_name": str(index["_class_name"]), **index}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(str(folder), f"has no readable model_index.json ({error})", "Check the folder.") from error
+
+
+def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:
     import diffusers
 
     import hqc.models.ldm as own
 
-    try:
-        name = str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(str(folder), f"has no readable model_index.json ({error})", "Check the folder.") from error
+    name = str(index["_class_name"])
     for module in (own, diffusers):
         kind = getattr(module, name, None)
         if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline):

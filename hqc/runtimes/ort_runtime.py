@@ -33,15 +33,17 @@ class OrtSession:
         if MODEL_FILE not in manifest["files"]:
             raise ArtefactError(str(folder), f"lists no {MODEL_FILE}", "Export it again.")
         try:
-            specs = [InputSpec(s["name"], tuple(s["shape"]), s["dtype"]) for s in manifest["inputs"]]
-        except (KeyError, TypeError) as error:
+            specs = [InputSpec.from_dict(spec) for spec in manifest["inputs"]]
+        except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(str(folder), f"has a manifest without inputs ({error})", "Export it again.") from error
         self.inputs = tuple(specs)
         self._session = open_session(folder / MODEL_FILE, threads=threads, optimisation=optimisation)
 
-    def __call__(self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
+    ) -> Tensor:
         """See `Session`."""
-        named = named_inputs(self.inputs, sample, timestep, condition)
+        given = named_inputs(self.inputs, sample, timestep, *conditions, **named)
         taken = {value.name for value in self._session.get_inputs()}
-        feeds = {name: tensor.numpy() for name, tensor in named.items() if name in taken}
+        feeds = {name: tensor.numpy() for name, tensor in given.items() if name in taken}
         return torch.from_numpy(self._session.run([OUTPUT], feeds)[0])

@@ -1,12 +1,15 @@
-"""A session as a drop-in for a diffusers pipeline's `.unet`."""
+"""A session as a drop-in for a diffusers pipeline's `.unet` or `.transformer`."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hqc.capture.families import plain_arguments
 from hqc.errors import EvaluationError
 from hqc.runtimes.base import Session
 
@@ -16,8 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def as_unet(session: Session, unet_config: Mapping[str, Any], *, timesteps: Sequence[float] = ()) -> "SessionUNet":
-    """An object with a diffusers UNet's call, `config`, `dtype` and `device`.
+    """An object with the call, `config`, `dtype` and `device` of the diffusers denoiser that was captured.
 
+    unet_config: its configuration; `_class_name` decides the order of positional arguments (a UNet's without one).
     timesteps: the calibrated grid; a call outside its range uses the nearest row, which is noted in the log once.
     """
     return SessionUNet(session, unet_config, timesteps)
@@ -33,6 +37,11 @@ class SessionUNet(nn.Module):
         self.session = session
         self.config = FrozenDict({**_config_of(session), **unet_config})
         self._range = (min(timesteps), max(timesteps)) if timesteps else None
+        self._kind = str(unet_config.get("_class_name", ""))
+        if "projection_class_embeddings_input_dim" in unet_config:
+            # The SDXL pipeline checks its time_ids against the width of this layer.
+            width = unet_config["projection_class_embeddings_input_dim"]
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,27 +53,33 @@ class SessionUNet(nn.Module):
         """Where inputs and outputs live."""
         return torch.device("cpu")
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor | None = None,
-        return_dict: bool = True,
-        **options: Any,
-    ) -> Any:
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """What diffusers' transformers offer for caching between steps: nothing is cached here."""
+        yield
+
+    def forward(self, *arguments: Any, return_dict: bool = True, **options: Any) -> Any:
         """diffusers' call: (ε,) or an output with `.sample`, in the sample's dtype and on its device.
 
         Raises:
             EvaluationError: for options that the captured denoiser does not have, or inputs that do not fit.
         """
-        if given := sorted(name for name, value in options.items() if value is not None and value != {}):
+        try:
+            given = plain_arguments(self._kind, arguments, options)
+            sample, timestep = given.pop("sample"), given.pop("timestep")
+        except (TypeError, KeyError) as error:
             raise EvaluationError(
-                f"option {given[0]!r}",
+                "denoiser", f"cannot be called like that ({error})", "Call it as diffusers does."
+            ) from error
+        names = {spec.name for spec in self.session.inputs}
+        if unknown := sorted(given.keys() - names):
+            raise EvaluationError(
+                f"option {unknown[0]!r}",
                 "the denoiser was captured without it",
                 "Leave it out, or capture the model with it.",
             )
         self._note_range(timestep)
-        result = self.session(sample, timestep, encoder_hidden_states).to(sample.device, sample.dtype)
+        result = self.session(sample, timestep, **given).to(sample.device, sample.dtype)
         if not return_dict:
             return (result,)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput

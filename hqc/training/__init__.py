@@ -2,7 +2,8 @@
 
 from hqc.training.calibration import calibrate
 from hqc.training.distillation import StepRecord, distil
-from hqc.training.task import Task, class_conditional_task, guided, synthetic_task, unconditional_task
+from hqc.training.task import Task, guided
+from hqc.training.task_sources import class_conditional_task, pipeline_task, synthetic_task
 
 __all__ = [
     "StepRecord",
@@ -11,6 +12,6 @@ __all__ = [
     "class_conditional_task",
     "distil",
     "guided",
+    "pipeline_task",
     "synthetic_task",
-    "unconditional_task",
 ]

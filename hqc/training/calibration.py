@@ -65,14 +65,14 @@ class _Observer(fx.Interpreter):
         super().__init__(self.program.module())
         self.grid = self.program.state.get(GRID, torch.zeros(1))
 
-    def __call__(self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
         times = timestep.reshape(-1).float()
         if bool((times != times[0]).any()):
             raise TrainingError(
                 "calibration", "one call mixes timesteps", "Call the model with one timestep at a time."
             )
         self.row = int((times[0] - self.grid).abs().argmin())
-        args = [a for a in (sample, times.expand(len(sample)), condition) if a is not None]
+        args = [a for a in (sample, times.expand(len(sample)), *conditions) if a is not None]
         with torch.no_grad():
             return self.run(*args)  # type: ignore[no-any-return]
 
@@ -109,7 +109,7 @@ class _Observer(fx.Interpreter):
 def calibrate(program: Program, forward_loop: Callable[[Denoise], None], *, candidates: int = 60) -> Program:
     """Fills the activation scale tables of a quantised program.
 
-    forward_loop(model) runs `model(sample, timestep, condition)` on whatever it likes, one timestep a call; every
+    forward_loop(model) runs `model(sample, timestep, *conditions)` on whatever it likes, one timestep a call; every
     timestep is booked under its nearest row of the grid. Rows that were never visited take the nearest visited row.
 
     Raises:

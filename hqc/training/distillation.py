@@ -13,7 +13,6 @@ killed continues to the same bits. Source: HQ-DM training loop; EfficientDM scal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from hqc.ops.hadamard import Hadamard
 from hqc.program import Program, Stage
 from hqc.recipes import TrainingSettings
 from hqc.training.checkpoint import Checkpoint
-from hqc.training.task import Task, advance, guided, start
+from hqc.training.task import Task, advance, denoiser, guided, initial_sample, scaled_input, start
 
 __all__ = ["StepRecord", "distil"]
 
@@ -91,7 +90,8 @@ def distil(
     names = trainable(student)
     parameters = {name: _own_parameter(module, name) for name in names}
     optimizer = _optimizer(student, parameters, settings)
-    length = len(_fresh_scheduler(task, settings).timesteps)
+    denoise, denoise_teacher = denoiser(module), denoiser(teacher_module)
+    length = len(task.scheduler(settings.num_inference_steps).timesteps)
     total, first = settings.total_steps, 0
     if resume is not None:
         first = resume.step
@@ -101,17 +101,18 @@ def distil(
         began = time.perf_counter()
         epoch, index = divmod(step, length)
         if index == 0:
-            scheduler = _fresh_scheduler(task, settings)
+            scheduler = task.scheduler(settings.num_inference_steps)
             noise, conditions = start(task, settings.batch_size, _generator(settings.seed, epoch, 0))
-            sample = noise * scheduler.init_noise_sigma
+            sample = initial_sample(task, scheduler, noise)
         timestep = scheduler.timesteps[index]
-        model_input = scheduler.scale_model_input(sample, timestep)
+        time_input = float(timestep) * task.time_scale
+        model_input = scaled_input(task, scheduler, sample, timestep)
         with torch.no_grad():
-            wanted = guided(teacher_module, model_input, float(timestep), conditions, settings.guidance_scale)
+            wanted = guided(denoise_teacher, model_input, time_input, conditions, settings.guidance_scale)
         sample = advance(scheduler, wanted, timestep, sample, settings.eta, _generator(settings.seed, epoch, index + 1))
         if step < first:
             continue
-        found = guided(module, model_input, float(timestep), conditions, settings.guidance_scale)
+        found = guided(denoise, model_input, time_input, conditions, settings.guidance_scale)
         loss = (found - wanted).square().sum()
         value = float(loss.detach())
         if not value < float("inf"):
@@ -174,12 +175,6 @@ def _generator(*numbers: int) -> torch.Generator:
 def _keep_positive(parameters: dict[str, nn.Parameter], names: dict[str, str]) -> None:
     scales: list[Tensor] = [parameters[name] for name, kind in names.items() if kind != "lora"]
     torch._foreach_clamp_min_(scales, _SMALLEST_SCALE)
-
-
-def _fresh_scheduler(task: Task, settings: TrainingSettings) -> Any:
-    scheduler = task.new_scheduler()
-    scheduler.set_timesteps(settings.num_inference_steps)
-    return scheduler
 
 
 def _snapshot(step: int, optimizer: torch.optim.AdamW, parameters: dict[str, nn.Parameter]) -> Checkpoint:

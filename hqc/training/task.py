@@ -1,160 +1,175 @@
 """What is sampled while calibrating and training: scheduler, latents, conditions; and how guidance combines."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hqc.errors import TrainingError
-from hqc.program import InputSpec
 
-__all__ = [
-    "Denoise",
-    "Task",
-    "class_conditional_task",
-    "guided",
-    "synthetic_task",
-    "trajectory",
-    "unconditional_task",
-]
+__all__ = ["Condition", "Conditions", "Denoise", "Task", "denoiser", "guided", "trajectory"]
 
-Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(sample [N, C, H, W], timestep [N], condition [N, L, D] or None) -> noise [N, C, H, W]."""
+Denoise = Callable[..., Tensor]
+"""(sample [N, …], timestep [N], *conditions in the order of the program's inputs) -> noise [N, …].
+
+A model without conditions is given a single None.
+"""
+
+Condition = Tensor | tuple[Tensor | None, ...]
+"""One condition [N, …], or several in the order of the program's inputs."""
+
+Conditions = tuple[Condition | None, Condition]
+"""What guidance combines: (null, wanted)."""
+
+
+def _set_timesteps(scheduler: Any, steps: int) -> None:
+    scheduler.set_timesteps(steps)
 
 
 @dataclass(frozen=True)
 class Task:
     """How to draw what the denoiser is run on.
 
-    new_scheduler: a fresh diffusers scheduler. latent_shape: (C, H, W). draw_conditions: (n, generator) -> conditions
-    [n, L, D], or None for an unconditional model. unconditional: n -> the null conditions of guidance [n, L, D].
+    new_scheduler: a fresh diffusers scheduler. latent_shape: (C, H, W), or (L, C) for packed tokens.
+    draw_conditions: (n, generator) -> conditions [n, …] in the order of the program's inputs (a tensor where there is
+    one), or None for an unconditional model. unconditional: n -> the null conditions of guidance, in the same order;
+    None in place of one that has no batch axis and serves both halves.
+    distilled: conditions, but no null ones: guidance is an input of the model, and it is run once.
+    carried: trailing channels of the latents that are an input and not sampled (mask and masked image of inpainting).
+    time_scale: what the denoiser is given for a scheduler's timestep t is time_scale·t (Flux takes t/1000).
+    set_timesteps: (scheduler, steps), for schedulers that need more than the number of steps.
     """
 
     new_scheduler: Callable[[], Any]
-    latent_shape: tuple[int, int, int]
-    draw_conditions: Callable[[int, torch.Generator], Tensor] | None = None
-    unconditional: Callable[[int], Tensor] | None = None
+    latent_shape: tuple[int, ...]
+    draw_conditions: Callable[[int, torch.Generator], Condition] | None = None
+    unconditional: Callable[[int], Condition] | None = None
+    distilled: bool = False
+    carried: int = 0
+    time_scale: float = 1.0
+    set_timesteps: Callable[[Any, int], None] = _set_timesteps
 
     def __post_init__(self) -> None:
+        if self.distilled and self.draw_conditions is not None and self.unconditional is None:
+            return
         if (self.draw_conditions is None) != (self.unconditional is None):
             has, lacks = ("draw_conditions", "unconditional")[:: -1 if self.draw_conditions is None else 1]
             raise TrainingError("Task", f"has {has} without {lacks}", "Give both, or neither for an unconditional one.")
 
-    def timesteps(self, num_inference_steps: int) -> tuple[float, ...]:
-        """The sampler's timesteps: the grid of the scale tables, ascending."""
+    def scheduler(self, num_inference_steps: int) -> Any:
+        """A fresh scheduler with its timesteps set."""
         scheduler = self.new_scheduler()
-        scheduler.set_timesteps(num_inference_steps)
-        return tuple(sorted({float(t) for t in scheduler.timesteps}))
+        self.set_timesteps(scheduler, num_inference_steps)
+        return scheduler
+
+    def timesteps(self, num_inference_steps: int) -> tuple[float, ...]:
+        """The timesteps that the denoiser is given: the grid of the scale tables, ascending."""
+        times = self.scheduler(num_inference_steps).timesteps
+        return tuple(sorted({float(t) * self.time_scale for t in times}))
 
 
-def class_conditional_task(pipeline: Any) -> Task:
-    """The task of a `ClassConditionalLDMPipeline`: uniform random classes, its null class for guidance.
+def denoiser(module: nn.Module) -> Denoise:
+    """A program's module as a `Denoise`: without the None that an unconditional model is given."""
 
-    Raises:
-        TrainingError: if the pipeline has no class embedder.
+    def denoise(sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
+        return module(sample, timestep, *[c for c in conditions if c is not None])  # type: ignore[no-any-return]
+
+    return denoise
+
+
+def guided(denoise: Denoise, sample: Tensor, timestep: float, conditions: Conditions | None, g: float) -> Tensor:
+    """ε = ε_u + g·(ε_c - ε_u), both halves in one call; ε(x) itself where there is no null condition.
+
+    sample [N, …] -> [N, …]; conditions = (null, wanted). Of a model that predicts a variance too, only ε is returned.
     """
-    embedder = getattr(pipeline, "class_embedder", None)
-    if embedder is None:
-        raise TrainingError(
-            type(pipeline).__name__,
-            "has no class embedder, so hqc cannot draw conditions for it",
-            "Call hqc.qat(program, recipe, task=Task(...)) from Python with your own conditions.",
-        )
-    null_class = embedder.config.num_classes
-    config = pipeline.unet.config
-    size = config["sample_size"]
-
-    @torch.no_grad()
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        return embedder(torch.randint(0, null_class, (n,), generator=generator)).float()  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def null(n: int) -> Tensor:
-        return embedder(torch.full((n,), null_class)).float()  # type: ignore[no-any-return]
-
-    kind, scheduler_config = type(pipeline.scheduler), pipeline.scheduler.config
-    return Task(lambda: kind.from_config(scheduler_config), (config["in_channels"], size, size), draw, null)
-
-
-def unconditional_task(pipeline: Any) -> Task:
-    """The task of an `UnconditionalLDMPipeline`: noise alone."""
-    config = pipeline.unet.config
-    size, kind, scheduler_config = config["sample_size"], type(pipeline.scheduler), pipeline.scheduler.config
-    return Task(lambda: kind.from_config(scheduler_config), (config["in_channels"], size, size))
-
-
-def synthetic_task(inputs: Sequence[InputSpec]) -> Task:
-    """The task of a denoiser with seeded weights: DDIM over 1 000 steps, normal noise, normal conditions, null zero.
-
-    Raises:
-        TrainingError: if the sample is no image [N, C, H, W].
-    """
-    from diffusers import DDIMScheduler
-
-    shapes = {spec.name: tuple(int(d) for d in spec.shape[1:]) for spec in inputs}
-    latent = shapes["sample"]
-    if len(latent) != 3:
-        raise TrainingError("sample", f"has shape {list(latent)} a sample; expected (C, H, W)", "Give task=Task(…).")
-
-    def scheduler() -> Any:
-        return DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False)
-
-    if "condition" not in shapes:
-        return Task(scheduler, latent)
-    condition = shapes["condition"]
-    return Task(
-        scheduler,
-        latent,
-        lambda n, generator: torch.randn(n, *condition, generator=generator),
-        lambda n: torch.zeros(n, *condition),
-    )
-
-
-def guided(
-    denoise: Denoise, sample: Tensor, timestep: float, conditions: tuple[Tensor, Tensor] | None, g: float
-) -> Tensor:
-    """ε = ε_u + g·(ε_c - ε_u), both halves in one call; ε(x) itself for an unconditional model.
-
-    sample [N, C, H, W] -> [N, C, H, W]; conditions = (null, wanted), each [N, L, D].
-    """
-    if conditions is None:
-        return denoise(sample, torch.full((len(sample),), timestep), None)
+    null, wanted = conditions if conditions is not None else (None, (None,))
+    if null is None:
+        times = torch.full((len(sample),), timestep)
+        return _noise_only(denoise(sample, times, *_each(wanted)), sample)
     times = torch.full((2 * len(sample),), timestep)
-    null, wanted = denoise(torch.cat([sample, sample]), times, torch.cat(conditions)).chunk(2)
-    return null + g * (wanted - null)
+    both = [b if a is None or b is None else torch.cat([a, b]) for a, b in zip(_each(null), _each(wanted), strict=True)]
+    without, with_condition = denoise(torch.cat([sample, sample]), times, *both).chunk(2)
+    return _noise_only(without + g * (with_condition - without), sample)
 
 
-def start(task: Task, n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Fresh noise [n, C, H, W] and its conditions (null, drawn)."""
-    conditions = None
-    if task.draw_conditions is not None and task.unconditional is not None:
-        conditions = (task.unconditional(n), task.draw_conditions(n, generator))
+def _each(condition: Condition) -> tuple[Tensor | None, ...]:
+    return condition if isinstance(condition, tuple) else (condition,)
+
+
+def _channel_axis(tensor: Tensor) -> int:
+    """Images [N, C, H, W]; tokens [N, L, C]."""
+    return 1 if tensor.ndim >= 4 else -1
+
+
+def _noise_only(found: Tensor, sample: Tensor) -> Tensor:
+    axis = _channel_axis(sample)
+    if found.ndim != sample.ndim or found.shape[axis] != 2 * sample.shape[axis]:
+        return found
+    return found.narrow(axis, 0, sample.shape[axis])
+
+
+def start(task: Task, n: int, generator: torch.Generator) -> tuple[Tensor, Conditions | None]:
+    """Fresh noise [n, …] and its conditions (null, drawn)."""
+    conditions: Conditions | None = None
+    if task.draw_conditions is not None:
+        null = task.unconditional(n) if task.unconditional is not None else None
+        conditions = (null, task.draw_conditions(n, generator))
     return torch.randn(n, *task.latent_shape, generator=generator), conditions
+
+
+def initial_sample(task: Task, scheduler: Any, noise: Tensor) -> Tensor:
+    """x_T from unit noise; flow-matching schedulers have no scale of their own."""
+    return _on_sampled(task, noise, lambda x: x * getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def scaled_input(task: Task, scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
+    """What the denoiser is given for x_t."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return sample
+    return _on_sampled(task, sample, lambda x: scheduler.scale_model_input(x, timestep))
+
+
+def _on_sampled(task: Task, sample: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The function of the channels that are sampled, with the carried ones behind them."""
+    if not task.carried:
+        return function(sample)
+    axis = _channel_axis(sample)
+    count = sample.shape[axis] - task.carried
+    rest = sample.narrow(axis, count, task.carried)
+    return torch.cat([function(sample.narrow(axis, 0, count)), rest], axis)
 
 
 def advance(
     scheduler: Any, noise: Tensor, timestep: Tensor, sample: Tensor, eta: float, generator: torch.Generator
 ) -> Tensor:
-    """One sampler step x_t -> x_{t-1}; eta and generator go only to schedulers that take them."""
+    """One sampler step x_t -> x_{t-1}; eta and generator go only to schedulers that take them.
+
+    Channels of the sample beyond the noise's are carried along.
+    """
     import inspect
 
+    axis = _channel_axis(sample)
+    count = noise.shape[axis]
+    rest = sample.narrow(axis, count, sample.shape[axis] - count)
     accepted = inspect.signature(scheduler.step).parameters
     options = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
-    return scheduler.step(noise, timestep, sample, **options).prev_sample  # type: ignore[no-any-return]
+    if not rest.numel():
+        return scheduler.step(noise, timestep, sample, **options).prev_sample  # type: ignore[no-any-return]
+    moved = scheduler.step(noise, timestep, sample.narrow(axis, 0, count), **options).prev_sample
+    return torch.cat([moved, rest], axis)
 
 
 @torch.no_grad()
 def trajectory(task: Task, denoise: Denoise, n: int, steps: int, g: float, eta: float, seed: int) -> Iterator[Tensor]:
     """Runs the sampler with `denoise` and yields x_t before each step."""
     generator = torch.Generator().manual_seed(seed)
-    scheduler = task.new_scheduler()
-    scheduler.set_timesteps(steps)
-    sample, conditions = start(task, n, generator)
-    sample = sample * scheduler.init_noise_sigma
+    scheduler = task.scheduler(steps)
+    noise, conditions = start(task, n, generator)
+    sample = initial_sample(task, scheduler, noise)
     for timestep in scheduler.timesteps:
         yield sample
-        model_input = scheduler.scale_model_input(sample, timestep)
-        noise = guided(denoise, model_input, float(timestep), conditions, g)
+        model_input = scaled_input(task, scheduler, sample, timestep)
+        noise = guided(denoise, model_input, float(timestep) * task.time_scale, conditions, g)
         sample = advance(scheduler, noise, timestep, sample, eta, generator)

@@ -1,0 +1,69 @@
+"""Every family of denoiser the whole way: calibrated on noise, rotated, quantised, exported, verified, run."""
+
+from functools import cache
+
+import pytest
+import torch
+from denoisers import TRANSFORMERS, captured_denoiser
+
+from hqc import api
+from hqc.export import export_program
+from hqc.program import Program
+from hqc.recipes import TrainingSettings
+from hqc.runtimes import load
+from hqc.storage import load_program, save_program
+
+SHORT = {"num_inference_steps": 3, "batch_size": 2}
+
+
+@cache
+def quantised_denoiser(name: str) -> Program:
+    program = captured_denoiser(name)
+    recipe = api.configure("rtn", training=TrainingSettings(num_inference_steps=3))
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"samples": 2})})
+    return api.ptq(program, recipe, "w4a4", hadamard=True, task=api.task_of(program, synthetic=True))
+
+
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+@pytest.mark.parametrize("name", ["sdxl", "labelled", *TRANSFORMERS])
+def test_exported(name: str, target: str, tmp_path) -> None:
+    program = quantised_denoiser(name)
+    report = export_program(program, target, tmp_path / "x", float_program=captured_denoiser(name))
+    figures = report.verification
+    assert len(figures.sites) == len(program.plan.quantised) > 20
+    assert figures.network.quantisation_error > 1e-3
+    # Read back and run: float32 rounding, or where a code flipped a share of the quantisation error.
+    session, args = load(tmp_path / "x").session, program.example_inputs(2, seed=9)
+    assert session.inputs == program.inputs
+    wanted = program.module()(*args)
+    assert (session(*args) - wanted).norm() <= 0.5 * figures.network.quantisation_error * wanted.norm()
+    named = dict(zip((spec.name for spec in program.inputs), args, strict=True))
+    assert torch.equal(session(named.pop("sample"), named.pop("timestep"), **named), session(*args))
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_quantised_transformer_comes_back_from_disk(name: str, tmp_path) -> None:
+    program = quantised_denoiser(name)
+    save_program(program, tmp_path / "x.hqc")
+    again = load_program(tmp_path / "x.hqc")
+    assert again.inputs == program.inputs
+    args = program.example_inputs(2)
+    assert torch.equal(again.module()(*args), program.module()(*args))
+
+
+@pytest.mark.parametrize("name", ["sdxl", *TRANSFORMERS])
+def test_trained(name: str) -> None:
+    """A few steps of distillation reach the LoRA factors of every site that has them."""
+    program = captured_denoiser(name)
+    task = api.task_of(program, synthetic=True)
+    settings = TrainingSettings(**SHORT, epochs=4, lr_lora=2e-2, lr_weight_scale=1e-4, lr_activation_scale=1e-3)
+    losses = []
+    recipe = api.configure("hq-dm")
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"samples": 2})})
+    trained = api.qat(
+        program, recipe, "w4a4", task=task, settings=settings, on_step=lambda record: losses.append(record)
+    )
+    assert len(losses) == 12
+    assert all(record.loss > 0 for record in losses)
+    changed = [k for k in trained.state if k.endswith("lora_b") and bool(trained.state[k].any())]
+    assert len(changed) == sum(plan.lora_rank > 0 for plan in trained.plan.sites) > 10
