@@ -13,6 +13,8 @@ from hqc.recipes import TrainingSettings
 from hqc.runtimes import load
 from hqc.storage import load_program, save_program
 
+# The last block of SD3 drops its context tokens, and with them all that their queries change.
+UNHEARD = {"sd3": {"transformer_blocks.1.attn.add_q_proj"}}
 SHORT = {"num_inference_steps": 3, "batch_size": 2}
 
 
@@ -65,5 +67,7 @@ def test_trained(name: str) -> None:
     )
     assert len(losses) == 12
     assert all(record.loss > 0 for record in losses)
-    changed = [k for k in trained.state if k.endswith("lora_b") and bool(trained.state[k].any())]
-    assert len(changed) == sum(plan.lora_rank > 0 for plan in trained.plan.sites) > 10
+    sites = {plan.site for plan in trained.plan.sites if plan.lora_rank}
+    changed = {site for site in sites if bool(trained.state[f"{site}.lora_b"].any())}
+    assert changed == sites - UNHEARD.get(name, set())
+    assert len(changed) > 10
