@@ -108,11 +108,18 @@ class FixedInputs:
     timesteps: Sequence[float]
     samples: int
     kept: dict[float, tuple[Tensor, ...]] = field(default_factory=dict)
+    shared: tuple[int, ...] = ()
 
-    def note(self, timestep: float, args: tuple[Tensor, ...]) -> None:
-        """Keeps the last samples of the first call at a wanted timestep: with guidance, those with a condition."""
+    def note(self, timestep: float, args: tuple[Tensor, ...], shared: tuple[int, ...] = ()) -> None:
+        """Keeps the last samples of the first call at a wanted timestep: with guidance, those with a condition.
+
+        shared: places of the inputs that have no batch axis.
+        """
         if timestep in self.timesteps and timestep not in self.kept:
-            self.kept[timestep] = tuple(arg[-self.samples :].clone() for arg in args)
+            self.shared = shared
+            self.kept[timestep] = tuple(
+                (arg if i in shared else arg[-self.samples :]).clone() for i, arg in enumerate(args)
+            )
 
     def batch(self) -> tuple[Tensor, ...]:
         """All of them as one batch, timesteps ascending.
@@ -122,7 +129,8 @@ class FixedInputs:
         """
         if not self.kept:
             raise EvaluationError("fixed inputs", "the sampler visited none of the timesteps", "Give ones it visits.")
-        return tuple(torch.cat(parts) for parts in zip(*(self.kept[t] for t in sorted(self.kept)), strict=True))
+        columns = zip(*(self.kept[t] for t in sorted(self.kept)), strict=True)
+        return tuple(parts[0] if i in self.shared else torch.cat(parts) for i, parts in enumerate(columns))
 
 
 def analyse(
@@ -200,14 +208,15 @@ class _Observer:
     timestep: float = math.nan
     calls: int = 0
 
-    def __call__(self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
         now = float(timestep.reshape(-1)[0])
         if now != self.timestep:
             self._flush()
             self.timestep = now
-        args = tuple(a for a in (sample, timestep, condition) if a is not None)
+        args = tuple(a for a in (sample, timestep, *conditions) if a is not None)
         if self.inputs is not None:
-            self.inputs.note(now, args)
+            shared = tuple(i for i, spec in enumerate(self.run.program.inputs) if not spec.batched)
+            self.inputs.note(now, args, shared)
         values = self.run.start(args)
         moments: dict[tuple[fx.Node, int], Moments] = {}
         for _, node in self.run.steps(values):

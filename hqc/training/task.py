@@ -151,14 +151,14 @@ def advance(
     import inspect
 
     axis = _channel_axis(sample)
-    count = noise.shape[axis]
-    rest = sample.narrow(axis, count, sample.shape[axis] - count)
+    count = noise.shape[axis] if noise.ndim == sample.ndim else sample.shape[axis]
+    carried = sample.shape[axis] - count
     accepted = inspect.signature(scheduler.step).parameters
     options = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
-    if not rest.numel():
+    if carried <= 0:
         return scheduler.step(noise, timestep, sample, **options).prev_sample  # type: ignore[no-any-return]
     moved = scheduler.step(noise, timestep, sample.narrow(axis, 0, count), **options).prev_sample
-    return torch.cat([moved, rest], axis)
+    return torch.cat([moved, sample.narrow(axis, count, carried)], axis)
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ from hqc.passes.rewriting import channel_axis
 from hqc.pipeline import run_pass, run_pipeline
 from hqc.program import Program
 from hqc.recipes import find_recipe
-from hqc.training.task import Task, synthetic_task, trajectory
+from hqc.training import synthetic_task
+from hqc.training.task import Task, trajectory
 
 Captured = Callable[[str], Program]
 SAMPLER = Sampler(images=3, batch_size=2, num_inference_steps=3, guidance_scale=2.0, seed=5)
@@ -37,7 +38,7 @@ def task() -> Callable[[Program], Task]:
     """The synthetic task keeps its sample's shape, so it suits denoisers whose output has another one as well."""
 
     def make(program: Program) -> Task:
-        found = synthetic_task(program.inputs)
+        found = synthetic_task(program)
         return replace(found, new_scheduler=lambda: _Lazy(found.new_scheduler()))
 
     return make

@@ -145,7 +145,7 @@ def _from_export(folder: Path, float_model: str | None, wanted: Quantisation, sp
 
 def _inputs(manifest: Mapping[str, Any], folder: Path) -> tuple[InputSpec, ...]:
     try:
-        return tuple(InputSpec(s["name"], tuple(s["shape"]), s["dtype"]) for s in manifest["inputs"])
+        return tuple(InputSpec.from_dict(spec) for spec in manifest["inputs"])
     except (KeyError, TypeError) as error:
         raise ArtefactError(str(folder), f"has a manifest without inputs ({error})", "Write it again.") from error
 
@@ -227,7 +227,7 @@ def calibration_of(program: Program, folder: Path) -> tuple[Task, str]:
     try:
         task = api.task_of(program, folder=pipeline_folder(folder))
     except TrainingError:
-        return synthetic_task(program.inputs), "noise"
+        return synthetic_task(program), "noise"
     return task, "noise" if program.origin.source.startswith(ARCHITECTURE) else "the pipeline's conditions"
 
 

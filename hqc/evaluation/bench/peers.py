@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hqc.errors import EvaluationError
@@ -20,7 +19,7 @@ from hqc.evaluation.bench.ort_int8 import Batch, write_batches
 from hqc.evaluation.bench.workspace import Workspace, content
 from hqc.export import EXPORT_KIND, export_program
 from hqc.export.model import DATA_FILE, MODEL_FILE
-from hqc.program import Program
+from hqc.runtimes.base import named_inputs
 from hqc.runtimes.torch_runtime import TorchSession
 from hqc.storage import atomic_folder, load_program, write_manifest
 from hqc.training.task import trajectory
@@ -149,21 +148,16 @@ def _float_trajectory(captured: Path, wanted: Quantisation) -> list[Batch]:
     session = TorchSession(program)
     task, _ = calibration_of(program, captured)
 
-    def record(sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
-        tensors = _named(program, sample, timestep, condition)
+    def record(sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
+        tensors = named_inputs(program.inputs, sample, timestep, *conditions)
         batches.append({name: tensor.numpy().copy() for name, tensor in tensors.items()})
-        return session(sample, timestep, condition)
+        return session(sample, timestep, *conditions)
 
     sampler, calibration = recipe.training, recipe.calibration
     options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta, calibration.seed)
     for _ in trajectory(task, record, calibration.samples, *options):
         pass
     return batches
-
-
-def _named(program: Program, sample: Tensor, timestep: Tensor, condition: Tensor | None) -> Mapping[str, Tensor]:
-    given = {"sample": sample, "timestep": timestep.to(torch.float32), "condition": condition}
-    return {spec.name: value for spec in program.inputs if (value := given[spec.name]) is not None}
 
 
 PEERS: Mapping[str, Peer] = {
