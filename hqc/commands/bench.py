@@ -1,6 +1,6 @@
 """The command that times a model against its peers: bench."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +79,10 @@ def bench(
     if chart is not None:
         check_chart(chart, force=force)
         check_writable(chart)
-    with _workspace(work_dir, force=force) as space, out.progress("timing", runs + warm_up) as advance:
+    with (
+        out.progress("rounds", runs + warm_up) as advance,
+        _workspace(work_dir, force, lambda stage: advance(0, stage)) as space,
+    ):
         result = measure(
             model,
             peers,
@@ -87,7 +90,7 @@ def bench(
             float_model=float_model,
             quantisation=Quantisation(bits, not no_hadamard, rules, calib_size, num_inference_steps),
             timing=Timing(batch_size, threads, runs, warm_up),
-            on_round=lambda done: advance(done, ""),
+            on_round=lambda done: advance(done, "timing"),
         )
     if chart is not None:
         save_chart(chart, result)
@@ -98,7 +101,7 @@ def bench(
 
 
 @contextmanager
-def _workspace(folder: Path | None, *, force: bool) -> "Iterator[Workspace]":
+def _workspace(folder: Path | None, force: bool, on_start: Callable[[str], None]) -> "Iterator[Workspace]":
     """The work folder, or a temporary one; every stage is a line with its seconds on standard error."""
     import tempfile
 
@@ -110,7 +113,7 @@ def _workspace(folder: Path | None, *, force: bool) -> "Iterator[Workspace]":
         out.stderr.print(f"{stage.name}: {stage.seconds:.1f} s{note}", markup=False, highlight=False)
 
     if folder is not None:
-        yield Workspace(folder, force=force, on_end=say)
+        yield Workspace(folder, force=force, on_start=on_start, on_end=say)
         return
     with tempfile.TemporaryDirectory(prefix="hqc-bench-") as temporary:
-        yield Workspace(Path(temporary), on_end=say)
+        yield Workspace(Path(temporary), on_start=on_start, on_end=say)

@@ -225,7 +225,9 @@ def test_a_stage_that_was_interrupted_is_made_again(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Workspace(tmp_path).make("thing", "hqc-test", {"n": 2}, die)
+    (tmp_path / ".thing.half").mkdir()  # what a kill in the middle of writing leaves
     make(tmp_path, {"n": 1}, log, "again")  # the place holds what {"n": 2} made
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stages.json", "thing"]
     assert log == ["one", "half", "again"]
 
 

@@ -6,6 +6,7 @@ WORK/stages.json                                                stage -> fingerp
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -80,6 +81,8 @@ class Workspace:
     def _build(self, name: str, key: str | None, build: Callable[[Path], None]) -> None:
         target, keys = self.folder / name, self._keys()
         refuse_existing(target, force=self._force or name in keys)
+        for left in self.folder.glob(f".{name}.*") if name in keys else ():
+            shutil.rmtree(left, ignore_errors=True)  # of a run that was killed while writing
         self._write({**keys, name: ""})  # killed from here on, the next run makes it again
         build(target)
         self._write({**keys, name: key or ""})
