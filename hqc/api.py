@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hqc.capture import ARCHITECTURE
 from hqc.errors import ArtefactError, PlanError, TrainingError
+from hqc.memory import activation_bytes, require_memory
 from hqc.models import digits_path
 from hqc.pipeline import run_pipeline
 from hqc.program import InputSpec, Program
@@ -111,6 +112,7 @@ def quantise(
     """
     if forward_loop is None:
         task = task or task_of(program)
+        _require_calibration_memory(program, recipe, guided=task.draw_conditions is not None)
         grid = task.timesteps(recipe.training.num_inference_steps)
         run = _sampler_loop(task, recipe)
     else:
@@ -119,6 +121,16 @@ def quantise(
     quantised = run_pipeline(program, recipe.passes(bits, grid, tuple(keep_float)))
     quantised = quantised.evolve(plan=replace(quantised.plan, recipe=recipe.name))
     return calibrate(quantised, run, candidates=recipe.calibration.candidates)
+
+
+def _require_calibration_memory(program: Program, recipe: Recipe, *, guided: bool) -> None:
+    """All calibration images are one batch, twice as large with guidance; the quantised program is a second copy."""
+    batch = recipe.calibration.samples * (2 if guided else 1)
+    require_memory(
+        f"calibrating on {recipe.calibration.samples} images",
+        program.size_bytes() + activation_bytes(program.graph, batch),
+        "Take fewer calibration images (--calib-size), close other programs, or take a larger machine",
+    )
 
 
 def _sampler_loop(task: Task, recipe: Recipe) -> Callable[[Denoise], None]:

@@ -18,7 +18,7 @@ from hqc.capture.diffusers_models import unet_source
 from hqc.capture.ldm.unet import set_heads
 from hqc.capture.source import Source
 from hqc.errors import CaptureError
-from hqc.memory import parameter_bytes, require_memory, unet_activation_bytes
+from hqc.memory import require_memory, trace_bytes
 
 __all__ = [
     "ARCHITECTURE",
@@ -134,7 +134,7 @@ def build_architecture(name: str, *, seed: int = 0, outliers: bool = False) -> n
         MemoryShortError: if it does not fit the memory that is free.
     """
     module: Any = empty_architecture(name)
-    needed = 2 * parameter_bytes(module) + unet_activation_bytes(module.config, batch=3)
+    needed = trace_bytes(sum(parameter.numel() for parameter in module.parameters()), module.config)
     require_memory(f"tracing {ARCHITECTURE}{name}", needed)
     return fill_seeded(module.to_empty(device="cpu"), seed=seed, outliers=outliers)
 

@@ -20,7 +20,7 @@ from hqc.capture.ldm.matching import Piece, check_fit
 from hqc.capture.ldm.unet import build_unet, fill, unet_pieces
 from hqc.capture.source import Source
 from hqc.errors import ArtefactError, CaptureError
-from hqc.memory import parameter_bytes, require_memory, unet_activation_bytes
+from hqc.memory import require_memory, trace_bytes
 
 __all__ = ["from_checkpoint"]
 
@@ -45,9 +45,9 @@ def from_checkpoint(path: Path, config_path: Path) -> Source:
     tensors, averaged = prefer_ema(tensors, [piece.key for piece in unet_from.values()])
     check_fit(path, config_path, [piece for _, pieces in parts.values() for piece in pieces.values()], tensors)
     _check_schedule(path, config_path, config, tensors)
-    weights = sum(parameter_bytes(module) for module, _ in parts.values())
+    parameters = sum(parameter.numel() for module, _ in parts.values() for parameter in module.parameters())
     options: Any = unet.config
-    require_memory(f"tracing {path}", 2 * weights + unet_activation_bytes(options, batch=3))
+    require_memory(f"tracing {path}", trace_bytes(parameters, options))
     for module, pieces in parts.values():
         fill(module, pieces, tensors)
     folder = _write_pipeline(parts, config)
