@@ -112,7 +112,7 @@ def quantise(
     """
     if forward_loop is None:
         task = task or task_of(program)
-        _require_calibration_memory(program, recipe, guided=task.draw_conditions is not None)
+        _require_calibration_memory(program, recipe, guided=task.unconditional is not None)
         grid = task.timesteps(recipe.training.num_inference_steps)
         run = _sampler_loop(task, recipe)
     else:

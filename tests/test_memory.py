@@ -160,4 +160,4 @@ def test_quantising_says_what_it_needs_before_it_starts(
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     monkeypatch.setattr("hqc.api.run_pipeline", None)  # nothing has begun
     with pytest.raises(MemoryShortError, match=r"calibrating on 16 images: needs about .* Take fewer calibration"):
-        api.ptq(program, task=synthetic_task(program.inputs))
+        api.ptq(program, task=synthetic_task(program))
