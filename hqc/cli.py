@@ -7,6 +7,7 @@ import click
 from hqc import __version__
 from hqc.commands.analyze import analyze
 from hqc.commands.bench import bench
+from hqc.commands.compare import compare
 from hqc.commands.compile import explain, export, inspect, trace
 from hqc.commands.models import evaluate, sample, serve
 from hqc.commands.quantise import ptq, qat
@@ -50,7 +51,7 @@ def main() -> None:
     """Hadamard Quantisation Compiler: low-bit latent diffusion, from checkpoint to integer kernels."""
 
 
-for command in (trace, explain, inspect, ptq, qat, export, sample, evaluate, analyze, bench, serve):
+for command in (trace, explain, inspect, ptq, qat, export, sample, evaluate, analyze, compare, bench, serve):
     main.add_command(command)
 
 

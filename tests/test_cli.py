@@ -648,7 +648,7 @@ def test_version_and_help() -> None:
     assert ok("--version").stdout == "hqc, version 0.1.0\n"
     text = ok("--help").stdout
     commands = [line.split()[0] for line in text.partition("Commands:\n")[2].splitlines()]
-    models = ["sample", "eval", "analyze", "bench", "serve"]
+    models = ["sample", "eval", "analyze", "compare", "bench", "serve"]
     assert commands == ["trace", "explain", "inspect", "ptq", "qat", "export", *models]
     for command in commands:
         assert ok(command, "-h").stdout.startswith(f"Usage: main {command}")

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_pipeline
+import zoo
 from click.testing import CliRunner, Result
 
+from hqc.capture import trace
 from hqc.cli import main
-from hqc.storage import load_program
+from hqc.storage import load_program, save_program
 
 FEW = ("--n-steps", "3", "--calib-size", "2")
 
@@ -40,13 +42,16 @@ def refused(folder: Path, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A captured and a quantised program."""
+    """A captured and a quantised program, an export, and a program of another model."""
     work = tmp_path_factory.mktemp("analyze")
     source = tiny_pipeline.save_tiny_pipeline(work / "pipeline")
     program, rotated = work / "program.hqc", work / "rotated.hqc"
     ok("trace", source, "-o", program)
     ok("ptq", program, "-o", rotated, *FEW, "--hadamard")
-    return SimpleNamespace(work=work, program=program, rotated=rotated)
+    integer, other = work / "integer", work / "other.hqc"
+    ok("export", rotated, "-o", integer)
+    save_program(trace(zoo.in_place()), other)
+    return SimpleNamespace(work=work, program=program, rotated=rotated, integer=integer, other=other)
 
 
 def test_analyze_writes_a_report_csv_and_json(made: SimpleNamespace, tmp_path: Path) -> None:
@@ -99,3 +104,53 @@ def test_analyze_refuses_before_it_works(made: SimpleNamespace, tmp_path: Path) 
     assert page.read_text(encoding="utf-8") == "mine"
     ok("analyze", made.program, "-o", page, "--force", "--no-sensitivity", "--n-steps", "1", "--calib-size", "1")
     assert "Not measured (--no-sensitivity)." in page.read_text(encoding="utf-8")
+
+
+# ---- compare -------------------------------------------------------------------------------------------------------
+
+SMALL = ("--n-steps", "3", "--batch-size", "1", "--timesteps", "2")
+
+
+def test_compare_ranks_the_sites_of_two_programs(made: SimpleNamespace, tmp_path: Path) -> None:
+    table = tmp_path / "errors.csv"
+    data = json.loads(ok("compare", made.program, made.rotated, *SMALL, "--json", "--csv", table).stdout)
+    names = {site for site, _ in load_program(made.program).sites()}
+    errors = [site["arrives"]["relative"] for site in data["sites"]]
+    assert {site["site"] for site in data["sites"]} == names
+    assert errors == sorted(errors, reverse=True)
+    assert all(site["made"]["relative"] > 0 for site in data["sites"])
+    assert 0 < data["output"]["relative"] < 1
+    rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    assert [row["site"] for row in rows] == [site["site"] for site in data["sites"]]
+    assert float(rows[0]["relative"]) == pytest.approx(errors[0], rel=1e-6)
+    made_first = json.loads(ok("compare", made.program, made.rotated, *SMALL, "--json", "--by", "made").stdout)
+    made_errors = [site["made"]["relative"] for site in made_first["sites"]]
+    assert made_errors == sorted(made_errors, reverse=True)
+    assert sorted(errors) == sorted(site["arrives"]["relative"] for site in made_first["sites"])
+
+
+def test_compare_takes_an_export(made: SimpleNamespace) -> None:
+    said = ok("compare", made.rotated, made.integer, *SMALL, "--top", "3", "--inputs", "noise").stdout
+    lines = said.splitlines()
+    assert lines[0] == "integer against rotated.hqc, worst site first"
+    assert lines[2].split() == [*("relative", "cosine", "max", "abs", "SQNR,", "dB", "relative", "SQNR,", "dB", "site")]
+    assert len(lines) == 3 + 3 + 2
+    assert lines[6].startswith("output: relative ")
+    assert "2 noise inputs" in lines[6]
+    data = json.loads(ok("compare", made.rotated, made.integer, *SMALL, "--json").stdout)
+    assert [site["note"] for site in data["sites"]] == [""] * len(data["sites"])
+    assert data["note"] == ""
+
+
+def test_compare_refuses_what_cannot_be_compared(made: SimpleNamespace, tmp_path: Path) -> None:
+    assert "expected a Program" in refused(made.work, "compare", made.integer, made.rotated)
+    assert "inputs: of the second are" in refused(made.work, "compare", made.program, made.other, *SMALL)
+    said = refused(made.work, "compare", made.other, made.other, *SMALL)
+    assert "Give --inputs noise." in said
+    renamed, program = tmp_path / "renamed.hqc", load_program(made.other)
+    for _, layer in program.sites():
+        layer.meta["site"] = f"other.{layer.meta['site']}"
+    save_program(program, renamed)
+    said = refused(tmp_path, "compare", made.other, renamed, "--inputs", "noise")
+    assert said == "hqc: programs: have no site in common. Compare programs of the same source.\n"
+    assert "no such folder" in refused(made.work, "compare", made.program, tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""Commands that look into Programs: analyze and compare."""
+"""The command that looks into a Program: analyze."""
 
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,10 @@ def analyze(context: click.Context, /, program: Path, output: Path, csv_file: Pa
     """
     from hqc import __version__, api
     from hqc import console as out
-    from hqc.evaluation.analysis import Sampler
     from hqc.evaluation.analysis_report import csv_text, report_data, summary, write_text
     from hqc.evaluation.analysis_run import measure, planned_program
     from hqc.evaluation.html_report import html_report
+    from hqc.evaluation.inputs import Sampler
     from hqc.program import Stage
     from hqc.storage import load_program, pipeline_folder, refuse_existing_file
 

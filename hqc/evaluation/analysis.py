@@ -7,7 +7,6 @@ on a bounded sample of whole channel vectors, for one timestep at a time, so no 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from statistics import median
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, fx
 
 from hqc.errors import EvaluationError, TrainingError
 from hqc.evaluation.analysis_statistics import Moments, best_scale, channel_rows, sample_rows, snr_db
+from hqc.evaluation.inputs import FixedInputs, Sampler, sample_in_step, unbatched
 from hqc.evaluation.stepping import Run, float_program
 from hqc.export.reference import evaluate
 from hqc.export.sites import QuantisedSite, quantised_sites
@@ -25,24 +25,12 @@ from hqc.passes.insert_qdq import mse_weight_scale
 from hqc.passes.rewriting import channel_axis
 from hqc.plan import Bits, SitePlan, activation_range, parse_bits, weight_range
 from hqc.program import Program, Stage
-from hqc.training.task import Task, trajectory
+from hqc.training.task import Task
 
-__all__ = ["Basis", "FixedInputs", "Sampler", "SiteAnalysis", "SiteRow", "WeightNumbers", "analyse", "with_scales"]
+__all__ = ["Basis", "SiteAnalysis", "SiteRow", "WeightNumbers", "analyse", "with_scales"]
 
 SAMPLED_VALUES = 16_384
 """Values of a site and timestep that the scale search sees."""
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Whose trajectory is observed: `images` in batches, DDIM's eta, classifier-free guidance, the first seed."""
-
-    images: int = 16
-    batch_size: int = 8
-    num_inference_steps: int = 20
-    guidance_scale: float = 1.5
-    eta: float = 0.0
-    seed: int = 2024
 
 
 @dataclass(frozen=True)
@@ -101,38 +89,6 @@ class SiteAnalysis:
         return median(found) if found else None
 
 
-@dataclass
-class FixedInputs:
-    """Calls of the trajectory that are kept: at some timesteps, the inputs of a few samples each."""
-
-    timesteps: Sequence[float]
-    samples: int
-    kept: dict[float, tuple[Tensor, ...]] = field(default_factory=dict)
-    shared: tuple[int, ...] = ()
-
-    def note(self, timestep: float, args: tuple[Tensor, ...], shared: tuple[int, ...] = ()) -> None:
-        """Keeps the last samples of the first call at a wanted timestep: with guidance, those with a condition.
-
-        shared: places of the inputs that have no batch axis.
-        """
-        if timestep in self.timesteps and timestep not in self.kept:
-            self.shared = shared
-            self.kept[timestep] = tuple(
-                (arg if i in shared else arg[-self.samples :]).clone() for i, arg in enumerate(args)
-            )
-
-    def batch(self) -> tuple[Tensor, ...]:
-        """All of them as one batch, timesteps ascending.
-
-        Raises:
-            EvaluationError: if the trajectory came by none of the timesteps.
-        """
-        if not self.kept:
-            raise EvaluationError("fixed inputs", "the sampler visited none of the timesteps", "Give ones it visits.")
-        columns = zip(*(self.kept[t] for t in sorted(self.kept)), strict=True)
-        return tuple(parts[0] if i in self.shared else torch.cat(parts) for i, parts in enumerate(columns))
-
-
 def analyse(
     program: Program,
     planned: Program,
@@ -163,12 +119,7 @@ def analyse(
     watched = dict(_watched(program, planned, block))
     grid = torch.tensor(planned.plan.timesteps)
     observer = _Observer(watched, grid, Run(float_program(program)), candidates, inputs, progress)
-    batches = [sampler.batch_size] * (sampler.images // sampler.batch_size)
-    batches += [rest] if (rest := sampler.images % sampler.batch_size) else []
-    options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta)
-    runs = [trajectory(task, observer, n, *options, sampler.seed + i) for i, n in enumerate(batches)]
-    for _ in zip_longest(*runs):  # in step with each other: all batches of a timestep, then the next timestep
-        pass
+    sample_in_step(task, observer, sampler)
     return observer.finish()
 
 
@@ -215,8 +166,7 @@ class _Observer:
             self.timestep = now
         args = tuple(a for a in (sample, timestep, *conditions) if a is not None)
         if self.inputs is not None:
-            shared = tuple(i for i, spec in enumerate(self.run.program.inputs) if not spec.batched)
-            self.inputs.note(now, args, shared)
+            self.inputs.note(now, args, unbatched(self.run.program))
         values = self.run.start(args)
         moments: dict[tuple[fx.Node, int], Moments] = {}
         for _, node in self.run.steps(values):

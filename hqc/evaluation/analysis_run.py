@@ -4,15 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hqc.evaluation.analysis import FixedInputs, Sampler, analyse, with_scales
+from hqc.evaluation.analysis import analyse, with_scales
 from hqc.evaluation.analysis_report import Report
+from hqc.evaluation.inputs import Sampler, fixed_inputs
 from hqc.evaluation.sensitivity import Sensitivity, SensitivityProbe
 from hqc.pipeline import run_pipeline
 from hqc.program import Program, Stage
 from hqc.recipes import Recipe
 from hqc.training.task import Task
 
-__all__ = ["LONGEST_UNASKED_SECONDS", "SENSITIVITY_TIMESTEPS", "fixed_inputs", "measure", "planned_program"]
+__all__ = ["LONGEST_UNASKED_SECONDS", "SENSITIVITY_TIMESTEPS", "measure", "planned_program"]
 
 LONGEST_UNASKED_SECONDS = 600.0
 """A sensitivity run that is estimated to take longer waits to be asked for."""
@@ -33,14 +34,6 @@ def planned_program(
     return planned.evolve(plan=replace(planned.plan, recipe=recipe.name))
 
 
-def fixed_inputs(task: Task, sampler: Sampler, samples: int, count: int = SENSITIVITY_TIMESTEPS) -> FixedInputs:
-    """Keeps `samples` inputs at each of `count` timesteps, evenly spread from the last to the first."""
-    times = task.timesteps(sampler.num_inference_steps)
-    count = min(count, len(times))
-    chosen = {times[round(i * (len(times) - 1) / max(1, count - 1))] for i in range(count)}
-    return FixedInputs(tuple(sorted(chosen)), min(samples, sampler.images, sampler.batch_size))
-
-
 def measure(
     program: Program,
     planned: Program,
@@ -59,7 +52,7 @@ def measure(
     sensitivity: None means unless it is estimated to take more than ten minutes. phase(name, total) is a context that
     yields advance(done, note). say: is told estimates.
     """
-    inputs = fixed_inputs(task, sampler, samples)
+    inputs = fixed_inputs(task, sampler, samples, SENSITIVITY_TIMESTEPS)
     calls = len(task.timesteps(sampler.num_inference_steps)) * -(-sampler.images // sampler.batch_size)
     with phase("observing", calls) as advance:
         sites = analyse(

@@ -18,7 +18,7 @@ from hqc.runtimes.torch_runtime import ModuleSession, TorchSession
 from hqc.runtimes.unet import SessionUNet, as_unet
 from hqc.storage import load_program
 
-__all__ = ["Model", "Runtime", "load"]
+__all__ = ["Model", "Runtime", "artefact_kind", "load"]
 
 Runtime = Literal["torch", "onnxruntime"]
 DIGITS = "digits"
@@ -74,14 +74,19 @@ def load(path: Path | str, *, runtime: Runtime | None = None, threads: int | Non
         raise RuntimeMissingError(
             f"runtime {runtime!r}", f"unknown; there are {', '.join(get_args(Runtime))}", "Use one of them."
         )
-    kind = DIGITS if str(path) == DIGITS else _kind(Path(path))
+    kind = DIGITS if str(path) == DIGITS else artefact_kind(Path(path))
     fitting, opener = _OPENERS[kind]
     if runtime not in (None, fitting):
         raise RuntimeMissingError(f"runtime {runtime}", f"cannot run {path}, {_WHAT[kind]}", _DO[kind])
     return opener(Path(path), threads)
 
 
-def _kind(folder: Path) -> str:
+def artefact_kind(folder: Path) -> str:
+    """hqc-program or hqc-export, from the folder's manifest.
+
+    Raises:
+        ArtefactError: if it is neither.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -15,9 +15,10 @@ from torch import Tensor, fx
 
 from hqc import api
 from hqc.errors import EvaluationError, TrainingError
-from hqc.evaluation.analysis import FixedInputs, Sampler, SiteAnalysis, analyse, with_scales
+from hqc.evaluation.analysis import SiteAnalysis, analyse, with_scales
 from hqc.evaluation.analysis_report import CSV_COLUMNS, Report, csv_text, report_data, summary
-from hqc.evaluation.analysis_run import fixed_inputs, measure, planned_program
+from hqc.evaluation.analysis_run import measure, planned_program
+from hqc.evaluation.inputs import FixedInputs, Sampler, fixed_inputs
 from hqc.evaluation.sensitivity import SensitivityProbe
 from hqc.evaluation.stepping import Run, float_program
 from hqc.passes import FreezeIntegers

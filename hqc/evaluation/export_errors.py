@@ -1,0 +1,182 @@
+"""A program against an export: the exported graph's own values at every site that it still shows.
+
+A site's output carries the site's name in the exported graph. Where the program lowers to the very graph of the file,
+the inputs of its sites are known too, and the error that a site makes is torch's site on the runtime's own input.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+
+from hqc.errors import ComparisonError, HqcError
+from hqc.evaluation.layer_errors import (
+    Comparison,
+    LayerError,
+    Replay,
+    Watched,
+    check_inputs,
+    error_numbers,
+    watch,
+)
+from hqc.export.artefact import EXPORT_KIND
+from hqc.export.lowering import OUTPUT, Listen, Tap
+from hqc.export.model import DATA_FILE, MODEL_FILE, onnx_from_program
+from hqc.export.prepare import prepare
+from hqc.export.site_checks import heard, run_watched
+from hqc.program import InputSpec, Program
+from hqc.storage import check_manifest
+
+__all__ = ["compare_export"]
+
+_GROUP_BYTES = 2**28
+_NOT_THERE = "not in the graph"
+_NO_INPUTS = "made: not measured, because A does not lower to the graph of the export"
+_OTHER_LAYOUT = "has another layout in the graph"
+
+
+@dataclass(frozen=True)
+class _Listening:
+    """Where to listen: outputs by site; inputs of quantised sites where the graph is the program's own."""
+
+    outputs: Mapping[str, Listen]
+    inputs: Mapping[str, Listen] = field(default_factory=dict)
+    own: bool = True
+
+
+def compare_export(program: Program, folder: Path, args: Sequence[Tensor]) -> Comparison:
+    """An export against a program on the same inputs, at every site that the exported graph shows.
+
+    Raises:
+        ComparisonError: if it takes other inputs or shows no site of the program. ArtefactError: a damaged folder.
+    """
+    manifest = check_manifest(folder, EXPORT_KIND)
+    try:
+        inputs = tuple(InputSpec.from_dict(spec) for spec in manifest["inputs"])
+        target, opset = str(manifest["target"]), int(manifest["opset"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ComparisonError(str(folder), f"has an incomplete manifest ({error})", "Export it again.") from error
+    check_inputs(program.inputs, inputs)
+    with _copied(folder) as model:
+        listening = _listening(program, model, target, opset)
+        if not listening.outputs:
+            raise ComparisonError(str(folder), "shows no site of the program", "Give an export of the same source.")
+        return _compare(program, model, listening, args)
+
+
+def _compare(program: Program, model: Path, listening: _Listening, args: Sequence[Tensor]) -> Comparison:
+    feeds = {spec.name: arg.numpy() for spec, arg in zip(program.inputs, args, strict=True)}
+    taken = {value.name for value in onnx.load(str(model), load_external_data=False).graph.input}
+    feeds = {name: array for name, array in feeds.items() if name in taken}
+    replay, found, output = Replay(program, args), list[LayerError](), None
+    for group in _groups(watch(program, args)):
+        seen = [one for one in group if isinstance(one, Watched)]
+        listens = [table[s.site] for s in seen for table in (listening.outputs, listening.inputs) if s.site in table]
+        last = [one for one in group if isinstance(one, Tensor)]
+        names = {listen.name for listen in listens} | ({OUTPUT} if last else set())
+        values = run_watched(model, [], names, feeds) if names else {}
+        found += [_site_error(one, listening, values, replay) for one in seen]
+        if last:
+            output = error_numbers(last[0], torch.from_numpy(values[OUTPUT]))
+    assert output is not None
+    unknown = "" if listening.own else _NO_INPUTS
+    return Comparison(tuple(found), output, note=unknown)
+
+
+def _groups(stream: Iterator[Watched | Tensor]) -> Iterator[list[Watched | Tensor]]:
+    """Sites that are watched in one run of the export."""
+    group: list[Watched | Tensor] = []
+    room = _GROUP_BYTES
+    for one in stream:
+        group.append(one)
+        room -= sum(t.numel() * t.element_size() for t in ((one.x, one.y) if isinstance(one, Watched) else (one,)))
+        if room < 0:
+            yield group
+            group, room = [], _GROUP_BYTES
+    if group:
+        yield group
+
+
+def _site_error(a: Watched, listening: _Listening, values: Mapping[str, Any], replay: Replay) -> LayerError:
+    if a.site not in listening.outputs:
+        return LayerError(a.site, note=_NOT_THERE)
+    b = _laid_out(listening.outputs[a.site], values, a.y)
+    if b is None:
+        return LayerError(a.site, note=_OTHER_LAYOUT)
+    arrives = error_numbers(a.y, b)
+    x = _laid_out(listening.inputs[a.site], values, a.x) if a.site in listening.inputs else None
+    return LayerError(a.site, arrives, None if x is None else error_numbers(replay(a.site, x), b))
+
+
+def _laid_out(listen: Listen, values: Mapping[str, Any], like: Tensor) -> Tensor | None:
+    """A watched value in torch's layout; without a known permutation, the layout that fits.
+
+    Exports keep images with their channels last, and tokens as one row each. Where several layouts fit (C = H = W),
+    the one nearer to torch's value is it: a wrong one is off by more than the value itself.
+    """
+    value = heard(listen, values)
+    if listen.perm is not None:
+        return value if value.shape == like.shape else None
+    if value.numel() != like.numel() or not value.ndim:
+        return None
+    choices = [value] if value.shape == like.shape else []
+    if value.shape[-1] == like.shape[-1] and like.ndim != 4:
+        choices.append(value.reshape(like.shape))
+    if like.ndim == 4 and value.shape[-1] == like.shape[1]:
+        n, c, h, w = like.shape
+        choices.append(value.reshape(n, h, w, c).permute(0, 3, 1, 2))
+    return min(choices, key=lambda choice: float((choice - like).norm())) if choices else None
+
+
+# ---- where to listen -----------------------------------------------------------------------------------------------
+
+
+def _listening(program: Program, model: Path, target: str, opset: int) -> _Listening:
+    names = _value_names(onnx.load(str(model), load_external_data=False).graph)
+    outputs = {site: Listen(site) for site, _ in program.sites() if site in names}
+    # The network's output keeps its own name, also where it is a site's.
+    outputs |= {site: Listen(OUTPUT) for site, layer in program.sites() if any(u.op == "output" for u in layer.users)}
+    taps = _own_taps(program, names, target, opset)
+    if taps is None:
+        return _Listening(outputs, own=False)
+    return _Listening(outputs | {s: t.output for s, t in taps.items()}, {s: t.input for s, t in taps.items()})
+
+
+def _value_names(graph: Any) -> set[str]:
+    return {name for node in graph.node for name in node.output if name} | {value.name for value in graph.input}
+
+
+def _own_taps(program: Program, names: set[str], target: str, opset: int) -> Mapping[str, Tap] | None:
+    """Where the program's own lowering listens, if that gives the graph of the file, value by value."""
+    try:
+        prepared = prepare(program, target)  # type: ignore[arg-type]
+        model, taps = onnx_from_program(prepared, target, opset)  # type: ignore[arg-type]
+    except HqcError:
+        return None  # the file came from another program, whose sites are found by their names
+    values = {str(v.name) for node in model.graph for v in node.outputs} | {str(v.name) for v in model.graph.inputs}
+    return taps if values == names else None
+
+
+@contextmanager
+def _copied(folder: Path) -> Iterator[Path]:
+    """The model in a folder of its own: watching writes beside it, and an artefact is not to be written into."""
+    with tempfile.TemporaryDirectory(prefix="hqc-compare-") as temporary:
+        for name in (MODEL_FILE, DATA_FILE):
+            if (folder / name).is_file():
+                _link_or_copy(folder / name, Path(temporary) / name)
+        yield Path(temporary) / MODEL_FILE
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
