@@ -22,7 +22,7 @@ from torchmetrics.image.inception import InceptionScore
 from hqc.errors import EvaluationError
 from hqc.evaluation.sampling import Samples, describe_seeds
 
-__all__ = ["Classifier", "Fidelity", "Metrics", "classifier_outputs", "evaluate", "fidelity"]
+__all__ = ["Classifier", "Fidelity", "Metrics", "classifier_outputs", "evaluate", "fidelity", "fidelity_figures"]
 
 JsonValue = str | int | float | None
 IS_SPLITS = 10
@@ -153,6 +153,16 @@ def fidelity(samples: Samples, reference: Samples) -> Fidelity:
     )
 
 
+def fidelity_figures(samples: Samples, reference: Samples) -> dict[str, Any]:
+    """`fidelity` with its protocol, JSON-ready: what can be said of any model's images.
+
+    Raises:
+        EvaluationError: see `fidelity`.
+    """
+    near = {key: _json_number(value) for key, value in asdict(fidelity(samples, reference)).items()}
+    return {"num_images": len(samples), **near, "protocol": _sampling_protocol(samples)}
+
+
 def classifier_outputs(classifier: Classifier, images: Tensor, *, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """Features `[N, F]` and logits `[N, K]`, float64, of images `[N, C, H, W]` in [0, 1].
 
@@ -217,14 +227,20 @@ def _protocol(
     splits: int,
 ) -> dict[str, JsonValue]:
     return {
+        **_sampling_protocol(samples),
+        "feature_extractor": _extractor_name(classifier, features, logits),
+        "splits": splits,
+        "num_real_images": None if train_features is None else len(train_features),
+    }
+
+
+def _sampling_protocol(samples: Samples) -> dict[str, JsonValue]:
+    return {
         **asdict(samples.protocol),
         "num_images": len(samples),
         "seeds": describe_seeds(samples.seeds),
-        "feature_extractor": _extractor_name(classifier, features, logits),
         "image_range": "[0, 1], float, no 8-bit rounding",
         "image_size": f"{samples.images.shape[3]}x{samples.images.shape[2]}",
-        "splits": splits,
-        "num_real_images": None if train_features is None else len(train_features),
     }
 
 

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from hqc.errors import ArtefactError
 from hqc.models import digits_classifier_path
 
-__all__ = ["FEATURE_DIM", "DigitClassifier", "load_digit_classifier"]
+__all__ = ["DIGIT_SHAPE", "FEATURE_DIM", "DigitClassifier", "load_digit_classifier"]
 
 FEATURE_DIM = 64
 NUM_CLASSES = 10
+DIGIT_SHAPE = (1, 32, 32)  # of the images that the classifier takes
 
 
 class DigitClassifier(nn.Module):

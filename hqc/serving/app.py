@@ -15,6 +15,7 @@ from hqc.evaluation.sampling import SamplingPipeline, sample_images
 from hqc.serving.errors import ApiError
 from hqc.serving.limits import Limits
 from hqc.serving.schemas import (
+    DIGITS,
     ErrorBody,
     ErrorResponse,
     GenerationRequest,
@@ -71,7 +72,7 @@ def create_app(pipe: SamplingPipeline, *, model_name: str, limits: Limits, runti
         RuntimeMissingError: on import of this module, when FastAPI is not installed.
     """
     limits = replace(limits, max_steps=min(limits.max_steps, int(pipe.scheduler.config.num_train_timesteps)))
-    size = _native_size(pipe)
+    size, classes = _native_size(pipe), _classes(pipe)
     worker = Worker(limits.max_queue)
     started = int(time.time())
     health = Health(status="ok", model=model_name, runtime=runtime or type(pipe.unet).__name__, hqc=_hqc_version())
@@ -87,10 +88,10 @@ def create_app(pipe: SamplingPipeline, *, model_name: str, limits: Limits, runti
 
     @app.post("/v1/images/generations", responses=REFUSALS, openapi_extra=REQUEST_SCHEMA)
     async def generate(request: Request) -> GenerationResponse:
-        """Images of one digit, as PNG in base64."""
+        """Images of one class, as PNG in base64."""
         body = await _limited_body(request, limits.max_body_bytes)
-        job = job_from_body(body, limits, size)
-        data, seconds = await worker.run(lambda: _sample(pipe, job))
+        job = job_from_body(body, limits, size, classes)
+        data, seconds = await worker.run(lambda: _sample(pipe, job, classes))
         return GenerationResponse(created=int(time.time()), data=data, model=model_name, usage=Usage(seconds=seconds))
 
     @app.get("/v1/models")
@@ -106,7 +107,7 @@ def create_app(pipe: SamplingPipeline, *, model_name: str, limits: Limits, runti
     return app
 
 
-def _sample(pipe: SamplingPipeline, job: Job) -> tuple[list[ImageDatum], float]:
+def _sample(pipe: SamplingPipeline, job: Job, classes: int) -> tuple[list[ImageDatum], float]:
     """The images of a job, and the seconds they took."""
     start = time.perf_counter()
     samples = sample_images(
@@ -118,13 +119,20 @@ def _sample(pipe: SamplingPipeline, job: Job) -> tuple[list[ImageDatum], float]:
         eta=job.eta,
         batch_size=len(job.seeds),
     )
-    text = f"a handwritten {job.class_label}"
+    text = _drawn(job.class_label, classes)
     pngs = [png_from_pil(pil_from_tensor(image)) for image in samples.images]
     data = [
         ImageDatum(b64_json=base64.b64encode(png).decode("ascii"), revised_prompt=text, seed=seed)
         for png, seed in zip(pngs, job.seeds, strict=True)
     ]
     return data, round(time.perf_counter() - start, 6)
+
+
+def _drawn(label: int, classes: int) -> str:
+    """What an image shows, for `revised_prompt`."""
+    if not classes:
+        return "a sample of an unconditional model: no prompt was used"
+    return f"a handwritten {label}" if classes == DIGITS else f"class {label}"
 
 
 async def _limited_body(request: Request, max_bytes: int) -> bytes:
@@ -182,6 +190,16 @@ def _native_size(pipe: SamplingPipeline) -> tuple[int, int]:
     """Width and height of the pipeline's images, px: latent size times 2 per halving of the autoencoder."""
     side = int(pipe.unet.config.sample_size) * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     return side, side
+
+
+def _classes(pipe: SamplingPipeline) -> int:
+    """How many classes the pipeline draws; 0 for an unconditional one."""
+    from hqc.models.ldm import UnconditionalLDMPipeline
+
+    if isinstance(pipe, UnconditionalLDMPipeline):
+        return 0
+    embedder = getattr(pipe, "class_embedder", None)
+    return DIGITS if embedder is None else int(embedder.config.num_classes)
 
 
 def _hqc_version() -> str:

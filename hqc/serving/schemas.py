@@ -12,6 +12,7 @@ from hqc.serving.limits import Limits
 from hqc.serving.prompts import digits_in_prompt
 
 __all__ = [
+    "DIGITS",
     "ErrorBody",
     "ErrorResponse",
     "GenerationRequest",
@@ -28,6 +29,7 @@ __all__ = [
 MAX_SEED = 2**63 - 1
 RANDOM_SEEDS = 2**53  # random seeds stay below this, so that every JSON reader keeps them exact
 DEFAULT_STEPS = 20
+DIGITS = 10  # classes of the bundled model
 MAX_PARAM_CHARACTERS = 64  # of an unknown field's name, when it is sent back
 
 
@@ -37,7 +39,7 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     prompt: str | None = Field(None, max_length=1000, description='Names one digit: "7", "a handwritten seven".')
-    class_label: int | None = Field(None, ge=0, le=9, description="The digit; instead of a prompt.")
+    class_label: int | None = Field(None, ge=0, description="The class, for digits the digit; instead of a prompt.")
     n: int = Field(1, ge=1, description="Number of images.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Image i uses seed + i; random when absent.")
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
@@ -58,7 +60,10 @@ class GenerationRequest(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """What the sampler is asked for: n images of one class, image i from seed `seeds[i]`."""
+    """What the sampler is asked for: n images of one class, image i from seed `seeds[i]`.
+
+    An unconditional model takes no notice of the class, which then is 0.
+    """
 
     class_label: int
     seeds: tuple[int, ...]
@@ -130,13 +135,14 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-def job_from_body(body: bytes, limits: Limits, size: tuple[int, int]) -> Job:
+def job_from_body(body: bytes, limits: Limits, size: tuple[int, int], classes: int = DIGITS) -> Job:
     """The job that a request's body asks for.
 
     Args:
         body: JSON.
         limits: bounds of `n` and of the steps.
         size: width and height of the model's images, px.
+        classes: that the model has; 0 for an unconditional one. Prompts are read for the ten digits alone.
 
     Raises:
         ApiError: 400 for a body that is no JSON; 422 with every violation, `param` naming the first.
@@ -145,7 +151,7 @@ def job_from_body(body: bytes, limits: Limits, size: tuple[int, int]) -> Job:
         request = GenerationRequest.model_validate_json(body)
     except ValidationError as error:
         raise _refusal(error) from None
-    violations = _violations(request, limits, size)
+    violations = _violations(request, limits, size, classes)
     if violations:
         raise ApiError(
             422,
@@ -153,7 +159,9 @@ def job_from_body(body: bytes, limits: Limits, size: tuple[int, int]) -> Job:
             param=violations[0][0],
             code="invalid_value",
         )
-    label = _digit(request.prompt or "") if request.class_label is None else request.class_label
+    label = request.class_label
+    if label is None:
+        label = _digit(request.prompt or "") if classes else 0
     assert label is not None  # _violations has seen to it
     steps = request.num_inference_steps
     seed = secrets.randbelow(RANDOM_SEEDS - request.n) if request.seed is None else request.seed
@@ -166,7 +174,9 @@ def job_from_body(body: bytes, limits: Limits, size: tuple[int, int]) -> Job:
     )
 
 
-def _violations(request: GenerationRequest, limits: Limits, size: tuple[int, int]) -> list[tuple[str, str]]:
+def _violations(
+    request: GenerationRequest, limits: Limits, size: tuple[int, int], classes: int
+) -> list[tuple[str, str]]:
     """(field, what is wrong with it) for all that the types alone do not say."""
     native = f"{size[0]}x{size[1]}"
     last_seed = (request.seed or 0) + request.n - 1
@@ -190,15 +200,23 @@ def _violations(request: GenerationRequest, limits: Limits, size: tuple[int, int
         ),
         (request.size not in ("auto", native), "size", f'this model draws "{native}"; send that or "auto"'),
     ]
-    return _label_violations(request) + [(name, text) for wrong, name, text in checks if wrong]
+    return _label_violations(request, classes) + [(name, text) for wrong, name, text in checks if wrong]
 
 
-def _label_violations(request: GenerationRequest) -> list[tuple[str, str]]:
-    if request.prompt is None and request.class_label is None:
-        return [("prompt", "missing; send a prompt that names one digit, or class_label 0 to 9")]
-    if request.prompt is not None and request.class_label is not None:
+def _label_violations(request: GenerationRequest, classes: int) -> list[tuple[str, str]]:
+    label = request.class_label
+    if not classes:
+        return [("class_label", "this model is unconditional; leave it out")] if label is not None else []
+    if request.prompt is None and label is None:
+        prompt = "a prompt that names one digit, or " if classes == DIGITS else ""
+        return [("prompt", f"missing; send {prompt}class_label 0 to {classes - 1}")]
+    if request.prompt is not None and label is not None:
         return [("class_label", "sent together with prompt; send one of the two")]
-    if request.prompt is not None and _digit(request.prompt) is None:
+    if label is not None and label >= classes:
+        return [("class_label", f"{label}, this model has the classes 0 to {classes - 1}")]
+    if label is None and classes != DIGITS:
+        return [("prompt", f"this model knows no words; send class_label 0 to {classes - 1}")]
+    if label is None and _digit(request.prompt or "") is None:
         return [("prompt", 'must name exactly one digit, as in "7" or "a handwritten seven"')]
     return []
 

@@ -295,7 +295,7 @@ def tiny_config(kind: str, **unet_options: Any) -> dict[str, Any]:
     if kind == "imagenet":
         condition = {
             "target": "ldm.modules.encoders.modules.ClassEmbedder",
-            "params": {"n_classes": 11, "embed_dim": 24, "key": "class_label"},
+            "params": {"n_classes": 8, "embed_dim": 24, "key": "class_label"},
         }
     return {
         "model": {

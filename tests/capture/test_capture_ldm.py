@@ -58,7 +58,7 @@ def denoiser_inputs(config: dict[str, Any], weights: original.Weights) -> tuple[
     inputs = (sample, torch.tensor([3.0, 870.0]))
     if "cond_stage_model.embedding.weight" not in weights:
         return inputs
-    return (*inputs, weights["cond_stage_model.embedding.weight"][[3, 10]][:, None])
+    return (*inputs, weights["cond_stage_model.embedding.weight"][[3, 7]][:, None])
 
 
 @torch.no_grad()
@@ -254,12 +254,49 @@ def test_from_checkpoint_to_images(kind: str, tmp_path: Path) -> None:
     hqc("sample", exported, "--compare-with", program, "-o", image, *labels, *steps)
     assert image.read_bytes().startswith(b"\x89PNG")
 
+    # Images of no digits: nearness to the float model's, without the digit classifier's figures.
+    common = ("--images", "2", *steps, "--json")
+    figures = json.loads(hqc("eval", exported, "--against", program, *common).stdout)
+    assert figures["num_images"] == 2
+    assert 0 < figures["psnr_db"] < 60
+    assert "fid_reference" not in figures
+    assert figures["protocol"]["guidance_scale"] == (1.5 if kind == "imagenet" else 1.0)
+    assert figures["protocol"]["image_size"] == "16x16"
+    _serve(exported, kind)
+
     # The integer model's images are those of its fake-quant graph, and not the float model's. Two steps leave no room
     # for codes that flip at a rounding boundary to carry far.
     of_float, of_rtn, of_export = (_images(model, kind) for model in (program, rtn, exported))
     assert of_float.shape == (2, 3, 16, 16)
     quantisation = float((of_float - of_rtn).abs().mean())
     assert float((of_export - of_rtn).abs().mean()) < 0.2 * quantisation
+
+
+def _serve(model: Path, kind: str) -> None:
+    """One request to the server's application, and what it refuses."""
+    from fastapi.testclient import TestClient
+
+    from hqc.serving.app import create_app
+    from hqc.serving.limits import Limits
+
+    app = create_app(load(model).pipeline(), model_name="m", limits=Limits())
+    with TestClient(app) as client:
+
+        def answer(**body: object) -> tuple[int, dict[str, Any]]:
+            response = client.post("/v1/images/generations", json={"num_inference_steps": 2, **body})
+            return response.status_code, response.json()
+
+        if kind == "imagenet":
+            assert answer(class_label=6)[1]["data"][0]["revised_prompt"] == "class 6"
+            assert answer(class_label=7)[1]["error"]["message"] == "class_label: 7, this model has the classes 0 to 6"
+            assert answer(prompt="3")[1]["error"]["message"] == (
+                "prompt: this model knows no words; send class_label 0 to 6"
+            )
+        else:
+            status, body = answer(prompt="a church")
+            assert (status, len(body["data"])) == (200, 1)
+            assert body["data"][0]["revised_prompt"] == "a sample of an unconditional model: no prompt was used"
+            assert answer(class_label=3)[0] == 422
 
 
 def _images(model: Path, kind: str) -> Tensor:
