@@ -120,6 +120,13 @@ def test_integer_weights(weights: original.Weights, settings: Path, tmp_path: Pa
     )
 
 
+def test_names_from_the_file_are_printed_safely(weights: original.Weights, settings: Path, tmp_path: Path) -> None:
+    hostile = {"x.\x1b[2J\n": torch.zeros(1), "y." + "z" * 10_000: torch.zeros(1)}
+    said = refused(tmp_path, changed(weights, tmp_path, **hostile), "--config", settings)
+    assert "2 keys not in the configuration: x.\\x1b[2J\\n, y.zzz" in said
+    assert len(said) < 1000
+
+
 def test_a_measured_scale_that_is_not_there(tmp_path: Path) -> None:
     config = original.tiny_config("church")
     path = changed(original.make_checkpoint(config), tmp_path, scale_factor=None)

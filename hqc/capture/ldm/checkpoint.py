@@ -86,9 +86,10 @@ def _stubs(path: Path) -> list[Any]:
 
 def _has_code(path: Path, names: list[str]) -> CaptureError:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    names = [ascii(name)[1:-1][:160] for name in names[:3]]
     return CaptureError(
         str(path),
-        f"is a pickle that calls {', '.join(names[:3])}{more}, and hqc runs no code from a file",
+        f"is a pickle that calls {', '.join(names)}{more}, and hqc runs no code from a file",
         "If you trust it, load it in torch yourself and save its state_dict as .safetensors.",
     )
 

@@ -12,6 +12,7 @@ from hqc.errors import CaptureError
 __all__ = ["Piece", "check_fit", "identity"]
 
 _LISTED = 3
+_LONGEST = 160
 _WEIGHTS = ("model.", "first_stage_model.", "cond_stage_model.")
 # Training leaves these: the loss of the autoencoder (a discriminator, LPIPS).
 _IGNORED = ("first_stage_model.loss.", "loss.")
@@ -65,11 +66,18 @@ def _is_weight(key: str) -> bool:
 def _listed(what: str, keys: Sequence[str], note: Callable[[str], str]) -> str:
     if not keys:
         return ""
-    shown = ", ".join(key + note(key) for key in keys[:_LISTED])
+    shown = ", ".join(_printed(key) + note(key) for key in keys[:_LISTED])
     more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
     return f"{len(keys)} {'key' if len(keys) == 1 else 'keys'} {what}: {shown}{more}"
 
 
 def _nearest(key: str, candidates: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, candidates[:2000], n=1, cutoff=0.7)
-    return f" (nearest: {near[0]})" if near else ""
+    short = [name for name in candidates[:2000] if len(name) <= _LONGEST]
+    near = difflib.get_close_matches(key, short, n=1, cutoff=0.7)
+    return f" (nearest: {_printed(near[0])})" if near else ""
+
+
+def _printed(key: str) -> str:
+    """A name from a file as it may go to a terminal: short, and without control characters."""
+    text = key if key.isprintable() else ascii(key)[1:-1]
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
