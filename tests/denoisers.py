@@ -86,12 +86,12 @@ def dit() -> nn.Module:
         out_channels=8,
         num_layers=2,
         sample_size=8,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=1000,  # the null class of diffusers' pipeline is 1000
         norm_num_groups=8,
     )
 
 
-def pixart() -> nn.Module:
+def pixart(**options: Any) -> nn.Module:
     """PixArt-α: a caption with its mask, sizes, a learned variance."""
     from diffusers import PixArtTransformer2DModel
 
@@ -105,8 +105,13 @@ def pixart() -> nn.Module:
         caption_channels=24,
         sample_size=8,
         norm_num_groups=8,
-        use_additional_conditions=True,
+        **{"use_additional_conditions": True, **options},
     )
+
+
+def pixart_512() -> nn.Module:
+    """PixArt-α of 512 pixels: without sizes."""
+    return pixart(use_additional_conditions=False)
 
 
 def sd3() -> nn.Module:
@@ -148,7 +153,12 @@ def flux() -> nn.Module:
 
 CONDITIONAL_UNETS: Mapping[str, Callable[[], nn.Module]] = {f.__name__: f for f in (sd15, sd21, sdxl, inpainting)}
 TRANSFORMERS: Mapping[str, Callable[[], nn.Module]] = {f.__name__: f for f in (dit, pixart, sd3, flux)}
-DENOISERS: Mapping[str, Callable[[], nn.Module]] = {**CONDITIONAL_UNETS, "labelled": labelled, **TRANSFORMERS}
+DENOISERS: Mapping[str, Callable[[], nn.Module]] = {
+    **CONDITIONAL_UNETS,
+    "labelled": labelled,
+    "pixart_512": pixart_512,
+    **TRANSFORMERS,
+}
 LATENT_SIZES: Mapping[str, int] = {"flux": 8}
 TOKENS = 5
 

@@ -1,12 +1,14 @@
-"""What `hqc trace` accepts: `digits`, a diffusers pipeline or UNet folder, an original checkpoint with its
+"""What `hqc trace` accepts: `digits`, a diffusers pipeline or denoiser folder, a hub id, a checkpoint file with its
 configuration, `arch:NAME`, or `module:callable`."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from hqc.capture.architectures import ARCHITECTURE, from_architecture
 from hqc.capture.diffusers_models import CaptureOptions, from_folder, from_pipeline
 from hqc.capture.export_graph import capture_module
+from hqc.capture.hub import fetch_snapshot, is_hub_id
 from hqc.capture.source import Source
 from hqc.capture.user_callable import from_callable
 from hqc.errors import CaptureError
@@ -16,8 +18,8 @@ __all__ = ["Source", "find_source", "trace"]
 
 CHECKPOINTS = (".ckpt", ".safetensors")
 _SOURCES = (
-    "`digits`, a diffusers pipeline or UNet folder, a .ckpt or .safetensors file with --config, `arch:NAME`, "
-    "or `module:callable`"
+    "`digits`, a diffusers pipeline or denoiser folder, a hub id, a .ckpt or .safetensors file with --config, "
+    "`arch:NAME`, or `module:callable`"
 )
 
 
@@ -28,6 +30,7 @@ def trace(
     latent_size: int | None = None,
     config: Path | str | None = None,
     outliers: bool = False,
+    revision: str | None = None,
 ) -> Program:
     """Captures a source into a Program; `source` and the options as `find_source` takes them, or a `Source`.
 
@@ -36,7 +39,12 @@ def trace(
     """
     if not isinstance(source, Source):
         source = find_source(
-            source, condition_length=condition_length, latent_size=latent_size, config=config, outliers=outliers
+            source,
+            condition_length=condition_length,
+            latent_size=latent_size,
+            config=config,
+            outliers=outliers,
+            revision=revision,
         )
     program = capture_module(source.module, source.inputs, source.origin)
     return _without_prefix(program, source.prefix) if source.prefix else program
@@ -59,17 +67,21 @@ def find_source(
     latent_size: int | None = None,
     config: Path | str | None = None,
     outliers: bool = False,
+    revision: str | None = None,
 ) -> Source:
     """Resolves what the user typed; see the module's first lines.
 
     condition_length: tokens of the condition. latent_size: side of the latents. None takes the source's own.
-    config: the YAML file of an original checkpoint, and of nothing else. outliers: of a named architecture.
+    config: of a checkpoint file alone: the YAML file of the original code, or the config.json of diffusers. outliers:
+    of a named architecture. revision: branch, tag or commit of a hub id.
 
     Raises:
         CaptureError: if it is none of these, or an option does not belong to it.
     """
     is_checkpoint = Path(source).suffix in CHECKPOINTS
     _check_options(source, config is not None, is_checkpoint, outliers)
+    if revision is not None and (not is_hub_id(source) or Path(source).exists()):
+        raise CaptureError(f"source {source!r}", "takes no --revision", "Leave it out; it belongs to a hub id.")
     options = CaptureOptions(condition_length, latent_size)
     if source == "digits":
         from hqc.models import digits_path
@@ -77,6 +89,10 @@ def find_source(
         return from_pipeline(digits_path(), "digits", options)
     if source.startswith(ARCHITECTURE):
         return from_architecture(source, condition_length=condition_length, outliers=outliers)
+    if is_checkpoint and not Path(source).is_dir() and (config is None or Path(config).suffix == ".json"):
+        from hqc.capture.single_file import from_single_file
+
+        return from_single_file(Path(source), Path(config) if config is not None else None, options)
     if is_checkpoint and config is not None:
         from hqc.capture.ldm import from_checkpoint
 
@@ -88,12 +104,23 @@ def find_source(
         return from_folder(folder, str(folder.resolve()), options, None)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
         return from_callable(source)
+    if is_hub_id(source) and not folder.exists():
+        return _from_hub(source, revision, options)
     what = "a folder without model_index.json or config.json" if folder.is_dir() else "nothing that hqc can trace"
     raise CaptureError(f"source {source!r}", f"is {what}", f"Give {_SOURCES}.")
 
 
+def _from_hub(name: str, revision: str | None, options: CaptureOptions) -> Source:
+    folder, commit = fetch_snapshot(name, revision)
+    if (folder / "model_index.json").is_file():
+        found = from_pipeline(folder, name, options)
+    else:
+        found = from_folder(folder, name, options, None)
+    return replace(found, origin=replace(found.origin, revision=commit))
+
+
 def _check_options(source: str, has_config: bool, is_checkpoint: bool, outliers: bool) -> None:
-    if is_checkpoint and not has_config and not Path(source).is_dir():
+    if Path(source).suffix == ".ckpt" and not has_config and not Path(source).is_dir():
         raise CaptureError(
             f"source {source!r}",
             "is a checkpoint without a configuration",

@@ -30,9 +30,13 @@ __all__ = ["explain", "export", "inspect", "trace"]
 @click.option(
     "--condition-length", type=click.IntRange(1, 4096), help="Tokens of the condition (default: from SOURCE)."
 )
+@click.option("--latent-size", type=click.IntRange(2, 4096), help="Side of the latents (default: from SOURCE).")
 @click.option(
-    "--config", type=click.Path(path_type=Path), help="The YAML configuration of an original checkpoint, SOURCE."
+    "--config",
+    type=click.Path(path_type=Path),
+    help="The configuration of a checkpoint file, SOURCE: YAML of the original code, or diffusers' config.json.",
 )
+@click.option("--revision", help="Branch, tag or commit of a hub id, SOURCE.")
 @click.option("--outliers", is_flag=True, help="Heavy-tailed activations in a named architecture, arch:NAME.")
 @force_option
 @json_option
@@ -40,15 +44,17 @@ def trace(
     source: str,
     output: Path,
     condition_length: int | None,
+    latent_size: int | None,
     config: Path | None,
+    revision: str | None,
     outliers: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Capture SOURCE into a Program.
 
-    SOURCE is `digits`, a diffusers pipeline or UNet folder, an original latent-diffusion checkpoint (.ckpt or
-    .safetensors with --config), `arch:NAME` (a published size with seeded weights), or `module:callable`.
+    SOURCE is `digits`, a diffusers pipeline or denoiser folder, a hub id (owner/name), a checkpoint file (.ckpt or
+    .safetensors, with --config), `arch:NAME` (a published size with seeded weights), or `module:callable`.
     """
     import time
 
@@ -59,7 +65,14 @@ def trace(
 
     check_output(output, force=force)
     start = time.perf_counter()
-    found = find_source(source, condition_length=condition_length, config=config, outliers=outliers)
+    found = find_source(
+        source,
+        condition_length=condition_length,
+        latent_size=latent_size,
+        config=config,
+        outliers=outliers,
+        revision=revision,
+    )
     program = capture(found)
     save_program(program, output, force=force, pipeline=found.pipeline)
     summary = {

@@ -21,6 +21,7 @@ __all__ = [
     "rules_option",
     "runtime_option",
     "sampler_options",
+    "synthetic_option",
 ]
 
 
@@ -68,6 +69,9 @@ def options(*decorators: Decorator) -> Decorator:
 
 output_option = click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write.")
 force_option = click.option("--force", is_flag=True, help="Replace an artefact that is already there.")
+synthetic_option = click.option(
+    "--synthetic", is_flag=True, help="Calibrate on noise and random conditions: for any denoiser, without a pipeline."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 bits_option = click.option("--bits", default="w4a4", show_default=True, help="wNaM, N and M in 2…8, case-insensitive.")
 rules_option = click.option("--rules", help="Layer rules: default, reference or all (default: the recipe's).")

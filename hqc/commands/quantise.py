@@ -17,9 +17,11 @@ from hqc.commands.options import (
     rotation_order,
     rules_option,
     sampler_options,
+    synthetic_option,
 )
 
 if TYPE_CHECKING:
+    from hqc.program import Program
     from hqc.recipes import TrainingSettings
 
 __all__ = ["ptq", "qat"]
@@ -35,6 +37,7 @@ __all__ = ["ptq", "qat"]
 @rules_option
 @keep_float_option
 @calib_size_option
+@synthetic_option
 @sampler_options
 @force_option
 def ptq(
@@ -47,6 +50,7 @@ def ptq(
     rules: str | None,
     keep_float: tuple[str, ...],
     calib_size: int,
+    synthetic: bool,
     num_inference_steps: int,
     guidance_scale: float,
     eta: float,
@@ -67,7 +71,7 @@ def ptq(
             "calibration": found.calibration.model_copy(update={"samples": calib_size}),
         }
     )
-    task = api.task_of(captured, folder=pipeline_folder(program))
+    task = api.task_of(captured, folder=pipeline_folder(program), synthetic=synthetic)
     result = api.ptq(
         captured,
         found,
@@ -78,7 +82,8 @@ def ptq(
         keep_float=keep_float,
     )
     save_program(result, output, force=force, pipeline=pipeline_folder(program))
-    out.fields(f"quantised {program}", {"program": str(output), "sites": len(result.plan.quantised), "bits": bits})
+    summary = {"program": str(output), "sites": len(result.plan.quantised), "bits": bits, **_drawn(captured, synthetic)}
+    out.fields(f"quantised {program}", summary)
 
 
 @click.command()
@@ -91,6 +96,7 @@ def ptq(
 @rules_option
 @keep_float_option
 @calib_size_option
+@synthetic_option
 @click.option("--epochs", type=click.IntRange(1), help="Trajectories (default: the recipe's).")
 @click.option("--steps", type=click.IntRange(1), help="Updates in all, instead of --epochs.")
 @click.option("--batch-size", type=click.IntRange(1, 1024), help="Images of a trajectory.")
@@ -114,6 +120,7 @@ def qat(
     rules: str | None,
     keep_float: tuple[str, ...],
     calib_size: int,
+    synthetic: bool,
     work_dir: Path | None,
     resume: bool,
     force: bool,
@@ -144,7 +151,7 @@ def qat(
             captured,
             found,
             bits,
-            task=api.task_of(captured, folder=pipeline_folder(program)),
+            task=api.task_of(captured, folder=pipeline_folder(program), synthetic=synthetic),
             settings=training,
             keep_float=keep_float,
             work_dir=folder,
@@ -157,11 +164,21 @@ def qat(
         "program": str(output),
         "sites": len(result.plan.quantised),
         "bits": bits.lower(),
+        **_drawn(captured, synthetic),
         "updates": training.total_steps,
         "last_loss": last[0].loss if last else None,
         "log": str(folder / "log.jsonl"),
     }
     out.print_json(summary) if as_json else out.fields(f"trained {program}", summary)
+
+
+def _drawn(program: "Program", synthetic: bool) -> dict[str, str]:
+    """What the scales were found on, where that is not the pipeline's own conditions."""
+    from hqc.capture import ARCHITECTURE
+
+    if not synthetic and not program.origin.source.startswith(ARCHITECTURE):
+        return {}
+    return {"calibrated_on": "noise and random conditions, not real ones"}
 
 
 def _training(defaults: "TrainingSettings", given: dict[str, Any]) -> "TrainingSettings":

@@ -28,6 +28,12 @@ INPUTS = {
     "inpainting": {"sample": ("N", 9, 8, 8), "timestep": ("N",), "condition": ("N", 5, 32)},
     "labelled": {"sample": ("N", 3, 8, 8), "timestep": ("N",), "class_labels": ("N",)},
     "dit": {"sample": ("N", 4, 8, 8), "timestep": ("N",), "class_labels": ("N",)},
+    "pixart_512": {
+        "sample": ("N", 4, 8, 8),
+        "timestep": ("N",),
+        "condition": ("N", 5, 24),
+        "encoder_attention_mask": ("N", 5),
+    },
     "pixart": {
         "sample": ("N", 4, 8, 8),
         "timestep": ("N",),
@@ -95,9 +101,9 @@ def test_every_input_matters(name: str) -> None:
 
 def test_examples_stay_in_range() -> None:
     labels = captured_denoiser("dit").inputs[2]
-    assert (labels.dtype, labels.span) == ("int64", (0, 11))  # ten classes and the null class
-    drawn = labels.example(500, torch.Generator().manual_seed(0))
-    assert set(drawn.tolist()) == set(range(11))
+    assert (labels.dtype, labels.span) == ("int64", (0, 1001))  # a thousand classes and the null class
+    drawn = labels.example(20_000, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == set(range(1001))
     timestep = captured_denoiser("flux").inputs[1].example(500, torch.Generator().manual_seed(0))
     assert 0 <= float(timestep.min()) < 0.1 < 0.9 < float(timestep.max()) <= 1
 

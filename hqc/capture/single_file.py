@@ -1,0 +1,113 @@
+"""One .safetensors file as a source: the original layout of Stable Diffusion 1 to 3 and Flux, read by diffusers.
+
+The shapes come from a diffusers `config.json` (--config), else from what diffusers infers, whose configuration is
+fetched from the hub or found in the local cache.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hqc.capture.diffusers_models import CaptureOptions, denoiser_source
+from hqc.capture.families import FAMILIES
+from hqc.capture.source import Source
+from hqc.errors import CaptureError
+
+__all__ = ["from_single_file"]
+
+_READABLE = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
+
+
+def from_single_file(path: Path, config: Path | None, options: CaptureOptions) -> Source:
+    """The denoiser inside a checkpoint file.
+
+    Raises:
+        CaptureError: if it cannot be read, holds no denoiser of the configured class, or its configuration is missing.
+    """
+    if path.suffix != ".safetensors":
+        raise CaptureError(
+            str(path),
+            f"is a {path.suffix} file, which may hold code",
+            "Give its YAML file, or convert to .safetensors.",
+        )
+    if not path.is_file():
+        raise CaptureError(str(path), "no such file", "Check the path.")
+    kind = _class_of(path, config)
+    with tempfile.TemporaryDirectory() as folder:
+        model = _read(path, kind, _config_folder(config, Path(folder)))
+    return denoiser_source(model, str(path.resolve()), options.condition_length, options.latent_size)
+
+
+def _config_folder(config: Path | None, folder: Path) -> str | None:
+    """diffusers takes the folder of a config.json, not the file."""
+    if config is None:
+        return None
+    shutil.copyfile(config, folder / "config.json")
+    return str(folder)
+
+
+def _class_of(path: Path, config: Path | None) -> str:
+    """The class that the configuration names, or that diffusers infers from the names of the weights."""
+    if config is None:
+        return _inferred(path)[0]
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CaptureError(str(config), f"is no diffusers configuration ({error})", "Give a config.json.") from error
+    if kind not in _READABLE:
+        raise CaptureError(
+            str(config), f"configures a {kind}; expected {' or '.join(_READABLE)}", "Give the denoiser's config.json."
+        )
+    return str(kind)
+
+
+def _inferred(path: Path) -> tuple[str, str]:
+    """(class, repository of its configuration), from the names and shapes of the tensors."""
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
+
+    shapes = _Shapes.read(path)
+    kind = str(infer_diffusers_model_type(shapes))
+    repository = str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
+    if kind.startswith(("sd3", "flux")):
+        return _READABLE[1 if kind.startswith("sd3") else 2], repository
+    return _READABLE[0], repository
+
+
+class _Shapes(dict[str, torch.Tensor]):
+    """The tensors of a file on the meta device: names and shapes without the data."""
+
+    @classmethod
+    def read(cls, path: Path) -> "_Shapes":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CaptureError(str(path), f"is not a safetensors file ({error})", "Check the file.") from error
+        return cls({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+
+
+def _read(path: Path, kind: str, config: str | None) -> Any:
+    import diffusers
+
+    assert kind in FAMILIES
+    options = {"config": config, "local_files_only": True} if config is not None else {}
+    try:
+        return getattr(diffusers, kind).from_single_file(str(path), torch_dtype=torch.float32, **options)
+    except Exception as error:  # diffusers' converters raise whatever a missing name makes them raise
+        first = " ".join(str(error).split())[:200] or type(error).__name__
+        if config is None:
+            repository = _inferred(path)[1]
+            raise CaptureError(
+                str(path),
+                f"needs the configuration of {repository}, as far as diffusers can tell ({first})",
+                "Give it with --config: the config.json of that repository's unet/ or transformer/ folder.",
+            ) from error
+        raise CaptureError(
+            str(path), f"does not fit the configuration of a {kind} ({first})", "Give the config.json of this file."
+        ) from error
