@@ -21,6 +21,7 @@ __all__ = [
     "available_bytes",
     "bytes_text",
     "require_memory",
+    "stored_parameters",
     "trace_bytes",
     "unet_activation_bytes",
 ]
@@ -117,12 +118,31 @@ def _stat(path: Path, name: str) -> int:
 
 
 def trace_bytes(parameters: int, config: Mapping[str, Any]) -> int:
-    """What capturing a UNet takes: its weights once, torch.export's own 0.4 GB, activations at the checks' batch of 3.
+    """What capturing a denoiser takes: its weights once, torch.export's own 0.4 GB, a UNet's activations at batch 3.
 
+    config: diffusers'; a transformer's activations are small beside its weights and are left out.
     Measured against: LDM-4 2.1 GB (estimate 2.5), LDM-8 1.5 GB (estimate 1.8).
     """
     weights = 4 * parameters
-    return weights + weights // 10 + _EXPORT_BYTES + 2 * unet_activation_bytes(config, batch=3)
+    is_unet = all(config.get(key) for key in ("block_out_channels", "layers_per_block", "sample_size"))
+    activations = unet_activation_bytes(config, batch=3) if is_unet else 0
+    return weights + weights // 10 + _EXPORT_BYTES + 2 * activations
+
+
+def stored_parameters(folder: Path) -> int:
+    """Parameters in a diffusers model folder, from the headers of its safetensors files; 0 where none can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    count = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        if not re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", path.name):
+            continue  # a variant, which is not loaded
+        try:
+            with safe_open(path, framework="pt") as file:
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return 0  # whoever loads it says what is wrong
+    return count
 
 
 def unet_activation_bytes(config: Mapping[str, Any], batch: int) -> int:

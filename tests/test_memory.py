@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from hqc.memory import (
     available_bytes,
     bytes_text,
     require_memory,
+    stored_parameters,
     trace_bytes,
     unet_activation_bytes,
 )
@@ -161,3 +163,23 @@ def test_quantising_says_what_it_needs_before_it_starts(
     monkeypatch.setattr("hqc.api.run_pipeline", None)  # nothing has begun
     with pytest.raises(MemoryShortError, match=r"calibrating on 16 images: needs about .* Take fewer calibration"):
         api.ptq(program, task=synthetic_task(program))
+
+
+def test_a_folder_is_counted_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from zoo import ZOO
+
+    from hqc.capture import find_source
+
+    unet: Any = ZOO["cross_attention"]().module.unet
+    unet.save_pretrained(tmp_path)
+    wanted = sum(parameter.numel() for parameter in unet.parameters())
+    assert stored_parameters(tmp_path) == wanted
+    save_file({"x": torch.zeros(9)}, tmp_path / "diffusion_pytorch_model.fp16.safetensors")  # a variant: not loaded
+    assert stored_parameters(tmp_path) == wanted
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    with pytest.raises(MemoryShortError, match="needs about 4"):
+        find_source(str(tmp_path))
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
+    assert stored_parameters(tmp_path) == 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hqc.capture.families import FAMILIES, call_arguments, family_of
 from hqc.capture.source import Source, versions
 from hqc.errors import CaptureError
+from hqc.memory import require_memory, stored_parameters, trace_bytes
 from hqc.program import InputSpec, Origin
 
 __all__ = [
@@ -127,11 +128,13 @@ def load_denoiser(folder: Path, kind: str) -> nn.Module:
     """The module of a folder, in float32; weights are read from safetensors alone.
 
     Raises:
-        CaptureError: if diffusers cannot load it.
+        CaptureError: if diffusers cannot load it. MemoryShortError: if it does not fit the memory that is free.
     """
     import diffusers
 
     try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        require_memory(f"tracing {folder}", trace_bytes(stored_parameters(folder), config))
         return getattr(diffusers, kind).from_pretrained(  # type: ignore[no-any-return]
             folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
