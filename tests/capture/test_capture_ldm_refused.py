@@ -13,11 +13,16 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import settings as settings_of
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hqc.capture import find_source
 from hqc.capture.ldm.checkpoint import read_checkpoint
 from hqc.capture.ldm.config import read_config
+from hqc.capture.ldm.first_stage import build_vae
+from hqc.capture.ldm.unet import build_unet
 from hqc.cli import main
 from hqc.errors import CaptureError, MemoryShortError
 
@@ -346,6 +351,42 @@ def test_models_that_are_not_converted(path: str, value: Any, found: str, tmp_pa
         place = place[step]
     place[last] = value
     assert found in problem(yaml.safe_dump(config), tmp_path)
+
+
+def _places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value below a node of the configuration."""
+    steps = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [found for key, value in steps for found in ((*path, key), *_places(value, (*path, key)))]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings_of(max_examples=60, deadline=None)
+@given(kind=st.sampled_from(["imagenet", "bedroom", "church"]), data=st.data(), value=VALUES)
+def test_any_value_anywhere_is_taken_or_refused(
+    kind: str, data: st.DataObject, value: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = original.tiny_config(kind)
+    *steps, last = data.draw(st.sampled_from(_places(config["model"], ("model",))))
+    place: Any = config
+    for step in steps:
+        place = place[step]
+    place[last] = value
+    path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    try:
+        found = read_config(path)
+    except CaptureError as error:
+        said = str(error)
+    else:  # what is taken can be built, without weights
+        said = f"{type(build_unet(found.unet)).__name__} {type(build_vae(found, 1.0)).__name__}"
+    assert said
+    assert "\n" not in said
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
