@@ -72,7 +72,7 @@ def measure(
     note = (
         "Relative error of the denoiser's output when only one site is quantised, weight and activation, on "
         f"{inputs.samples} samples of the float trajectory at each of the timesteps "
-        f"{', '.join(f'{t:g}' for t in sorted(inputs.kept))}; the first 30 of {count} sites."
+        f"{', '.join(f'{t:g}' for t in sorted(inputs.kept))}."
     )
     return Report(about, sites, found, note, probe.all_sites_error())
 

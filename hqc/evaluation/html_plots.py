@@ -12,12 +12,23 @@ from hqc.evaluation.analysis import SiteAnalysis
 from hqc.evaluation.analysis_report import NUMBERS, Report
 from hqc.evaluation.svg import Axis, element, escape, linear_axis, log_axis
 
-__all__ = ["bits_map", "block_of", "heat_limit", "outlier_plot", "scale_heatmap", "sensitivity_bars"]
+__all__ = [
+    "HEAT_STEPS",
+    "MOST_BARS",
+    "bits_map",
+    "block_of",
+    "heat_limit",
+    "outlier_plot",
+    "scale_heatmap",
+    "sensitivity_bars",
+]
 
 WIDTH, LABEL, TOP = 1140.0, 388.0, 34.0
 LONGEST_LABEL = 62
 HEAT_STEPS = 5
 """Colours on each side of the middle one."""
+MOST_BARS = 30
+"""Sites in the sensitivity ranking."""
 
 
 def row_height(count: int) -> float:
@@ -172,9 +183,9 @@ def _cell(x: float, y: float, width: float, height: float, t: float, scale: floa
 # ---- sensitivity ---------------------------------------------------------------------------------------------------
 
 
-def sensitivity_bars(report: Report, most: int = 30) -> str:
+def sensitivity_bars(report: Report) -> str:
     """The most sensitive sites, one bar each, in percent of the output's norm."""
-    ranking = report.ranking()[:most]
+    ranking = report.ranking()[:MOST_BARS]
     height = 18.0
     bottom = TOP + len(ranking) * height
     axis = linear_axis([100 * s.error for s in ranking], LABEL, WIDTH - 90, zero=True)

@@ -13,6 +13,7 @@ from hqc.evaluation.analysis import SiteAnalysis
 from hqc.evaluation.analysis_report import NUMBERS, Report, summary
 from hqc.evaluation.html_plots import (
     HEAT_STEPS,
+    MOST_BARS,
     bits_map,
     bits_name,
     heat_limit,
@@ -122,7 +123,8 @@ def _plots(report: Report) -> list[str]:
         _section("Scales over timesteps", _heat_legend(heat_limit(sites)) + scale_heatmap(sites), note),
     ]
     bars = sensitivity_bars(report) if report.sensitivity else ""
-    parts.append(_section("Sensitivity", bars, report.sensitivity_note))
+    more = f" The first {MOST_BARS} of {len(report.sensitivity)} sites." if len(report.sensitivity) > MOST_BARS else ""
+    parts.append(_section("Sensitivity", bars, report.sensitivity_note + more))
     colours = _bit_colours(sites)
     legend = "".join(_swatch(css, name) for name, css in colours.items())
     legend += element("span", _mark("circle", "ring dark", cx=7, cy=7, r=3.6), "rotated", class_="key")

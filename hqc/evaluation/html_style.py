@@ -45,11 +45,11 @@ svg .axis { fill: var(--soft); font: 12px system-ui, "Segoe UI", Roboto, Arial, 
     + "".join(f".b{i} {{ fill: var(--b{i}); }} " for i in range(6))
     + """
 .scroll { overflow: auto; max-height: 80vh; border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: separate; border-spacing: 0; font-size: 12px; font-variant-numeric: tabular-nums;
+table { border-collapse: separate; border-spacing: 0; font-size: 11.5px; font-variant-numeric: tabular-nums;
   width: 100%; }
 thead th { position: sticky; top: 0; background: var(--card); border-bottom: 1px solid var(--line);
   padding: 0; z-index: 1; }
-thead button { all: unset; display: block; width: 100%; padding: 6px; cursor: pointer; text-align: right;
+thead button { all: unset; display: block; width: 100%; padding: 6px 5px; cursor: pointer; text-align: right;
   box-sizing: border-box; }
 thead button:focus-visible { outline: 2px solid var(--after); outline-offset: -2px; }
 thead th:first-child button { text-align: left; }
@@ -58,8 +58,8 @@ thead th[aria-sort=ascending] button::before { content: "↑ "; }
 thead th[aria-sort=descending] button::before { content: "↓ "; }
 tbody th { text-align: left; font: 11px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
   padding: 3px 8px;
-  overflow-wrap: anywhere; min-width: 210px; }
-tbody td { text-align: right; padding: 3px 6px; white-space: nowrap; }
+  overflow-wrap: anywhere; min-width: 190px; }
+tbody td { text-align: right; padding: 3px 5px; white-space: nowrap; }
 tbody tr:nth-child(even) { background: var(--band); }
 tbody tr:hover { outline: 1px solid var(--after); outline-offset: -1px; }
 @media print { .scroll { max-height: none; overflow: visible; } }
