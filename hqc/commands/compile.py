@@ -180,10 +180,18 @@ def inspect(program: Path, graph: bool, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="The captured Program that the quantisation error is measured from (default: PROGRAM without quantisers).",
 )
+@click.option("--one-timestep", is_flag=True, help="One timestep a call, as samplers give it: quicker.")
 @force_option
 @json_option
 def export(
-    program: Path, output: Path, target: "Target", opset: int, against: Path | None, force: bool, as_json: bool
+    program: Path,
+    output: Path,
+    target: "Target",
+    opset: int,
+    against: Path | None,
+    one_timestep: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Lower PROGRAM to ONNX for a target, verify it against the fake-quant graph, and write a folder."""
     from hqc import console as out
@@ -200,6 +208,7 @@ def export(
         force=force,
         float_program=load_program(against) if against is not None else None,
         pipeline=pipeline_folder(program),
+        one_timestep=one_timestep,
     )
     if as_json:
         out.print_json(

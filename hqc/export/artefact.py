@@ -27,6 +27,10 @@ OPSETS = range(21, 26)
 """INT4 came with opset 21; onnxruntime's own support sets the upper end."""
 
 
+_LARGE_MODEL = 2**28
+"""Bytes of weights beyond which verification makes do with two samples."""
+
+
 @dataclass(frozen=True)
 class ExportReport:
     """What an export wrote and measured."""
@@ -56,7 +60,8 @@ def export_program(
     force: bool = False,
     float_program: Program | None = None,
     pipeline: Path | None = None,
-    verify_batch: int = 8,
+    one_timestep: bool = False,
+    verify_batch: int | None = None,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
 ) -> ExportReport:
     """Lowers a program at any stage to ONNX, verifies the file, and only then puts the folder in its place.
@@ -69,7 +74,9 @@ def export_program(
         force: replace an artefact that exists.
         float_program: the captured program, the measure of the quantisation error.
         pipeline: a diffusers-layout folder whose parts (all but the UNet) go with the export.
-        verify_batch: samples in the verification batch; their timesteps differ.
+        one_timestep: the model takes one timestep a call, as every sampler gives it, and saves two passes over every
+            activation; a batch of several timesteps is then run once for each.
+        verify_batch: samples in the verification batch, whose timesteps differ; None: 8, or 2 for large models.
         external_data_bytes: weights beyond this go into a file beside the model.
 
     Raises:
@@ -81,9 +88,11 @@ def export_program(
     start = time.perf_counter()
     prepared = prepare(program, target)
     with atomic_folder(folder, force=force) as temporary:
-        model, taps = onnx_from_program(prepared, target, opset)
+        model, taps = onnx_from_program(prepared, target, opset, one_timestep=one_timestep)
         path = save_model(model, temporary, external_data_bytes=external_data_bytes)
-        verification = verify_export(path, taps, program, float_program=float_program, batch=verify_batch)
+        verification = verify_export(
+            path, taps, program, float_program=float_program, batch=verify_batch or _verification_batch(program)
+        )
         size = sum((temporary / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (temporary / name).exists())
         report = ExportReport(
             folder, target, opset, len(model.graph), size, round(time.perf_counter() - start, 3), verification
@@ -93,6 +102,10 @@ def export_program(
             copy_pipeline(pipeline, temporary / "pipeline")
         write_manifest(temporary, EXPORT_KIND, _fields(program, report))
     return report
+
+
+def _verification_batch(program: Program) -> int:
+    return 8 if program.size_bytes() < _LARGE_MODEL else 2
 
 
 def _fields(program: Program, report: ExportReport) -> dict[str, Any]:

@@ -91,7 +91,12 @@ class GraphBuilder:
         return tuple(outputs)
 
     def reshape(self, x: ir.Value, shape: Sequence[int], name: str = "") -> ir.Value:
-        """x with a new shape; one entry may be -1."""
+        """x with a new shape; one entry may be -1, a 0 copies the axis. x itself if it has that shape already."""
+        producer = x.producer()
+        if producer is not None and producer.op_type == "Reshape" and producer.inputs[0] is not None and 0 not in shape:
+            return self.reshape(producer.inputs[0], shape, name)
+        if x.shape is not None and len(x.shape) == len(shape) and all(map(_fits, x.shape, shape)):
+            return x
         return self.op("Reshape", x, self.ints(*shape), name=name)
 
     def cast(self, x: ir.Value, dtype: ir.DataType, name: str = "") -> ir.Value:
@@ -121,6 +126,10 @@ class GraphBuilder:
             name = f"{wish}_{count}"
         self._names.add(name)
         return name
+
+
+def _fits(have: object, wanted: int) -> bool:
+    return have == wanted if isinstance(have, int) else wanted == -1
 
 
 def to_nhwc(builder: GraphBuilder, x: ir.Value, name: str = "") -> ir.Value:

@@ -69,8 +69,11 @@ class Tap:
 class Lowering:
     """The state of one translation: the graph so far, the ONNX value of every fx node, the taps of every site."""
 
-    def __init__(self, program: Program, translations: "Translations", opset: int) -> None:
+    def __init__(
+        self, program: Program, translations: "Translations", opset: int, *, one_timestep: bool = False
+    ) -> None:
         self.program = program
+        self.shared = _of_the_timestep(program) if one_timestep else frozenset()
         self.builder = GraphBuilder(opset)
         self.translations = translations
         self.values: dict[fx.Node, Any] = {}
@@ -85,7 +88,7 @@ class Lowering:
         self._check_operators()
         for node in self.program.graph.nodes:
             self._translate(node)
-        # A transpose that its readers absorbed is dropped below; listening goes to the value behind it.
+        # A transpose that its readers absorbed is dropped below: listening goes to the value behind it.
         self.taps = self._find_taps()
         self._drop_unused()
         model = ir.Model(self.builder.graph, ir_version=_IR_VERSIONS.get(self.builder.opset, 10))
@@ -109,7 +112,7 @@ class Lowering:
         builder = self.builder
         if node.op == "placeholder":
             spec = next(s for s in self.program.inputs if s.name == node.name)
-            self.values[node] = builder.input(spec.name, onnx_dtype(spec.dtype), spec.shape)
+            self.values[node] = builder.input(spec.name, onnx_dtype(spec.dtype), self.shape(node))
         elif node.op == "output":
             self._finish(node)
         elif node.op != "get_attr" and not _is_size(node):
@@ -121,9 +124,9 @@ class Lowering:
     def _describe(self, node: fx.Node, value: ir.Value) -> None:
         if value.is_initializer() or value.is_graph_input():
             return
-        shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
-        if value.shape is None and shape is not None:
-            value.shape = ir.Shape(shape)
+        dtype = node.meta.get("dtype")
+        if value.shape is None and "shape" in node.meta:
+            value.shape = ir.Shape(self.shape(node))
         if value.type is None and dtype is not None:
             typed(value, onnx_dtype(dtype))
 
@@ -142,8 +145,9 @@ class Lowering:
     def _drop_unused(self) -> None:
         graph = self.builder.graph
         kept = {id(v) for v in graph.outputs}
+        heard = {listen.name for tap in self.taps.values() for listen in (tap.input, tap.codes, tap.output)}
         for node in reversed(list(graph)):
-            if not any(id(out) in kept or out.uses() for out in node.outputs):
+            if not any(id(out) in kept or out.uses() or out.name in heard for out in node.outputs):
                 graph.remove(node, safe=True)
         for name in [n for n, v in graph.initializers.items() if not v.uses() and id(v) not in kept]:
             del graph.initializers[name]
@@ -178,7 +182,8 @@ class Lowering:
             return tuple(self.program.state[str(node.target)].shape)
         if "shape" not in node.meta:
             raise ExportError(f"node {node.name}", "has no shape", "Capture the program again.")
-        return tuple(node.meta["shape"])
+        shape = tuple(node.meta["shape"])
+        return (1, *shape[1:]) if node in self.shared and shape[:1] == (BATCH,) else shape
 
     def static_shape(self, node: Any) -> list[int]:
         """A node's shape with -1 for the one axis that depends on the batch.
@@ -207,6 +212,33 @@ class Lowering:
     def tap_details(self, site: QuantisedSite) -> dict[str, Any]:
         """The fields of a site's tap that depend on the target."""
         return {}
+
+
+def _of_the_timestep(program: Program) -> frozenset[fx.Node]:
+    """The nodes that depend on the timestep and on no other input: one row serves the batch.
+
+    Raises:
+        ExportError: where such a row is joined with rows of the batch by anything but broadcasting.
+    """
+    shared: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name == "timestep":
+                shared.add(node)
+            continue
+        values = [n for n in node.all_input_nodes if n.op != "get_attr" and not _is_size(n)]
+        if values and all(n in shared for n in values):
+            shared.add(node)
+    for node in program.graph.nodes:
+        mixed = node not in shared and any(n in shared for n in node.all_input_nodes)
+        if mixed and node.target in _JOINING:
+            raise ExportError(
+                f"node {node.name}", "joins the timestep's row with rows of the batch", "Export without one timestep."
+            )
+    return frozenset(shared)
+
+
+_JOINING = (torch.ops.aten.cat.default, torch.ops.aten.stack.default, torch.ops.aten.bmm.default)
 
 
 def listen(value: ir.Value) -> Listen:

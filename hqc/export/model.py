@@ -22,13 +22,16 @@ EXTERNAL_DATA_BYTES = 2**31 - 2**24
 _LOWER = {"portable": lower_portable, "onnxruntime": lower_onnxruntime}
 
 
-def onnx_from_program(prepared: Program, target: Target, opset: int) -> tuple[ir.Model, Mapping[str, Tap]]:
+def onnx_from_program(
+    prepared: Program, target: Target, opset: int, *, one_timestep: bool = False
+) -> tuple[ir.Model, Mapping[str, Tap]]:
     """The model and, for every quantised site, where verification listens.
 
+    one_timestep: the input `timestep` is [1] and serves the whole batch.
     Requires: a program as `prepare(program, target)` gives it.
     """
     register_schemas()
-    model, lowering = _LOWER[target](prepared, opset)
+    model, lowering = _LOWER[target](prepared, opset, one_timestep=one_timestep)
     if any(node.op_type == "Hadamard" for node in model.graph):
         function = hadamard_function(opset, last_axis_only=target == "onnxruntime")
         model.functions[function.identifier()] = function

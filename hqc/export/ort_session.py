@@ -1,11 +1,16 @@
-"""Opening an ONNX Runtime session on the CPU, or saying what is missing."""
+"""Opening an ONNX Runtime session on the CPU, or saying what is missing; running it on a batch of any timesteps."""
 
+import ctypes
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hqc.errors import ArtefactError, RuntimeMissingError
 
-__all__ = ["open_session"]
+__all__ = ["open_session", "run_session"]
 
 _SILENT = 3
 
@@ -35,7 +40,40 @@ def open_session(model: Path, *, threads: int | None = None, optimisation: str =
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise ArtefactError(str(model), f"onnxruntime refuses it ({first})", "Export it again.") from error
+    _return_free_memory()
+    return session
+
+
+def _return_free_memory() -> None:
+    """Gives the pages that folding the weights has left behind back to the system, where the C library can."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def run_session(
+    session: Any, names: Sequence[str], feeds: Mapping[str, Any], *, constants: frozenset[str] = frozenset()
+) -> list[Any]:
+    """The named outputs; a model that takes one timestep a call is called once for every timestep of the batch.
+
+    constants: outputs that have no batch axis.
+    """
+    times = feeds.get("timestep")
+    one = any(value.name == "timestep" and list(value.shape) == [1] for value in session.get_inputs())
+    if not one or times is None:
+        return list(session.run(list(names), dict(feeds)))
+    groups = [np.flatnonzero(times == t) for t in np.unique(times)]
+    if len(groups) == 1:
+        return list(session.run(list(names), {**feeds, "timestep": times[:1]}))
+    parts = []
+    for rows in groups:
+        part = {name: array[rows] for name, array in feeds.items()}
+        parts.append(session.run(list(names), {**part, "timestep": times[rows[:1]]}))
+    back = np.argsort(np.concatenate(groups))
+    return [
+        found[0] if name in constants or found[0].ndim == 0 else np.concatenate(found)[back]
+        for name, found in zip(names, zip(*parts, strict=True), strict=True)
+    ]

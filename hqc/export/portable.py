@@ -26,9 +26,9 @@ __all__ = ["lower_portable"]
 ops = torch.ops.hqc
 
 
-def lower_portable(program: Program, opset: int) -> tuple[ir.Model, Lowering]:
+def lower_portable(program: Program, opset: int, *, one_timestep: bool = False) -> tuple[ir.Model, Lowering]:
     """Requires: a captured program, or a frozen one (`freeze_integers`, optionally `pack_int4`)."""
-    lowering = Lowering(program, _TRANSLATIONS, opset)
+    lowering = Lowering(program, _TRANSLATIONS, opset, one_timestep=one_timestep)
     return lowering.run(), lowering
 
 

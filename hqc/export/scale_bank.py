@@ -1,75 +1,105 @@
-"""One look-up for all scale tables: tables side by side, one Gather, one Reciprocal, one Split.
+"""One look-up for all scale tables: tables side by side, one Gather, then one Split for each form that sites ask for.
 
-    tables [T] of S sites -> [T, S] -> Gather(row [N]) -> [N, S, 1, …] -> S scales [N, 1, …]
+    tables [T] of S sites -> [T, S] -> Gather(row [N]) -> [N, S] -> scales [N, 1, …], reciprocals [N, 1, …],
+                                                                    rotations (H_b/√b)/s [N, 1, b, b]
 
-A look-up of its own for every site would cost five tiny nodes each; here they are five for all sites of one rank.
+A look-up of its own for every site would cost several tiny nodes each. Equal tables share a column, and with it
+everything that is computed from it: q, k and v of an attention read one tensor, and calibration gives them one table.
 """
 
-from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
-import torch
 from torch import fx
 
 from hqc.export.lowering import Lowering
-from hqc.program import aten, is_op
+from hqc.ops import sylvester
+from hqc.program import Program, aten, is_op
 
-__all__ = ["ScaleBank"]
+__all__ = ["Form", "ScaleBank", "lookup_key", "rotation_matrix"]
 
-ops = torch.ops.hqc
+Form = tuple[Literal["scale", "number", "reciprocal", "rotation"], int]
+"""A scale or its reciprocal for a tensor of some rank, one number [1] for the whole batch, a rotation of some order."""
+
+
+def rotation_matrix(block: int) -> np.ndarray:  # type: ignore[type-arg]
+    """H_b/√b in float32."""
+    return (sylvester(block).numpy() * np.float32(block**-0.5)).astype(np.float32)
+
+
+@dataclass
+class _Group:
+    """The distinct tables that one row index looks up in one form, and the values once they are emitted."""
+
+    tables: dict[bytes, fx.Node] = field(default_factory=dict)
+    parts: tuple[ir.Value, ...] = ()
+
+
+def lookup_key(program: Program, lookup: fx.Node) -> tuple[fx.Node, bytes] | None:
+    """(row, content of the table) of a look-up in a stored table [T]; equal keys give equal scales. None for others."""
+    if not is_op(lookup, aten.index_select.default) or lookup.args[1] != 0:
+        return None
+    table, row = lookup.args[0], lookup.args[2]
+    assert isinstance(table, fx.Node)
+    assert isinstance(row, fx.Node)
+    if table.op != "get_attr" or program.state[str(table.target)].ndim != 1:
+        return None
+    return row, program.state[str(table.target)].cpu().contiguous().numpy().tobytes()
 
 
 class ScaleBank:
-    """The scale of each activation, shaped to broadcast over its sample, and the reciprocal."""
+    """The scale of each activation in the forms that `requests` names for every look-up."""
 
-    def __init__(self, lowering: Lowering) -> None:
+    def __init__(self, lowering: Lowering, requests: Sequence[tuple[fx.Node, Form]]) -> None:
         self._lowering = lowering
-        self._groups: dict[tuple[fx.Node, int], list[fx.Node]] = defaultdict(list)
-        self._place: dict[fx.Node, tuple[fx.Node, int]] = {}
-        for node in lowering.program.graph.nodes:
-            if is_op(node, ops.quantize.default):
-                self._add(node.args[1], len(lowering.shape(node.args[0])))
-
-    def _add(self, lookup: fx.Node, rank: int) -> None:
-        if not is_op(lookup, aten.index_select.default) or lookup in self._place or lookup.args[1] != 0:
-            return
-        if lookup.args[0].op != "get_attr" or lookup.args[0].meta["shape"] != self._rows(lookup):  # type: ignore[union-attr]
-            return
-        group = (lookup.args[2], rank)
-        self._place[lookup] = group  # type: ignore[assignment]
-        self._groups[group].append(lookup)  # type: ignore[index]
-
-    def _rows(self, lookup: fx.Node) -> tuple[int | str, ...]:
-        return (self._lowering.shape(lookup.args[0])[0],)
+        self._keys: dict[fx.Node, tuple[fx.Node, bytes]] = {}
+        self._groups: dict[tuple[fx.Node, Form], _Group] = {}
+        for lookup, form in requests:
+            key = lookup_key(lowering.program, lookup)
+            if key is not None:
+                self._keys[lookup] = key
+                self._groups.setdefault((key[0], form), _Group()).tables.setdefault(key[1], lookup)
 
     def holds(self, node: fx.Node) -> bool:
         """Whether a look-up is served by the bank."""
-        return node in self._place
+        return node in self._keys
 
-    def scale(self, lookup: fx.Node, rank: int) -> ir.Value:
-        """s [N, 1, …]."""
-        return self._part(lookup, rank, reciprocal=False)
+    def value(self, lookup: fx.Node, form: Form) -> ir.Value:
+        """A scale in the given form."""
+        lo = self._lowering
+        if lookup not in self._keys:
+            return _shaped(lo, lo.builder.reshape(lo.value(lookup), [-1, 1]), form)
+        row, table = self._keys[lookup]
+        group = self._groups[row, form]
+        if not group.parts:
+            group.parts = self._emit(row, group, form)
+        return group.parts[list(group.tables).index(table)]
 
-    def reciprocal(self, lookup: fx.Node, rank: int) -> ir.Value:
-        """1/s [N, 1, …]."""
-        return self._part(lookup, rank, reciprocal=True)
-
-    def _part(self, lookup: fx.Node, rank: int, *, reciprocal: bool) -> ir.Value:
+    def _emit(self, row: fx.Node, group: _Group, form: Form) -> tuple[ir.Value, ...]:
         lo, b = self._lowering, self._lowering.builder
-        if lookup not in self._place:
-            scale = lo.value(lookup)
-            value = b.op("Reciprocal", scale) if reciprocal else scale
-            return b.reshape(value, [-1] + [1] * (rank - 1))
-        row, own_rank = group = self._place[lookup]
-        lookups = self._groups[group]
-        columns = [b.reshape(lo.value(other.args[0]), [-1, 1]) for other in lookups]
+        columns = [b.reshape(lo.value(lookup.args[0]), [-1, 1]) for lookup in group.tables.values()]
         tables = b.op("Concat", *columns, axis=1) if len(columns) > 1 else columns[0]
-        picked = b.op("Gather", tables, lo.value(row), axis=0, name=f"scales_{own_rank}d")
-        if reciprocal:
-            picked = b.op("Reciprocal", picked, name=f"inverse_scales_{own_rank}d")
-        shaped = b.reshape(picked, [-1, len(lookups)] + [1] * (own_rank - 2))
-        if len(lookups) == 1:
-            return shaped
-        parts = b.ops("Split", shaped, b.ints(*[1] * len(lookups)), count=len(lookups), axis=1)
-        part = parts[lookups.index(lookup)]
-        return part if rank == own_rank else b.reshape(part, [-1] + [1] * (rank - 1))
+        picked = b.op("Gather", tables, lo.value(row), axis=0, name=f"{form[0]}_{form[1]}")
+        shaped = _shaped(lo, picked, form)
+        if len(columns) == 1:
+            return (shaped,)
+        axis = 0 if form[0] == "number" else 1
+        return b.ops("Split", shaped, b.ints(*[1] * len(columns)), count=len(columns), axis=axis)
+
+
+def _shaped(lo: Lowering, scales: ir.Value, form: Form) -> ir.Value:
+    """[N, S] in a form: [N, S, 1, …] of the rank, or [N, S, b, b]."""
+    b = lo.builder
+    kind, size = form
+    if kind == "number":
+        return b.reshape(scales, [-1])
+    if kind == "scale":
+        return b.reshape(scales, [0, 0] + [1] * (size - 2))
+    inverse = b.op("Reciprocal", scales)
+    if kind == "reciprocal":
+        return b.reshape(inverse, [0, 0] + [1] * (size - 2))
+    matrix = b.constant(rotation_matrix(size), f"rotation_{size}")
+    return b.op("Mul", matrix, b.reshape(inverse, [0, 0, 1, 1]))

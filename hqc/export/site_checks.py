@@ -1,6 +1,6 @@
 """Verification site by site: torch is fed the runtime's own site input, then the runtime's own codes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hqc.export.lowering import Listen, Tap
-from hqc.export.ort_session import open_session
+from hqc.export.ort_session import open_session, run_session
 from hqc.export.reference import code_levels, site_output
 from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.program import Program
 
-__all__ = ["Array", "SiteCheck", "check_sites", "heard", "run_watched", "saturating_pairs"]
+__all__ = ["Array", "SiteCheck", "Watched", "check_sites", "heard", "saturating_pairs"]
 
 BOUNDARY = 1e-4
 SITE_BOUND = 1e-5
@@ -37,8 +37,49 @@ class SiteCheck:
     output_error: float
 
 
+class Watched:
+    """A copy of a model that also returns what the taps listen to; one session serves every run.
+
+    Use as a context manager: the copy lies beside the model, where its external data is.
+    """
+
+    def __init__(self, model: Path, taps: Sequence[Tap]) -> None:
+        self._copy = model.with_name("watched.onnx")
+        self._taps = taps
+        proto = onnx.load(str(model), load_external_data=False)
+        inputs = {value.name for value in proto.graph.input}
+        known = inputs | {value.name for value in proto.graph.output}
+        for name, kind in sorted(self._kinds().items()):
+            if name not in known:
+                proto.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+        self._constants = frozenset(name for tap in taps for name in tap.weights)
+        onnx.save(proto, str(self._copy))
+
+    def _kinds(self) -> Mapping[str, int]:
+        types = onnx.TensorProto
+        kinds = {name: types.FLOAT for tap in self._taps for name in (tap.input.name, tap.output.name)}
+        kinds |= {tap.codes.name: types.UINT8 if tap.zero_point else types.INT8 for tap in self._taps}
+        return kinds | {name: types.INT8 for tap in self._taps for name in tap.weights}
+
+    def __enter__(self) -> "Watched":
+        try:
+            self._session = open_session(self._copy, threads=torch.get_num_threads())
+        finally:
+            self._copy.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._session
+
+    def run(self, names: Iterable[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The named values, inputs among them."""
+        outputs = sorted(set(names) - set(feeds))
+        found = run_session(self._session, outputs, feeds, constants=self._constants)
+        return dict(zip(outputs, found, strict=True)) | {n: array for n, array in feeds.items() if n in set(names)}
+
+
 def check_sites(
-    model: Path, taps: Mapping[str, Tap], reference: Program, feeds: Mapping[str, Array]
+    watched: Watched, taps: Mapping[str, Tap], reference: Program, feeds: Mapping[str, Array]
 ) -> tuple[list[SiteCheck], list[str]]:
     """Every quantised site, and what is wrong with any of them."""
     sites = {site.site: site for site in quantised_sites(reference)}
@@ -46,9 +87,9 @@ def check_sites(
     known = {placeholders[name]: torch.from_numpy(array) for name, array in feeds.items()}
     checks, problems = [], [f"site {name} is not in the exported graph" for name in sites.keys() - taps.keys()]
     for group in _groups([s for name, s in sites.items() if name in taps], reference, len(next(iter(feeds.values())))):
-        watched = [taps[site.site] for site in group]
-        names = {n for tap in watched for n in (tap.input.name, tap.codes.name, tap.output.name, *tap.weights)}
-        values = run_watched(model, watched, names, feeds)
+        heard_at = [taps[site.site] for site in group]
+        names = {n for tap in heard_at for n in (tap.input.name, tap.codes.name, tap.output.name, *tap.weights)}
+        values = watched.run(names, feeds)
         for site in group:
             problems += _saturation(site.site, taps[site.site], values)
             check, found = _check_site(site, taps[site.site], reference, known, values)
@@ -72,27 +113,6 @@ def _groups(sites: Sequence[QuantisedSite], reference: Program, batch: int) -> l
         groups[-1].append(site)
         room -= size
     return groups
-
-
-def run_watched(model: Path, taps: Sequence[Tap], names: set[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Runs a copy of the model that also returns the named values."""
-    proto = onnx.load(str(model), load_external_data=False)
-    have = {value.name for value in (*proto.graph.output, *proto.graph.input)}
-    types = {tap.codes.name: onnx.TensorProto.UINT8 if tap.zero_point else onnx.TensorProto.INT8 for tap in taps}
-    types |= {name: onnx.TensorProto.INT8 for tap in taps for name in tap.weights}
-    for name in sorted(names - have):
-        kind = types.get(name, onnx.TensorProto.FLOAT)
-        proto.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
-    # Beside the model, where its external data is.
-    copy = model.with_name("watched.onnx")
-    try:
-        onnx.save(proto, str(copy))
-        del proto
-        outputs = sorted(names - set(feeds))
-        found = open_session(copy, threads=torch.get_num_threads()).run(outputs, dict(feeds))
-    finally:
-        copy.unlink(missing_ok=True)
-    return dict(zip(outputs, found, strict=True)) | {n: array for n, array in feeds.items() if n in names}
 
 
 def heard(where: Listen, values: Mapping[str, Array]) -> Tensor:

@@ -17,7 +17,7 @@ _QUANTISERS = (ops.quantize.default, ops.fake_quantize.default)
 
 @dataclass(frozen=True)
 class Product:
-    """One integer product and the factor (1 or 128) that its result carries."""
+    """One integer product and the factor that its result carries: 1, or 128 for a high digit."""
 
     node: fx.Node
     factor: int
@@ -40,11 +40,13 @@ class QuantisedSite:
 
 
 def products_of(accumulator: fx.Node) -> tuple[Product, ...]:
-    """The products that an accumulator sums: one, or low + high·128."""
+    """The products that an accumulator sums: one, two halves, or low + high·128."""
     if is_op(accumulator, *PRODUCTS):
         return (Product(accumulator, 1),)
     if is_op(accumulator, aten.add.Tensor):
         low, high = accumulator.args[:2]
+        if is_op(low, *PRODUCTS) and is_op(high, *PRODUCTS):
+            return (Product(low, 1), Product(high, 1))  # type: ignore[arg-type]
         if is_op(low, *PRODUCTS) and is_op(high, aten.mul.Scalar) and is_op(high.args[0], *PRODUCTS):  # type: ignore[union-attr]
             return (Product(low, 1), Product(high.args[0], int(high.args[1])))  # type: ignore[arg-type, union-attr]
     return ()

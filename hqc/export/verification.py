@@ -27,9 +27,9 @@ from torch import Tensor
 from hqc.errors import ExportError
 from hqc.export.functions import register_schemas
 from hqc.export.lowering import OUTPUT, Tap
-from hqc.export.ort_session import open_session
+from hqc.export.ort_session import open_session, run_session
 from hqc.export.reference import ForcedRun, verification_inputs, without_quantisers
-from hqc.export.site_checks import Array, SiteCheck, check_sites, heard, run_watched
+from hqc.export.site_checks import Array, SiteCheck, Watched, check_sites, heard
 from hqc.program import Program, Stage
 
 __all__ = ["NetworkCheck", "Verification", "verify_export"]
@@ -115,8 +115,12 @@ def verify_export(
     _check_onnx(model)
     args = verification_inputs(reference, batch)
     feeds = {spec.name: arg.numpy() for spec, arg in zip(reference.inputs, args, strict=True)}
-    sites, problems = check_sites(model, taps, reference, feeds)
-    network = _check_network(model, taps, reference, float_program, args, feeds)
+    sites, problems, codes = [], [], {}  # type: ignore[var-annotated]
+    if taps:
+        with Watched(model, list(taps.values())) as watched:
+            sites, problems = check_sites(watched, taps, reference, feeds)
+            codes = _all_codes(watched, taps, feeds)
+    network = _check_network(model, codes, reference, float_program, args, feeds)
     problems += _network_problems(network, reference)
     if problems:
         raise ExportError("export verification", "; ".join(problems[:5]), "Nothing was written. Report a bug.")
@@ -134,15 +138,16 @@ def _check_onnx(model: Path) -> None:
 @torch.no_grad()
 def _check_network(
     model: Path,
-    taps: Mapping[str, Tap],
+    codes: Mapping[str, Tensor],
     reference: Program,
     float_program: Program | None,
     args: Sequence[Tensor],
     feeds: Mapping[str, Array],
 ) -> NetworkCheck:
     # The file itself, not the copy that is watched: runtimes optimise what nobody watches.
-    output = torch.from_numpy(open_session(model, threads=torch.get_num_threads()).run([OUTPUT], dict(feeds))[0])
-    codes = _all_codes(model, taps, feeds)
+    session = open_session(model, threads=torch.get_num_threads())
+    output = torch.from_numpy(run_session(session, [OUTPUT], feeds)[0])
+    del session
     forced_run = ForcedRun(reference, codes)
     forced = forced_run.run(*args)
     free = reference.module()(*args)
@@ -168,12 +173,12 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / size)
 
 
-def _all_codes(model: Path, taps: Mapping[str, Tap], feeds: Mapping[str, Array]) -> dict[str, Tensor]:
-    """The integer codes of every site, one byte each."""
-    if not taps:
-        return {}
-    values = run_watched(model, list(taps.values()), {tap.codes.name for tap in taps.values()}, feeds)
-    return {site: heard(tap.codes, values).to(torch.int16) - tap.zero_point for site, tap in taps.items()}
+def _all_codes(watched: Watched, taps: Mapping[str, Tap], feeds: Mapping[str, Array]) -> dict[str, Tensor]:
+    """The integer codes of every site, one byte each while they wait."""
+    values = watched.run({tap.codes.name for tap in taps.values()}, feeds)
+    return {
+        site: (heard(tap.codes, values).to(torch.int16) - tap.zero_point).to(torch.int8) for site, tap in taps.items()
+    }
 
 
 def _network_problems(check: NetworkCheck, reference: Program) -> list[str]:

@@ -2,7 +2,7 @@
 
 In the order in which data meets them: the timestep picks a scale (`nearest_timestep`), activations are rotated
 (`hadamard`) and quantised (`fake_quantize` while training; `quantize`, `dequantize` after), weights come from
-codes (`unpack_int4`, `rotate_codes`, `digit`), meet in an integer product (`int_linear`, `int_conv2d`) and go
+codes (`unpack_int4`, `rotate_codes`, `digit`, `half`), meet in an integer product (`int_linear`, `int_conv2d`) and go
 back to real units (`rescale`).
 """
 
@@ -12,7 +12,7 @@ from hqc.ops.integer_product import int_conv2d, int_linear
 from hqc.ops.nearest_timestep import nearest_timestep
 from hqc.ops.quantize import dequantize, quantize
 from hqc.ops.rescale import rescale
-from hqc.ops.weight_codes import digit, pack_int4, rotate_codes, unpack_int4
+from hqc.ops.weight_codes import digit, half, pack_int4, rotate_codes, unpack_int4
 
 __all__ = [
     "block_size",
@@ -20,6 +20,7 @@ __all__ = [
     "digit",
     "fake_quantize",
     "hadamard",
+    "half",
     "int_conv2d",
     "int_linear",
     "nearest_timestep",

@@ -1,4 +1,4 @@
-"""Weight codes: `hqc::unpack_int4`, `hqc::rotate_codes`, `hqc::digit`; all exact in integers."""
+"""Weight codes: `hqc::unpack_int4`, `hqc::rotate_codes`, `hqc::digit`, `hqc::half`; all exact in integers."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hqc.ops.hadamard import sylvester
 
-__all__ = ["DIGIT_BASE", "digit", "pack_int4", "rotate_codes", "unpack_int4"]
+__all__ = ["DIGIT_BASE", "digit", "half", "pack_int4", "rotate_codes", "unpack_int4"]
 
 DIGIT_BASE = 128
 
@@ -41,10 +41,11 @@ def rotate_codes(codes: Tensor, block: int) -> Tensor:
     codes int8 [O, C, …] -> int16 [O, C, …];  |result| ≤ 128·block, so a block up to 128 fits int16 with room.
     Source: HQ-DM integer path, Q(XH)·H·Wᵀ = Q(XH)·(WH)ᵀ.
     """
-    outputs, channels = codes.shape[:2]
-    groups = codes.reshape(outputs, channels // block, block, -1).to(torch.float32)
-    rotated = torch.matmul(sylvester(block, torch.float32, str(codes.device)), groups)
-    return rotated.reshape(codes.shape).to(torch.int16)
+    groups = codes.shape[0] * codes.shape[1] // block
+    # One product [b, b] x [b, everything else]: a batch of small ones takes several times as long.
+    rows = codes.reshape(groups, block, -1).transpose(0, 1).reshape(block, -1).to(torch.float32)
+    rotated = (sylvester(block, torch.float32, str(codes.device)) @ rows).to(torch.int16)
+    return rotated.view(block, groups, -1).transpose(0, 1).reshape(codes.shape)
 
 
 @rotate_codes.register_fake
@@ -64,5 +65,18 @@ def digit(codes: Tensor, index: int) -> Tensor:
 
 
 @digit.register_fake
+def _(codes: Tensor, index: int) -> Tensor:
+    return torch.empty(codes.shape, dtype=torch.int8, device=codes.device)
+
+
+@torch.library.custom_op("hqc::half", mutates_args=())
+def half(codes: Tensor, index: int) -> Tensor:
+    """Half 0, ⌊w/2⌋, or half 1, w - ⌊w/2⌋, of codes in -128…128, as int8 in -64…64; their sum is w."""
+    wide = codes.to(torch.int16)
+    lower = torch.div(wide, 2, rounding_mode="floor")
+    return (wide - lower if index else lower).to(torch.int8)
+
+
+@half.register_fake
 def _(codes: Tensor, index: int) -> Tensor:
     return torch.empty(codes.shape, dtype=torch.int8, device=codes.device)

@@ -58,7 +58,7 @@ class RotateWeights:
                 misses.append((plan.site, "is an integer product already"))
                 continue
             top = activation_range(plan.activation_bits or 8)[1]
-            bound = int(rotated_codes(program, plan.site).to(torch.int64).abs().flatten(1).sum(1).max()) * top
+            bound = _accumulator_bound(program, plan.site) * top
             if bound >= _INT32_LIMIT:
                 misses.append((plan.site, f"accumulators reach {bound}, past int32"))
             else:
@@ -71,6 +71,18 @@ class RotateWeights:
         for site in matches:
             _make_integer(edit, site)
         return edit.finish()
+
+
+def _accumulator_bound(program: Program, site: str) -> int:
+    """max_o Σ|w_q·H|, or a number above it that is small enough for any activation: Σ|w_q·H| ≤ b·Σ|w_q|."""
+    codes, block = program.state[f"{site}.weight_codes"], program.plan[site].block or 1
+    quick = 128 * block * codes[0].numel()
+    if quick * 128 < _INT32_LIMIT:
+        return quick
+    simple = int(codes.to(torch.int32).abs().flatten(1).sum(1).max()) * block
+    if simple * 128 < _INT32_LIMIT:
+        return simple
+    return int(rotated_codes(program, site).to(torch.int64).abs().flatten(1).sum(1).max())
 
 
 def _make_integer(edit: Rewriter, site: str) -> None:

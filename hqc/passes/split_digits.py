@@ -2,7 +2,10 @@
 
     before   acc = int_op(q, w),  w int16
     after    acc = int_op(q, int8(w))                              where every |w| fits
-             acc = int_op(q, low) + 128·int_op(q, high)            else; w = low + 128·high, low -64…63: exact
+             acc = int_op(q, w₀) + int_op(q, w₁)                   where every |w| fits twice; w₀ = ⌊w/2⌋, w₁ = w - w₀
+             acc = int_op(q, low) + 128·int_op(q, high)            else; w = low + 128·high, low -64…63
+
+All three are exact. Halves need no factor, so that a runtime can form both products as one, twice as long.
 
 The limit is 127 for activations up to 7 bits. With 8-bit activations it is 64: x86 kernels without VNNI add two
 u8×s8 products in int16, which silently saturates at 255·127·2 > 32 767 but holds 255·64·2 = 32 640.
@@ -15,6 +18,7 @@ from typing import ClassVar
 import torch
 
 from hqc.errors import PassError
+from hqc.ops.weight_codes import DIGIT_BASE
 from hqc.passes.rewriting import rewrite
 from hqc.passes.rotate_weights import rotated_codes
 from hqc.pipeline import Findings
@@ -51,7 +55,7 @@ class SplitDigits:
             if not is_op(node, *PRODUCTS):
                 continue
             site = node.meta["site"]
-            if is_op(node.args[1], ops.digit.default, aten.to.dtype):
+            if is_op(node.args[1], ops.digit.default, ops.half.default, aten.to.dtype):
                 misses.append((site, "its weight is a digit already"))
                 continue
             wide = rotated_codes(program, site).to(torch.int32)
@@ -70,7 +74,7 @@ class SplitDigits:
         return Findings(tuple(matches), tuple(misses))
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
-        """Casts single digits, duplicates products for double ones."""
+        """Casts single digits, duplicates products for halves and double digits."""
         edit = rewrite(program)
         for node in [n for n in edit.graph.nodes if is_op(n, *PRODUCTS)]:
             weight, site = node.args[1], node.meta["site"]
@@ -81,12 +85,21 @@ class SplitDigits:
                     node.replace_input_with(weight, low)
                 continue
             parts = []
+            split = ops.half.default if _halves(program, site) else ops.digit.default
             for index in (0, 1):
                 meta = {"shape": weight.meta["shape"], "dtype": "int8", "site": site, "role": "weight"}
-                part = edit.call(node, ops.digit.default, weight, index, **meta)
+                part = edit.call(node, split, weight, index, **meta)
                 args = [part if a is weight else a for a in node.args]
                 parts.append(edit.call(node, node.target, *args, like=node, site=site, role="product"))
-            high = edit.call(node, aten.mul.Scalar, parts[1], 128, like=node)
+            high = parts[1]
+            if split is ops.digit.default:
+                high = edit.call(node, aten.mul.Scalar, parts[1], DIGIT_BASE, like=node)
             total = edit.call(node, aten.add.Tensor, parts[0], high, like=node, site=site)
             node.replace_all_uses_with(total)
         return edit.finish()
+
+
+def _halves(program: Program, site: str) -> bool:
+    """Whether w = w₀ + w₁ is enough: |w_i| ≤ 64 at most, and within what one product may hold."""
+    peak = int(rotated_codes(program, site).abs().max())
+    return peak <= 2 * min(64, digit_limit(program.plan[site].activation_bits or 8))

@@ -9,7 +9,7 @@ from hqc.errors import ArtefactError
 from hqc.export.artefact import EXPORT_KIND
 from hqc.export.lowering import OUTPUT
 from hqc.export.model import MODEL_FILE
-from hqc.export.ort_session import open_session
+from hqc.export.ort_session import open_session, run_session
 from hqc.program import InputSpec
 from hqc.runtimes.base import named_inputs
 from hqc.storage import check_manifest
@@ -46,4 +46,4 @@ class OrtSession:
         given = named_inputs(self.inputs, sample, timestep, *conditions, **named)
         taken = {value.name for value in self._session.get_inputs()}
         feeds = {name: tensor.numpy() for name, tensor in given.items() if name in taken}
-        return torch.from_numpy(self._session.run([OUTPUT], feeds)[0])
+        return torch.from_numpy(run_session(self._session, [OUTPUT], feeds)[0])

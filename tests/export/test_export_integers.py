@@ -10,7 +10,7 @@ from hqc.export import export_program
 from hqc.export.model import onnx_from_program, save_model
 from hqc.export.prepare import prepare
 from hqc.export.reference import verification_inputs
-from hqc.export.site_checks import heard, run_watched, saturating_pairs
+from hqc.export.site_checks import Watched, heard, saturating_pairs
 from hqc.export.sites import quantised_sites
 from hqc.passes import FreezeIntegers, MergeLora
 from hqc.pipeline import run_pipeline
@@ -27,7 +27,8 @@ def watched_sites(program, tmp_path, sample=None):
     if sample is not None:
         feeds["sample"] = sample
     names = {n for tap in taps.values() for n in (tap.codes.name, tap.output.name, *tap.weights)}
-    values = run_watched(path, list(taps.values()), names, feeds)
+    with Watched(path, list(taps.values())) as watched:
+        values = watched.run(names, feeds)
     return prepared, taps, values, feeds
 
 
@@ -50,6 +51,14 @@ def oracle(prepared, site, codes, row):
     return y if layer.args[3] is None else y + state[str(layer.args[3].target)].numpy().reshape(channel)
 
 
+def assert_equal(found, wanted, site):
+    """To the bit; where two digits are added as floats, to the rounding of the larger one."""
+    if len(site.products) == 2 and site.products[1].factor != 1:
+        assert np.abs(found - wanted).max() <= 2**-21 * np.abs(wanted).max(), site.site
+    else:
+        assert np.array_equal(found, wanted), site.site
+
+
 def unpack(stored, shape):
     if stored.dtype != np.uint8:
         return stored
@@ -67,7 +76,7 @@ def test_every_site_equals_int64(quantised, tmp_path, model, bits) -> None:
         tap = taps[site.site]
         codes = heard(tap.codes, values).numpy().astype(np.int64) - tap.zero_point
         assert len(np.unique(codes)) > 1
-        assert np.array_equal(heard(tap.output, values).numpy(), oracle(prepared, site, codes, row)), site.site
+        assert_equal(heard(tap.output, values).numpy(), oracle(prepared, site, codes, row), site)
 
 
 PATTERNS = {
@@ -106,7 +115,7 @@ def test_eight_bit_products_do_not_saturate(quantised, tmp_path, model, pattern,
         tap = taps[site.site]
         codes = heard(tap.codes, values).numpy().astype(np.int64) - tap.zero_point
         largest = max(largest, int((np.abs(codes) == 127).mean() * 100))
-        assert np.array_equal(heard(tap.output, values).numpy(), oracle(prepared, site, codes, row)), site.site
+        assert_equal(heard(tap.output, values).numpy(), oracle(prepared, site, codes, row), site)
         assert all(saturating_pairs(values[name], tap.largest_code) == 0 for name in tap.weights)
     assert largest == 100
 
@@ -123,9 +132,10 @@ def test_the_saturation_check_finds_what_the_hardware_would_lose() -> None:
 @pytest.mark.parametrize("model", ["two_sites", "odd_channels"])
 def test_digits_are_two_where_one_does_not_fit(exported, model) -> None:
     _, folder, _ = exported(model, "w8a8", "onnxruntime")
-    kinds = [n.op_type for n in onnx.load(str(folder / "model.onnx")).graph.node]
-    assert kinds.count("MatMulInteger") >= 2
-    assert kinds.count("MatMulInteger") % 2 == 0
+    names = {v for n in onnx.load(str(folder / "model.onnx")).graph.node for v in n.output}
+    halves = {name for name in names if name.endswith(".weight_matrix_1")}
+    assert halves
+    assert {name.replace("_1", "_0") for name in halves} <= names
 
 
 def test_integer_programs_export_too(quantised, exported, captured, tmp_path) -> None:

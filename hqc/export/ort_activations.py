@@ -1,0 +1,132 @@
+"""Activations of the `onnxruntime` target: rotated, scaled, rounded, as uint8 codes with the zero point qmax + 1.
+
+    image   x [N, C, H, W] -> [N, C/b, b, H·W] -> (H_b/√b)/s [N, 1, b, b] @ x -> QuantizeLinear -> Clip (uint8)
+    tokens  x [N, …, C]    -> [N, 1, …·C/b, b] -> x @ (H_b/√b)/s              -> QuantizeLinear -> Clip (uint8)
+
+Few passes over memory: the scale is folded into the rotation, rounding saturates to a byte, and the clip to the grid
+runs on bytes. Images are rotated where they are and transposed as bytes afterwards, a quarter of the traffic.
+The scale stays outside of the rotation where a sample is too small to pay for a matrix of its own, and where sites
+with different scales read one rotated tensor.
+"""
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from hqc.export.builder import typed
+from hqc.export.lowering import Lowering
+from hqc.export.scale_bank import Form, ScaleBank, lookup_key, rotation_matrix
+from hqc.program import Program, is_op
+
+__all__ = ["IntegerState", "dequantize", "hadamard", "quantize", "requested_scales", "zero_point"]
+
+ops = torch.ops.hqc
+UINT8, FLOAT = ir.DataType.UINT8, ir.DataType.FLOAT
+_WORTH_A_MATRIX = 8
+
+
+class IntegerState(Lowering):
+    """What activations and products ask their lowering for, besides the graph."""
+
+    bank: ScaleBank
+    weights: dict[str, list[ir.Value]]
+
+
+def zero_point(top: int) -> np.ndarray:  # type: ignore[type-arg]
+    """The code of zero for a grid of -top…top."""
+    return np.asarray(top + 1, dtype=np.uint8)
+
+
+def requested_scales(program: Program, shared: frozenset[fx.Node]) -> list[tuple[fx.Node, Form]]:
+    """Every form in which the nodes of a program ask for a scale; `shared` ones are the same for the whole batch."""
+    requests: list[tuple[fx.Node, Form]] = []
+    for node in program.graph.nodes:
+        if is_op(node, ops.quantize.default):
+            requests.append((node.args[1], _quantiser_form(program, node)))
+        elif is_op(node, ops.rescale.default) and node.args[1] in shared:
+            requests.append((node.args[1], ("number", 1)))
+        elif is_op(node, ops.rescale.default) or (
+            is_op(node, ops.dequantize.default) and is_op(node.args[0], ops.quantize.default)
+        ):
+            requests.append((node.args[1], ("scale", len(node.meta["shape"]))))
+    return requests
+
+
+def _quantiser_form(program: Program, quantiser: fx.Node) -> Form:
+    x: fx.Node = quantiser.args[0]  # type: ignore[assignment]
+    if _folded(program, x):
+        return "rotation", int(x.args[1])  # type: ignore[arg-type]
+    return "reciprocal", len(x.meta["shape"])
+
+
+def _folded(program: Program, rotation: fx.Node) -> bool:
+    """Whether the scale goes into the rotation: one scale for all readers, and samples that outweigh a matrix each."""
+    if not is_op(rotation, ops.hadamard.default):
+        return False
+    readers = list(rotation.users)
+    if not all(is_op(reader, ops.quantize.default) for reader in readers):
+        return False
+    values = math.prod(d for d in rotation.meta["shape"] if isinstance(d, int))
+    if values < _WORTH_A_MATRIX * int(rotation.args[1]) ** 2:  # type: ignore[arg-type]
+        return False
+    scales: set[fx.Node] = {reader.args[1] for reader in readers}  # type: ignore[misc]
+    keys = {lookup_key(program, scale) for scale in scales}
+    return len(scales) == 1 or (len(keys) == 1 and None not in keys)
+
+
+def hadamard(lo: IntegerState, node: fx.Node) -> ir.Value | None:
+    """The rotation on its own, in torch's layout; None where the quantiser emits it together with the scale."""
+    if _folded(lo.program, node):
+        return None
+    block = int(node.args[1])  # type: ignore[arg-type]
+    rotated = _rotated(lo, node, lo.builder.constant(rotation_matrix(block), f"rotation_{block}"))
+    return typed(lo.builder.reshape(rotated, _sample_shape(lo, node)), FLOAT)
+
+
+def _sample_shape(lo: Lowering, node: fx.Node) -> list[int]:
+    return [0, *(int(d) for d in lo.shape(node)[1:])]
+
+
+def _rotated(lo: IntegerState, rotation: fx.Node, matrix: ir.Value) -> ir.Value:
+    """The channels of x times a matrix [b, b] or [N, 1, b, b]: [N, C/b, b, H·W] for images, else [N, 1, …·C/b, b]."""
+    b = lo.builder
+    x, block = rotation.args[0], int(rotation.args[1])  # type: ignore[arg-type]
+    if _is_image(rotation):
+        groups = b.reshape(lo.value(x), [0, int(lo.shape(rotation)[1]) // block, block, -1])
+        return typed(b.op("MatMul", matrix, groups), FLOAT)
+    return typed(b.op("MatMul", b.reshape(lo.value(x), [0, 1, -1, block]), matrix), FLOAT)
+
+
+def _is_image(rotation: fx.Node) -> bool:
+    axis, rank = int(rotation.args[2]), len(rotation.meta["shape"])  # type: ignore[arg-type]
+    return axis not in (-1, rank - 1)
+
+
+def quantize(lo: IntegerState, node: fx.Node) -> ir.Value:
+    """uint8 codes q + qmax + 1 in torch's layout."""
+    b = lo.builder
+    x, scale, low, high = node.args
+    top, form = int(high), _quantiser_form(lo.program, node)  # type: ignore[arg-type]
+    factor = lo.bank.value(scale, form)  # type: ignore[arg-type]
+    level = _rotated(lo, x, factor) if form[0] == "rotation" else b.op("Mul", lo.value(x), factor)  # type: ignore[arg-type]
+    codes = typed(b.op("QuantizeLinear", level, b.scalar(1.0), b.constant(zero_point(top), "zero_point")), UINT8)
+    bounds = [np.asarray(int(v) + top + 1, dtype=np.uint8) for v in (low, high)]  # type: ignore[arg-type]
+    codes = typed(b.op("Clip", codes, *(b.constant(bound, "bound") for bound in bounds)), UINT8)
+    restored = typed(b.reshape(codes, _sample_shape(lo, node)), UINT8)
+    if "site" in node.meta:
+        b.rename(restored, f"{node.meta['site']}.codes")
+    return restored
+
+
+def dequantize(lo: IntegerState, node: fx.Node) -> ir.Value:
+    """For sites that stayed in floating point (accumulators past int32)."""
+    b = lo.builder
+    codes, scale = node.args
+    if not is_op(codes, ops.quantize.default):
+        return b.op("DequantizeLinear", lo.value(codes), lo.value(scale), axis=0, name=node.name)
+    high = int(codes.args[3])  # type: ignore[arg-type, union-attr]
+    real = b.op("DequantizeLinear", lo.value(codes), b.scalar(1.0), b.constant(zero_point(high), "zero_point"))
+    return b.op("Mul", real, lo.bank.value(scale, ("scale", len(lo.shape(codes)))), name=node.name)  # type: ignore[arg-type]

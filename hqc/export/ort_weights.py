@@ -1,0 +1,97 @@
+"""Weights of the `onnxruntime` target: INT4 in the file, an int8 matrix [K, O] in memory, by standard operators.
+
+    stored [K/b, b, O] INT4 -> Cast(INT8) -> MatMulInteger(H_b, ·) : int32 -> Cast(INT8) -> Reshape [K, O]
+
+K = kh·kw·C in the order of the columns of the product. The runtime folds the chain when a session is made; the fewer
+and the narrower its steps, the less memory that takes, since the runtime keeps every intermediate until it is done.
+The chain starts with Cast because the runtime folds Cast and does not fold DequantizeLinear.
+"""
+
+import math
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from hqc.export.builder import typed
+from hqc.export.lowering import Lowering
+from hqc.ops import sylvester
+from hqc.ops.weight_codes import DIGIT_BASE, pack_int4
+from hqc.program import Program, is_op
+
+__all__ = ["weight_matrix"]
+
+ops = torch.ops.hqc
+INT8, INT32, INT4, FLOAT = ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT4, ir.DataType.FLOAT
+
+
+def weight_matrix(lo: Lowering, weight: fx.Node, name: str) -> ir.Value:
+    """The int8 matrix [K, O] of a weight expression over stored codes [O, C, …]."""
+    b = lo.builder
+    outputs = int(lo.shape(weight)[0])
+    codes = _evaluated(lo, weight)
+    matrix = typed(b.reshape(b.cast(codes, INT8), [-1, outputs], name=name), INT8)
+    b.rename(matrix, name)
+    return matrix
+
+
+def _evaluated(lo: Lowering, weight: fx.Node) -> ir.Value:
+    """A weight expression in the stored layout: whole numbers in some type."""
+    b = lo.builder
+    source = _stored_source(weight)
+    if source is not None:
+        return _stored(lo, *source, _block(weight))
+    inner: fx.Node = weight.args[0]  # type: ignore[assignment]
+    codes = _evaluated(lo, inner)
+    if is_op(weight, ops.rotate_codes.default):
+        matrix = b.constant(sylvester(int(weight.args[1])).to(torch.int8).numpy(), "hadamard")  # type: ignore[arg-type]
+        return typed(b.op("MatMulInteger", matrix, b.cast(codes, INT8)), INT32)
+    if is_op(weight, ops.half.default):
+        real = b.cast(codes, FLOAT)
+        half = typed(b.op("Floor", b.op("Mul", real, b.scalar(0.5))), FLOAT)
+        return typed(b.op("Sub", real, half), FLOAT) if weight.args[1] else half
+    if is_op(weight, ops.digit.default):
+        real, base = b.cast(codes, FLOAT), float(DIGIT_BASE)
+        high = b.op("Floor", b.op("Mul", b.op("Add", real, b.scalar(base / 2)), b.scalar(1 / base)))
+        return typed(high if weight.args[1] else b.op("Sub", real, b.op("Mul", high, b.scalar(base))), FLOAT)
+    return codes  # a cast, which the matrix makes itself
+
+
+def _stored_source(weight: fx.Node) -> tuple[str, bool] | None:
+    """(name in the state, packed) of a node that reads stored codes."""
+    if weight.op == "get_attr":
+        return str(weight.target), False
+    if is_op(weight, ops.unpack_int4.default):
+        return str(weight.args[0].target), True  # type: ignore[union-attr]
+    return None
+
+
+def _block(stored: fx.Node) -> int:
+    """The order by which the codes are rotated later on, 1 if they are not: it decides how they lie in the file."""
+    rotations = [user for user in stored.users if is_op(user, ops.rotate_codes.default)]
+    return int(rotations[0].args[1]) if rotations else 1  # type: ignore[arg-type]
+
+
+def _stored(lo: Lowering, name: str, packed: bool, block: int) -> ir.Value:
+    """The stored codes as an initialiser [K/b, b, O]."""
+    found = lo.builder.graph.initializers.get(name)
+    return found if found is not None else lo.builder.initializer(name, _layout(lo.program, name, packed, block))
+
+
+def _layout(program: Program, name: str, packed: bool, block: int) -> ir.TensorProtocol:
+    codes = program.state[name]
+    if packed:
+        reader = next(n for n in program.graph.nodes if n.op == "get_attr" and n.target == name)
+        codes = ops.unpack_int4(codes, list(next(iter(reader.users)).args[1]))
+    turned = _columns_first(codes, block)
+    if not packed:
+        return ir.tensor(turned.numpy(), name=name)
+    return ir.PackedTensor(pack_int4(turned).numpy(), INT4, shape=ir.Shape(turned.shape), name=name)
+
+
+def _columns_first(codes: Tensor, block: int) -> Tensor:
+    """[O, C, kh, kw] or [O, C] -> [kh·kw·C/b, b, O]."""
+    outputs, channels = codes.shape[:2]
+    taps = math.prod(codes.shape[2:])
+    turned = codes.reshape(outputs, channels, taps).permute(2, 1, 0)
+    return turned.reshape(taps * channels // block, block, outputs).contiguous()
