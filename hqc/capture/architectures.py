@@ -57,8 +57,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 3),
             "up_block_types": (*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
             "cross_attention_dim": 512,
-            # diffusers reads attention_head_dim as the number of heads here; each head has 32 channels.
-            "attention_head_dim": (6, 12, 18, 30),
+            # diffusers reads attention_head_dim as the number of heads here; cin256-v2 has one.
+            "attention_head_dim": 1,
         },
     ),
     "ldm4-bedroom": Architecture(

@@ -31,7 +31,7 @@ from hqc.export.artefact import EXPORT_KIND
 from hqc.export.lowering import OUTPUT, Listen, Tap
 from hqc.export.model import DATA_FILE, MODEL_FILE, onnx_from_program
 from hqc.export.prepare import prepare
-from hqc.export.site_checks import heard, run_watched
+from hqc.export.site_checks import WatchedModel, heard
 from hqc.program import InputSpec, Program
 from hqc.storage import check_manifest
 
@@ -77,15 +77,18 @@ def _compare(program: Program, model: Path, listening: _Listening, args: Sequenc
     taken = {value.name for value in onnx.load(str(model), load_external_data=False).graph.input}
     feeds = {name: array for name, array in feeds.items() if name in taken}
     replay, found, output = Replay(program, args), list[LayerError](), None
-    for group in _groups(watch(program, args)):
-        seen = [one for one in group if isinstance(one, Watched)]
-        listens = [table[s.site] for s in seen for table in (listening.outputs, listening.inputs) if s.site in table]
-        last = [one for one in group if isinstance(one, Tensor)]
-        names = {listen.name for listen in listens} | ({OUTPUT} if last else set())
-        values = run_watched(model, [], names, feeds) if names else {}
-        found += [_site_error(one, listening, values, replay) for one in seen]
-        if last:
-            output = error_numbers(last[0], torch.from_numpy(values[OUTPUT]))
+    heard_at = [*listening.outputs.values(), *listening.inputs.values()]
+    with WatchedModel(model, [], values={listen.name for listen in heard_at}) as export:
+        for group in _groups(watch(program, args)):
+            seen = [one for one in group if isinstance(one, Watched)]
+            tables = (listening.outputs, listening.inputs)
+            listens = [table[s.site] for s in seen for table in tables if s.site in table]
+            last = [one for one in group if isinstance(one, Tensor)]
+            names = {listen.name for listen in listens} | ({OUTPUT} if last else set())
+            values = export.run(names, feeds) if names else {}
+            found += [_site_error(one, listening, values, replay) for one in seen]
+            if last:
+                output = error_numbers(last[0], torch.from_numpy(values[OUTPUT]))
     assert output is not None
     unknown = "" if listening.own else _NO_INPUTS
     return Comparison(tuple(found), output, note=unknown)

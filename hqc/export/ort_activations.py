@@ -66,7 +66,7 @@ def _folded(program: Program, rotation: fx.Node) -> bool:
     """Whether the scale goes into the rotation: one scale for all readers, and samples that outweigh a matrix each."""
     if not is_op(rotation, ops.hadamard.default):
         return False
-    readers = list(rotation.users)
+    readers = [reader for twin in _twins(rotation) for reader in twin.users]
     if not all(is_op(reader, ops.quantize.default) for reader in readers):
         return False
     values = math.prod(d for d in rotation.meta["shape"] if isinstance(d, int))
@@ -75,6 +75,12 @@ def _folded(program: Program, rotation: fx.Node) -> bool:
     scales: set[fx.Node] = {reader.args[1] for reader in readers}  # type: ignore[misc]
     keys = {lookup_key(program, scale) for scale in scales}
     return len(scales) == 1 or (len(keys) == 1 and None not in keys)
+
+
+def _twins(rotation: fx.Node) -> list[fx.Node]:
+    """The rotations of the same tensor by the same matrix, which become one node: every site brings its own."""
+    x: fx.Node = rotation.args[0]  # type: ignore[assignment]
+    return [user for user in x.users if user.target is rotation.target and user.args == rotation.args]
 
 
 def hadamard(lo: IntegerState, node: fx.Node) -> ir.Value | None:
@@ -116,7 +122,7 @@ def quantize(lo: IntegerState, node: fx.Node) -> ir.Value:
     bounds = [np.asarray(int(v) + top + 1, dtype=np.uint8) for v in (low, high)]  # type: ignore[arg-type]
     codes = typed(b.op("Clip", codes, *(b.constant(bound, "bound") for bound in bounds)), UINT8)
     restored = typed(b.reshape(codes, _sample_shape(lo, node)), UINT8)
-    if "site" in node.meta:
+    if "site" in node.meta and not str(restored.name).endswith(".codes"):  # sites that share codes keep the first name
         b.rename(restored, f"{node.meta['site']}.codes")
     return restored
 

@@ -17,7 +17,7 @@ from hqc.export.reference import code_levels, site_output
 from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.program import Program
 
-__all__ = ["Array", "SiteCheck", "Watched", "check_sites", "heard", "saturating_pairs"]
+__all__ = ["Array", "SiteCheck", "WatchedModel", "check_sites", "heard", "saturating_pairs"]
 
 BOUNDARY = 1e-4
 SITE_BOUND = 1e-5
@@ -37,19 +37,21 @@ class SiteCheck:
     output_error: float
 
 
-class Watched:
+class WatchedModel:
     """A copy of a model that also returns what the taps listen to; one session serves every run.
 
     Use as a context manager: the copy lies beside the model, where its external data is.
     """
 
-    def __init__(self, model: Path, taps: Sequence[Tap]) -> None:
+    def __init__(self, model: Path, taps: Sequence[Tap], *, values: Iterable[str] = ()) -> None:
+        """values: names of further float values to watch."""
         self._copy = model.with_name("watched.onnx")
         self._taps = taps
         proto = onnx.load(str(model), load_external_data=False)
         inputs = {value.name for value in proto.graph.input}
         known = inputs | {value.name for value in proto.graph.output}
-        for name, kind in sorted(self._kinds().items()):
+        kinds = dict.fromkeys(values, onnx.TensorProto.FLOAT) | dict(self._kinds())
+        for name, kind in sorted(kinds.items()):
             if name not in known:
                 proto.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
         self._constants = frozenset(name for tap in taps for name in tap.weights)
@@ -61,7 +63,7 @@ class Watched:
         kinds |= {tap.codes.name: types.UINT8 if tap.zero_point else types.INT8 for tap in self._taps}
         return kinds | {name: types.INT8 for tap in self._taps for name in tap.weights}
 
-    def __enter__(self) -> "Watched":
+    def __enter__(self) -> "WatchedModel":
         try:
             self._session = open_session(self._copy, threads=torch.get_num_threads())
         finally:
@@ -79,7 +81,7 @@ class Watched:
 
 
 def check_sites(
-    watched: Watched, taps: Mapping[str, Tap], reference: Program, feeds: Mapping[str, Array]
+    watched: WatchedModel, taps: Mapping[str, Tap], reference: Program, feeds: Mapping[str, Array]
 ) -> tuple[list[SiteCheck], list[str]]:
     """Every quantised site, and what is wrong with any of them."""
     sites = {site.site: site for site in quantised_sites(reference)}

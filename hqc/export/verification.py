@@ -11,7 +11,8 @@ moves others further down, until two equally right paths have parted by up to th
 to torch's own integer form against torch's own fake-quant form: on `digits` to one sample in eight at w4a4, to half of
 them at w8a8, whose grid is finer. So a sample with such a flip is judged by the run with its codes given, in which
 nothing is left to chance; its free-running error is reported, and may be √2 of the quantisation error, two draws of the
-same size.
+same size. The codes come from a copy of the model that also returns them; a sample on which the file itself parts from
+that copy counts as one with a flip.
 """
 
 import math
@@ -29,7 +30,7 @@ from hqc.export.functions import register_schemas
 from hqc.export.lowering import OUTPUT, Tap
 from hqc.export.ort_session import open_session, run_session
 from hqc.export.reference import ForcedRun, verification_inputs, without_quantisers
-from hqc.export.site_checks import Array, SiteCheck, Watched, check_sites, heard
+from hqc.export.site_checks import Array, SiteCheck, WatchedModel, check_sites, heard
 from hqc.program import Program, Stage
 
 __all__ = ["NetworkCheck", "Verification", "verify_export"]
@@ -115,12 +116,12 @@ def verify_export(
     _check_onnx(model)
     args = verification_inputs(reference, batch)
     feeds = {spec.name: arg.numpy() for spec, arg in zip(reference.inputs, args, strict=True)}
-    sites, problems, codes = [], [], {}  # type: ignore[var-annotated]
+    sites, problems, codes, output = [], [], {}, None  # type: ignore[var-annotated]
     if taps:
-        with Watched(model, list(taps.values())) as watched:
+        with WatchedModel(model, list(taps.values())) as watched:
             sites, problems = check_sites(watched, taps, reference, feeds)
-            codes = _all_codes(watched, taps, feeds)
-    network = _check_network(model, codes, reference, float_program, args, feeds)
+            codes, output = _all_codes(watched, taps, feeds)
+    network = _check_network(model, codes, output, reference, float_program, args, feeds)
     problems += _network_problems(network, reference)
     if problems:
         raise ExportError("export verification", "; ".join(problems[:5]), "Nothing was written. Report a bug.")
@@ -139,6 +140,7 @@ def _check_onnx(model: Path) -> None:
 def _check_network(
     model: Path,
     codes: Mapping[str, Tensor],
+    watched: Tensor | None,
     reference: Program,
     float_program: Program | None,
     args: Sequence[Tensor],
@@ -151,12 +153,16 @@ def _check_network(
     forced_run = ForcedRun(reference, codes)
     forced = forced_run.run(*args)
     free = reference.module()(*args)
-    parted = forced_run.parted if len(forced_run.parted) else torch.zeros(len(output), dtype=torch.bool)
+    watched = output if watched is None else watched
+    # A flip on the watched run, or one that parts the file's own run from it.
+    parted = (output - watched).flatten(1).norm(dim=1) > FORCED_BOUND * watched.flatten(1).norm(dim=1)
+    if len(forced_run.parted):
+        parted |= forced_run.parted
     plain = None
     if reference.stage != Stage.CAPTURED:
         plain = float_program or without_quantisers(reference)
     return NetworkCheck(
-        forced_error=_relative(output, forced),
+        forced_error=_relative(watched, forced),
         flipped=sum(forced_run.flipped.values()),
         distance=max(forced_run.distance.values(), default=0.0),
         free_error=_relative(output, free),
@@ -173,12 +179,13 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / size)
 
 
-def _all_codes(watched: Watched, taps: Mapping[str, Tap], feeds: Mapping[str, Array]) -> dict[str, Tensor]:
-    """The integer codes of every site, one byte each while they wait."""
-    values = watched.run({tap.codes.name for tap in taps.values()}, feeds)
-    return {
-        site: (heard(tap.codes, values).to(torch.int16) - tap.zero_point).to(torch.int8) for site, tap in taps.items()
-    }
+def _all_codes(
+    watched: WatchedModel, taps: Mapping[str, Tap], feeds: Mapping[str, Array]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The integer codes of every site, one byte each while they wait, and the output of the same run."""
+    values = watched.run({OUTPUT, *(tap.codes.name for tap in taps.values())}, feeds)
+    codes = {site: heard(tap.codes, values).to(torch.int16) - tap.zero_point for site, tap in taps.items()}
+    return {site: found.to(torch.int8) for site, found in codes.items()}, torch.from_numpy(values[OUTPUT])
 
 
 def _network_problems(check: NetworkCheck, reference: Program) -> list[str]:

@@ -45,7 +45,7 @@ def rotate_codes(codes: Tensor, block: int) -> Tensor:
     # One product [b, b] x [b, everything else]: a batch of small ones takes several times as long.
     rows = codes.reshape(groups, block, -1).transpose(0, 1).reshape(block, -1).to(torch.float32)
     rotated = (sylvester(block, torch.float32, str(codes.device)) @ rows).to(torch.int16)
-    return rotated.view(block, groups, -1).transpose(0, 1).reshape(codes.shape)
+    return rotated.view(block, groups, -1).transpose(0, 1).contiguous().view(codes.shape)
 
 
 @rotate_codes.register_fake

@@ -103,16 +103,38 @@ class InsertQdq:
 def mse_weight_scale(weight: Tensor, qmin: int, qmax: int, candidates: int = 80) -> Tensor:
     """Scale per output channel [O] that minimises ‖W_o - s·clip(round(W_o/s))‖² over shrunken ranges.
 
-    Candidates are absmax/qmax·r for r evenly in (0.2, 1.2]: above 1 because the range is asymmetric at its ends.
-    An all-zero channel gets scale 1, which represents it exactly.
+    Candidates are absmax/qmax·r for r evenly in (0.2, 1.2]: above 1 because the range is asymmetric at its ends. In a
+    layer of more than a million weights of at most four bits every fourth is tried, then the six around the best (the
+    squared error grows by 2e-4 at most). An all-zero channel gets scale 1, which represents it exactly.
     """
     flat = weight.flatten(1).to(torch.float32)
+    # Few rows at a time: every candidate goes over them again, in the cache.
+    rows = max(1, _CACHED_VALUES // flat.shape[1])
+    step = 4 if flat.numel() > _LARGE_LAYER and qmax <= 7 else 1
+    ratios = torch.linspace(0.2, 1.2, candidates + 1)[1:]
+    parts = [_best_scale(part, qmin, qmax, ratios, step) for part in flat.split(rows)]
+    return torch.cat(parts) if parts else flat.new_ones(0)
+
+
+_CACHED_VALUES = 2**17
+_LARGE_LAYER = 2**20
+
+
+def _best_scale(flat: Tensor, qmin: int, qmax: int, ratios: Tensor, step: int) -> Tensor:
     absmax = flat.abs().amax(1)
     base = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
-    best, best_error = base.clone(), torch.full_like(base, torch.inf)
-    for ratio in torch.linspace(0.2, 1.2, candidates + 1)[1:].tolist():
-        scale = base * ratio
-        error = (torch.ops.hqc.fake_quantize(flat, scale, qmin, qmax) - flat).square().sum(1)
+    best = torch.zeros(len(flat), dtype=torch.int64)
+    best_error = torch.full_like(base, torch.inf)
+
+    def attempt(index: Tensor) -> None:
+        scale = (base * ratios[index]).unsqueeze(1)
+        error = (flat * scale.reciprocal()).round_().clamp_(qmin, qmax).mul_(scale).sub_(flat).square_().sum(1)
         better = error < best_error
-        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
-    return torch.where(absmax > 0, best, torch.ones_like(best))
+        best[better], best_error[better] = index[better], error[better]
+
+    for start in range(step - 1, len(ratios), step):
+        attempt(torch.full_like(best, start))
+    middle = best.clone()
+    for offset in (o for o in range(1 - step, step) if o):
+        attempt((middle + offset).clamp(0, len(ratios) - 1))
+    return torch.where(absmax > 0, base * ratios[best], torch.ones_like(absmax))

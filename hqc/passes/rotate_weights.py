@@ -32,10 +32,14 @@ _INT32_LIMIT = 2**31
 
 def rotated_codes(program: Program, site: str) -> Tensor:
     """w_q·H_b of a site in int16; w_q itself where it is not rotated."""
+    codes, block = _codes(program, site), program.plan[site].block
+    return ops.rotate_codes(codes, block) if block else codes.to(torch.int16)  # type: ignore[no-any-return]
+
+
+def _codes(program: Program, site: str) -> Tensor:
     if f"{site}.weight_packed" in program.state:
         raise PassError(site, "its codes are packed already", "Run pack_int4 after every other pass.")
-    codes, block = program.state[f"{site}.weight_codes"], program.plan[site].block
-    return ops.rotate_codes(codes, block) if block else codes.to(torch.int16)  # type: ignore[no-any-return]
+    return program.state[f"{site}.weight_codes"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class RotateWeights:
 
 def _accumulator_bound(program: Program, site: str) -> int:
     """max_o Σ|w_q·H|, or a number above it that is small enough for any activation: Σ|w_q·H| ≤ b·Σ|w_q|."""
-    codes, block = program.state[f"{site}.weight_codes"], program.plan[site].block or 1
+    codes, block = _codes(program, site), program.plan[site].block or 1
     quick = 128 * block * codes[0].numel()
     if quick * 128 < _INT32_LIMIT:
         return quick

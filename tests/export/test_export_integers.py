@@ -10,7 +10,7 @@ from hqc.export import export_program
 from hqc.export.model import onnx_from_program, save_model
 from hqc.export.prepare import prepare
 from hqc.export.reference import verification_inputs
-from hqc.export.site_checks import Watched, heard, saturating_pairs
+from hqc.export.site_checks import WatchedModel, heard, saturating_pairs
 from hqc.export.sites import quantised_sites
 from hqc.passes import FreezeIntegers, MergeLora
 from hqc.pipeline import run_pipeline
@@ -27,7 +27,7 @@ def watched_sites(program, tmp_path, sample=None):
     if sample is not None:
         feeds["sample"] = sample
     names = {n for tap in taps.values() for n in (tap.codes.name, tap.output.name, *tap.weights)}
-    with Watched(path, list(taps.values())) as watched:
+    with WatchedModel(path, list(taps.values())) as watched:
         values = watched.run(names, feeds)
     return prepared, taps, values, feeds
 

@@ -40,6 +40,8 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "unpack_int4": (ops.unpack_int4, lambda: (codes(8).to(torch.uint8), [3, 5])),
     "rotate_codes-linear": (ops.rotate_codes, lambda: (codes(3, 16), 8)),
     "rotate_codes-conv": (ops.rotate_codes, lambda: (codes(3, 16, 3, 3), 16)),
+    "half-lower": (ops.half, lambda: (codes(3, 4, top=127), 0)),
+    "half-upper": (ops.half, lambda: (codes(3, 4, top=127), 1)),
     "digit-low": (ops.digit, lambda: (codes(3, 4, dtype=torch.int16, top=900), 0)),
     "digit-high": (ops.digit, lambda: (codes(3, 4, dtype=torch.int16, top=900), 1)),
     "int_linear": (ops.int_linear, lambda: (codes(2, 3, 8), codes(4, 8, dtype=torch.int16), 7)),

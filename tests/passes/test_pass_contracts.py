@@ -238,12 +238,12 @@ def test_the_right_number_of_nodes_is_inserted(
 
     split = calls(after(model, "split_digits"))
     two = after(model, "split_digits").history[-1].touched
-    assert split["hqc.digit.default"] == 2 * len(two)
+    assert split["hqc.digit.default"] + split["hqc.half.default"] == 2 * len(two)
     assert split["hqc.int_linear.default"] + split["hqc.int_conv2d.default"] == len(quantised) + len(two)
     for node in after(model, "split_digits").graph.nodes:
         if node.target in (ops.int_linear.default, ops.int_conv2d.default):
             weight = node.args[1]
-            int8 = weight.op == "get_attr" or weight.target in (ops.digit.default, aten.to.dtype)
+            int8 = weight.op == "get_attr" or weight.target in (ops.digit.default, ops.half.default, aten.to.dtype)
             assert int8, f"{node.name} multiplies by a wider weight"
 
     packed = after(model, "pack_int4")
