@@ -6,11 +6,13 @@
 `HQC_IGNORE_MEMORY=1` in the environment goes on anyway: an estimate may be wrong.
 """
 
+import ctypes
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ __all__ = [
     "activation_bytes",
     "available_bytes",
     "bytes_text",
+    "export_bytes",
     "require_memory",
+    "return_free_memory",
     "stored_parameters",
     "trace_bytes",
     "unet_activation_bytes",
@@ -55,6 +59,12 @@ def bytes_text(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
+
+
+def return_free_memory() -> None:
+    """Gives pages that are free inside the process back to the system, where the C library can."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
@@ -179,6 +189,17 @@ def activation_bytes(graph: Any, batch: int) -> int:
             uses[used] -= 1
             alive -= sizes[used] if uses[used] == 0 else 0
     return _WORKSPACE * most
+
+
+def export_bytes(program: Any, samples: int) -> int:
+    """Bytes that an export and its verification take on top of the program's own weights.
+
+    A quantised weight has its codes (1 byte) while the model is written and 8 bytes while a runtime folds it; a float
+    one is mapped once and packed once (2 × 4 bytes). Verification runs `samples` at a time.
+    """
+    each: int = 8 if program.plan.quantised else 2 * 4
+    parameters = sum(int(tensor.numel()) for tensor in program.state.values())
+    return each * parameters + activation_bytes(program.graph, samples)
 
 
 def _value_bytes(meta: Mapping[str, Any], batch: int) -> int:

@@ -6,7 +6,9 @@ outliers  one channel in 64 of every norm carries 8…32 times its weight: heavy
 
 import difflib
 import math
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -154,10 +156,14 @@ def empty_architecture(name: str) -> nn.Module:
 def fill_seeded(module: nn.Module, *, seed: int = 0, outliers: bool = False) -> nn.Module:
     """Fills a module's parameters in place, each from a generator of its own name; see the file's first lines."""
     norms = {path for path, child in module.named_modules() if isinstance(child, nn.GroupNorm | nn.LayerNorm)}
-    for parameter_name, parameter in module.named_parameters():
-        owner, _, leaf = parameter_name.rpartition(".")
-        generator = torch.Generator().manual_seed(crc32(parameter_name.encode()) + seed)
-        _fill(parameter.data, leaf, owner in norms, generator, outliers=outliers)
+
+    def fill(named: tuple[str, nn.Parameter]) -> None:
+        owner, _, leaf = named[0].rpartition(".")
+        generator = torch.Generator().manual_seed(crc32(named[0].encode()) + seed)
+        _fill(named[1].data, leaf, owner in norms, generator, outliers=outliers)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a generator each: the order does not matter
+        list(pool.map(fill, module.named_parameters()))
     return module
 
 

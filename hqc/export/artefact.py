@@ -9,14 +9,18 @@ NAME/pipeline/          what surrounds the denoiser, in diffusers layout (option
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hqc.errors import ExportError
+from hqc.export.lowering import Tap
 from hqc.export.model import DATA_FILE, EXTERNAL_DATA_BYTES, MODEL_FILE, onnx_from_program, save_model
 from hqc.export.prepare import Target, prepare
 from hqc.export.verification import Verification, verify_export
+from hqc.memory import export_bytes, require_memory
+from hqc.plan import QuantPlan
 from hqc.program import Program
 from hqc.storage import atomic_folder, copy_pipeline, write_manifest
 
@@ -28,7 +32,7 @@ OPSETS = range(21, 26)
 
 
 _LARGE_MODEL = 2**28
-"""Bytes of weights beyond which verification makes do with two samples."""
+"""Bytes of weights beyond which verification makes do with few samples."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def export_program(
         pipeline: a diffusers-layout folder whose parts (all but the UNet) go with the export.
         one_timestep: the model takes one timestep a call, as every sampler gives it, and saves two passes over every
             activation; a batch of several timesteps is then run once for each.
-        verify_batch: samples in the verification batch, whose timesteps differ; None: 8, or 2 for large models.
+        verify_batch: samples in the verification batch, whose timesteps differ; None: 8, or for models
+            above 256 MiB 2, or 1 with one timestep.
         external_data_bytes: weights beyond this go into a file beside the model.
 
     Raises:
@@ -86,26 +91,36 @@ def export_program(
     if opset not in OPSETS:
         raise ExportError(f"opset {opset}", f"expected {OPSETS.start}…{OPSETS.stop - 1}", "Use 21 unless you must.")
     start = time.perf_counter()
-    prepared = prepare(program, target)
+    samples = verify_batch or _verification_batch(program, one_timestep=one_timestep)
+    require_memory(f"exporting to {folder}", export_bytes(program, samples))
     with atomic_folder(folder, force=force) as temporary:
-        model, taps = onnx_from_program(prepared, target, opset, one_timestep=one_timestep)
-        path = save_model(model, temporary, external_data_bytes=external_data_bytes)
-        verification = verify_export(
-            path, taps, program, float_program=float_program, batch=verify_batch or _verification_batch(program)
-        )
+        path = temporary / MODEL_FILE
+        taps, nodes, plan = _write_model(program, target, opset, temporary, one_timestep, external_data_bytes)
+        verification = verify_export(path, taps, program, float_program=float_program, batch=samples)
         size = sum((temporary / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (temporary / name).exists())
-        report = ExportReport(
-            folder, target, opset, len(model.graph), size, round(time.perf_counter() - start, 3), verification
-        )
-        (temporary / "plan.json").write_text(json.dumps(prepared.plan.to_dict(), indent=1) + "\n", encoding="utf-8")
+        seconds = round(time.perf_counter() - start, 3)
+        report = ExportReport(folder, target, opset, nodes, size, seconds, verification)
+        (temporary / "plan.json").write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")
         if pipeline is not None:
             copy_pipeline(pipeline, temporary / "pipeline")
         write_manifest(temporary, EXPORT_KIND, _fields(program, report))
     return report
 
 
-def _verification_batch(program: Program) -> int:
-    return 8 if program.size_bytes() < _LARGE_MODEL else 2
+def _write_model(
+    program: Program, target: Target, opset: int, folder: Path, one_timestep: bool, external_data_bytes: int
+) -> tuple[Mapping[str, Tap], int, QuantPlan]:
+    """Writes the model; what lowering has made in memory is gone when verification starts."""
+    prepared = prepare(program, target)
+    model, taps = onnx_from_program(prepared, target, opset, one_timestep=one_timestep)
+    save_model(model, folder, external_data_bytes=external_data_bytes)
+    return taps, len(model.graph), prepared.plan
+
+
+def _verification_batch(program: Program, *, one_timestep: bool) -> int:
+    if program.size_bytes() < _LARGE_MODEL:
+        return 8
+    return 1 if one_timestep else 2
 
 
 def _fields(program: Program, report: ExportReport) -> dict[str, Any]:

@@ -16,8 +16,8 @@ __all__ = ["DATA_FILE", "EXTERNAL_DATA_BYTES", "MODEL_FILE", "onnx_from_program"
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
-EXTERNAL_DATA_BYTES = 2**31 - 2**24
-"""Above this the weights go into a file of their own: a protobuf message ends at 2 GiB."""
+EXTERNAL_DATA_BYTES = 2**28
+"""Above this the weights go into a file of their own, which runtimes map; a message is read whole and ends at 2 GiB."""
 
 _LOWER = {"portable": lower_portable, "onnxruntime": lower_onnxruntime}
 

@@ -1,14 +1,13 @@
 """Opening an ONNX Runtime session on the CPU, or saying what is missing; running it on a batch of any timesteps."""
 
-import ctypes
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hqc.errors import ArtefactError, RuntimeMissingError
+from hqc.memory import return_free_memory
 
 __all__ = ["open_session", "run_session"]
 
@@ -44,14 +43,8 @@ def open_session(model: Path, *, threads: int | None = None, optimisation: str =
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise ArtefactError(str(model), f"onnxruntime refuses it ({first})", "Export it again.") from error
-    _return_free_memory()
+    return_free_memory()  # folding the weights leaves much of it behind
     return session
-
-
-def _return_free_memory() -> None:
-    """Gives the pages that folding the weights has left behind back to the system, where the C library can."""
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def run_session(

@@ -15,6 +15,7 @@ from hqc.export.lowering import Listen, Tap
 from hqc.export.ort_session import open_session, run_session
 from hqc.export.reference import code_levels, site_output
 from hqc.export.sites import QuantisedSite, quantised_sites
+from hqc.memory import return_free_memory
 from hqc.program import Program
 
 __all__ = ["Array", "SiteCheck", "WatchedModel", "check_sites", "heard", "saturating_pairs"]
@@ -97,6 +98,8 @@ def check_sites(
             check, found = _check_site(site, taps[site.site], reference, known, values)
             checks.append(check)
             problems += found
+        del values
+        return_free_memory()
     return checks, problems
 
 

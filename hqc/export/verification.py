@@ -31,6 +31,7 @@ from hqc.export.lowering import OUTPUT, Tap
 from hqc.export.ort_session import open_session, run_session
 from hqc.export.reference import ForcedRun, verification_inputs, without_quantisers
 from hqc.export.site_checks import Array, SiteCheck, WatchedModel, check_sites, heard
+from hqc.memory import return_free_memory
 from hqc.program import Program, Stage
 
 __all__ = ["NetworkCheck", "Verification", "verify_export"]
@@ -114,6 +115,7 @@ def verify_export(
         ExportError: naming everything that is out of bounds.
     """
     _check_onnx(model)
+    return_free_memory()
     args = verification_inputs(reference, batch)
     feeds = {spec.name: arg.numpy() for spec, arg in zip(reference.inputs, args, strict=True)}
     sites, problems, codes, output = [], [], {}, None  # type: ignore[var-annotated]

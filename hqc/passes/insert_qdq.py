@@ -104,19 +104,19 @@ def mse_weight_scale(weight: Tensor, qmin: int, qmax: int, candidates: int = 80)
     """Scale per output channel [O] that minimises ‖W_o - s·clip(round(W_o/s))‖² over shrunken ranges.
 
     Candidates are absmax/qmax·r for r evenly in (0.2, 1.2]: above 1 because the range is asymmetric at its ends. In a
-    layer of more than a million weights of at most four bits every fourth is tried, then the six around the best (the
-    squared error grows by 2e-4 at most). An all-zero channel gets scale 1, which represents it exactly.
+    layer of more than a million weights of at most four bits every eighth is tried, then those around the best at half,
+    a quarter and an eighth of that distance. An all-zero channel gets scale 1, which represents it exactly.
     """
     flat = weight.flatten(1).to(torch.float32)
-    # Few rows at a time: every candidate goes over them again, in the cache.
+    # Some rows at a time: every candidate goes over them again, in the cache.
     rows = max(1, _CACHED_VALUES // flat.shape[1])
-    step = 4 if flat.numel() > _LARGE_LAYER and qmax <= 7 else 1
+    step = 8 if flat.numel() > _LARGE_LAYER and qmax <= 7 else 1
     ratios = torch.linspace(0.2, 1.2, candidates + 1)[1:]
-    parts = [_best_scale(part, qmin, qmax, ratios, step) for part in flat.split(rows)]
+    parts = [_best_scale(part, qmin, qmax, ratios, step) for part in torch.split(flat, rows)]
     return torch.cat(parts) if parts else flat.new_ones(0)
 
 
-_CACHED_VALUES = 2**17
+_CACHED_VALUES = 2**20
 _LARGE_LAYER = 2**20
 
 
@@ -134,7 +134,8 @@ def _best_scale(flat: Tensor, qmin: int, qmax: int, ratios: Tensor, step: int) -
 
     for start in range(step - 1, len(ratios), step):
         attempt(torch.full_like(best, start))
-    middle = best.clone()
-    for offset in (o for o in range(1 - step, step) if o):
-        attempt((middle + offset).clamp(0, len(ratios) - 1))
+    while step := step // 2:
+        middle = best.clone()
+        attempt((middle - step).clamp_min(0))
+        attempt((middle + step).clamp_max(len(ratios) - 1))
     return torch.where(absmax > 0, base * ratios[best], torch.ones_like(absmax))

@@ -5,6 +5,7 @@ the input of the site's quantiser (rotated where the plan says so). The quantise
 trajectory is the float model's own.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from hqc.training.task import Denoise
 __all__ = ["calibrate"]
 
 _VALUES_A_CALL = 16_384
+_CACHED_VALUES = 2_048
+"""Values that are tried with all candidates at once: the table of both stays in the cache."""
 
 
 @dataclass
@@ -44,8 +47,8 @@ class _Search:
         scale = self.candidates.unsqueeze(1)
         self.count += x.numel()
         self.energy += float(x.square().sum())
-        quantised = (x / scale).round_().clamp_(qmin, qmax).mul_(scale)
-        self.errors += (quantised - x).square_().sum(1)
+        for part in torch.split(x, _CACHED_VALUES):
+            self.errors += (part / scale).round_().clamp_(qmin, qmax).mul_(scale).sub_(part).square_().sum(1)
 
     @property
     def best(self) -> float:
@@ -60,6 +63,7 @@ class _Observer(fx.Interpreter):
     candidates: int
     searches: dict[tuple[str, int], _Search] = field(default_factory=dict)
     row: int = 0
+    originals: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__(self.program.module())
@@ -78,6 +82,10 @@ class _Observer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         role = n.meta.get("role")
+        if role == "rotation_back":  # of a tensor that nothing has quantised: what was rotated
+            return self._original(n.args[0].args[0])  # type: ignore[union-attr, arg-type]
+        if role == "rotation":
+            self.originals[n] = [self.env[n.args[0]]] * len(n.users)  # type: ignore[index]
         if role not in ("activation_quantizer", "weight_quantizer"):
             return super().run_node(n)
         x = self.env[n.args[0]]  # type: ignore[index]
@@ -85,13 +93,22 @@ class _Observer(fx.Interpreter):
             self._observe(n.meta["site"], x, *n.args[2:])  # type: ignore[arg-type]
         return x
 
+    def _original(self, rotation: fx.Node) -> Tensor:
+        """What a rotation was applied to, for each of its readers once."""
+        waiting = self.originals[rotation]
+        x = waiting.pop()
+        if not waiting:
+            del self.originals[rotation]
+        return x
+
     def _observe(self, site: str, x: Tensor, qmin: int, qmax: int) -> None:
         flat = x.reshape(-1)
         # An odd stride visits every channel of a contiguous tensor in turn.
         stride = max(1, flat.numel() // _VALUES_A_CALL) | 1
         flat = flat[::stride]
-        top = float(x.abs().max())
-        if not torch.isfinite(x).all():
+        low, high = (float(bound) for bound in x.aminmax())
+        top = max(-low, high)
+        if not math.isfinite(top):
             raise TrainingError(
                 f"calibration at {site}",
                 f"met NaN or infinity at timestep {float(self.grid[self.row]):g}",

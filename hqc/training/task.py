@@ -85,7 +85,7 @@ def guided(denoise: Denoise, sample: Tensor, timestep: float, conditions: Condit
     sample [N, …] -> [N, …]; conditions = (null, wanted). Of a model that predicts a variance too, only ε is returned.
     """
     null, wanted = conditions if conditions is not None else (None, (None,))
-    if null is None:
+    if null is None or g == 1:  # as pipelines do: the null half has no weight
         times = torch.full((len(sample),), timestep)
         return _noise_only(denoise(sample, times, *_each(wanted)), sample)
     times = torch.full((2 * len(sample),), timestep)
