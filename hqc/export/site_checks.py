@@ -73,6 +73,7 @@ class WatchedModel:
 
     def __exit__(self, *_: object) -> None:
         del self._session
+        return_free_memory()
 
     def run(self, names: Iterable[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The named values, inputs among them."""

@@ -371,8 +371,8 @@ def test_unknown_sources(source: str) -> None:
     assert caught.value.where == f"source {source!r}"
     assert "nothing that hqc can trace" in caught.value.found or "model_index.json" in caught.value.found
     assert caught.value.do == (
-        "Give `digits`, a diffusers pipeline or UNet folder, a .ckpt or .safetensors file with --config, `arch:NAME`, "
-        "or `module:callable`."
+        "Give `digits`, a diffusers pipeline or denoiser folder, a hub id, a .ckpt or .safetensors file with --config, "
+        "`arch:NAME`, or `module:callable`."
     )
 
 
