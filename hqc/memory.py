@@ -7,6 +7,7 @@
 """
 
 import ctypes
+import gc
 import math
 import os
 import re
@@ -24,6 +25,7 @@ __all__ = [
     "bytes_text",
     "export_bytes",
     "require_memory",
+    "resident_bytes",
     "return_free_memory",
     "stored_parameters",
     "trace_bytes",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 IGNORE = "HQC_IGNORE_MEMORY"
+_LARGE_PROCESS = 2**31
 
 
 def require_memory(what: str, needed: int, do: str = "") -> None:
@@ -62,9 +65,21 @@ def bytes_text(count: int) -> str:
 
 
 def return_free_memory() -> None:
-    """Gives pages that are free inside the process back to the system, where the C library can."""
+    """Gives what is free inside a large process back to the system, where the C library can."""
+    if resident_bytes() < _LARGE_PROCESS:
+        return
+    gc.collect()  # graphs are cycles
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
@@ -194,10 +209,10 @@ def activation_bytes(graph: Any, batch: int) -> int:
 def export_bytes(program: Any, samples: int) -> int:
     """Bytes that an export and its verification take on top of the program's own weights.
 
-    A quantised weight has its codes (1 byte) while the model is written and 8 bytes while a runtime folds it; a float
+    A quantised weight has its codes (1 byte) while the model is written and 4 bytes while a runtime folds it; a float
     one is mapped once and packed once (2 × 4 bytes). Verification runs `samples` at a time.
     """
-    each: int = 8 if program.plan.quantised else 2 * 4
+    each: int = 4 if program.plan.quantised else 2 * 4
     parameters = sum(int(tensor.numel()) for tensor in program.state.values())
     return each * parameters + activation_bytes(program.graph, samples)
 

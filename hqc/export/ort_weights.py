@@ -1,6 +1,7 @@
 """Weights of the `onnxruntime` target: INT4 in the file, an int8 matrix [K, O] in memory, by standard operators.
 
-    stored [K/b, b, O] INT4 -> Cast(INT8) -> MatMulInteger(H_b, ·) : int32 -> Cast(INT8) -> Reshape [K, O]
+    stored [K/b, b, O] INT4 -> Cast(INT8) -> QLinearMatMul(H_b, ·; all scales 1) : int8 -> Reshape [K, O]
+    two digits                 Cast(INT8) -> MatMulInteger(H_b, ·) : int32 -> Cast -> Floor, … -> Cast(INT8) -> Reshape
 
 K = kh·kw·C in the order of the columns of the product. The runtime folds the chain when a session is made; the fewer
 and the narrower its steps, the less memory that takes, since the runtime keeps every intermediate until it is done.
@@ -9,6 +10,7 @@ The chain starts with Cast because the runtime folds Cast and does not fold Dequ
 
 import math
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx
@@ -45,7 +47,11 @@ def _evaluated(lo: Lowering, weight: fx.Node) -> ir.Value:
     codes = _evaluated(lo, inner)
     if is_op(weight, ops.rotate_codes.default):
         matrix = b.constant(sylvester(int(weight.args[1])).to(torch.int8).numpy(), "hadamard")  # type: ignore[arg-type]
-        return typed(b.op("MatMulInteger", matrix, b.cast(codes, INT8)), INT32)
+        if any(is_op(user, ops.digit.default, ops.half.default) for user in weight.users):
+            return typed(b.op("MatMulInteger", matrix, b.cast(codes, INT8)), INT32)
+        # What a single int8 holds: nothing saturates, and no int32 of four times the size is left behind.
+        one, zero = b.scalar(1.0), b.constant(np.asarray(0, np.int8), "zero")
+        return typed(b.op("QLinearMatMul", matrix, one, zero, b.cast(codes, INT8), one, zero, one, zero), INT8)
     if is_op(weight, ops.half.default):
         real = b.cast(codes, FLOAT)
         half = typed(b.op("Floor", b.op("Mul", real, b.scalar(0.5))), FLOAT)

@@ -118,12 +118,14 @@ def verify_export(
     return_free_memory()
     args = verification_inputs(reference, batch)
     feeds = {spec.name: arg.numpy() for spec, arg in zip(reference.inputs, args, strict=True)}
-    sites, problems, codes, output = [], [], {}, None  # type: ignore[var-annotated]
+    # The file itself first, then the copy that is watched: runtimes optimise what nobody watches.
+    output = _file_output(model, feeds)
+    sites, problems, codes, seen = [], [], {}, output  # type: ignore[var-annotated]
     if taps:
         with WatchedModel(model, list(taps.values())) as watched:
             sites, problems = check_sites(watched, taps, reference, feeds)
-            codes, output = _all_codes(watched, taps, feeds)
-    network = _check_network(model, codes, output, reference, float_program, args, feeds)
+            codes, seen = _all_codes(watched, taps, feeds)
+    network = _check_network(output, seen, codes, reference, float_program, args)
     problems += _network_problems(network, reference)
     if problems:
         raise ExportError("export verification", "; ".join(problems[:5]), "Nothing was written. Report a bug.")
@@ -138,24 +140,27 @@ def _check_onnx(model: Path) -> None:
         raise ExportError(str(model.name), f"is not valid ONNX ({error})", "Report a bug.") from error
 
 
-@torch.no_grad()
-def _check_network(
-    model: Path,
-    codes: Mapping[str, Tensor],
-    watched: Tensor | None,
-    reference: Program,
-    float_program: Program | None,
-    args: Sequence[Tensor],
-    feeds: Mapping[str, Array],
-) -> NetworkCheck:
-    # The file itself, not the copy that is watched: runtimes optimise what nobody watches.
+def _file_output(model: Path, feeds: Mapping[str, Array]) -> Tensor:
     session = open_session(model, threads=torch.get_num_threads())
     output = torch.from_numpy(run_session(session, [OUTPUT], feeds)[0])
     del session
+    return_free_memory()
+    return output
+
+
+@torch.no_grad()
+def _check_network(
+    output: Tensor,
+    watched: Tensor,
+    codes: Mapping[str, Tensor],
+    reference: Program,
+    float_program: Program | None,
+    args: Sequence[Tensor],
+) -> NetworkCheck:
+    """output: of the file; watched: of the copy that returned the codes."""
     forced_run = ForcedRun(reference, codes)
     forced = forced_run.run(*args)
     free = reference.module()(*args)
-    watched = output if watched is None else watched
     # A flip on the watched run, or one that parts the file's own run from it.
     parted = (output - watched).flatten(1).norm(dim=1) > FORCED_BOUND * watched.flatten(1).norm(dim=1)
     if len(forced_run.parted):
