@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hqc.errors import MemoryShortError
 
 __all__ = [
@@ -25,7 +27,6 @@ __all__ = [
     "bytes_text",
     "export_bytes",
     "require_memory",
-    "resident_bytes",
     "return_free_memory",
     "stored_parameters",
     "trace_bytes",
@@ -66,20 +67,11 @@ def bytes_text(count: int) -> str:
 
 def return_free_memory() -> None:
     """Gives what is free inside a large process back to the system, where the C library can."""
-    if resident_bytes() < _LARGE_PROCESS:
+    if psutil.Process().memory_info().rss < _LARGE_PROCESS:
         return
     gc.collect()  # graphs are cycles
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def resident_bytes() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

@@ -232,8 +232,10 @@ def calibration_of(program: Program, folder: Path) -> tuple[Task, str]:
 
 
 def _exported(program: Path, space: Workspace) -> Path:
-    return space.make("integer", EXPORT_KIND, {"program": content(program)}, lambda target: _export(program, target))
+    depends = {"program": content(program), "one_timestep": True}
+    return space.make("integer", EXPORT_KIND, depends, lambda target: _export(program, target))
 
 
 def _export(program: Path, target: Path) -> None:
-    export_program(load_program(program), "onnxruntime", target, force=True)
+    # Samplers give every sample of a call one timestep, and so do the inputs of the benchmark.
+    export_program(load_program(program), "onnxruntime", target, force=True, one_timestep=True)

@@ -35,14 +35,14 @@ def _onnxruntime(threads: int) -> Callable[[Path, Arrays], Call]:
     """Default session options: every optimisation, the runtime's own thread pool."""
     import onnxruntime  # noqa: F401  (imported before the clock of the load starts)
 
-    from hqc.export.ort_session import open_session
+    from hqc.export.ort_session import open_session, run_session
 
     def load(model: Path, inputs: Arrays) -> Call:
         session = open_session(model, threads=threads)
         taken = {value.name for value in session.get_inputs()}
         feeds = {name: array for name, array in inputs.items() if name in taken}
         output = session.get_outputs()[0].name
-        return lambda: session.run([output], feeds)[0]  # type: ignore[no-any-return]
+        return lambda: run_session(session, [output], feeds)[0]  # type: ignore[no-any-return]
 
     return load
 
