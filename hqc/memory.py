@@ -27,6 +27,7 @@ __all__ = [
     "bytes_text",
     "export_bytes",
     "require_memory",
+    "resident_bytes",
     "return_free_memory",
     "stored_parameters",
     "trace_bytes",
@@ -34,7 +35,6 @@ __all__ = [
 ]
 
 IGNORE = "HQC_IGNORE_MEMORY"
-_LARGE_PROCESS = 2**31
 
 
 def require_memory(what: str, needed: int, do: str = "") -> None:
@@ -65,9 +65,14 @@ def bytes_text(count: int) -> str:
     return f"{count} B"
 
 
-def return_free_memory() -> None:
-    """Gives what is free inside a large process back to the system, where the C library can."""
-    if psutil.Process().memory_info().rss < _LARGE_PROCESS:
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def return_free_memory(above: int = 2**30) -> None:
+    """Gives what is free inside a process of more than `above` bytes back to the system, where the C library can."""
+    if resident_bytes() < above:
         return
     gc.collect()  # graphs are cycles
     with suppress(OSError, AttributeError, TypeError):

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from hqc.errors import ArtefactError, RuntimeMissingError
-from hqc.memory import return_free_memory
+from hqc.memory import resident_bytes, return_free_memory
 
 __all__ = ["open_session", "run_session"]
 
 _SILENT = 3
+_MUCH = 2**28
 
 
 def open_session(model: Path, *, threads: int | None = None, optimisation: str = "all") -> Any:
@@ -38,12 +39,13 @@ def open_session(model: Path, *, threads: int | None = None, optimisation: str =
     }[optimisation]
     if threads is not None:
         options.intra_op_num_threads = threads
+    before = resident_bytes()
     try:
         session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise ArtefactError(str(model), f"onnxruntime refuses it ({first})", "Export it again.") from error
-    return_free_memory()  # folding the weights leaves much of it behind
+    return_free_memory(before + _MUCH)  # folding the weights leaves much behind
     return session
 
 
