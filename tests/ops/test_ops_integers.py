@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hqc.ops import digit, int_conv2d, int_linear, nearest_timestep, pack_int4, rescale, rotate_codes, unpack_int4
+from hqc.ops import digit, half, int_conv2d, int_linear, nearest_timestep, pack_int4, rescale, rotate_codes, unpack_int4
 
 relaxed = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -54,6 +54,13 @@ def test_rotate_codes_is_exact(block: int, groups: int, kernel: tuple[int, ...],
     found = rotate_codes(torch.from_numpy(codes.astype(np.int8)), block)
     assert found.dtype == torch.int16
     assert np.array_equal(found.numpy(), expected)
+
+
+def test_halves_are_exact_for_every_int8_code() -> None:
+    values = torch.arange(-128, 128, dtype=torch.int16)
+    lower, upper = half(values, 0), half(values, 1)
+    assert torch.equal(lower.to(torch.int16) + upper, values)
+    assert int(torch.cat([lower, upper]).abs().max()) == 64
 
 
 def test_digits_are_exact_for_every_value_that_can_occur() -> None:

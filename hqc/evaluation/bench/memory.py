@@ -6,12 +6,9 @@ from pathlib import Path
 
 import psutil
 
+from hqc.memory import resident_bytes
+
 __all__ = ["peak_resident_bytes", "resident_bytes"]
-
-
-def resident_bytes() -> int:
-    """Resident set of this process: its pages in memory, mapped files included."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
