@@ -136,7 +136,7 @@ class _Image(nn.Module):
 
 @pytest.mark.parametrize(("size", "folded"), [(8, False), (32, True)])
 def test_scales_go_into_the_rotation_where_samples_outweigh_the_matrix(tmp_path, size: int, folded: bool) -> None:
-    """A sample of 32 channels is 2 048 values at 8×8, where a matrix of 1 024 a sample does not pay, 32 768 at 32×32."""
+    """32 channels are 2 048 values a sample at 8×8, where a matrix of 1 024 does not pay, and 32 768 at 32×32."""
     torch.manual_seed(0)
     specs = (InputSpec("sample", ("N", 32, size, size)), InputSpec("timestep", ("N",)))
     captured = capture_module(_Image(), specs)
