@@ -46,19 +46,6 @@ _MATRIX = """
     order_vector = Unsqueeze (order, axis_0)
 """
 
-# The last axis only: groups of `block` neighbours are the rows of one matrix product.
-_LAST_AXIS = """
-    axis_0 = Constant <value_ints = [0]> ()
-    {matrix}
-    any = Constant <value_ints = [-1]> ()
-    rows = Concat <axis = 0> (any, order_vector)
-    groups = Reshape (x, rows)
-    sums = MatMul (groups, matrix)
-    scaled = Mul (sums, factor)
-    shape = Shape (x)
-    y = Reshape (scaled, shape)
-"""
-
 # Any axis: [outer, block, inner] -> [outer, inner, block], product, and back.
 _ANY_AXIS = """
     axis_0 = Constant <value_ints = [0]> ()
@@ -84,9 +71,9 @@ _ANY_AXIS = """
 )
 
 
-def hadamard_function(opset: int, *, last_axis_only: bool) -> ir.Function:
-    """The body of `hqc::Hadamard` for an opset; the one for the last axis is quicker and serves no other."""
-    body = (_LAST_AXIS if last_axis_only else _ANY_AXIS).format(matrix=_MATRIX.strip())
+def hadamard_function(opset: int) -> ir.Function:
+    """The body of `hqc::Hadamard` for an opset."""
+    body = _ANY_AXIS.format(matrix=_MATRIX.strip())
     header = f'<domain: "{HQC_DOMAIN}", opset_import: ["" : {opset}]>\nHadamard <block, axis> (x) => (y)'
     return ir.serde.deserialize_function(onnx.parser.parse_function(f"{header} {{{body}}}"))
 

@@ -33,7 +33,7 @@ def onnx_from_program(
     register_schemas()
     model, lowering = _LOWER[target](prepared, opset, one_timestep=one_timestep)
     if any(node.op_type == "Hadamard" for node in model.graph):
-        function = hadamard_function(opset, last_axis_only=target == "onnxruntime")
+        function = hadamard_function(opset)
         model.functions[function.identifier()] = function
     return model, lowering.taps
 
