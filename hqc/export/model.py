@@ -19,6 +19,8 @@ MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 EXTERNAL_DATA_BYTES = 2**28
 """Above this the weights go into a file of their own, which runtimes map; a message is read whole and ends at 2 GiB."""
 
+_SMALL_TENSOR = 2**16
+
 _LOWER = {"portable": lower_portable, "onnxruntime": lower_onnxruntime}
 
 
@@ -43,7 +45,8 @@ def save_model(model: ir.Model, folder: Path, *, external_data_bytes: int = EXTE
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     path = folder / MODEL_FILE
     if weights > external_data_bytes:
-        ir.save(model, path, external_data=DATA_FILE)
+        # Shape inference reads the small ones: split sizes, axes.
+        ir.save(model, path, external_data=DATA_FILE, size_threshold_bytes=_SMALL_TENSOR)
     else:
         ir.save(model, path)
     return path

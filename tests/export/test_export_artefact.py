@@ -182,3 +182,17 @@ def test_without_a_float_program_the_quantisers_are_bypassed(quantised, captured
     assert all(error > 1e-3 for error in errors)
     rotated = export_program(prepare(program, "onnxruntime"), "onnxruntime", tmp_path / "d")
     assert rotated.verification.network.quantisation_error is None
+
+
+def test_only_large_tensors_go_beside_the_model(captured, quantised, tmp_path) -> None:
+    """Shape inference needs the split sizes of a scale bank, which outgrow 256 bytes from 33 sites on."""
+    program = quantised("cross_attention", "w4a4")
+    folder = tmp_path / "beside"
+    report = export_program(
+        program, "onnxruntime", folder, float_program=captured("cross_attention"), external_data_bytes=1
+    )
+    tensors = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph.initializer
+    moved = [t for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL]
+    assert all(len(t.raw_data) < 2**16 for t in tensors)
+    assert all(t.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.FLOAT) for t in moved)
+    assert report.verification.network.forced_error <= 1e-4
