@@ -61,14 +61,19 @@ def run_session(
     if not one or times is None:
         return list(session.run(list(names), dict(feeds)))
     groups = [np.flatnonzero(times == t) for t in np.unique(times)]
-    if len(groups) == 1:
-        return list(session.run(list(names), {**feeds, "timestep": times[:1]}))
     parts = []
     for rows in groups:
         part = {name: array[rows] for name, array in feeds.items()}
-        parts.append(session.run(list(names), {**part, "timestep": times[rows[:1]]}))
+        found = session.run(list(names), {**part, "timestep": times[rows[:1]]})
+        parts.append([_each_row(v, len(rows), fixed=n in constants) for n, v in zip(names, found, strict=True)])
     back = np.argsort(np.concatenate(groups))
     return [
         found[0] if name in constants or found[0].ndim == 0 else np.concatenate(found)[back]
         for name, found in zip(names, zip(*parts, strict=True), strict=True)
     ]
+
+
+def _each_row(value: Any, rows: int, *, fixed: bool) -> Any:
+    """What depends on the timestep alone is one row for all samples."""
+    alone = not fixed and value.ndim > 0 and len(value) == 1
+    return np.repeat(value, rows, axis=0) if alone and rows > 1 else value

@@ -46,7 +46,6 @@ def both(quantised, captured, tmp_path_factory):
             folder / name,
             one_timestep=one,
             float_program=captured("cross_attention"),
-            verify_batch=3,
         )
     return program, folder / "each", folder / "one"
 
