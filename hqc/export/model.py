@@ -19,7 +19,7 @@ MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 EXTERNAL_DATA_BYTES = 2**28
 """Above this the weights go into a file of their own, which runtimes map; a message is read whole and ends at 2 GiB."""
 
-_SMALL_TENSOR = 2**16
+_SMALL_TENSOR = 2**14
 
 _LOWER = {"portable": lower_portable, "onnxruntime": lower_onnxruntime}
 
