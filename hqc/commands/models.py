@@ -134,14 +134,21 @@ def evaluate(
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--max-images", type=click.IntRange(1, 64), default=8, show_default=True, help="Images of one request.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Of the runtime.")
-def serve(export_folder: str, host: str, port: int, max_images: int, threads: int | None) -> None:
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep the model there as ONNX Runtime optimises it for this machine: later starts are quicker.",
+)
+def serve(
+    export_folder: str, host: str, port: int, max_images: int, threads: int | None, cache_dir: Path | None
+) -> None:
     """Serve EXPORT over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, GET /health."""
     from hqc.runtimes import load
     from hqc.serving.app import create_app
     from hqc.serving.limits import Limits
     from hqc.serving.server import serve as run
 
-    model = load(export_folder, threads=threads)
+    model = load(export_folder, threads=threads, cache=cache_dir)
     limits = Limits(max_images=max_images)
     app = create_app(model.pipeline(), model_name=model.name, limits=limits, runtime=model.runtime)
     run(app, host=host, port=port)

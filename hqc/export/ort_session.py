@@ -13,10 +13,15 @@ __all__ = ["open_session", "run_session"]
 
 _SILENT = 3
 _MUCH = 2**28
+_SMALL_TENSOR = 2**14
 
 
-def open_session(model: Path, *, threads: int | None = None, optimisation: str = "all") -> Any:
+def open_session(
+    model: Path, *, threads: int | None = None, optimisation: str = "all", save_to: Path | None = None
+) -> Any:
     """An InferenceSession; `optimisation` is disabled, basic, extended or all.
+
+    save_to: also writes the optimised model there, its large weights in a file beside it.
 
     Raises:
         RuntimeMissingError: if onnxruntime is not installed.
@@ -39,6 +44,12 @@ def open_session(model: Path, *, threads: int | None = None, optimisation: str =
     }[optimisation]
     if threads is not None:
         options.intra_op_num_threads = threads
+    if save_to is not None:
+        options.optimized_model_filepath = str(save_to)
+        prefix = "session.optimized_model_external_initializers_"
+        options.add_session_config_entry(f"{prefix}file_name", f"{save_to.name}.data")
+        # Shape inference reads the small ones.
+        options.add_session_config_entry(f"{prefix}min_size_in_bytes", str(_SMALL_TENSOR))
     before = resident_bytes()
     try:
         session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

@@ -61,10 +61,21 @@ class Model:
         return _load_pipeline(self.pipeline_folder, self.as_denoiser())
 
 
-def load(path: Path | str, *, runtime: Runtime | None = None, threads: int | None = None) -> Model:
+@dataclass(frozen=True)
+class _OrtOptions:
+    """How an export is opened."""
+
+    threads: int | None = None
+    cache: Path | None = None
+
+
+def load(
+    path: Path | str, *, runtime: Runtime | None = None, threads: int | None = None, cache: Path | str | None = None
+) -> Model:
     """Loads a Program folder (torch), an export folder (onnxruntime), or `digits`, the bundled float model.
 
-    runtime: None picks the one that fits. threads: of one onnxruntime call.
+    runtime: None picks the one that fits. threads: of one onnxruntime call. cache: a folder of models as onnxruntime
+    has optimised them for this machine; a large export opens several times as fast the next time.
 
     Raises:
         ArtefactError: if the path is no artefact, or one that is damaged.
@@ -78,7 +89,7 @@ def load(path: Path | str, *, runtime: Runtime | None = None, threads: int | Non
     fitting, opener = _OPENERS[kind]
     if runtime not in (None, fitting):
         raise RuntimeMissingError(f"runtime {runtime}", f"cannot run {path}, {_WHAT[kind]}", _DO[kind])
-    return opener(Path(path), threads)
+    return opener(Path(path), _OrtOptions(threads, None if cache is None else Path(cache)))
 
 
 def artefact_kind(folder: Path) -> str:
@@ -102,7 +113,7 @@ def artefact_kind(folder: Path) -> str:
     return str(kind)
 
 
-def _open_program(folder: Path, threads: int | None) -> Model:
+def _open_program(folder: Path, options: _OrtOptions) -> Model:
     program = load_program(folder)
     return Model(
         name=folder.name,
@@ -115,8 +126,8 @@ def _open_program(folder: Path, threads: int | None) -> Model:
     )
 
 
-def _open_export(folder: Path, threads: int | None) -> Model:
-    session = OrtSession(folder, threads=threads)
+def _open_export(folder: Path, options: _OrtOptions) -> Model:
+    session = OrtSession(folder, threads=options.threads, cache=options.cache)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     try:
         plan = QuantPlan.from_dict(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
@@ -135,7 +146,7 @@ def _open_export(folder: Path, threads: int | None) -> Model:
     )
 
 
-def _open_digits(path: Path, threads: int | None) -> Model:
+def _open_digits(path: Path, options: _OrtOptions) -> Model:
     from diffusers import UNet2DConditionModel
 
     folder = digits_path()
@@ -157,7 +168,7 @@ def _open_digits(path: Path, threads: int | None) -> Model:
     )
 
 
-_OPENERS: Mapping[str, tuple[str, Callable[[Path, int | None], Model]]] = {
+_OPENERS: Mapping[str, tuple[str, Callable[[Path, _OrtOptions], Model]]] = {
     PROGRAM_KIND: ("torch", _open_program),
     EXPORT_KIND: ("onnxruntime", _open_export),
     DIGITS: ("torch", _open_digits),

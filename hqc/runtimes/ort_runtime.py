@@ -12,6 +12,7 @@ from hqc.export.model import MODEL_FILE
 from hqc.export.ort_session import open_session, run_session
 from hqc.program import InputSpec
 from hqc.runtimes.base import named_inputs
+from hqc.runtimes.ort_cache import optimised_model
 from hqc.storage import check_manifest
 
 __all__ = ["OrtSession"]
@@ -22,8 +23,10 @@ class OrtSession:
 
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, *, threads: int | None = None, optimisation: str = "all") -> None:
-        """threads: of one call; None leaves the choice to the runtime.
+    def __init__(
+        self, folder: Path, *, threads: int | None = None, optimisation: str = "all", cache: Path | None = None
+    ) -> None:
+        """threads: of one call; None leaves the choice to the runtime. cache: of optimised models, see `ort_cache`.
 
         Raises:
             ArtefactError: if the folder is missing, damaged, or not an export.
@@ -37,7 +40,10 @@ class OrtSession:
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(str(folder), f"has a manifest without inputs ({error})", "Export it again.") from error
         self.inputs = tuple(specs)
-        self._session = open_session(folder / MODEL_FILE, threads=threads, optimisation=optimisation)
+        model = folder / MODEL_FILE
+        if cache is not None:
+            model, optimisation = optimised_model(folder, manifest["files"], cache), "disabled"
+        self._session = open_session(model, threads=threads, optimisation=optimisation)
 
     def __call__(
         self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
