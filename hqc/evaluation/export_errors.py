@@ -31,7 +31,7 @@ from hqc.export.artefact import EXPORT_KIND
 from hqc.export.lowering import OUTPUT, Listen, Tap
 from hqc.export.model import DATA_FILE, MODEL_FILE, onnx_from_program
 from hqc.export.prepare import prepare
-from hqc.export.site_checks import WatchedModel, heard
+from hqc.export.watched import WatchedModel, heard
 from hqc.program import InputSpec, Program
 from hqc.storage import check_manifest
 

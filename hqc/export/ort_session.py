@@ -60,13 +60,8 @@ def open_session(
     return session
 
 
-def run_session(
-    session: Any, names: Sequence[str], feeds: Mapping[str, Any], *, constants: frozenset[str] = frozenset()
-) -> list[Any]:
-    """The named outputs; a model that takes one timestep a call is called once for every timestep of the batch.
-
-    constants: outputs that have no batch axis.
-    """
+def run_session(session: Any, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+    """The named outputs; a model that takes one timestep a call is called once for every timestep of the batch."""
     times = feeds.get("timestep")
     one = any(value.name == "timestep" and list(value.shape) == [1] for value in session.get_inputs())
     if not one or times is None:
@@ -76,15 +71,12 @@ def run_session(
     for rows in groups:
         part = {name: array[rows] for name, array in feeds.items()}
         found = session.run(list(names), {**part, "timestep": times[rows[:1]]})
-        parts.append([_each_row(v, len(rows), fixed=n in constants) for n, v in zip(names, found, strict=True)])
+        parts.append([_each_row(value, len(rows)) for value in found])
     back = np.argsort(np.concatenate(groups))
-    return [
-        found[0] if name in constants or found[0].ndim == 0 else np.concatenate(found)[back]
-        for name, found in zip(names, zip(*parts, strict=True), strict=True)
-    ]
+    return [found[0] if found[0].ndim == 0 else np.concatenate(found)[back] for found in zip(*parts, strict=True)]
 
 
-def _each_row(value: Any, rows: int, *, fixed: bool) -> Any:
+def _each_row(value: Any, rows: int) -> Any:
     """What depends on the timestep alone is one row for all samples."""
-    alone = not fixed and value.ndim > 0 and len(value) == 1
+    alone = value.ndim > 0 and len(value) == 1
     return np.repeat(value, rows, axis=0) if alone and rows > 1 else value

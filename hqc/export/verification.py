@@ -30,7 +30,8 @@ from hqc.export.functions import register_schemas
 from hqc.export.lowering import OUTPUT, Tap
 from hqc.export.ort_session import open_session, run_session
 from hqc.export.reference import ForcedRun, verification_inputs, without_quantisers
-from hqc.export.site_checks import Array, SiteCheck, WatchedModel, check_sites, heard
+from hqc.export.site_checks import SiteCheck, check_sites, check_weights
+from hqc.export.watched import Array, WatchedModel, heard
 from hqc.memory import return_free_memory
 from hqc.program import Program, Stage
 
@@ -125,6 +126,7 @@ def verify_export(
         with WatchedModel(model, list(taps.values())) as watched:
             sites, problems = check_sites(watched, taps, reference, feeds)
             codes, seen = _all_codes(watched, taps, feeds)
+        problems += check_weights(model, taps, reference)
     network = _check_network(output, seen, codes, reference, float_program, args)
     problems += _network_problems(network, reference)
     if problems:
@@ -191,8 +193,15 @@ def _all_codes(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The integer codes of every site, one byte each while they wait, and the output of the same run."""
     values = watched.run({OUTPUT, *(tap.codes.name for tap in taps.values())}, feeds)
-    codes = {site: heard(tap.codes, values).to(torch.int16) - tap.zero_point for site, tap in taps.items()}
-    return {site: found.to(torch.int8) for site, found in codes.items()}, torch.from_numpy(values[OUTPUT])
+    output = torch.from_numpy(values.pop(OUTPUT))
+    found: dict[tuple[Any, ...], Tensor] = {}  # sites that read one tensor share its codes
+    codes = {}
+    for site, tap in taps.items():
+        key = (tap.codes, tap.zero_point)
+        if key not in found:
+            found[key] = (heard(tap.codes, values).to(torch.int16) - tap.zero_point).to(torch.int8)
+        codes[site] = found[key]
+    return codes, output
 
 
 def _network_problems(check: NetworkCheck, reference: Program) -> list[str]:

@@ -10,8 +10,9 @@ from hqc.export import export_program
 from hqc.export.model import onnx_from_program, save_model
 from hqc.export.prepare import prepare
 from hqc.export.reference import verification_inputs
-from hqc.export.site_checks import WatchedModel, heard, saturating_pairs
+from hqc.export.site_checks import saturating_pairs
 from hqc.export.sites import quantised_sites
+from hqc.export.watched import WatchedModel, constants, heard
 from hqc.passes import FreezeIntegers, MergeLora
 from hqc.pipeline import run_pipeline
 from hqc.program import is_op
@@ -26,9 +27,10 @@ def watched_sites(program, tmp_path, sample=None):
     feeds = {s.name: a.numpy() for s, a in zip(program.inputs, args, strict=True)}
     if sample is not None:
         feeds["sample"] = sample
-    names = {n for tap in taps.values() for n in (tap.codes.name, tap.output.name, *tap.weights)}
+    names = {n for tap in taps.values() for n in (tap.codes.name, tap.output.name)}
     with WatchedModel(path, list(taps.values())) as watched:
         values = watched.run(names, feeds)
+    values |= constants(path, [name for tap in taps.values() for name in tap.weights])
     return prepared, taps, values, feeds
 
 

@@ -13,7 +13,7 @@ from hqc.export.model import onnx_from_program
 from hqc.export.ort_session import open_session
 from hqc.export.prepare import prepare
 from hqc.export.reference import ForcedRun, verification_inputs
-from hqc.export.site_checks import heard
+from hqc.export.watched import heard
 
 TARGETS = ("portable", "onnxruntime")
 # float32 sums in another order, through at most 40 layers, the codes being equal.
