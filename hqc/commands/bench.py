@@ -28,7 +28,7 @@ __all__ = ["bench"]
 @click.option("--bits", help="wNaM, N and M in 2…8, for a float MODEL (default: w4a4).")
 @click.option("--no-hadamard", is_flag=True, help="Quantise a float MODEL without rotation.")
 @rules_option
-@click.option("--calib-size", type=click.IntRange(1, 4096), default=2, show_default=True, help="Images.")
+@click.option("--calib-size", type=click.IntRange(1, 4096), default=1, show_default=True, help="Images.")
 @click.option("--num-inference-steps", "--n-steps", type=click.IntRange(1, 1000), default=4, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=2, show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Of one call (default: every core).")

@@ -38,7 +38,7 @@ class Quantisation:
     bits: str | None = None
     hadamard: bool = True
     rules: str | None = None
-    calib_size: int = 2
+    calib_size: int = 1
     n_steps: int = 4
 
 

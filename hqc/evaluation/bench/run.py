@@ -112,7 +112,8 @@ def median_milliseconds(artefacts: Mapping[str, Path], *, timing: Timing) -> dic
 def _calibration(models: Models, quantisation: Quantisation) -> str:
     if not models.calibrated_on:
         return "as the model was quantised"
-    return f"{quantisation.calib_size} images, {quantisation.n_steps} timesteps, {models.calibrated_on}"
+    images = "1 image" if quantisation.calib_size == 1 else f"{quantisation.calib_size} images"
+    return f"{images}, {quantisation.n_steps} timesteps, {models.calibrated_on}"
 
 
 def _build_peers(
