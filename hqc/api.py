@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hqc.capture import ARCHITECTURE
 from hqc.errors import ArtefactError, PlanError, TrainingError
-from hqc.memory import activation_bytes, require_memory
+from hqc.memory import activation_bytes, require_memory, return_free_memory
 from hqc.models import digits_path
 from hqc.pipeline import run_pipeline
 from hqc.program import InputSpec, Program
@@ -30,10 +30,12 @@ from hqc.recipes import Recipe, TrainingSettings, find_recipe
 from hqc.runtimes import as_unet
 from hqc.runtimes.base import named_inputs
 from hqc.runtimes.model import Model
+from hqc.runtimes.text_encoder import load_text_pipeline
 from hqc.runtimes.torch_runtime import TorchSession
 from hqc.storage import load_program, save_program
 from hqc.training import StepRecord, Task, calibrate, distil, pipeline_task, synthetic_task
 from hqc.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from hqc.training.prompts import prompt_task, require_prompt_inputs
 from hqc.training.task import Denoise, denoiser, trajectory
 
 __all__ = ["ForwardLoop", "configure", "finish_run", "ptq", "qat", "quantise", "task_of"]
@@ -59,39 +61,71 @@ def configure(
 
 
 def task_of(
-    program: Program, pipeline: Any | None = None, *, folder: Path | None = None, synthetic: bool = False
+    program: Program,
+    pipeline: Any | None = None,
+    *,
+    folder: Path | None = None,
+    synthetic: bool = False,
+    prompts: Sequence[str] = (),
 ) -> Task:
     """What to sample while calibrating and training `program`: from the pipeline, or from the one it was traced from.
 
     folder: the pipeline folder beside the program, instead of the one that its origin names.
     synthetic: noise and random conditions instead, for any denoiser; always so for a named architecture, which has
-    seeded weights and no pipeline.
+    seeded weights and no pipeline. prompts: conditions from the pipeline's own text encoder, which is loaded for it
+    and freed.
 
     Raises:
-        TrainingError: if there is none.
+        TrainingError: if there is none, or both prompts and synthetic are given.
     """
+    if prompts and synthetic:
+        raise TrainingError("--prompts", "and --synthetic exclude each other", "Give one of them.")
+    if prompts:
+        return _prompt_task(program, pipeline, folder, prompts)
     if pipeline is None and (synthetic or program.origin.source.startswith(ARCHITECTURE)):
         return synthetic_task(program)
     if pipeline is None:
         pipeline = _pipeline_around(program, folder)
     if pipeline is None:
-        raise TrainingError(
-            f"program from {program.origin.source or 'a module'}",
-            "was not traced from a pipeline, so hqc cannot sample it",
+        raise _without_pipeline(
+            program,
             "Give --synthetic for noise and random conditions, or task=Task(...) or forward_loop=… from Python.",
         )
     return pipeline_task(pipeline, program)
 
 
-def _pipeline_around(program: Program, folder: Path | None) -> Any | None:
-    """The pipeline that a program was traced from, if it is still there."""
+def _prompt_task(program: Program, pipeline: Any | None, folder: Path | None, prompts: Sequence[str]) -> Task:
+    require_prompt_inputs(program)
+    if pipeline is not None:
+        return prompt_task(pipeline, program, prompts)
+    found = _folder_around(program, folder)
+    if found is None:
+        raise _without_pipeline(program, "Give --synthetic instead of --prompts, or trace the whole pipeline.")
+    task = prompt_task(load_text_pipeline(found), program, prompts)
+    return_free_memory()
+    return task
+
+
+def _without_pipeline(program: Program, do: str) -> TrainingError:
+    source = program.origin.source or "a module"
+    return TrainingError(f"program from {source}", "was not traced from a pipeline, so hqc cannot sample it", do)
+
+
+def _folder_around(program: Program, folder: Path | None) -> Path | None:
+    """The folder of the pipeline that a program was traced from, if it is still there."""
     reference = program.origin.pipeline
     if folder is None:
         folder = digits_path() if reference == "digits" else Path(reference)
-    if not (reference or folder.name) or not (folder / "model_index.json").is_file():
+    return folder if (reference or folder.name) and (folder / "model_index.json").is_file() else None
+
+
+def _pipeline_around(program: Program, folder: Path | None) -> Any | None:
+    """The pipeline that a program was traced from, if it is still there."""
+    found = _folder_around(program, folder)
+    if found is None:
         return None
     config, size = program.origin.unet_config, program.size_bytes()
-    return Model(reference, "torch", TorchSession(program), program.plan, size, config, folder).pipeline()
+    return Model(program.origin.pipeline, "torch", TorchSession(program), program.plan, size, config, found).pipeline()
 
 
 def quantise(
@@ -234,7 +268,7 @@ def qat(
         raise PlanError(f"recipe {found.name!r}", "does not train", "Use hqc ptq for it, or --recipe hq-dm here.")
     task = task or task_of(program)
     run = _Run(Path(work_dir)) if work_dir is not None else None
-    settings_used = _fingerprint(program, found, bits, keep_float)
+    settings_used = {**_fingerprint(program, found, bits, keep_float), "conditions": task.drawn_from}
     checkpoint = None
     if resume:
         if run is None:

@@ -11,6 +11,7 @@ import gc
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -26,6 +27,7 @@ __all__ = [
     "available_bytes",
     "bytes_text",
     "export_bytes",
+    "peak_resident_bytes",
     "require_memory",
     "resident_bytes",
     "return_free_memory",
@@ -68,6 +70,29 @@ def bytes_text(count: int) -> str:
 def resident_bytes() -> int:
     """Bytes of memory that this process holds."""
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident set that this process has had.
+
+    Linux: VmHWM. Its `ru_maxrss` is not used there: a child starts with that of the process that forked it.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return _peak_elsewhere()
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else _peak_elsewhere()
+
+
+def _peak_elsewhere() -> int:
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):
+        return int(info.peak_wset)  # Windows
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, BSD kilobytes
 
 
 def return_free_memory(above: int = 2**30) -> None:
@@ -151,13 +176,16 @@ def trace_bytes(parameters: int, config: Mapping[str, Any]) -> int:
     return weights + weights // 10 + _EXPORT_BYTES + 2 * activations
 
 
-def stored_parameters(folder: Path) -> int:
-    """Parameters in a diffusers model folder, from the headers of its safetensors files; 0 where none can be read."""
+def stored_parameters(folder: Path, stem: str = "diffusion_pytorch_model") -> int:
+    """Parameters in a model folder, from the headers of its safetensors files; 0 where none can be read.
+
+    stem: how the files are named: diffusers' way, or "model" for transformers.
+    """
     from safetensors import SafetensorError, safe_open
 
     count = 0
     for path in sorted(folder.glob("*.safetensors")):
-        if not re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", path.name):
+        if not re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors", path.name):
             continue  # a variant, which is not loaded
         try:
             with safe_open(path, framework="pt") as file:

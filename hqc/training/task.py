@@ -40,6 +40,7 @@ class Task:
     carried: trailing channels of the latents that are an input and not sampled (mask and masked image of inpainting).
     time_scale: what the denoiser is given for a scheduler's timestep t is time_scale·t (Flux takes t/1000).
     set_timesteps: (scheduler, steps), for schedulers that need more than the number of steps.
+    drawn_from: what the conditions are drawn from, for reports and to tell one run from another.
     """
 
     new_scheduler: Callable[[], Any]
@@ -50,6 +51,7 @@ class Task:
     carried: int = 0
     time_scale: float = 1.0
     set_timesteps: Callable[[Any, int], None] = _set_timesteps
+    drawn_from: str = ""
 
     def __post_init__(self) -> None:
         if self.distilled and self.draw_conditions is not None and self.unconditional is None:

@@ -12,7 +12,18 @@ from hqc.errors import TrainingError
 from hqc.program import InputSpec, Program
 from hqc.training.task import Condition, Task
 
-__all__ = ["class_conditional_task", "conditions_of", "pipeline_task", "synthetic_task", "task_settings"]
+__all__ = [
+    "NOISE",
+    "class_conditional_task",
+    "conditions_of",
+    "pipeline_task",
+    "synthetic_task",
+    "task_settings",
+    "time_ids",
+]
+
+PIPELINE = "the pipeline's conditions"
+NOISE = "noise and random conditions, not real ones"
 
 _FLOW = ("SD3Transformer2DModel", "FluxTransformer2DModel")
 # Shift of SD3's scheduler; Flux at 1024 pixels has e^1.15 = 3.16.
@@ -38,7 +49,7 @@ def class_conditional_task(pipeline: Any) -> Task:
         raise TrainingError(
             type(pipeline).__name__,
             "has no class embedder, so hqc cannot draw conditions for it",
-            "Give --synthetic, or call hqc.qat(program, recipe, task=Task(...)) from Python with your own conditions.",
+            "Give --synthetic, --prompts FILE for Stable Diffusion 1, 2 or XL, or task=Task(…) from Python.",
         )
     null_class = embedder.config.num_classes
     config = pipeline.unet.config
@@ -53,7 +64,8 @@ def class_conditional_task(pipeline: Any) -> Task:
         return embedder(torch.full((n,), null_class)).float()  # type: ignore[no-any-return]
 
     kind, scheduler_config = type(pipeline.scheduler), pipeline.scheduler.config
-    return Task(lambda: kind.from_config(scheduler_config), (config["in_channels"], size, size), draw, null)
+    latent = (config["in_channels"], size, size)
+    return Task(lambda: kind.from_config(scheduler_config), latent, draw, null, drawn_from=PIPELINE)
 
 
 def pipeline_task(pipeline: Any, program: Program) -> Task:
@@ -66,7 +78,7 @@ def pipeline_task(pipeline: Any, program: Program) -> Task:
     labels = len(wanted) == 1 and wanted[0].name == "class_labels" and wanted[0].dtype == "int64"
     if getattr(pipeline, "class_embedder", None) is not None or not (labels or not wanted):
         return class_conditional_task(pipeline)
-    settings = task_settings(pipeline.scheduler, program)
+    settings = {**task_settings(pipeline.scheduler, program), "drawn_from": PIPELINE}
     if not wanted:
         return Task(**settings)
     null_class = int((wanted[0].span or (0, 2))[1]) - 1
@@ -155,7 +167,7 @@ def synthetic_task(program: Program) -> Task:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=_FLOW_SHIFT)
     else:
         scheduler = DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False)
-    settings, wanted = task_settings(scheduler, program), conditions_of(program.inputs)
+    settings, wanted = {**task_settings(scheduler, program), "drawn_from": NOISE}, conditions_of(program.inputs)
     if not wanted:
         return Task(**settings)
 
@@ -204,10 +216,10 @@ def _places(spec: InputSpec, n: int) -> Tensor:
     return places.reshape(tokens, axes)
 
 
-def _whole_image(spec: InputSpec, n: int) -> Tensor:
-    """SDXL's sizes: an uncropped square of 1024 pixels, (h, w, top, left, h, w) or with an aesthetic score of 6."""
-    values = [1024.0, 1024.0, 0.0, 0.0, *([1024.0, 1024.0] if spec.shape[1] == 6 else [6.0])]
-    return torch.tensor(values).expand(n, -1).contiguous()
+def time_ids(spec: InputSpec, n: int, height: float = 1024, width: float = 1024, score: float = 6) -> Tensor:
+    """SDXL's sizes of an uncropped image, h, w, top, left, h, w [n, 6]; the refiner's h, w, top, left, score [n, 5]."""
+    values = [height, width, 0, 0, *([height, width] if spec.shape[1] == 6 else [score])]
+    return torch.tensor(values, dtype=torch.float32).expand(n, -1).contiguous()
 
 
 def _constant(value: float) -> Callable[[InputSpec, int], Tensor]:
@@ -221,7 +233,7 @@ def _constant(value: float) -> Callable[[InputSpec, int], Tensor]:
 _FIXED: Mapping[str, Callable[[InputSpec, int], Tensor]] = {
     "img_ids": _places,
     "txt_ids": _constant(0.0),
-    "time_ids": _whole_image,
+    "time_ids": time_ids,
     "encoder_attention_mask": _constant(1),
     "resolution": _constant(1024.0),
     "aspect_ratio": _constant(1.0),
