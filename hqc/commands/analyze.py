@@ -9,10 +9,13 @@ from hqc.commands.options import (
     bits_option,
     calib_size_option,
     check_writable,
+    condition_options,
+    conditions_asked,
     force_option,
     json_option,
     keep_float_option,
     options,
+    program_argument,
     rules_option,
     sampler_options,
 )
@@ -34,11 +37,12 @@ _plan_options = options(
 
 
 @click.command()
-@click.argument("program", type=click.Path(path_type=Path))
+@program_argument
 @click.option("-o", "--output", type=_FILE, default=Path("report.html"), show_default=True, help="The report.")
 @click.option("--csv", "csv_file", type=_FILE, help="Also one row a site and timestep.")
 @_plan_options
 @calib_size_option
+@condition_options
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True, help="Images run together.")
 @sampler_options
 @click.option("--seed", type=click.IntRange(0, 2**31), default=2024, show_default=True, help="Of the trajectories.")
@@ -69,11 +73,12 @@ def analyze(context: click.Context, /, program: Path, output: Path, csv_file: Pa
     for file in outputs:
         refuse_existing_file(file, force=given["force"])
         check_writable(file)
+    conditions = conditions_asked(given)
     loaded = load_program(program)
     _only_for_captured(context, loaded.stage == Stage.CAPTURED)
     block = None if given["block"] is None else int(given["block"])
     recipe = api.configure(given["recipe"], rules=given["rules"], block=block)
-    task = api.task_of(loaded, folder=pipeline_folder(program))
+    task = api.task_of(loaded, folder=pipeline_folder(program), **conditions)
     sampler = Sampler(
         given["calib_size"],
         given["batch_size"],
@@ -91,6 +96,7 @@ def analyze(context: click.Context, /, program: Path, output: Path, csv_file: Pa
         "source": loaded.origin.source,
         "bits": planned.plan.bits,
         "plan": planned.plan.recipe if loaded.stage != Stage.CAPTURED else f"{recipe.name}, rules {recipe.rules}",
+        "calibrated_on": task.drawn_from,
         "sampler": type(task.new_scheduler()).__name__,
         "steps": sampler.num_inference_steps,
         "guidance": sampler.guidance_scale,

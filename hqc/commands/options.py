@@ -12,16 +12,19 @@ __all__ = [
     "calib_size_option",
     "check_output",
     "check_writable",
+    "condition_options",
+    "conditions_asked",
     "force_option",
     "json_option",
     "keep_float_option",
     "options",
     "output_option",
+    "program_argument",
+    "quantising_options",
     "rotation_order",
     "rules_option",
     "runtime_option",
     "sampler_options",
-    "synthetic_option",
 ]
 
 
@@ -51,6 +54,24 @@ def check_writable(output: Path) -> None:
         ) from error
 
 
+def conditions_asked(given: dict[str, Any]) -> dict[str, Any]:
+    """Takes --synthetic and --prompts out of what was given, for `api.task_of`; the file is read before long work.
+
+    Raises:
+        TrainingError: if both are given, or the file holds no prompts.
+    """
+    from hqc.errors import TrainingError
+
+    synthetic, file = given.pop("synthetic"), given.pop("prompts")
+    if file is None:
+        return {"synthetic": synthetic}
+    if synthetic:
+        raise TrainingError("--prompts", "and --synthetic exclude each other", "Give one of them.")
+    from hqc.training.prompts import read_prompts
+
+    return {"prompts": read_prompts(file)}
+
+
 # ---- options that several commands share ---------------------------------------------------------------------------
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -69,8 +90,17 @@ def options(*decorators: Decorator) -> Decorator:
 
 output_option = click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write.")
 force_option = click.option("--force", is_flag=True, help="Replace an artefact that is already there.")
-synthetic_option = click.option(
-    "--synthetic", is_flag=True, help="Calibrate on noise and random conditions: for any denoiser, without a pipeline."
+program_argument = click.argument("program", type=click.Path(path_type=Path))
+condition_options = options(
+    click.option(
+        "--prompts",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Conditions from the pipeline's own text encoder, one prompt a line: Stable Diffusion 1, 2 and XL.",
+    ),
+    click.option(
+        "--synthetic", is_flag=True, help="Noise and random conditions instead: for any denoiser, without a pipeline."
+    ),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 bits_option = click.option("--bits", default="w4a4", show_default=True, help="wNaM, N and M in 2…8, case-insensitive.")
@@ -91,6 +121,15 @@ block_option = click.option(
     "--block",
     type=click.Choice(["8", "16", "32", "64", "128"]),
     help="Hadamard order (default: 32).",
+)
+quantising_options = options(
+    bits_option,
+    block_option,
+    rules_option,
+    keep_float_option,
+    calib_size_option,
+    condition_options,
+    sampler_options,
 )
 
 

@@ -1,111 +1,74 @@
 """Commands that quantise a Program: ptq and qat."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hqc.commands.options import (
-    bits_option,
-    block_option,
-    calib_size_option,
     check_output,
+    conditions_asked,
     force_option,
     json_option,
-    keep_float_option,
+    options,
     output_option,
+    program_argument,
+    quantising_options,
     rotation_order,
-    rules_option,
-    sampler_options,
-    synthetic_option,
 )
 
 if TYPE_CHECKING:
     from hqc.program import Program
-    from hqc.recipes import TrainingSettings
+    from hqc.recipes import Recipe, TrainingSettings
+    from hqc.training import Task
 
 __all__ = ["ptq", "qat"]
 
+_training_options = options(
+    click.option("--epochs", type=click.IntRange(1), help="Trajectories (default: the recipe's)."),
+    click.option("--steps", type=click.IntRange(1), help="Updates in all, instead of --epochs."),
+    click.option("--batch-size", type=click.IntRange(1, 1024), help="Images of a trajectory."),
+    click.option("--seed", type=click.IntRange(0, 2**31), help="Of the training trajectories and LoRA."),
+    click.option("--lr-lora", type=float, help="LoRA learning rate over the site's mean weight scale."),
+    click.option("--lr-weight-scale", type=float),
+    click.option("--lr-activation-scale", type=float),
+    click.option("--checkpoint-every", type=click.IntRange(1), help="Updates between checkpoints."),
+)
+
 
 @click.command()
-@click.argument("program", type=click.Path(path_type=Path))
+@program_argument
 @output_option
 @click.option("--recipe", default="rtn", show_default=True)
-@bits_option
 @click.option("--hadamard", is_flag=True, help="Rotate activations before quantising.")
-@block_option
-@rules_option
-@keep_float_option
-@calib_size_option
-@synthetic_option
-@sampler_options
+@quantising_options
 @force_option
-def ptq(
-    program: Path,
-    output: Path,
-    recipe: str,
-    bits: str,
-    hadamard: bool,
-    block: str | None,
-    rules: str | None,
-    keep_float: tuple[str, ...],
-    calib_size: int,
-    synthetic: bool,
-    num_inference_steps: int,
-    guidance_scale: float,
-    eta: float,
-    force: bool,
-) -> None:
+@json_option
+def ptq(program: Path, output: Path, hadamard: bool, force: bool, as_json: bool, **given: Any) -> None:
     """Quantise PROGRAM without training: the baseline that every gain is measured against."""
     from hqc import api
-    from hqc import console as out
-    from hqc.storage import load_program, pipeline_folder, save_program
 
-    check_output(output, force=force)
-    captured = load_program(program)
-    found = api.configure(recipe, rules=rules)
-    sampler = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "eta": eta}
-    found = found.model_copy(
-        update={
-            "training": found.training.model_copy(update=sampler),
-            "calibration": found.calibration.model_copy(update={"samples": calib_size}),
-        }
-    )
-    task = api.task_of(captured, folder=pipeline_folder(program), synthetic=synthetic)
+    job = _job(program, output, given, force=force, rotated=hadamard)
     result = api.ptq(
-        captured,
-        found,
-        bits,
+        job.captured,
+        job.recipe,
+        job.bits,
         hadamard=hadamard,
-        block=rotation_order(block, rotated=hadamard),
-        task=task,
-        keep_float=keep_float,
+        block=job.block,
+        task=job.task,
+        keep_float=job.keep_float,
     )
-    save_program(result, output, force=force, pipeline=pipeline_folder(program))
-    summary = {"program": str(output), "sites": len(result.plan.quantised), "bits": bits, **_drawn(captured, synthetic)}
-    out.fields(f"quantised {program}", summary)
+    _finish(job, result, {}, f"quantised {program}", as_json=as_json)
 
 
 @click.command()
-@click.argument("program", type=click.Path(path_type=Path))
+@program_argument
 @output_option
 @click.option("--recipe", default="hq-dm", show_default=True)
-@bits_option
 @click.option("--no-hadamard", is_flag=True, help="The same training without rotation (the method's ablation).")
-@block_option
-@rules_option
-@keep_float_option
-@calib_size_option
-@synthetic_option
-@click.option("--epochs", type=click.IntRange(1), help="Trajectories (default: the recipe's).")
-@click.option("--steps", type=click.IntRange(1), help="Updates in all, instead of --epochs.")
-@click.option("--batch-size", type=click.IntRange(1, 1024), help="Images of a trajectory.")
-@click.option("--seed", type=click.IntRange(0, 2**31), help="Of the training trajectories and LoRA.")
-@click.option("--lr-lora", type=float, help="LoRA learning rate over the site's mean weight scale.")
-@click.option("--lr-weight-scale", type=float)
-@click.option("--lr-activation-scale", type=float)
-@sampler_options
-@click.option("--checkpoint-every", type=click.IntRange(1), help="Updates between checkpoints.")
+@quantising_options
+@_training_options
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Log and checkpoints (default: OUTPUT.training).")
 @click.option("--resume", is_flag=True, help="Continue the run in the work folder, to the same bits.")
 @force_option
@@ -113,72 +76,105 @@ def ptq(
 def qat(
     program: Path,
     output: Path,
-    recipe: str,
-    bits: str,
     no_hadamard: bool,
-    block: str | None,
-    rules: str | None,
-    keep_float: tuple[str, ...],
-    calib_size: int,
-    synthetic: bool,
     work_dir: Path | None,
     resume: bool,
     force: bool,
     as_json: bool,
-    **settings: Any,
+    **given: Any,
 ) -> None:
     """Quantise PROGRAM and train it against itself: scales and LoRA, merged before export."""
     from hqc import api
     from hqc import console as out
-    from hqc.storage import load_program, pipeline_folder, save_program
 
-    check_output(output, force=force)
-    captured = load_program(program)
-    found = api.configure(recipe, rules=rules)
-    rotated = bool(found.block) and not no_hadamard
-    found = api.configure(found, block=rotation_order(block, rotated=rotated))
-    training = _training(found.training, settings)
-    found = found.model_copy(update={"calibration": found.calibration.model_copy(update={"samples": calib_size})})
+    job = _job(program, output, given, force=force, rotated=False if no_hadamard else None)
+    recipe, updates = api.configure(job.recipe, block=job.block), job.recipe.training.total_steps
     folder = work_dir or output.with_name(output.name + ".training")
     last: list[Any] = []
-    with out.progress(f"{found.name} {bits}", training.total_steps) as advance:
+    with out.progress(f"{recipe.name} {job.bits}", updates) as advance:
 
         def show(record: Any) -> None:
             last[:] = [record]
             advance(record.step, f"loss {record.loss:.4g}")
 
         result = api.qat(
-            captured,
-            found,
-            bits,
-            task=api.task_of(captured, folder=pipeline_folder(program), synthetic=synthetic),
-            settings=training,
-            keep_float=keep_float,
+            job.captured,
+            recipe,
+            job.bits,
+            task=job.task,
+            keep_float=job.keep_float,
             work_dir=folder,
             resume=resume,
             on_step=show,
         )
-    save_program(result, output, force=force, pipeline=pipeline_folder(program))
-    api.finish_run(folder)
-    summary = {
-        "program": str(output),
-        "sites": len(result.plan.quantised),
-        "bits": bits.lower(),
-        **_drawn(captured, synthetic),
-        "updates": training.total_steps,
+    more = {
+        "updates": updates,
         "last_loss": last[0].loss if last else None,
         "log": str(folder / "log.jsonl"),
     }
-    out.print_json(summary) if as_json else out.fields(f"trained {program}", summary)
+    _finish(job, result, more, f"trained {program}", as_json=as_json, work_dir=folder)
 
 
-def _drawn(program: "Program", synthetic: bool) -> dict[str, str]:
-    """What the scales were found on, where that is not the pipeline's own conditions."""
-    from hqc.capture import ARCHITECTURE
+# ---- what both commands do -----------------------------------------------------------------------------------------
 
-    if not synthetic and not program.origin.source.startswith(ARCHITECTURE):
-        return {}
-    return {"calibrated_on": "noise and random conditions, not real ones"}
+
+@dataclass(frozen=True)
+class _Job:
+    """A program to quantise, how, what to calibrate it on, and where the result goes.
+
+    block: the rotation's order, 0 without one.
+    """
+
+    captured: "Program"
+    recipe: "Recipe"
+    block: int
+    bits: str
+    keep_float: tuple[str, ...]
+    task: "Task"
+    output: Path
+    pipeline: Path | None
+    force: bool
+
+
+def _job(program: Path, output: Path, given: dict[str, Any], *, force: bool, rotated: bool | None) -> _Job:
+    """Checks and loads what both commands take; what is left of `given` are training settings.
+
+    rotated: None asks the recipe.
+    """
+    from hqc import api
+    from hqc.storage import load_program, pipeline_folder
+
+    check_output(output, force=force)
+    conditions = conditions_asked(given)
+    recipe = api.configure(given.pop("recipe"), rules=given.pop("rules"))
+    block = rotation_order(given.pop("block"), rotated=bool(recipe.block) if rotated is None else rotated)
+    bits, keep_float = given.pop("bits").lower(), given.pop("keep_float")
+    calibration = recipe.calibration.model_copy(update={"samples": given.pop("calib_size")})
+    recipe = recipe.model_copy(update={"calibration": calibration, "training": _training(recipe.training, given)})
+    captured, pipeline = load_program(program), pipeline_folder(program)
+    task = api.task_of(captured, folder=pipeline, **conditions)
+    return _Job(captured, recipe, block, bits, keep_float, task, output, pipeline, force)
+
+
+def _finish(
+    job: _Job, result: "Program", more: dict[str, Any], title: str, *, as_json: bool, work_dir: Path | None = None
+) -> None:
+    """Writes the result, drops the checkpoints of a run that is done, and says what was made."""
+    from hqc import api
+    from hqc import console as out
+    from hqc.storage import save_program
+
+    save_program(result, job.output, force=job.force, pipeline=job.pipeline)
+    if work_dir is not None:
+        api.finish_run(work_dir)
+    summary = {
+        "program": str(job.output),
+        "sites": len(result.plan.quantised),
+        "bits": job.bits,
+        "calibrated_on": job.task.drawn_from,
+        **more,
+    }
+    out.print_json(summary) if as_json else out.fields(title, summary)
 
 
 def _training(defaults: "TrainingSettings", given: dict[str, Any]) -> "TrainingSettings":
