@@ -9,6 +9,8 @@ from hqc.commands.analyze import analyze
 from hqc.commands.bench import bench
 from hqc.commands.compare import compare
 from hqc.commands.compile import explain, export, inspect, trace
+from hqc.commands.doctor import doctor
+from hqc.commands.engine import build_engine
 from hqc.commands.models import evaluate, sample, serve
 from hqc.commands.quantise import ptq, qat
 from hqc.errors import HqcError
@@ -51,7 +53,11 @@ def main() -> None:
     """Hadamard Quantisation Compiler: low-bit latent diffusion, from checkpoint to integer kernels."""
 
 
-for command in (trace, explain, inspect, ptq, qat, export, sample, evaluate, analyze, compare, bench, serve):
+COMMANDS = (
+    *(trace, explain, inspect, ptq, qat, export, build_engine),
+    *(sample, evaluate, analyze, compare, bench, serve, doctor),
+)
+for command in COMMANDS:
     main.add_command(command)
 
 

@@ -1,0 +1,385 @@
+"""`build_engines`: the model.onnx of an export folder becomes an engine for each architecture.
+
+    FOLDER/engine_rtx_sm86.plan   the engine
+    FOLDER/build.json             profiles, types, versions, options and digests of every engine
+    FOLDER/report.json            with the layer list of every engine added to it
+
+Everything is built beside the folder's files first and put in place at the end, so that a build that fails leaves the
+folder as it was.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hqc.engines.architectures import DEFAULT, capability, check_known, check_rtx
+from hqc.engines.architectures import RTX as RTX_ARCHS
+from hqc.engines.builder_process import run_builder
+from hqc.engines.builders import TRT, Builder, find_builder
+from hqc.engines.cache import check_cache, default_cache, find_engine, keep_engine, timing_cache
+from hqc.engines.gpus import find_driver
+from hqc.engines.key import engine_key, plugins_digest
+from hqc.engines.layers import Coverage, EngineLayer, coverage, engine_layers
+from hqc.engines.network import Network, Shapes, profile_shapes, read_network
+from hqc.engines.options import BuildOptions
+from hqc.engines.record import (
+    BUILD_FILE,
+    EngineRecord,
+    build_text,
+    engine_name,
+    file_sha256,
+    folder_digest,
+    read_records,
+)
+from hqc.engines.requests import Answer, BuildRequest
+from hqc.errors import ArtefactError, ExportError, RuntimeMissingError
+from hqc.memory import bytes_text, require_memory
+from hqc.storage import check_manifest
+
+__all__ = ["BuiltEngine", "EngineReport", "build_engines", "check_request"]
+
+MODEL, REPORT, MANIFEST = "model.onnx", "report.json", "manifest.json"
+EXPORT_KIND = "hqc-export"
+TARGET = "tensorrt"
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """One engine: what build.json says of it, its layers, and how the quantised products came out."""
+
+    record: EngineRecord
+    layers: tuple[EngineLayer, ...]
+    coverage: Coverage
+    cached: bool = False
+
+    def __str__(self) -> str:
+        record, found = self.record, self.coverage
+        took = "from the cache" if self.cached else f"{record.seconds:.1f} s"
+        head = (
+            f"{record.file}: {record.arch}, {bytes_text(record.size_bytes)}, {len(self.layers)} layers, {took}; "
+            f"INT8 in {found.int8} of {found.products} quantised products"
+        )
+        lines = [f"  not INT8: {node}: {why}" for node, why in found.exceptions]
+        lines += [f"  weight-only: {node}: {how}" for node, how in found.weight_only]
+        return "\n".join([head, *lines])
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON data, without the layers."""
+        record = self.record
+        return {
+            "file": record.file,
+            "arch": record.arch,
+            "builder_version": record.builder_version,
+            "size_bytes": record.size_bytes,
+            "seconds": record.seconds,
+            "peak_resident_bytes": record.peak_resident_bytes,
+            "layers": len(self.layers),
+            "cached": self.cached,
+            **self.coverage.to_dict(),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data, for report.json."""
+        return {**self.summary(), "layers": [layer.to_dict() for layer in self.layers]}
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What a build put into a folder."""
+
+    folder: Path
+    engines: tuple[BuiltEngine, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        count = f"{len(self.engines)} engine{'s' if len(self.engines) != 1 else ''}"
+        head = f"{self.folder}: {count}, {self.seconds:.1f} s"
+        return "\n".join([head, *map(str, self.engines)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data, without the layers, which report.json holds."""
+        engines = {engine.record.name: engine.summary() for engine in self.engines}
+        return {"folder": str(self.folder), "seconds": self.seconds, "engines": engines}
+
+
+def check_request(builder: str, archs: Sequence[str] = ()) -> tuple[Builder, str, tuple[str, ...]]:
+    """The builder, its version and the architectures; refuses what cannot be built here, before any work.
+
+    archs: none for `rtx` is that of the GPUs here, or without one `architectures.DEFAULT`; for `trt` only that of
+        the GPU here.
+
+    Raises:
+        ExportError: if an architecture is unknown, or not one that the builder builds for here.
+        RuntimeMissingError: if the builder, or for `trt` a GPU, is missing.
+    """
+    found = find_builder(builder)
+    if found is TRT:
+        return _check_trt(archs)
+    check_rtx(archs)
+    driver = find_driver()
+    here = dict.fromkeys(gpu.arch for gpu in (driver.gpus if driver else ()) if gpu.arch in RTX_ARCHS)
+    return found, found.installed(), tuple(dict.fromkeys(archs)) or tuple(here) or DEFAULT
+
+
+def _check_trt(archs: Sequence[str]) -> tuple[Builder, str, tuple[str, ...]]:
+    check_known(archs)
+    version = TRT.installed()
+    driver = find_driver()
+    if driver is None or not driver.gpus:
+        raise RuntimeMissingError(
+            f"builder {TRT.name}",
+            "there is no NVIDIA GPU here, and TensorRT times its kernels on the card that the engine is for",
+            "Build on the machine that runs the engine, or with --engine rtx, which needs no GPU.",
+        )
+    here = driver.gpus[0].arch
+    if others := [arch for arch in archs if arch != here]:
+        raise ExportError(
+            f"architecture {', '.join(others)}",
+            f"the GPU here ({driver.gpus[0].name}) is {here}, and TensorRT builds for the card that it runs on",
+            "Leave --arch out, or build on a machine with that card.",
+        )
+    return TRT, version, (here,)
+
+
+def build_engines(
+    folder: Path,
+    builder: str = "rtx",
+    archs: Sequence[str] = (),
+    options: BuildOptions | None = None,
+    *,
+    force: bool = False,
+    cache: Path | None = None,
+    on_start: Callable[[str], None] | None = None,
+) -> EngineReport:
+    """Builds one engine an architecture, each in a process of its own, and puts them into the folder together.
+
+    Args:
+        folder: what `hqc export --target tensorrt` wrote.
+        builder: `rtx` (TensorRT-RTX, with or without a GPU) or `trt` (TensorRT, on the machine with the GPU).
+        archs: see `check_request`.
+        options: profile of batches and settings; None: the defaults.
+        force: replace engines that are there, in the folder and in the cache.
+        cache: engines by key, taken from there and kept there; None: none for `rtx`, `default_cache()` for `trt`.
+        on_start: called with the architecture when its build starts.
+
+    Raises:
+        ExportError: if the request cannot be met, or the builder refuses the model or crashes.
+        RuntimeMissingError: if the builder, or the GPU that it needs, is missing.
+        ArtefactError: if the folder is not such an export, is damaged, cannot be written, or holds the engine already.
+    """
+    start, options = time.perf_counter(), options or BuildOptions()
+    found, version, archs = check_request(builder, archs)
+    folder = Path(folder)
+    manifest, network = _read_export(folder)
+    shapes = profile_shapes(network, options.profile)
+    _check_plugins(folder, found, network)
+    records = read_records(folder)
+    if (there := [a for a in archs if engine_name(builder, a) in records]) and not force:
+        raise ArtefactError(
+            str(folder),
+            f"already holds {', '.join(records[engine_name(builder, a)].file for a in there)}",
+            "Give --force to build again.",
+        )
+    cache = default_cache() if cache is None and found is TRT else cache
+    if cache is not None:
+        check_cache(cache)
+    require_memory(f"building engines for {folder}", _build_bytes(folder), "Close other programs")
+    with _staging(folder) as stage:
+        job = _Job(folder, stage, found, version, options, network, shapes, manifest["files"], cache, force)
+        built = []
+        for arch in archs:
+            if on_start is not None:
+                on_start(arch)
+            built.append(job.build(arch))
+        records |= {engine.record.name: engine.record for engine in built}
+        records = {name: record for name, record in records.items() if record.onnx == job.onnx}
+        (stage / BUILD_FILE).write_text(build_text(records, job.onnx_facts()), encoding="utf-8")
+        _extend_report(folder, stage, manifest, built)
+    return EngineReport(folder, tuple(built), round(time.perf_counter() - start, 3))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the builds of one call share."""
+
+    folder: Path
+    stage: Path
+    builder: Builder
+    version: str
+    options: BuildOptions
+    network: Network
+    shapes: Shapes
+    files: Mapping[str, Any]
+    cache: Path | None
+    force: bool
+
+    @property
+    def onnx(self) -> str:
+        return folder_digest(self.folder)
+
+    def onnx_facts(self) -> dict[str, Any]:
+        """What build.json says of the model."""
+        names = (MODEL, *self.network.data_files)
+        return {
+            "digest": self.onnx,
+            "files": {name: self.files[name]["sha256"] for name in names},
+            "opset": self.network.opset,
+            "producer": self.network.producer,
+        }
+
+    def build(self, arch: str) -> BuiltEngine:
+        """One engine, from the cache or built, in the staging folder."""
+        plan = self.stage / f"engine_{engine_name(self.builder.name, arch)}.plan"
+        plugins = plugins_digest(self.files) if self.network.plugins else ""
+        key = engine_key(
+            onnx=self.onnx,
+            builder=self.builder.name,
+            builder_version=self.version,
+            compute_capability=capability(arch),
+            options=self.options,
+            plugins=plugins,
+        )
+        kept = find_engine(self.cache, key) if self.cache is not None and not self.force else None
+        if kept is not None:
+            shutil.copyfile(kept[0], plan)
+            answer = kept[1]
+        else:
+            answer = run_builder(self.builder, self._request(arch, plan), where=str(self.folder / MODEL))
+            if self.cache is not None:
+                keep_engine(self.cache, key, plan, answer)
+        layers = engine_layers(answer.layers, _sites(self.folder))
+        record = self._record(arch, plan, key, answer)
+        return BuiltEngine(record, layers, coverage(layers, self.network.products), kept is not None)
+
+    def _request(self, arch: str, plan: Path) -> BuildRequest:
+        timings = self.cache is not None and self.builder is TRT
+        return BuildRequest(
+            onnx=str(self.folder / MODEL),
+            plan=str(plan),
+            log=str(self.stage / "build.log"),
+            arch=arch,
+            shapes=self.shapes,
+            workspace_bytes=self.options.workspace_bytes,
+            tf32=self.options.tf32,
+            timing_cache=str(timing_cache(self.cache, arch, self.version)) if timings and self.cache else None,
+            plugins=bool(self.network.plugins),
+        )
+
+    def _record(self, arch: str, plan: Path, key: str, answer: Answer) -> EngineRecord:
+        return EngineRecord(
+            file=plan.name,
+            builder=self.builder.name,
+            builder_version=answer.builder_version,
+            arch=arch,
+            onnx=self.onnx,
+            key=key,
+            options=self.options.to_dict(),
+            shapes={name: [list(shape) for shape in triple] for name, triple in self.shapes.items()},
+            dtypes=dict(answer.dtypes or {}),
+            sha256=file_sha256(plan),
+            size_bytes=plan.stat().st_size,
+            seconds=answer.seconds,
+            peak_resident_bytes=answer.peak_resident_bytes,
+        )
+
+
+def _read_export(folder: Path) -> tuple[Mapping[str, Any], Network]:
+    """The manifest, every hash checked, and the facts of the model.
+
+    Raises:
+        ArtefactError: if the folder is not a whole export for TensorRT by this version of hqc.
+    """
+    manifest = check_manifest(folder, EXPORT_KIND)
+    if manifest.get("target") != TARGET:
+        raise ArtefactError(
+            str(folder), f"is an export for {manifest.get('target')!r}", "Export with --target tensorrt."
+        )
+    network = read_network(folder / MODEL)
+    if missing := [name for name in (MODEL, *network.data_files) if name not in manifest["files"]]:
+        raise ArtefactError(str(folder), f"has a manifest that does not list {missing[0]}", "Export it again.")
+    if network.producer.split()[:1] != ["hqc"]:
+        raise ArtefactError(
+            str(folder / MODEL), f"was written by {network.producer or 'an unknown program'!r}", "Export it with hqc."
+        )
+    return manifest, network
+
+
+def _check_plugins(folder: Path, builder: Builder, network: Network) -> None:
+    """TensorRT-RTX has no way to add a plugin: its process ends when it meets one."""
+    if network.plugins and builder is not TRT:
+        raise ExportError(
+            str(folder / MODEL),
+            f"holds plugin nodes ({', '.join(network.plugins)}), and TensorRT-RTX takes no plugins",
+            "Export with --plugins none, or build with --engine trt.",
+        )
+
+
+def _sites(folder: Path) -> tuple[str, ...]:
+    """The sites of the quantisation plan."""
+    try:
+        plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        return tuple(entry["site"] for entry in plan["sites"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(str(folder / "plan.json"), f"cannot be read ({error})", "Export it again.") from error
+
+
+def _build_bytes(folder: Path) -> int:
+    """Memory that one build takes: the builder's library, and the model four times over."""
+    return 500_000_000 + 4 * sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A hidden folder inside `folder`; what lies in it at the end is moved into `folder`, the plans first.
+
+    Raises:
+        ArtefactError: if the folder cannot be written.
+    """
+    try:
+        stage = Path(tempfile.mkdtemp(prefix=".engines.", dir=folder))
+    except OSError as error:
+        raise ArtefactError(
+            str(folder), f"cannot be written ({error.strerror})", "Copy it to a writable place."
+        ) from error
+    try:
+        yield stage
+        (stage / "build.log").unlink(missing_ok=True)
+        new = sorted(stage.iterdir(), key=lambda path: _ORDER.get(path.name, 0))
+        for path in new:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        for path in new:
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        raise ArtefactError(
+            str(folder), f"could not be written ({error})", "Free some space or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+_ORDER = {BUILD_FILE: 1, REPORT: 2, MANIFEST: 3}
+"""Each is put in place after what it speaks of."""
+
+
+def _extend_report(folder: Path, stage: Path, manifest: Mapping[str, Any], built: Sequence[BuiltEngine]) -> None:
+    """report.json with the engines; the manifest with its new hash, if it lists it."""
+    path = folder / REPORT
+    try:
+        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        engines = {**report.get("engines", {}), **{engine.record.name: engine.to_dict() for engine in built}}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ArtefactError(str(path), f"cannot be read ({error})", "Export it again.") from error
+    new = stage / REPORT
+    new.write_text(json.dumps({**report, "engines": engines}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if REPORT in manifest["files"]:
+        files = {**manifest["files"], REPORT: {"sha256": file_sha256(new), "size": new.stat().st_size}}
+        text = json.dumps({**manifest, "files": files}, indent=1, allow_nan=False) + "\n"
+        (stage / MANIFEST).write_text(text, encoding="utf-8")

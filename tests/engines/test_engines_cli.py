@@ -1,0 +1,74 @@
+"""`hqc build-engine`: what it prints, and that every refusal is one line, status 2, and leaves the folder alone."""
+
+import json
+import sys
+from pathlib import Path
+
+import engine_graphs as graphs
+import pytest
+from click.testing import CliRunner, Result
+
+from hqc.cli import main
+
+
+def hqc(*arguments: object) -> Result:
+    return CliRunner(catch_exceptions=False).invoke(main, ["build-engine", *map(str, arguments)])
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="TensorRT-RTX has no wheel for macOS")
+def test_it_builds_and_says_what_it_built(tmp_path: Path) -> None:
+    folder = graphs.save_export(tmp_path / "x", graphs.conv_model())
+    done = hqc(folder, "--arch", "sm_86,sm_89", "--max-batch", 4, "--workspace", 64, "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["folder"] == str(folder)
+    assert list(said["engines"]) == ["rtx_sm86", "rtx_sm89"]
+    for engine in said["engines"].values():
+        assert engine["quantised_products"] == engine["int8"] == 1
+        assert engine["layers"] > 4
+        assert engine["size_bytes"] == (folder / engine["file"]).stat().st_size
+    entry = json.loads((folder / "build.json").read_text())["engines"]["rtx_sm86"]
+    assert entry["options"]["profile"] == {"min": 1, "opt": 2, "max": 4}
+    assert entry["options"]["workspace_bytes"] == 64 * 2**20
+    text = hqc(folder, "--arch", "sm_86", "--opt-batch", 1, "--no-tf32", "--force").stdout
+    assert text.startswith(f"built {folder}: 1 engine, ")
+    assert "INT8 in 1 of 1 quantised products" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--arch", "sm_90"), "architecture sm_90 (Hopper: H100, H200): TensorRT-RTX builds for"),
+        (("--arch", "sm_99"), "architecture sm_99: is not known."),
+        (("--arch", ","), "--arch: names no architecture."),
+        (("--min-batch", 4, "--max-batch", 2), "profile of batches 4…2…2: is no range"),
+        (("--opt-batch", 9), "profile of batches 1…9…8: is no range"),
+    ],
+    ids=str,
+)
+def test_refusals(tmp_path: Path, arguments: tuple[object, ...], said: str) -> None:
+    folder = graphs.save_export(tmp_path / "x", graphs.conv_model())
+    before = sorted(path.name for path in folder.iterdir())
+    done = hqc(folder, *arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"hqc: {said}")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.output
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["none", "file"])
+def test_no_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    done = hqc(tmp_path / name, "--arch", "sm_86")
+    assert done.exit_code == 2
+    assert "no such folder" in done.stderr
+
+
+def test_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hqc.engines.builders.package_version", lambda package: None)
+    folder = graphs.save_export(tmp_path / "x", graphs.conv_model())
+    for engine, install in (("rtx", "pip install 'hqc[rtx]'"), ("trt", "pip install tensorrt --extra-index-url")):
+        done = hqc(folder, "--engine", engine)
+        assert done.exit_code == 2
+        assert "is not installed. Run `" + install in done.stderr
