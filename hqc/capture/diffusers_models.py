@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hqc.capture.families import FAMILIES, call_arguments, family_of
+from hqc.capture.fit import check_folder, empty_module
 from hqc.capture.source import Source, versions
 from hqc.errors import CaptureError
 from hqc.memory import require_memory, stored_parameters, trace_bytes
 from hqc.program import InputSpec, Origin
+from hqc.quiet import quiet_libraries
 
 __all__ = [
     "CaptureOptions",
@@ -135,11 +137,29 @@ def load_denoiser(folder: Path, kind: str) -> nn.Module:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         require_memory(f"tracing {folder}", trace_bytes(stored_parameters(folder), config))
-        return getattr(diffusers, kind).from_pretrained(  # type: ignore[no-any-return]
-            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
+        with quiet_libraries():
+            model, found = getattr(diffusers, kind).from_pretrained(
+                folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
+        _check_weights(folder, kind)
         raise CaptureError(str(folder), f"diffusers could not load it ({error})", "Check the folder.") from error
+    if found["missing_keys"] or found["unexpected_keys"]:  # diffusers makes up the one and drops the other
+        _check_weights(folder, kind)
+        names = ", ".join(sorted([*found["missing_keys"], *found["unexpected_keys"]])[:3])
+        raise CaptureError(str(folder), f"its weights are not those of its config.json ({names})", "Check the folder.")
+    return model  # type: ignore[no-any-return]
+
+
+def _check_weights(folder: Path, kind: str) -> None:
+    """Says which weights do not fit, where that is what is wrong."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        with quiet_libraries():
+            module = empty_module(kind, config)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError):
+        return  # the configuration itself is wrong, and diffusers has said how
+    check_folder(folder, module)
 
 
 def denoiser_source(

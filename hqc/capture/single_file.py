@@ -14,12 +14,20 @@ import torch
 
 from hqc.capture.diffusers_models import CaptureOptions, denoiser_source
 from hqc.capture.families import FAMILIES
+from hqc.capture.fit import check_module, empty_module, read_shapes
 from hqc.capture.source import Source
 from hqc.errors import CaptureError
+from hqc.memory import require_memory, trace_bytes
+from hqc.quiet import quiet_libraries
 
 __all__ = ["from_single_file"]
 
-_READABLE = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
+_CONVERSIONS = {
+    "UNet2DConditionModel": "convert_ldm_unet_checkpoint",
+    "SD3Transformer2DModel": "convert_sd3_transformer_checkpoint_to_diffusers",
+    "FluxTransformer2DModel": "convert_flux_transformer_checkpoint_to_diffusers",
+}
+_READABLE = tuple(_CONVERSIONS)
 
 
 def from_single_file(path: Path, config: Path | None, options: CaptureOptions) -> Source:
@@ -27,6 +35,7 @@ def from_single_file(path: Path, config: Path | None, options: CaptureOptions) -
 
     Raises:
         CaptureError: if it cannot be read, holds no denoiser of the configured class, or its configuration is missing.
+        MemoryShortError: if it does not fit the memory that is free.
     """
     if path.suffix != ".safetensors":
         raise CaptureError(
@@ -37,6 +46,8 @@ def from_single_file(path: Path, config: Path | None, options: CaptureOptions) -
     if not path.is_file():
         raise CaptureError(str(path), "no such file", "Check the path.")
     kind = _class_of(path, config)
+    if config is not None:
+        _check_weights(path, kind, config)
     with tempfile.TemporaryDirectory() as folder:
         model = _read(path, kind, _config_folder(config, Path(folder)))
     return denoiser_source(model, str(path.resolve()), options.condition_length, options.latent_size)
@@ -69,7 +80,7 @@ def _inferred(path: Path) -> tuple[str, str]:
     """(class, repository of its configuration), from the names and shapes of the tensors."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
 
-    shapes = _Shapes.read(path)
+    shapes = read_shapes([path])
     kind = str(infer_diffusers_model_type(shapes))
     repository = str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
     if kind.startswith(("sd3", "flux")):
@@ -77,19 +88,28 @@ def _inferred(path: Path) -> tuple[str, str]:
     return _READABLE[0], repository
 
 
-class _Shapes(dict[str, torch.Tensor]):
-    """The tensors of a file on the meta device: names and shapes without the data."""
+def _check_weights(path: Path, kind: str, config: Path) -> None:
+    """Refuses weights that are not the configuration's: diffusers drops what it does not know.
 
-    @classmethod
-    def read(cls, path: Path) -> "_Shapes":
-        from safetensors import SafetensorError, safe_open
+    Names are compared as diffusers has them, after its own conversion where the file is in the original layout.
+    """
+    from diffusers.loaders import single_file_utils
 
+    options = json.loads(config.read_text(encoding="utf-8"))
+    with quiet_libraries():
         try:
-            with safe_open(path, framework="pt") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CaptureError(str(path), f"is not a safetensors file ({error})", "Check the file.") from error
-        return cls({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+            module = empty_module(kind, options)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise _misfit(path, kind, error) from error
+        shapes = read_shapes([path])
+        if not shapes.keys() & module.state_dict().keys():
+            try:
+                shapes = getattr(single_file_utils, _CONVERSIONS[kind])(checkpoint=shapes, config=options)
+            except Exception as error:  # diffusers' converters raise whatever a missing name makes them raise
+                raise _misfit(path, kind, error) from error
+    check_module(path, config, module, shapes)
+    parameters = sum(tensor.numel() for tensor in module.state_dict().values())
+    require_memory(f"tracing {path}", trace_bytes(parameters, options))
 
 
 def _read(path: Path, kind: str, config: str | None) -> Any:
@@ -98,8 +118,9 @@ def _read(path: Path, kind: str, config: str | None) -> Any:
     assert kind in FAMILIES
     options = {"config": config, "local_files_only": True} if config is not None else {}
     try:
-        return getattr(diffusers, kind).from_single_file(str(path), torch_dtype=torch.float32, **options)
-    except Exception as error:  # diffusers' converters raise whatever a missing name makes them raise
+        with quiet_libraries():
+            return getattr(diffusers, kind).from_single_file(str(path), torch_dtype=torch.float32, **options)
+    except Exception as error:  # as above
         first = " ".join(str(error).split())[:200] or type(error).__name__
         if config is None:
             repository = _inferred(path)[1]
@@ -108,6 +129,11 @@ def _read(path: Path, kind: str, config: str | None) -> Any:
                 f"needs the configuration of {repository}, as far as diffusers can tell ({first})",
                 "Give it with --config: the config.json of that repository's unet/ or transformer/ folder.",
             ) from error
-        raise CaptureError(
-            str(path), f"does not fit the configuration of a {kind} ({first})", "Give the config.json of this file."
-        ) from error
+        raise _misfit(path, kind, error) from error
+
+
+def _misfit(path: Path, kind: str, error: Exception) -> CaptureError:
+    first = " ".join(str(error).split())[:200] or type(error).__name__
+    return CaptureError(
+        str(path), f"does not fit the configuration of a {kind} ({first})", "Give the config.json of this file."
+    )

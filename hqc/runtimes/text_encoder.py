@@ -8,8 +8,8 @@ from typing import Any
 
 from hqc.errors import ArtefactError, TrainingError
 from hqc.memory import require_memory, stored_parameters
+from hqc.quiet import quiet_libraries
 from hqc.runtimes.model import _model_index, _pipeline_class
-from hqc.training.prompts import quiet_libraries
 
 __all__ = ["load_text_pipeline"]
 

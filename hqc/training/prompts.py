@@ -8,8 +8,7 @@ The null conditions are those of the empty prompt, or zeros where the pipeline's
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from torch import Tensor
 
 from hqc.errors import TrainingError
 from hqc.program import InputSpec, Program
+from hqc.quiet import quiet_libraries
 from hqc.training.task import Condition, Task
 from hqc.training.task_sources import conditions_of, task_settings, time_ids
 
-__all__ = ["prompt_task", "quiet_libraries", "read_prompts", "require_prompt_inputs"]
+__all__ = ["prompt_task", "read_prompts", "require_prompt_inputs"]
 
 _ENCODED = ("condition", "text_embeds")
 _TIME_IDS = "time_ids"
@@ -177,22 +177,3 @@ def _described(pipeline: Any, prompts: Sequence[str]) -> str:
 
 def _is_cut(tokenizer: Any, prompt: str) -> bool:
     return len(tokenizer(prompt).input_ids) > int(tokenizer.model_max_length)
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """diffusers and transformers without progress bars and warnings: hqc says itself what matters here."""
-    import diffusers.utils.logging as diffusers_log
-    import transformers.utils.logging as transformers_log
-
-    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in (diffusers_log, transformers_log)]
-    for log, _, _ in before:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, verbosity, bars in before:
-            log.set_verbosity(verbosity)
-            if bars:
-                log.enable_progress_bar()

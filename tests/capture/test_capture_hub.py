@@ -2,18 +2,20 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from denoisers import captured_denoiser, denoiser
+from denoisers import LATENT_SIZES, TOKENS, captured_denoiser, denoiser
 from huggingface_hub import constants
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hqc.capture import find_source, trace
 from hqc.capture.hub import is_hub_id
 from hqc.capture.ldm.names import unet_name
-from hqc.errors import CaptureError
+from hqc.errors import CaptureError, MemoryShortError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -148,6 +150,23 @@ def test_the_original_names_of_stable_diffusion(tmp_path) -> None:
         _equal(source.module(*args), unet(*args, return_dict=False)[0])
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_transformer_as_a_single_file(name: str, tmp_path) -> None:
+    model = denoiser(name)
+    model.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "model.safetensors"
+    shutil.copyfile(tmp_path / "saved" / "diffusion_pytorch_model.safetensors", file)
+    size = LATENT_SIZES.get(name)
+    source = find_source(
+        str(file), config=tmp_path / "saved" / "config.json", condition_length=TOKENS, latent_size=size
+    )
+    program = captured_denoiser(name)
+    assert source.inputs == program.inputs
+    args = program.example_inputs(2)
+    with torch.no_grad():
+        _equal(source.module(*args), program.module()(*args))
+
+
 def test_a_file_without_configuration_says_whose_it_needs(tmp_path, cache: Path) -> None:
     _, file, _ = _saved_as_one_file(tmp_path)
     with pytest.raises(CaptureError, match=r"needs the configuration of stable-diffusion-v1-5/.*Give it with --config"):
@@ -168,6 +187,116 @@ def test_configurations_that_do_not_fit(config: str, message: str, tmp_path) -> 
     (tmp_path / "c.json").write_text(config)
     with pytest.raises(CaptureError, match=message):
         find_source(str(file), config=tmp_path / "c.json")
+
+
+# ---- weights that are not the configuration's ----------------------------------------------------------------------
+
+FIRST, MIDDLE = "conv_in.weight", "mid_block.resnets.0.conv1.weight"
+CHANGES = {
+    "missing": ({FIRST: None}, f"1 key missing: {FIRST}"),
+    "renamed": (
+        {FIRST: None, "conv_im.weight": torch.zeros(2)},
+        f"1 key missing: {FIRST} (nearest: conv_im.weight); 1 key not in the configuration: conv_im.weight",
+    ),
+    "extra": ({"mid_block.x.y": torch.zeros(2)}, "1 key not in the configuration: mid_block.x.y"),
+    "shapes": (
+        {FIRST: torch.zeros(3, 4, 3, 3), MIDDLE: torch.zeros(1)},
+        f"2 keys of another shape: {FIRST} [3, 4, 3, 3], expected [32, 4, 3, 3], {MIDDLE} [1], expected [32, 32, 3, 3]",
+    ),
+}
+
+
+def _refused(folder: Path, *arguments: object) -> str:
+    """What `hqc trace` says in one line on standard error, and nothing else; the folder is left as it was."""
+    before = sorted(folder.rglob("*"))
+    command = [sys.executable, "-m", "hqc.cli", "trace", *map(str, arguments), "-o", str(folder / "x.hqc")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert sorted(folder.rglob("*")) == before
+    return done.stderr.removeprefix("hqc: ").rstrip("\n")
+
+
+def _change(path: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    state = {name: tensor for name, tensor in {**load_file(path), **changes}.items() if tensor is not None}
+    save_file(state, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_keys_that_do_not_fit_are_listed(source: str, change: str, tmp_path, capfd) -> None:
+    """diffusers draws what is missing at random and drops what is too much."""
+    changes, said = CHANGES[change]
+    _, file, config = _saved_as_one_file(tmp_path)
+    folder = config.parent
+    path, options = (file, {"config": config}) if source == "file" else (folder, {})
+    _change(file if source == "file" else folder / "diffusion_pytorch_model.safetensors", changes)
+    with pytest.raises(CaptureError) as caught:
+        find_source(str(path), condition_length=3, **options)
+    assert str(caught.value) == f"{path}: does not fit {config}: {said}. Give the configuration that belongs to it."
+    assert capfd.readouterr().err == ""
+
+
+def test_keys_in_the_original_names(tmp_path) -> None:
+    """Converted by diffusers first; they are said as it names them."""
+    unet, file, config = _saved_as_one_file(tmp_path)
+    original = {unet_name(n, 2, [True, True, True, False]): t for n, t in unet.state_dict().items()}
+    whole = {f"model.diffusion_model.{name}": tensor.contiguous() for name, tensor in original.items()}
+    block = "model.diffusion_model.middle_block.0"
+    save_file({n: t for n, t in whole.items() if n != f"{block}.in_layers.2.weight"}, file)
+    said = "does not fit .*: 1 key missing: mid_block.resnets.0.conv1.weight\\."
+    with pytest.raises(CaptureError, match=said):
+        find_source(str(file), config=config)
+    save_file({**whole, f"{block}.in_layers.9.weight": torch.zeros(2), "first_stage_model.x": torch.zeros(1)}, file)
+    with pytest.raises(CaptureError, match=r"1 key not in the configuration: mid_block\.resnets\.0\.in_layers\.9"):
+        find_source(str(file), config=config)
+    save_file({n: t for n, t in whole.items() if "time_embed.0.weight" not in n}, file)
+    with pytest.raises(CaptureError, match=r": 1 key missing: time_embedding\.linear_1\.weight\."):
+        find_source(str(file), config=config)
+
+
+def test_one_line_and_nothing_written(tmp_path) -> None:
+    _, file, config = _saved_as_one_file(tmp_path)
+    _change(config.parent / "diffusion_pytorch_model.safetensors", {FIRST: None})
+    assert f": 1 key missing: {FIRST}. " in _refused(tmp_path, config.parent)
+    _change(file, {"mid_block.x.y": torch.zeros(2)})
+    assert "1 key not in the configuration: mid_block.x.y. " in _refused(tmp_path, file, "--config", config)
+
+
+def test_names_of_early_attention_blocks_are_known(tmp_path) -> None:
+    """What diffusers itself renames is not missing: query, key, value and proj_attn of the first UNet2DModels."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(61)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    unet.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    early = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(path)
+    for new, old in early.items():
+        state = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in state.items()}
+    assert sum(".query." in name for name in state) == 8  # four blocks
+    save_file(state, path, {"format": "pt"})
+    source = find_source(str(tmp_path))
+    args = (torch.randn(2, 3, 8, 8), torch.tensor([3.0, 900.0]))
+    with torch.no_grad():
+        _equal(source.module(*args), unet(*args, return_dict=False)[0])
+    _change(path, {"conv_in.bias": None})  # and what is missing besides is all that is said
+    with pytest.raises(CaptureError, match=r"json: 1 key missing: conv_in\.bias\. "):
+        find_source(str(tmp_path))
+
+
+def test_a_single_file_is_counted_before_it_is_loaded(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, file, config = _saved_as_one_file(tmp_path)
+    monkeypatch.setattr("hqc.memory.available_bytes", lambda: 1000)
+    with pytest.raises(MemoryShortError, match=r"tracing .*model\.safetensors: needs about 4"):
+        find_source(str(file), config=config)
 
 
 def test_files_that_are_none(tmp_path) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hqc.capture.ldm.config import ClassParams, LdmConfig
-from hqc.capture.ldm.matching import Piece, identity
 from hqc.capture.ldm.names import vae_name
+from hqc.capture.matching import Piece, identity
 
 __all__ = ["build_embedder", "build_scheduler", "build_vae", "embedder_pieces", "vae_pieces"]
 

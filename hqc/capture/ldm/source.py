@@ -16,8 +16,8 @@ from hqc.capture.diffusers_models import unet_source
 from hqc.capture.ldm.checkpoint import prefer_ema, read_checkpoint
 from hqc.capture.ldm.config import LdmConfig, read_config
 from hqc.capture.ldm.first_stage import build_embedder, build_scheduler, build_vae, embedder_pieces, vae_pieces
-from hqc.capture.ldm.matching import Piece, check_fit
 from hqc.capture.ldm.unet import build_unet, fill, unet_pieces
+from hqc.capture.matching import Piece, check_fit
 from hqc.capture.source import Source
 from hqc.errors import ArtefactError, CaptureError
 from hqc.memory import require_memory, trace_bytes

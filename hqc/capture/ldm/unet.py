@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hqc.capture.ldm.config import UNetParams
-from hqc.capture.ldm.matching import Piece, identity
 from hqc.capture.ldm.names import attention_name, unet_name
+from hqc.capture.matching import Piece, identity
 
 __all__ = ["UNET_PREFIX", "build_unet", "set_heads", "unet_pieces"]
 
