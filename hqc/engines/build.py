@@ -66,8 +66,8 @@ class BuiltEngine:
             f"{record.file}: {record.arch}, {bytes_text(record.size_bytes)}, {len(self.layers)} layers, {took}; "
             f"INT8 in {found.int8} of {found.products} quantised products"
         )
-        lines = [f"  not INT8: {node}: {why}" for node, why in found.exceptions]
-        lines += [f"  weight-only: {node}: {how}" for node, how in found.weight_only]
+        lines = [f"  not INT8: {weight}: {why}" for weight, why in found.exceptions]
+        lines += [f"  weight-only: {weight}: {how}" for weight, how in found.weight_only]
         return "\n".join([head, *lines])
 
     def summary(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def build_engines(
     cache = default_cache() if cache is None and found is TRT else cache
     if cache is not None:
         check_cache(cache)
-    require_memory(f"building engines for {folder}", _build_bytes(folder), "Close other programs")
+    require_memory(f"building engines for {folder}", _build_bytes(folder, network.nodes), "Close other programs")
     with _staging(folder) as stage:
         job = _Job(folder, stage, found, version, options, network, shapes, manifest["files"], cache, force)
         built = []
@@ -254,7 +254,7 @@ class _Job:
             answer = run_builder(self.builder, self._request(arch, plan), where=str(self.folder / MODEL))
             if self.cache is not None:
                 keep_engine(self.cache, key, plan, answer)
-        layers = engine_layers(answer.layers, _sites(self.folder))
+        layers = engine_layers(answer.layers, _sites(self.folder), self.network.products)
         record = self._record(arch, plan, key, answer)
         return BuiltEngine(record, layers, coverage(layers, self.network.products), kept is not None)
 
@@ -330,9 +330,12 @@ def _sites(folder: Path) -> tuple[str, ...]:
         raise ArtefactError(str(folder / "plan.json"), f"cannot be read ({error})", "Export it again.") from error
 
 
-def _build_bytes(folder: Path) -> int:
-    """Memory that one build takes: the builder's library, and the model four times over."""
-    return 500_000_000 + 4 * sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
+def _build_bytes(folder: Path, nodes: int) -> int:
+    """Memory that one build takes: the builder's library, what it keeps of every node, the model four times over.
+
+    Measured with TensorRT-RTX 1.7: 222 MB for 20 nodes, 652 MB for digits with 1 646 nodes and 5 MB.
+    """
+    return 250_000_000 + 300_000 * nodes + 4 * sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
 
 
 @contextmanager

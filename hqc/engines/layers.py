@@ -11,7 +11,7 @@ The metadata names the ONNX nodes that the kernel computes, so a kernel is match
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,10 @@ class EngineLayer:
         }
 
 
-def engine_layers(text: str, sites: Sequence[str] = ()) -> tuple[EngineLayer, ...]:
+def engine_layers(text: str, sites: Sequence[str] = (), products: Sequence[Product] = ()) -> tuple[EngineLayer, ...]:
     """Layers in the order in which the engine runs them.
+
+    A node belongs to the site that its name starts with, a product to that of its weight.
 
     Raises:
         ExportError: if the text holds no layer list, or one in another form.
@@ -84,10 +86,12 @@ def engine_layers(text: str, sites: Sequence[str] = ()) -> tuple[EngineLayer, ..
             "the builder's layer list", "is missing", "Take a builder version that docs/tensorrt.md names."
         )
     # Not splitlines: a control character between two nodes would end a line.
-    return tuple(_layer(line.strip(), sites) for line in found[1].split("\n") if line.strip())
+    lines = [line.strip() for line in found[1].split("\n") if line.strip()]
+    known = {product.node: site_of(product.weight, sites) for product in products}
+    return tuple(_layer(line, lambda node: known.get(node) or site_of(node, sites)) for line in lines)
 
 
-def _layer(line: str, sites: Sequence[str]) -> EngineLayer:
+def _layer(line: str, site: Callable[[str], str]) -> EngineLayer:
     head = _HEAD.match(line)
     if head is None:
         raise ExportError(
@@ -97,10 +101,8 @@ def _layer(line: str, sites: Sequence[str]) -> EngineLayer:
         )
     inputs, constants, outputs = (tuple(_tensors(line, which)) for which in _LISTS)
     nodes = tuple(_NODE.findall(line.rpartition("Metadata: ")[2]))
-    found = dict.fromkeys(site_of(node, sites) for node in nodes)
-    return EngineLayer(
-        head["name"], head["kind"], inputs, constants, outputs, nodes, tuple(site for site in found if site)
-    )
+    sites = tuple(filter(None, dict.fromkeys(map(site, nodes))))
+    return EngineLayer(head["name"], head["kind"], inputs, constants, outputs, nodes, sites)
 
 
 def _tensors(line: str, which: str) -> Iterator[LayerTensor]:
@@ -129,8 +131,8 @@ class Coverage:
     """How the products of the ONNX file came out whose weights are codes.
 
     products: those whose activations are codes too; int8: how many of them have a kernel that reads INT8 on both sides.
-    exceptions: (node, why) of each of the others.
-    weight_only: (node, what its kernel reads) of each whose activations are float.
+    exceptions: (weight, why) of each of the others.
+    weight_only: (weight, what its kernel reads) of each whose activations are float.
     """
 
     products: int
@@ -154,15 +156,11 @@ def coverage(layers: Iterable[EngineLayer], products: Sequence[Product]) -> Cove
     for layer in layers:
         for node in layer.nodes:
             by_node.setdefault(node, []).append(layer)
-    quantised = [(p.node, by_node.get(p.node, [])) for p in products if p.activations != "float"]
-    others = [(p.node, by_node.get(p.node, [])) for p in products if p.activations == "float"]
-    exceptions = tuple((node, _reads(kernels)) for node, kernels in quantised if not any(map(_reads_int8, kernels)))
-    return Coverage(
-        len(quantised),
-        len(quantised) - len(exceptions),
-        exceptions,
-        tuple((node, _reads(kernels)) for node, kernels in others),
-    )
+    quantised = [(p.weight, by_node.get(p.node, [])) for p in products if p.activations != "float"]
+    others = [(p.weight, by_node.get(p.node, [])) for p in products if p.activations == "float"]
+    exceptions = tuple((name, _reads(kernels)) for name, kernels in quantised if not any(map(_reads_int8, kernels)))
+    weight_only = tuple((name, _reads(kernels)) for name, kernels in others)
+    return Coverage(len(quantised), len(quantised) - len(exceptions), exceptions, weight_only)
 
 
 def _reads(kernels: Sequence[EngineLayer]) -> str:

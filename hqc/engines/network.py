@@ -34,12 +34,16 @@ class NetworkInput:
 
 @dataclass(frozen=True)
 class Product:
-    """A convolution or matrix product of dequantised weights, `int8` or `int4`, and activations: `int8` or `float`."""
+    """A convolution or matrix product of dequantised weights, `int8` or `int4`, and activations: `int8` or `float`.
+
+    weight: the name of the codes, which starts with that of the site.
+    """
 
     node: str
     kind: str
     activations: str
     weights: str
+    weight: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def _products(graph: onnx.GraphProto) -> tuple[Product, ...]:
             continue
         left, right = (codes.dequantised(name) for name in node.input[:2])
         if right is not None:
-            found.append(Product(node.name, node.op_type, left or "float", right))
+            found.append(Product(node.name, node.op_type, left or "float", right, codes.behind(node.input[1])))
     return tuple(found)
 
 
@@ -168,6 +172,12 @@ class _Codes:
         if node is None or node.op_type != "DequantizeLinear":
             return None
         return _CODES.get(self._type(self._source(node.input[0])))
+
+    def behind(self, name: str) -> str:
+        """The name of the codes behind a dequantised value."""
+        name = self._source(self._producers[self._source(name)].input[0])
+        node = self._producers.get(name)
+        return self._source(node.input[0]) if node is not None and node.op_type == "Cast" else name
 
     def _type(self, name: str) -> int:
         node = self._producers.get(name)

@@ -134,8 +134,8 @@ def test_forms(tmp_path: Path, model: Callable[[], onnx.ModelProto], product: st
 def test_a_weight_only_product_is_listed_apart(tmp_path: Path) -> None:
     (engine,) = build_engines(graphs.save_export(tmp_path / "x", graphs.linear_model(int4=True)), archs=QUICK).engines
     assert (engine.coverage.products, engine.coverage.exceptions) == (0, ())
-    ((node, how),) = engine.coverage.weight_only
-    assert node == f"{graphs.LINEAR}/MatMul"
+    ((weight, how),) = engine.coverage.weight_only
+    assert weight == f"{graphs.LINEAR}.q"
     assert "gemm kernel" in how
     assert any(tensor.dtype == "Int4" for layer in engine.layers for tensor in layer.constants)
 
@@ -144,11 +144,11 @@ def test_an_architecture_without_int8_convolutions_is_an_exception_in_the_report
     report = build_engines(graphs.save_export(tmp_path / "x", graphs.conv_model()), archs=("sm_75",))
     found = report.engines[0].coverage
     assert (found.products, found.int8) == (1, 0)
-    ((node, why),) = found.exceptions
-    assert node == f"{graphs.CONV}.0/Conv"
+    ((weight, why),) = found.exceptions
+    assert weight == f"{graphs.CONV}.weight_q_0"
     assert "correlation kernel" in why
     assert "Float" in why
-    assert f"  not INT8: {node}: {why}" in str(report)
+    assert f"  not INT8: {weight}: {why}" in str(report)
 
 
 def test_another_profile_and_workspace(tmp_path: Path) -> None:

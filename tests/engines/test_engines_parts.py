@@ -72,13 +72,17 @@ def test_unknown_builder() -> None:
     [
         pytest.param(
             lambda: graphs.conv_model(digits=2),
-            [(f"{graphs.CONV}.{i}/Conv", "Conv", "int8", "int8") for i in range(2)],
+            [(f"{graphs.CONV}.{i}/Conv", "Conv", "int8", "int8", f"{graphs.CONV}.weight_q_{i}") for i in range(2)],
             id="two digits",
         ),
-        pytest.param(graphs.linear_model, [(f"{graphs.LINEAR}/MatMul", "MatMul", "int8", "int8")], id="linear"),
+        pytest.param(
+            graphs.linear_model,
+            [(f"{graphs.LINEAR}/MatMul", "MatMul", "int8", "int8", f"{graphs.LINEAR}.weight_q")],
+            id="linear",
+        ),
         pytest.param(
             lambda: graphs.linear_model(int4=True),
-            [(f"{graphs.LINEAR}/MatMul", "MatMul", "float", "int4")],
+            [(f"{graphs.LINEAR}/MatMul", "MatMul", "float", "int4", f"{graphs.LINEAR}.q")],
             id="weight-only",
         ),
         pytest.param(graphs.integer_conv_model, [], id="no Q/DQ form"),
@@ -104,7 +108,7 @@ def test_codes_are_found_behind_moves_and_casts(tmp_path) -> None:  # type: igno
     real = g.op("Transpose", g.op("DequantizeLinear", codes, scale, name="d"), name="dt", perm=[0, 1])
     g.op("MatMul", real, weight, name="y")
     onnx.save(g.model([("x", TensorProto.FLOAT, ["N", 6])], ("y", TensorProto.FLOAT, ["N", 4])), tmp_path / "m.onnx")
-    assert read_network(tmp_path / "m.onnx").products == (Product("y/MatMul", "MatMul", "int8", "int8"),)
+    assert read_network(tmp_path / "m.onnx").products == (Product("y/MatMul", "MatMul", "int8", "int8", "w4"),)
 
 
 def test_sites_by_the_longest_name() -> None:
@@ -156,6 +160,12 @@ def test_the_log_of_tensorrt_rtx() -> None:
     assert coverage((layer, wait), [Product("c/Conv", "Conv", "int8", "int8")]).int8 == 1
 
 
+def test_a_product_belongs_to_the_site_of_its_weight() -> None:
+    products = [Product("c/Conv", "Conv", "int8", "int8", "down.conv1.weight_int8")]
+    layer, _ = engine_layers(LOG, ["down.conv1", "other"], products)
+    assert layer.sites == ("down.conv1",)
+
+
 def test_the_other_form_of_tensorrt() -> None:
     """As NVIDIA's documentation shows the inspector's one-line form; TensorRT itself was not at hand."""
     (layer,) = engine_layers(INSPECTOR, ["c"])
@@ -197,11 +207,11 @@ def _kernel(kind: str, inputs: str, constants: str, *nodes: str) -> EngineLayer:
     ],
 )
 def test_exceptions(kernels: list[EngineLayer], why: str) -> None:
-    found = coverage(kernels, [Product("p", "MatMul", "int8", "int8")])
+    found = coverage(kernels, [Product("p", "MatMul", "int8", "int8", "a.weight")])
     assert found.products == 1
     assert found.int8 == (0 if why else 1)
     assert len(found.exceptions) == (1 if why else 0)
-    assert all(why in said for _, said in found.exceptions)
+    assert all(weight == "a.weight" and why in said for weight, said in found.exceptions)
     assert found.to_dict()["quantised_products"] == 1
 
 
