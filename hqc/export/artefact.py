@@ -4,6 +4,7 @@ NAME/model.onnx         the network; weights of at most 4 bits as INT4
 NAME/model.onnx.data    the weights, where they are too large for the file itself
 NAME/manifest.json      target, opset, origin, inputs, what verification measured, sha256 and size of every file
 NAME/plan.json          the quantisation plan
+NAME/report.json        for TensorRT: the form of every layer and why, the options, what the hardware does
 NAME/pipeline/          what surrounds the denoiser, in diffusers layout (optional)
 """
 
@@ -18,6 +19,11 @@ from hqc.errors import ExportError
 from hqc.export.lowering import Tap
 from hqc.export.model import DATA_FILE, EXTERNAL_DATA_BYTES, MODEL_FILE, onnx_from_program, save_model
 from hqc.export.prepare import Target, prepare
+from hqc.export.tensorrt.forms import LayerForm
+from hqc.export.tensorrt.options import TensorRtOptions
+from hqc.export.tensorrt.report import form_counts, write_report
+from hqc.export.tensorrt.surgery import graphsurgeon
+from hqc.export.tensorrt.writing import reference_program, verify_tensorrt, write_tensorrt
 from hqc.export.verification import Verification, verify_export
 from hqc.memory import export_bytes, require_memory
 from hqc.plan import QuantPlan
@@ -37,7 +43,10 @@ _LARGE_MODEL = 2**28
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote and measured."""
+    """What an export wrote and measured.
+
+    For TensorRT: `options`, the form of every layer, and what was measured of the float32 `twin`.
+    """
 
     folder: Path
     target: str
@@ -46,13 +55,21 @@ class ExportReport:
     size_bytes: int
     seconds: float
     verification: Verification
+    options: TensorRtOptions | None = None
+    layers: tuple[LayerForm, ...] = ()
+    twin: Verification | None = None
 
     def __str__(self) -> str:
         head = (
             f"{self.folder}: {self.target}, opset {self.opset}, {self.nodes} nodes, "
             f"{self.size_bytes / 1e6:.1f} MB, {self.seconds:.1f} s"
         )
-        return f"{head}\n{self.verification}"
+        lines = [head]
+        if self.options is not None:
+            lines.append(f"layers   {form_counts(self.layers)}; {self.options.dtype}, plugins {self.options.plugins}")
+        if self.twin is not None:
+            lines.append(f"twin     float32, network with equal codes {self.twin.network.forced_error:.1e}")
+        return "\n".join((*lines, str(self.verification)))
 
 
 def export_program(
@@ -67,12 +84,13 @@ def export_program(
     one_timestep: bool = False,
     verify_batch: int | None = None,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
+    tensorrt: TensorRtOptions | None = None,
 ) -> ExportReport:
     """Lowers a program at any stage to ONNX, verifies the file, and only then puts the folder in its place.
 
     Args:
         program: captured (written in float), quantised, trained, or integer.
-        target: `portable` (fake-quant semantics, any runtime) or `onnxruntime` (integer products).
+        target: `portable` (fake-quant semantics, any runtime), `onnxruntime` (integer products) or `tensorrt`.
         folder: written whole or not at all.
         opset: 21…25.
         force: replace an artefact that exists.
@@ -83,6 +101,7 @@ def export_program(
         verify_batch: samples in the verification batch, whose timesteps differ; None: 8, or for models
             above 256 MiB 2, or 1 with one timestep.
         external_data_bytes: weights beyond this go into a file beside the model.
+        tensorrt: the options of that target; None: fp16 activations, standard operators.
 
     Raises:
         ExportError: if an operator cannot be written, or verification is out of bounds.
@@ -90,31 +109,88 @@ def export_program(
     """
     if opset not in OPSETS:
         raise ExportError(f"opset {opset}", f"expected {OPSETS.start}…{OPSETS.stop - 1}", "Use 21 unless you must.")
+    if tensorrt is not None and target != "tensorrt":
+        raise ExportError(f"target {target}", "takes no options of TensorRT", "Use target tensorrt, or leave them out.")
+    if target == "tensorrt":
+        graphsurgeon()
     start = time.perf_counter()
     samples = verify_batch or _verification_batch(program, one_timestep=one_timestep)
     require_memory(f"exporting to {folder}", export_bytes(program, samples))
+    settings = _Settings(opset, one_timestep, external_data_bytes, samples, float_program)
     with atomic_folder(folder, force=force) as temporary:
-        path = temporary / MODEL_FILE
-        taps, nodes, plan = _write_model(program, target, opset, temporary, one_timestep, external_data_bytes)
-        verification = verify_export(path, taps, program, float_program=float_program, batch=samples)
+        if target == "tensorrt":
+            made = _make_tensorrt(program, temporary, settings, tensorrt or TensorRtOptions())
+        else:
+            made = _make(program, target, temporary, settings)
         size = sum((temporary / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (temporary / name).exists())
         seconds = round(time.perf_counter() - start, 3)
-        report = ExportReport(folder, target, opset, nodes, size, seconds, verification)
-        (temporary / "plan.json").write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")
+        report = ExportReport(
+            folder, target, opset, made.nodes, size, seconds, made.verification, made.options, made.layers, made.twin
+        )
+        (temporary / "plan.json").write_text(json.dumps(made.plan.to_dict(), indent=1) + "\n", encoding="utf-8")
+        if report.options is not None:
+            write_report(temporary, opset, report.options, report.layers, report.verification, report.twin)
         if pipeline is not None:
             copy_pipeline(pipeline, temporary / "pipeline")
         write_manifest(temporary, EXPORT_KIND, _fields(program, report))
     return report
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What every target is told besides the program."""
+
+    opset: int
+    one_timestep: bool
+    external_data_bytes: int
+    samples: int
+    float_program: Program | None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A model that has been written and verified."""
+
+    nodes: int
+    plan: QuantPlan
+    verification: Verification
+    options: TensorRtOptions | None = None
+    layers: tuple[LayerForm, ...] = ()
+    twin: Verification | None = None
+
+
+def _make(program: Program, target: Target, folder: Path, settings: _Settings) -> _Made:
+    taps, nodes, plan = _write_model(program, target, folder, settings)
+    found = verify_export(
+        folder / MODEL_FILE, taps, program, float_program=settings.float_program, batch=settings.samples
+    )
+    return _Made(nodes, plan, found)
+
+
 def _write_model(
-    program: Program, target: Target, opset: int, folder: Path, one_timestep: bool, external_data_bytes: int
+    program: Program, target: Target, folder: Path, settings: _Settings
 ) -> tuple[Mapping[str, Tap], int, QuantPlan]:
     """Writes the model; what lowering has made in memory is gone when verification starts."""
     prepared = prepare(program, target)
-    model, taps = onnx_from_program(prepared, target, opset, one_timestep=one_timestep)
-    save_model(model, folder, external_data_bytes=external_data_bytes)
+    model, taps = onnx_from_program(prepared, target, settings.opset, one_timestep=settings.one_timestep)
+    save_model(model, folder, external_data_bytes=settings.external_data_bytes)
     return taps, len(model.graph), prepared.plan
+
+
+def _make_tensorrt(program: Program, folder: Path, settings: _Settings, options: TensorRtOptions) -> _Made:
+    written = write_tensorrt(
+        program,
+        folder,
+        options,
+        opset=settings.opset,
+        one_timestep=settings.one_timestep,
+        external_data_bytes=settings.external_data_bytes,
+    )
+    reference = reference_program(program, options)
+    found, twin = verify_tensorrt(
+        written, reference, options, float_program=settings.float_program, batch=settings.samples
+    )
+    return _Made(written.nodes, written.plan, found, options, written.forms, twin)
 
 
 def _verification_batch(program: Program, *, one_timestep: bool) -> int:
@@ -125,9 +201,11 @@ def _verification_batch(program: Program, *, one_timestep: bool) -> int:
 
 def _fields(program: Program, report: ExportReport) -> dict[str, Any]:
     plan = program.plan
+    own = {} if report.options is None else {"tensorrt": asdict(report.options)}
     return {
         "target": report.target,
         "opset": report.opset,
+        **own,
         "stage": str(program.stage),
         "origin": asdict(program.origin),
         "inputs": [asdict(spec) for spec in program.inputs],

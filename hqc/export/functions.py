@@ -13,10 +13,10 @@ import onnx_ir as ir
 
 from hqc.export.builder import HQC_DOMAIN
 
-__all__ = ["hadamard_function", "register_schemas"]
+__all__ = ["MATRIX_BODY", "hadamard_function", "register_schemas"]
 
-# The parity of the bits of i & j, folded with xor; block ≤ 128, so that an index fits 8 bits.
-_MATRIX = """
+# The parity of the bits of i & j, folded with xor; block ≤ 256, so that an index fits 8 bits.
+MATRIX_BODY = """
     order = Constant <value_int: int = @block> ()
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
@@ -73,7 +73,7 @@ _ANY_AXIS = """
 
 def hadamard_function(opset: int) -> ir.Function:
     """The body of `hqc::Hadamard` for an opset."""
-    body = _ANY_AXIS.format(matrix=_MATRIX.strip())
+    body = _ANY_AXIS.format(matrix=MATRIX_BODY.strip())
     header = f'<domain: "{HQC_DOMAIN}", opset_import: ["" : {opset}]>\nHadamard <block, axis> (x) => (y)'
     return ir.serde.deserialize_function(onnx.parser.parse_function(f"{header} {{{body}}}"))
 

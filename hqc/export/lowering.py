@@ -55,7 +55,8 @@ class Tap:
     """Where verification listens at a site.
 
     `input` before rotation, `codes` after quantisation, `output` after the bias; `weights` are the int8 matrices
-    [K, O] of its integer products; `zero_point` is what the codes carry on top of torch's.
+    [K, O] of its integer products; `zero_point` is what the codes carry on top of torch's; `rounding` is what the type
+    of the output adds to the relative error, 0 for float32.
     """
 
     input: Listen
@@ -64,6 +65,7 @@ class Tap:
     zero_point: int = 0
     weights: tuple[str, ...] = ()
     largest_code: int = 0
+    rounding: float = 0.0
 
 
 class Lowering:

@@ -10,6 +10,8 @@ from hqc.export.lowering import Tap
 from hqc.export.onnxruntime import lower_onnxruntime
 from hqc.export.portable import lower_portable
 from hqc.export.prepare import Target
+from hqc.export.tensorrt.lowering import lower_tensorrt
+from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.program import Program
 
 __all__ = ["DATA_FILE", "EXTERNAL_DATA_BYTES", "MODEL_FILE", "onnx_from_program", "save_model"]
@@ -25,14 +27,24 @@ _LOWER = {"portable": lower_portable, "onnxruntime": lower_onnxruntime}
 
 
 def onnx_from_program(
-    prepared: Program, target: Target, opset: int, *, one_timestep: bool = False
+    prepared: Program,
+    target: Target,
+    opset: int,
+    *,
+    one_timestep: bool = False,
+    tensorrt: TensorRtOptions | None = None,
 ) -> tuple[ir.Model, Mapping[str, Tap]]:
     """The model and, for every quantised site, where verification listens.
 
     one_timestep: the input `timestep` is [1] and serves the whole batch.
+    tensorrt: the options of that target.
     Requires: a program as `prepare(program, target)` gives it.
     """
     register_schemas()
+    if target == "tensorrt":
+        options = tensorrt or TensorRtOptions()
+        found, tensorrt_lowering = lower_tensorrt(prepared, opset, options, one_timestep=one_timestep)
+        return found, tensorrt_lowering.taps
     model, lowering = _LOWER[target](prepared, opset, one_timestep=one_timestep)
     if any(node.op_type == "Hadamard" for node in model.graph):
         function = hadamard_function(opset)

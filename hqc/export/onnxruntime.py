@@ -13,7 +13,6 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from hqc.errors import ExportError
 from hqc.export.aten_math import MATH
 from hqc.export.aten_shapes import SHAPES
 from hqc.export.lowering import Lowering, Translations
@@ -22,8 +21,8 @@ from hqc.export.ort_attention import attention
 from hqc.export.ort_products import rescale
 from hqc.export.scale_bank import ScaleBank
 from hqc.export.shared import int4_weight, nearest_timestep
-from hqc.export.sites import PRODUCTS, QuantisedSite, products_of
-from hqc.program import Program, aten, is_op
+from hqc.export.sites import PRODUCTS, QuantisedSite, absorbed_nodes
+from hqc.program import Program, aten
 
 __all__ = ["lower_onnxruntime"]
 
@@ -42,7 +41,7 @@ class _IntegerLowering(IntegerState):
     def __init__(self, program: Program, opset: int, *, one_timestep: bool) -> None:
         super().__init__(program, _TRANSLATIONS, opset, one_timestep=one_timestep)
         self.bank = ScaleBank(self, requested_scales(program, self.shared))
-        self.absorbed = _absorbed(program)
+        self.absorbed = absorbed_nodes(program)
         self.weights = {}
 
     def tap_details(self, site: QuantisedSite) -> dict[str, Any]:
@@ -50,31 +49,6 @@ class _IntegerLowering(IntegerState):
         top = int(site.quantiser.args[3])  # type: ignore[arg-type]
         weights = tuple(str(w.name) for w in self.weights.get(site.site, ()))
         return {"zero_point": top + 1, "weights": weights, "largest_code": 2 * top + 1}
-
-
-def _absorbed(program: Program) -> set[fx.Node]:
-    """Products, their digit sums and their weight expressions: `rescale` emits them."""
-    absorbed: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if not is_op(node, ops.rescale.default):
-            continue
-        accumulator: fx.Node = node.args[0]  # type: ignore[assignment]
-        products = products_of(accumulator)
-        if not products:
-            raise ExportError(
-                f"site {node.meta.get('site')}", "has an accumulator that is not a product", "Report a bug."
-            )
-        absorbed.add(accumulator)
-        for product in products:
-            absorbed |= {product.node, *(u for u in product.node.users if is_op(u, aten.mul.Scalar))}
-            absorbed |= _weight_nodes(product.node.args[1])
-    return absorbed
-
-
-def _weight_nodes(node: Any) -> set[fx.Node]:
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return set()
-    return {node} | _weight_nodes(node.args[0])
 
 
 # ---- dispatch ------------------------------------------------------------------------------------------------------

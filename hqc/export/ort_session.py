@@ -1,6 +1,7 @@
 """Opening an ONNX Runtime session on the CPU, or saying what is missing; running it on a batch of any timesteps."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import numpy as np
 from hqc.errors import ArtefactError, RuntimeMissingError
 from hqc.memory import resident_bytes, return_free_memory
 
-__all__ = ["open_session", "run_session"]
+__all__ = ["TENSORRT_PRODUCER", "open_session", "run_session"]
+
+TENSORRT_PRODUCER = "hqc tensorrt"
+"""The producer in a file for TensorRT."""
 
 _SILENT = 3
 _MUCH = 2**28
@@ -20,6 +24,10 @@ def open_session(
     model: Path, *, threads: int | None = None, optimisation: str = "all", save_to: Path | None = None
 ) -> Any:
     """An InferenceSession; `optimisation` is disabled, basic, extended or all.
+
+    In a file for TensorRT, QuantizeLinear and DequantizeLinear run as they are written. Elsewhere the runtime fuses
+    them with a product into 8-bit kernels, of which those for x86 without VNNI saturate and the one for INT4 weights
+    quantises the activations once more.
 
     save_to: also writes the optimised model there, its large weights in a file beside it.
 
@@ -42,6 +50,10 @@ def open_session(
         "extended": levels.ORT_ENABLE_EXTENDED,
         "all": levels.ORT_ENABLE_ALL,
     }[optimisation]
+    if _is_for_tensorrt(model):
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     if save_to is not None:
@@ -58,6 +70,13 @@ def open_session(
         raise ArtefactError(str(model), f"onnxruntime refuses it ({first})", "Export it again.") from error
     return_free_memory(before + _MUCH)  # folding the weights leaves much behind
     return session
+
+
+def _is_for_tensorrt(model: Path) -> bool:
+    """By the producer's name, which is the second field of the message: it stands in the first bytes of the file."""
+    with suppress(OSError), model.open("rb") as file:
+        return TENSORRT_PRODUCER.encode() in file.read(64)
+    return False
 
 
 def run_session(session: Any, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:

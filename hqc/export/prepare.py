@@ -1,11 +1,13 @@
 """What happens to a program before it is lowered: the passes of the target, and constants computed by torch."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, fx
 
 from hqc.errors import ExportError
+from hqc.export.tensorrt.float_activations import FloatActivations, refuse_wide_codes
 from hqc.passes import FreezeIntegers, MergeLora, PackInt4, RotateWeights, SplitDigits
 from hqc.passes.rewriting import rewrite
 from hqc.pipeline import Pass, run_pipeline
@@ -13,23 +15,27 @@ from hqc.program import Program, Stage
 
 __all__ = ["Target", "fold_constants", "prepare"]
 
-Target = Literal["portable", "onnxruntime"]
+Target = Literal["portable", "onnxruntime", "tensorrt"]
 
 ops = torch.ops.hqc
 
 
-def prepare(program: Program, target: Target) -> Program:
+def prepare(program: Program, target: Target, *, weight_only: Sequence[str] = ()) -> Program:
     """Runs the passes that the target needs and that the program has not had.
+
+    weight_only: for `tensorrt`, wildcards over the sites whose activations stay float.
 
     Raises:
         ExportError: for an unknown target, or an integer program whose form the target cannot express.
     """
     if target not in get_args(Target):
         raise ExportError(f"target {target!r}", f"unknown; there are {', '.join(get_args(Target))}", "Use one of them.")
-    return fold_constants(run_pipeline(program, _missing_passes(program, target)))
+    if target == "tensorrt":
+        refuse_wide_codes(program)
+    return fold_constants(run_pipeline(program, _missing_passes(program, target, weight_only)))
 
 
-def _missing_passes(program: Program, target: Target) -> list[Pass]:
+def _missing_passes(program: Program, target: Target, weight_only: Sequence[str]) -> list[Pass]:
     if program.stage == Stage.CAPTURED:
         return []
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
@@ -42,12 +48,16 @@ def _missing_passes(program: Program, target: Target) -> list[Pass]:
             "target portable", "the program's weights are rotated already", "Export it before rotate_weights."
         )
     packed = ops.unpack_int4.default in targets
-    if target == "onnxruntime" and not integer:
+    if weight_only:
+        passes.append(FloatActivations(tuple(weight_only)))
+    if target != "portable" and not integer:
         if packed:
             raise ExportError(
-                "target onnxruntime", "the program is packed but not rotated", "Export it before pack_int4."
+                f"target {target}", "the program is packed but not rotated", "Export it before pack_int4."
             )
         passes.append(RotateWeights())
+    if target == "tensorrt":
+        return passes
     if target == "onnxruntime" and ops.digit.default not in targets and not packed:
         passes.append(SplitDigits())
     if not packed:

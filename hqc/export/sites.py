@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
+from hqc.errors import ExportError
 from hqc.program import Program, aten, is_op
 
-__all__ = ["Product", "QuantisedSite", "products_of", "quantised_sites"]
+__all__ = ["PRODUCTS", "Product", "QuantisedSite", "absorbed_nodes", "products_of", "quantised_sites"]
 
 ops = torch.ops.hqc
 PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
@@ -50,6 +52,35 @@ def products_of(accumulator: fx.Node) -> tuple[Product, ...]:
         if is_op(low, *PRODUCTS) and is_op(high, aten.mul.Scalar) and is_op(high.args[0], *PRODUCTS):  # type: ignore[union-attr]
             return (Product(low, 1), Product(high.args[0], int(high.args[1])))  # type: ignore[arg-type, union-attr]
     return ()
+
+
+def absorbed_nodes(program: Program) -> set[fx.Node]:
+    """Products, their digit sums and their weight expressions: a translation of `rescale` emits them as one piece.
+
+    Raises:
+        ExportError: for an accumulator that is no product.
+    """
+    absorbed: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if not is_op(node, ops.rescale.default):
+            continue
+        accumulator: fx.Node = node.args[0]  # type: ignore[assignment]
+        products = products_of(accumulator)
+        if not products:
+            raise ExportError(
+                f"site {node.meta.get('site')}", "has an accumulator that is not a product", "Report a bug."
+            )
+        absorbed.add(accumulator)
+        for product in products:
+            absorbed |= {product.node, *(u for u in product.node.users if is_op(u, aten.mul.Scalar))}
+            absorbed |= _weight_nodes(product.node.args[1])
+    return absorbed
+
+
+def _weight_nodes(node: Any) -> set[fx.Node]:
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return set()
+    return {node} | _weight_nodes(node.args[0])
 
 
 def quantised_sites(program: Program) -> Iterator[QuantisedSite]:

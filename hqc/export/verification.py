@@ -31,16 +31,20 @@ from hqc.export.lowering import OUTPUT, Tap
 from hqc.export.ort_session import open_session, run_session
 from hqc.export.reference import ForcedRun, verification_inputs, without_quantisers
 from hqc.export.site_checks import SiteCheck, check_sites, check_weights
+from hqc.export.sites import quantised_sites
 from hqc.export.watched import Array, WatchedModel, heard
 from hqc.memory import return_free_memory
 from hqc.program import Program, Stage
 
-__all__ = ["NetworkCheck", "Verification", "verify_export"]
+__all__ = ["NetworkCheck", "Verification", "check_onnx", "verify_export"]
 
 FORCED_BOUND = 1e-4
 FORCED_BOUNDARY = 1e-2
 SETTLED_BOUND = 0.1
 FREE_BOUND = math.sqrt(2)
+ROUNDINGS = 16
+LEVEL_ROUNDINGS = 64
+"""How many roundings to the type between the sites an output, and the level of a code, may be away: norms subtract."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +109,24 @@ class Verification:
 
 
 def verify_export(
-    model: Path, taps: Mapping[str, Tap], reference: Program, *, float_program: Program | None = None, batch: int = 8
+    model: Path,
+    taps: Mapping[str, Tap],
+    reference: Program,
+    *,
+    float_program: Program | None = None,
+    batch: int = 8,
+    rounding: float = 0.0,
 ) -> Verification:
     """Checks a written model against the torch program that it came from.
 
     reference: the fake-quant program where there is one, else the program as given. float_program: the captured
-    program; without it the reference with its quantisers bypassed stands in.
+    program; without it the reference with its quantisers bypassed stands in. rounding: the relative error of the type
+    between the sites where that is not float32: sites are held to the same bounds, the network to some of them.
 
     Raises:
         ExportError: naming everything that is out of bounds.
     """
-    _check_onnx(model)
+    check_onnx(model)
     return_free_memory()
     args = verification_inputs(reference, batch)
     feeds = {spec.name: arg.numpy() for spec, arg in zip(reference.inputs, args, strict=True)}
@@ -128,13 +139,14 @@ def verify_export(
             codes, seen = _all_codes(watched, taps, feeds)
         problems += check_weights(model, taps, reference)
     network = _check_network(output, seen, codes, reference, float_program, args)
-    problems += _network_problems(network, reference)
+    problems += _network_problems(network, reference, rounding)
     if problems:
         raise ExportError("export verification", "; ".join(problems[:5]), "Nothing was written. Report a bug.")
     return Verification(tuple(sites), network)
 
 
-def _check_onnx(model: Path) -> None:
+def check_onnx(model: Path) -> None:
+    """Raises ExportError if a file is not valid ONNX."""
     register_schemas()
     try:
         onnx.checker.check_model(str(model), full_check=True)
@@ -204,21 +216,21 @@ def _all_codes(
     return codes, output
 
 
-def _network_problems(check: NetworkCheck, reference: Program) -> list[str]:
+def _network_problems(check: NetworkCheck, reference: Program, rounding: float) -> list[str]:
     """`not <=` so that NaN counts as a failure."""
-    problems = []
-    if not check.forced_error <= FORCED_BOUND:
-        problems.append(f"with equal codes the output differs by {check.forced_error:.1e}; at most {FORCED_BOUND:.0e}")
-    if not check.distance <= FORCED_BOUNDARY:
-        problems.append(
-            f"a code is {check.distance:.1e} of a step past its rounding boundary; at most {FORCED_BOUNDARY}"
-        )
+    problems, forced = [], max(FORCED_BOUND, ROUNDINGS * rounding)
+    largest = max((int(site.quantiser.args[3]) for site in quantised_sites(reference)), default=0)  # type: ignore[arg-type]
+    boundary = FORCED_BOUNDARY + LEVEL_ROUNDINGS * rounding * largest
+    if not check.forced_error <= forced:
+        problems.append(f"with equal codes the output differs by {check.forced_error:.1e}; at most {forced:.0e}")
+    if not check.distance <= boundary:
+        problems.append(f"a code is {check.distance:.1e} of a step past its rounding boundary; at most {boundary:.2g}")
     if check.quantisation_error is not None:
         for what, error, factor in (
             ("over samples without a flipped code", check.settled_error, SETTLED_BOUND),
             ("over all samples", check.free_error, FREE_BOUND),
         ):
-            bound = max(factor * check.quantisation_error, FORCED_BOUND)
+            bound = max(factor * check.quantisation_error, forced)
             if error is not None and not error <= bound:
                 problems.append(f"free-running {what} the output differs by {error:.1e}; the bound is {bound:.1e}")
     return problems

@@ -32,6 +32,8 @@ class WatchedModel:
         inputs = {value.name for value in proto.graph.input}
         known = inputs | {value.name for value in proto.graph.output}
         kinds = dict.fromkeys(values, onnx.TensorProto.FLOAT) | dict(self._kinds())
+        # Where the file notes a type, that is it: a site may be watched in half precision.
+        kinds |= {v.name: v.type.tensor_type.elem_type for v in proto.graph.value_info if v.name in kinds}
         for name, kind in sorted(kinds.items()):
             if name not in known:
                 proto.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
@@ -63,6 +65,7 @@ class WatchedModel:
 def heard(where: Listen, values: Mapping[str, Array]) -> Tensor:
     """A watched value in torch's layout."""
     tensor = torch.from_numpy(values[where.name])
+    tensor = tensor.float() if tensor.dtype == torch.float16 else tensor
     return tensor if where.perm is None else tensor.permute(where.perm).contiguous()
 
 

@@ -1,0 +1,178 @@
+"""Activations of the `tensorrt` target: rotated, scaled by the sample's timestep, clipped, rounded to int8.
+
+    image   x [N, C, H, W] -> Conv(±H tiled [C, b, 1, 1], group C/b)          -> ·g[t] -> Clip -> QuantizeLinear(s₀)
+    tokens  x [N, …, C]    -> Reshape [N, …, C/b, b] -> @ H [b, b]            -> ·g[t] -> Clip -> Reshape -> Q(s₀)
+    plugin  x              -> HadamardQuantize(x, 1/s[t])                     (rotated sites, plugins = qdp)
+
+    g[t] = s₀/(s[t]·√b) as a table in float32,   Clip to [qmin·s₀, qmax·s₀]
+
+The matrix holds ±1 and the factor 1/√b goes into the table: ±1 is exact in every float type, TF32 among them, in which
+TensorRT multiplies float32 by default; 1/√32 is not. s₀ is a power of two, so that Q divides without rounding.
+A range that is not symmetric is only another Clip: codes q − z of an asymmetric quantiser of at most 7 bits have zero
+at 0 and need no zero point.
+"""
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from hqc.export.builder import HQC_DOMAIN, typed
+from hqc.export.lowering import Lowering, batch_dims
+from hqc.export.tensorrt.forms import LayerForm, scale_table
+from hqc.export.tensorrt.options import TensorRtOptions
+from hqc.ops import sylvester
+from hqc.program import BATCH, is_op
+
+__all__ = ["TensorRtState", "dequantized", "hadamard", "int8_pair", "looked_up", "quantize"]
+
+ops = torch.ops.hqc
+FLOAT, INT8 = ir.DataType.FLOAT, ir.DataType.INT8
+
+
+class TensorRtState(Lowering):
+    """What activations and products ask their lowering for, besides the graph."""
+
+    options: TensorRtOptions
+    forms: dict[str, LayerForm]
+
+
+def looked_up(lo: TensorRtState, scale: fx.Node, values: NDArray[np.float32], rank: int) -> ir.Value:
+    """A table [T] of values at the timestep's row, shaped to multiply a tensor of some rank: [N, 1, …]."""
+    table = lo.builder.constant(values.astype(np.float32).reshape(-1, *[1] * (rank - 1)), "table")
+    row = lo.value(scale.args[2])
+    return typed(lo.builder.op("Gather", table, row, axis=0, name="scale"), FLOAT)
+
+
+def static_zero(lo: Lowering) -> ir.Value:
+    """The zero point that TensorRT wants to see, a constant 0."""
+    return lo.builder.constant(np.asarray(0, np.int8), "zero_point")
+
+
+def dequantized(lo: TensorRtState, codes: ir.Value, static: float) -> ir.Value:
+    """DequantizeLinear(codes, s₀, 0) in float32."""
+    return typed(lo.builder.op("DequantizeLinear", codes, lo.builder.scalar(static), static_zero(lo)), FLOAT)
+
+
+def int8_pair(
+    lo: TensorRtState, weight: NDArray[np.int8], scale: NDArray[np.float32], axis: int, name: str
+) -> ir.Value:
+    """DequantizeLinear(weight, s_w per channel, zeros per channel): an operand of an int8 product.
+
+    The zero points are written out, one a channel: ONNX Runtime misreads a per-channel scale without them.
+    """
+    b = lo.builder
+    codes = b.initializer(name, ir.tensor(weight, name=name))
+    factors = b.constant(scale.astype(np.float32), f"{name}_scale")
+    zeros = b.constant(np.zeros(scale.shape, np.int8), "zero_points")
+    return typed(b.op("DequantizeLinear", codes, factors, zeros, axis=axis), FLOAT)
+
+
+# ---- rotation ------------------------------------------------------------------------------------------------------
+
+
+def hadamard(lo: TensorRtState, node: fx.Node) -> ir.Value | None:
+    """A rotation whose value someone else than a quantiser reads; quantisers rotate for themselves."""
+    if all(is_op(user, ops.quantize.default) for user in node.users):
+        return None
+    factor = lo.builder.scalar(float(np.float32(int(node.args[1]) ** -0.5)))  # type: ignore[arg-type]
+    return typed(lo.builder.op("Mul", _rotated(lo, node), factor, name=node.name), FLOAT, lo.shape(node))
+
+
+def _rotated(lo: TensorRtState, rotation: fx.Node) -> ir.Value:
+    """±H·x without the factor 1/√b, in torch's layout."""
+    x, block = lo.value(rotation.args[0]), int(rotation.args[1])  # type: ignore[arg-type]
+    shape = lo.static_shape(rotation)
+    image = len(shape) == 4 and int(rotation.args[2]) % 4 == 1  # type: ignore[arg-type]
+    if image:
+        by_conv = lo.options.image_rotation == "conv"
+        return _conv(lo, x, block, shape[1]) if by_conv else _image_product(lo, x, block, shape)
+    if lo.options.token_rotation == "matmul":
+        return _token_product(lo, x, block, shape)
+    # One pixel a token: [N·…, C, 1, 1].
+    pixels = _reshaped(lo, x, [-1, shape[-1], 1, 1])
+    return _reshaped(lo, _conv(lo, pixels, block, shape[-1]), shape)
+
+
+def _reshaped(lo: TensorRtState, x: ir.Value, shape: list[int]) -> ir.Value:
+    """A Reshape of x itself: the builder's would start at what x was reshaped from, and leave nothing to listen to."""
+    return typed(lo.builder.op("Reshape", x, lo.builder.ints(*shape)), FLOAT)
+
+
+def _matrix(block: int) -> NDArray[np.float32]:
+    return sylvester(block).numpy().astype(np.float32)
+
+
+def _conv(lo: TensorRtState, x: ir.Value, block: int, channels: int) -> ir.Value:
+    groups = channels // block
+    tiled = np.tile(_matrix(block), (groups, 1)).reshape(channels, block, 1, 1)
+    weight = lo.builder.constant(tiled, f"hadamard_{channels}_{block}")
+    return typed(lo.builder.op("Conv", x, weight, group=groups, kernel_shape=[1, 1], name="rotated"), FLOAT)
+
+
+def _image_product(lo: TensorRtState, x: ir.Value, block: int, shape: list[int]) -> ir.Value:
+    b = lo.builder
+    groups = _reshaped(lo, x, [-1, shape[1] // block, block, math.prod(shape[2:])])
+    rotated = typed(b.op("MatMul", b.constant(_matrix(block), f"hadamard_{block}"), groups, name="rotated"), FLOAT)
+    return _reshaped(lo, rotated, shape)
+
+
+def _token_product(lo: TensorRtState, x: ir.Value, block: int, shape: list[int]) -> ir.Value:
+    b = lo.builder
+    groups = _reshaped(lo, x, [*shape[:-1], shape[-1] // block, block])
+    rotated = typed(b.op("MatMul", groups, b.constant(_matrix(block), f"hadamard_{block}"), name="rotated"), FLOAT)
+    return _reshaped(lo, rotated, shape)
+
+
+# ---- quantiser -----------------------------------------------------------------------------------------------------
+
+
+def quantize(lo: TensorRtState, node: fx.Node) -> ir.Value:
+    """The codes of a quantiser in torch's layout: int8, or whole float32 numbers where no integer product follows."""
+    site = str(node.meta["site"])
+    x, scale, low, high = node.args
+    block = int(x.args[1]) if is_op(x, ops.hadamard.default) else 1  # type: ignore[union-attr, arg-type]
+    form = lo.forms[site]
+    table = scale_table(lo.program, scale, site).numpy()
+    if block > 1 and form.integer and lo.options.plugins == "qdp":
+        return _plugin(lo, node, table, block)
+    static = form.static_scale or 1.0
+    rank = len(lo.shape(node))
+    factor = looked_up(lo, scale, np.float32(1) / table * np.float32(static) * np.float32(block**-0.5), rank)  # type: ignore[arg-type]
+    rotated = _rotated(lo, x) if block > 1 else lo.value(x)  # type: ignore[arg-type]
+    b = lo.builder
+    bounds = [b.scalar(int(bound) * static) for bound in (low, high)]  # type: ignore[arg-type]
+    level = typed(b.op("Clip", typed(b.op("Mul", rotated, factor), FLOAT), *bounds), FLOAT)
+    if not form.integer:
+        return typed(b.op("Round", level, name=f"{site}.codes"), FLOAT, lo.shape(node))
+    codes = b.op("QuantizeLinear", level, b.scalar(static), static_zero(lo), name=f"{site}.codes")
+    return typed(codes, INT8, lo.shape(node))
+
+
+def _plugin(lo: TensorRtState, node: fx.Node, table: NDArray[np.float32], block: int) -> ir.Value:
+    b = lo.builder
+    rotation, scale, low, high = node.args
+    image = len(lo.shape(node)) == 4 and int(rotation.args[2]) % 4 == 1  # type: ignore[union-attr, arg-type]
+    codes = b.op(
+        "HadamardQuantize",
+        lo.value(rotation.args[0]),  # type: ignore[union-attr]
+        per_sample_scale(lo, scale, np.float32(1) / table),  # type: ignore[arg-type]
+        name=f"{node.meta['site']}.codes",
+        domain=HQC_DOMAIN,
+        block=block,
+        low=int(low),  # type: ignore[arg-type]
+        high=int(high),  # type: ignore[arg-type]
+        channel_axis=1 if image else -1,
+    )
+    return typed(codes, INT8, lo.shape(node))
+
+
+def per_sample_scale(lo: TensorRtState, scale: fx.Node, values: NDArray[np.float32]) -> ir.Value:
+    """A table at the timestep's row as [N], which a plugin reads one a sample."""
+    picked = looked_up(lo, scale, values, 1)
+    if scale not in lo.shared:
+        return picked
+    return typed(lo.builder.op("Expand", picked, batch_dims(lo, [BATCH]), name="scales"), FLOAT)

@@ -1,0 +1,135 @@
+"""Writes and verifies the model of a TensorRT export.
+
+A file in float32 is held to the bounds of every target. One in half precision is verified in three steps: its float32
+twin, the same graph in other types, to those bounds; the file's own graph with its roundings emulated, every site to
+those bounds and the network to the type's; and the file itself, where ONNX Runtime runs it, against the emulation.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from hqc.errors import ExportError
+from hqc.export.lowering import OUTPUT, Tap
+from hqc.export.model import save_model
+from hqc.export.ort_session import open_session, run_session
+from hqc.export.prepare import prepare
+from hqc.export.reference import verification_inputs
+from hqc.export.tensorrt.emulation import write_emulated
+from hqc.export.tensorrt.float_activations import bypass_activation_quantisers, weight_only_sites
+from hqc.export.tensorrt.forms import LayerForm
+from hqc.export.tensorrt.lowering import lower_tensorrt
+from hqc.export.tensorrt.options import TensorRtOptions
+from hqc.export.tensorrt.surgery import finish
+from hqc.export.verification import FREE_BOUND, ROUNDINGS, Verification, check_onnx, verify_export
+from hqc.plan import QuantPlan
+from hqc.program import Program
+
+__all__ = ["TensorRtModel", "reference_program", "verify_tensorrt", "write_tensorrt"]
+
+
+_TWIN = "float32_twin"
+
+
+@dataclass(frozen=True)
+class TensorRtModel:
+    """A written model: its file, where verification listens, its nodes, the form of every layer, its float32 twin."""
+
+    path: Path
+    taps: Mapping[str, Tap]
+    nodes: int
+    forms: tuple[LayerForm, ...]
+    plan: QuantPlan
+    twin: "TensorRtModel | None" = None
+
+
+def write_tensorrt(
+    program: Program,
+    folder: Path,
+    options: TensorRtOptions,
+    *,
+    opset: int,
+    one_timestep: bool,
+    external_data_bytes: int,
+) -> TensorRtModel:
+    """Writes model.onnx, model.onnx.data beside it where that is large, and the twin in a folder of its own.
+
+    What lowering has made in memory is gone afterwards.
+    Raises:
+        ExportError: for what the target cannot express.
+    """
+    prepared = prepare(program, "tensorrt", weight_only=options.weight_only)
+
+    def write(place: Path, chosen: TensorRtOptions) -> TensorRtModel:
+        model, lowering = lower_tensorrt(prepared, opset, chosen, one_timestep=one_timestep)
+        path = save_model(model, place, external_data_bytes=external_data_bytes)
+        return TensorRtModel(path, lowering.taps, finish(path), tuple(lowering.forms.values()), prepared.plan)
+
+    written = write(folder, options)
+    if options.dtype == "fp32":
+        return written
+    (folder / _TWIN).mkdir()
+    return replace(written, twin=write(folder / _TWIN, replace(options, dtype="fp32")))
+
+
+def reference_program(program: Program, options: TensorRtOptions) -> Program:
+    """The program that an export is held to: with float activations where the options ask for them."""
+    if not options.weight_only:
+        return program
+    return bypass_activation_quantisers(program, weight_only_sites(program, options.weight_only))
+
+
+def verify_tensorrt(
+    written: TensorRtModel,
+    reference: Program,
+    options: TensorRtOptions,
+    *,
+    float_program: Program | None,
+    batch: int,
+) -> tuple[Verification, Verification | None]:
+    """What was measured of the file, and of its float32 twin, which is deleted.
+
+    Raises:
+        ExportError: naming everything that is out of bounds.
+    """
+    if written.twin is None:
+        return verify_export(written.path, written.taps, reference, float_program=float_program, batch=batch), None
+    twin = written.twin
+    exact = verify_export(twin.path, twin.taps, reference, float_program=float_program, batch=batch)
+    shutil.rmtree(twin.path.parent)
+    check_onnx(written.path)
+    emulated = write_emulated(written.path, int(options.onnx_type))
+    own = verify_export(
+        emulated, written.taps, reference, float_program=float_program, batch=batch, rounding=options.rounding
+    )
+    if options.dtype == "fp16":
+        _compare_files(written.path, emulated, reference, batch, own)
+    emulated.unlink()
+    return own, exact
+
+
+def _compare_files(model: Path, emulated: Path, reference: Program, batch: int, own: Verification) -> float:
+    """‖file − emulation‖/‖emulation‖ as ONNX Runtime runs both; where it rounds less often, codes may part.
+
+    Raises:
+        ExportError: if that is more than two draws of the quantisation error.
+    """
+    args = verification_inputs(reference, batch)
+    feeds = {spec.name: arg.numpy() for spec, arg in zip(reference.inputs, args, strict=True)}
+    found, wanted = (
+        torch.from_numpy(run_session(open_session(path, threads=torch.get_num_threads()), [OUTPUT], feeds)[0])
+        for path in (model, emulated)
+    )
+    error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    rounding = TensorRtOptions(dtype="fp16").rounding
+    bound = max(FREE_BOUND * (own.network.quantisation_error or 0.0), ROUNDINGS * rounding)
+    if not error <= bound:
+        raise ExportError(
+            "export verification",
+            f"the file differs from the emulation of its roundings by {error:.1e}; at most {bound:.0e}",
+            "Nothing was written. Report a bug.",
+        )
+    return error
