@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hqc.capture import ARCHITECTURE
 from hqc.errors import ArtefactError, PlanError, TrainingError
-from hqc.memory import activation_bytes, require_memory, return_free_memory
+from hqc.memory import activation_bytes, require_memory, return_free_memory, training_bytes
 from hqc.models import digits_path
 from hqc.pipeline import run_pipeline
 from hqc.program import InputSpec, Program
@@ -167,6 +167,16 @@ def _require_calibration_memory(program: Program, recipe: Recipe, *, guided: boo
     )
 
 
+def _require_training_memory(program: Program, recipe: Recipe, *, guided: bool) -> None:
+    """A step runs a batch, twice as large with guidance, and keeps what the backward pass needs."""
+    batch = recipe.training.batch_size
+    require_memory(
+        f"training on batches of {batch}",
+        program.size_bytes() + training_bytes(program, batch * (2 if guided else 1)),
+        "Take a smaller --batch-size, close other programs, or take a larger machine",
+    )
+
+
 def _sampler_loop(task: Task, recipe: Recipe) -> Callable[[Denoise], None]:
     sampler, calibration = recipe.training, recipe.calibration
 
@@ -275,6 +285,7 @@ def qat(
             raise ArtefactError("resume", "no work folder was given", "Give the work folder of the run to continue.")
         student, checkpoint = run.load(settings_used)
     else:
+        _require_training_memory(program, found, guided=task.unconditional is not None)
         student = quantise(program, found, bits, task=task, forward_loop=forward_loop, keep_float=keep_float)
         student = student.evolve(plan=replace(student.plan, training=settings_used))
         if run is not None:

@@ -33,6 +33,7 @@ __all__ = [
     "return_free_memory",
     "stored_parameters",
     "trace_bytes",
+    "training_bytes",
     "unet_activation_bytes",
 ]
 
@@ -240,6 +241,17 @@ def export_bytes(program: Any, samples: int) -> int:
     each: int = 4 if program.plan.quantised else 2 * 4
     parameters = sum(int(tensor.numel()) for tensor in program.state.values())
     return each * parameters + activation_bytes(program.graph, samples)
+
+
+def training_bytes(program: Any, rows: int) -> int:
+    """Bytes that distilling a captured program takes on top of its weights, at so many rows a call.
+
+    Every value is kept for the backward pass, those in front of a layer twice more (rotated, quantised); of every
+    weight there are the quantised one, LoRA's and what both need to learn. Measured against: `digits` at 8, 32 and 96
+    rows 94, 180 and 442 MB (estimate 108, 219, 515).
+    """
+    values = sum(_value_bytes(node.meta, rows) for node in program.graph.nodes if node.op == "call_function")
+    return values + 3 * values // 4 + 4 * int(program.size_bytes())
 
 
 def _value_bytes(meta: Mapping[str, Any], batch: int) -> int:

@@ -17,6 +17,7 @@ from hqc.memory import (
     require_memory,
     stored_parameters,
     trace_bytes,
+    training_bytes,
     unet_activation_bytes,
 )
 from hqc.program import Program
@@ -163,6 +164,65 @@ def test_quantising_says_what_it_needs_before_it_starts(
     monkeypatch.setattr("hqc.api.run_pipeline", None)  # nothing has begun
     with pytest.raises(MemoryShortError, match=r"calibrating on 16 images: needs about .* Take fewer calibration"):
         api.ptq(program, task=synthetic_task(program))
+
+
+def test_training_says_what_it_needs_before_it_starts(
+    captured: Callable[[str], Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hqc import api
+    from hqc.recipes import TrainingSettings
+    from hqc.training import synthetic_task
+
+    program = captured("cross_attention")
+    one, two = (training_bytes(program, rows) for rows in (1, 2))
+    assert 4 * program.size_bytes() < one < two < 2 * one
+    assert activation_bytes(program.graph, 8) < training_bytes(program, 8)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    monkeypatch.setattr("hqc.api.run_pipeline", None)  # nothing has begun
+    settings = TrainingSettings(batch_size=3)
+    with pytest.raises(MemoryShortError, match=r"training on batches of 3: needs about .* Take a smaller --batch-size"):
+        api.qat(program, "hq-dm", task=synthetic_task(program), settings=settings)
+
+
+def test_the_estimate_of_training_covers_what_was_measured() -> None:
+    """Resident memory above the start of `hqc qat digits.hqc`, batches of 4, 16 and 48 with guidance."""
+    import hqc
+
+    program = hqc.trace("digits")
+    for rows, measured in ((8, 94e6), (32, 180e6), (96, 442e6)):
+        assert measured < training_bytes(program, rows) < 1.3 * measured
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("analyze", "--calib-size", "3", "-o", "r.html"), "analysing on batches of 3: needs about "),
+        (("analyze", "--batch-size", "2", "-o", "r.html"), "analysing on batches of 2: needs about "),
+        (("compare", "SAME", "--inputs", "noise"), "comparing on 8 samples: needs about "),
+    ],
+)
+def test_looking_into_a_program_says_what_it_needs(
+    command: tuple[str, ...],
+    said: str,
+    captured: Callable[[str], Program],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from click.testing import CliRunner
+
+    from hqc.cli import main
+    from hqc.storage import save_program
+
+    save_program(captured("cross_attention"), tmp_path / "p.hqc")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    name, *options = ("p.hqc" if word == "SAME" else word for word in command)
+    more = ["--synthetic"] if name == "analyze" else []
+    result = CliRunner(catch_exceptions=False).invoke(main, [name, "p.hqc", *options, *more])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"hqc: {said}")
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["p.hqc"]
 
 
 def test_a_folder_is_counted_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

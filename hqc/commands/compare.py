@@ -60,6 +60,7 @@ def compare(
     exported = _is_export(a, b)
     first = load_program(a)
     second = None if exported else load_program(b)
+    _require_memory(first, given["batch_size"] * given["timesteps"])
     args = _inputs(first, a, given)
     found = compare_export(first, b, args) if second is None else compare_programs(first, second, args)
     ranked = found.worst_first(made=by == "made")
@@ -84,6 +85,17 @@ def _is_export(a: Path, b: Path) -> bool:
     if artefact_kind(a) == "hqc-export":
         raise ComparisonError(str(a), "is an export; expected a Program", "Give the Program first, the export second.")
     return artefact_kind(b) == "hqc-export"
+
+
+def _require_memory(program: "Program", rows: int) -> None:
+    """Both models run on all samples at once, in step."""
+    from hqc.memory import activation_bytes, require_memory
+
+    require_memory(
+        f"comparing on {rows} samples",
+        2 * (program.size_bytes() + activation_bytes(program.graph, rows)),
+        "Take a smaller --batch-size or fewer --timesteps, close other programs, or take a larger machine",
+    )
 
 
 def _inputs(program: "Program", folder: Path, given: dict[str, Any]) -> "tuple[Tensor, ...]":

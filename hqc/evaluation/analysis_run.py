@@ -8,6 +8,7 @@ from hqc.evaluation.analysis import analyse, with_scales
 from hqc.evaluation.analysis_report import Report
 from hqc.evaluation.inputs import Sampler, fixed_inputs
 from hqc.evaluation.sensitivity import Sensitivity, SensitivityProbe
+from hqc.memory import activation_bytes, require_memory
 from hqc.pipeline import run_pipeline
 from hqc.program import Program, Stage
 from hqc.recipes import Recipe
@@ -51,7 +52,11 @@ def measure(
 
     sensitivity: None means unless it is estimated to take more than ten minutes. phase(name, total) is a context that
     yields advance(done, note). say: is told estimates.
+
+    Raises:
+        MemoryShortError: if the calls do not fit the memory that is free.
     """
+    _require_analysis_memory(program, sampler, samples, guided=task.unconditional is not None)
     inputs = fixed_inputs(task, sampler, samples, SENSITIVITY_TIMESTEPS)
     calls = len(task.timesteps(sampler.num_inference_steps)) * -(-sampler.images // sampler.batch_size)
     with phase("observing", calls) as advance:
@@ -75,6 +80,17 @@ def measure(
         f"{', '.join(f'{t:g}' for t in sorted(inputs.kept))}."
     )
     return Report(about, sites, found, note, probe.all_sites_error())
+
+
+def _require_analysis_memory(program: Program, sampler: Sampler, samples: int, *, guided: bool) -> None:
+    """A call has a batch's rows, twice as many with guidance, or the sensitivity's fixed inputs."""
+    batch = min(sampler.batch_size, sampler.images)
+    rows = max(batch * (2 if guided else 1), samples * SENSITIVITY_TIMESTEPS)
+    require_memory(
+        f"analysing on batches of {batch}",
+        program.size_bytes() + activation_bytes(program.graph, rows),
+        "Take a smaller --batch-size, close other programs, or take a larger machine",
+    )
 
 
 def _duration(seconds: float) -> str:
