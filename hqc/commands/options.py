@@ -112,7 +112,9 @@ sampler_options = options(
     click.option("--eta", type=click.FloatRange(0, 1), default=0.0, show_default=True),
 )
 runtime_option = click.option(
-    "--runtime", type=click.Choice(["torch", "onnxruntime"]), help="Default: the artefact's own (Program: torch)."
+    "--runtime",
+    type=click.Choice(["torch", "torch-cuda", "onnxruntime"]),
+    help="Default: the artefact's own (Program: torch).",
 )
 calib_size_option = click.option(
     "--calib-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Images."

@@ -9,7 +9,7 @@ from torch import Tensor
 from hqc.errors import EvaluationError
 from hqc.program import BATCH, InputSpec
 
-__all__ = ["Session", "named_inputs"]
+__all__ = ["Session", "inputs_on", "named_inputs"]
 
 
 class Session(Protocol):
@@ -28,7 +28,9 @@ class Session(Protocol):
     def __call__(
         self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
     ) -> Tensor:
-        """sample [N, …], timestep scalar or [N], conditions by name or in the order of `inputs` -> [N, …] on the CPU.
+        """sample [N, …], timestep scalar or [N], conditions by name or in the order of `inputs` -> [N, …].
+
+        The output is on the CPU; a session on a GPU leaves it there if the sample is there.
 
         Raises:
             EvaluationError: if the inputs are not what the denoiser was captured for.
@@ -43,7 +45,24 @@ def named_inputs(
     *conditions: Tensor | None,
     **named: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The arguments as contiguous CPU tensors by name, each in the dtype and shape of its `InputSpec`, in their order.
+    """`inputs_on` the CPU.
+
+    Raises:
+        EvaluationError: for a missing or superfluous input, or a shape that does not fit.
+    """
+    return inputs_on(torch.device("cpu"), inputs, sample, timestep, *conditions, **named)
+
+
+def inputs_on(
+    device: torch.device,
+    inputs: Sequence[InputSpec],
+    /,
+    sample: Tensor,
+    timestep: Tensor | float,
+    *conditions: Tensor | None,
+    **named: Tensor | None,
+) -> dict[str, Tensor]:
+    """The arguments as contiguous tensors by name, each in the dtype and shape of its `InputSpec`, in their order.
 
     A timestep, or any other condition [N], may be one value for all samples; what all samples share may have a leading
     axis of 1. Conditions without a name are those after `timestep`, in order; None leaves one out.
@@ -67,7 +86,7 @@ def named_inputs(
         if value is not None and name not in names:
             what = f"takes {', '.join(names)}; it was captured without {name}"
             raise EvaluationError(name, f"the denoiser {what}", "Leave it out, or capture the model with it.")
-    return {spec.name: _fitted(spec, given.get(spec.name), len(sample)) for spec in inputs}
+    return {spec.name: _fitted(spec, given.get(spec.name), len(sample), device) for spec in inputs}
 
 
 def _by_name(names: Sequence[str], conditions: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
@@ -82,13 +101,13 @@ def _by_name(names: Sequence[str], conditions: Sequence[Tensor | None]) -> dict[
     return dict(zip(free, conditions, strict=False))
 
 
-def _fitted(spec: InputSpec, value: Tensor | float | None, batch: int) -> Tensor:
-    """A value in the shape and dtype of its input."""
+def _fitted(spec: InputSpec, value: Tensor | float | None, batch: int, device: torch.device) -> Tensor:
+    """A value in the shape and dtype of its input, on the device."""
     wanted = [batch if d == BATCH else int(d) for d in spec.shape]
     if value is None:
         raise EvaluationError(spec.name, f"is missing; expected {list(spec.shape)}", "Give it.")
     dtype = getattr(torch, spec.dtype)
-    tensor = torch.as_tensor(value).detach().to("cpu", dtype)
+    tensor = torch.as_tensor(value).detach().to(device, dtype)
     if spec.shape == (BATCH,):
         return _per_sample(spec.name, tensor, batch)
     if not spec.batched and tensor.ndim == len(wanted) + 1 and len(tensor) == 1:

@@ -12,6 +12,7 @@ from hqc.export.artefact import EXPORT_KIND
 from hqc.export.model import DATA_FILE, MODEL_FILE
 from hqc.models import digits_path
 from hqc.plan import QuantPlan
+from hqc.program import Program
 from hqc.runtimes.base import Session
 from hqc.runtimes.ort_runtime import OrtSession
 from hqc.runtimes.torch_runtime import ModuleSession, TorchSession
@@ -20,7 +21,7 @@ from hqc.storage import load_program
 
 __all__ = ["Model", "Runtime", "artefact_kind", "load"]
 
-Runtime = Literal["torch", "onnxruntime"]
+Runtime = Literal["torch", "torch-cuda", "onnxruntime"]
 DIGITS = "digits"
 PROGRAM_KIND = "hqc-program"
 
@@ -74,8 +75,9 @@ def load(
 ) -> Model:
     """Loads a Program folder (torch), an export folder (onnxruntime), or `digits`, the bundled float model.
 
-    runtime: None picks the one that fits. threads: of one onnxruntime call. cache: a folder of models as onnxruntime
-    has optimised them for this machine; a large export opens several times as fast the next time.
+    runtime: None picks the one that fits; torch-cuda runs a quantised Program in int8 on a GPU. threads: of one
+    onnxruntime call. cache: a folder of models as onnxruntime has optimised them for this machine; a large export opens
+    several times as fast the next time.
 
     Raises:
         ArtefactError: if the path is no artefact, or one that is damaged.
@@ -86,9 +88,10 @@ def load(
             f"runtime {runtime!r}", f"unknown; there are {', '.join(get_args(Runtime))}", "Use one of them."
         )
     kind = DIGITS if str(path) == DIGITS else artefact_kind(Path(path))
-    fitting, opener = _OPENERS[kind]
-    if runtime not in (None, fitting):
+    openers = _OPENERS[kind]
+    if runtime is not None and runtime not in openers:
         raise RuntimeMissingError(f"runtime {runtime}", f"cannot run {path}, {_WHAT[kind]}", _DO[kind])
+    opener = openers[next(iter(openers)) if runtime is None else runtime]
     return opener(Path(path), _OrtOptions(threads, None if cache is None else Path(cache)))
 
 
@@ -115,10 +118,22 @@ def artefact_kind(folder: Path) -> str:
 
 def _open_program(folder: Path, options: _OrtOptions) -> Model:
     program = load_program(folder)
+    return _program_model(folder, program, TorchSession(program))
+
+
+def _open_program_on_gpu(folder: Path, options: _OrtOptions) -> Model:
+    from hqc.runtimes.cuda.session import CudaSession, require_gpu
+
+    require_gpu()  # before the weights are read
+    program = load_program(folder)
+    return _program_model(folder, program, CudaSession(program))
+
+
+def _program_model(folder: Path, program: Program, session: Session) -> Model:
     return Model(
         name=folder.name,
-        runtime="torch",
-        session=TorchSession(program),
+        runtime=session.name,
+        session=session,
         plan=program.plan,
         size_bytes=_size(folder, ("graph.json", "weights.safetensors")),
         unet_config=program.origin.unet_config,
@@ -168,13 +183,14 @@ def _open_digits(path: Path, options: _OrtOptions) -> Model:
     )
 
 
-_OPENERS: Mapping[str, tuple[str, Callable[[Path, _OrtOptions], Model]]] = {
-    PROGRAM_KIND: ("torch", _open_program),
-    EXPORT_KIND: ("onnxruntime", _open_export),
-    DIGITS: ("torch", _open_digits),
+_OPENERS: Mapping[str, Mapping[str, Callable[[Path, _OrtOptions], Model]]] = {
+    PROGRAM_KIND: {"torch": _open_program, "torch-cuda": _open_program_on_gpu},
+    EXPORT_KIND: {"onnxruntime": _open_export},
+    DIGITS: {"torch": _open_digits},
 }
+"""What runs each kind; the first is taken where none is named."""
 _WHAT = {
-    PROGRAM_KIND: "a program: only torch runs those",
+    PROGRAM_KIND: "a program: torch and torch-cuda run those",
     EXPORT_KIND: "an ONNX export: only onnxruntime runs those",
     DIGITS: "the bundled float model: only torch runs it",
 }

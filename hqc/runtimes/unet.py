@@ -28,13 +28,19 @@ def as_unet(session: Session, unet_config: Mapping[str, Any], *, timesteps: Sequ
 
 
 class SessionUNet(nn.Module):
-    """Calls a session with diffusers' conventions. It has no parameters: the weights belong to the session."""
+    """Calls a session with diffusers' conventions. It has no parameters: the weights belong to the session.
+
+    `.to(device)` says where inputs and outputs live, for a pipeline that asks; the session stays where it is.
+    """
+
+    _placed: Tensor
 
     def __init__(self, session: Session, unet_config: Mapping[str, Any], timesteps: Sequence[float]) -> None:
         from diffusers.configuration_utils import FrozenDict
 
         super().__init__()
         self.session = session
+        self.register_buffer("_placed", torch.empty(0), persistent=False)
         self.config = FrozenDict({**_config_of(session), **unet_config})
         self._range = (min(timesteps), max(timesteps)) if timesteps else None
         self._kind = str(unet_config.get("_class_name", ""))
@@ -51,7 +57,7 @@ class SessionUNet(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where inputs and outputs live."""
-        return torch.device("cpu")
+        return self._placed.device
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:

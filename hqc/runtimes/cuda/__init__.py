@@ -1,0 +1,22 @@
+"""The `torch-cuda` runtime: an integer program on an NVIDIA GPU, its products in int8 through hqc's kernels.
+
+In the order in which data meets it: `forms` brings a program into rotated integers, `tidy` takes out what does nothing,
+`weights` packs the codes, `place` puts kernel calls (`layers`) in the places of sites, `precision` casts the rest to
+half, `build` does all of that, `graphs` captures one CUDA graph a batch size, `session` runs them. `reference` has the
+kernels in plain torch, so that all but the last two run on a CPU.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hqc.runtimes.cuda.session import CudaSession
+
+__all__ = ["CudaSession"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(name)
+    from hqc.runtimes.cuda.session import CudaSession
+
+    return CudaSession

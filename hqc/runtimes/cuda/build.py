@@ -1,0 +1,101 @@
+"""From a quantised program to a module whose products run in the kernels."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hqc.passes.rewriting import Rewriter
+from hqc.program import Program, aten, is_op
+from hqc.runtimes.cuda.forms import integer_form
+from hqc.runtimes.cuda.kernel_set import Kernels
+from hqc.runtimes.cuda.place import drop_dead, place_kernels
+from hqc.runtimes.cuda.precision import set_precision
+from hqc.runtimes.cuda.tidy import tidied
+
+__all__ = ["BuildOptions", "float_module", "integer_module"]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Where the module lives and what its float part runs in. pack: four-bit weights stay packed where they may."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float16
+    pack: bool = True
+
+
+@torch.no_grad()
+def integer_module(program: Program, kernels: Kernels, options: BuildOptions) -> fx.GraphModule:
+    """module(*inputs) -> float32 output, as the program's; inputs on the device, in the program's dtypes.
+
+    Raises:
+        RuntimeMissingError: for a float program. ExportError: for a site that the kernels cannot run.
+    """
+    placed = place_kernels(tidied(integer_form(program)), kernels, device=options.device, pack=options.pack)
+    return _module(placed.edit, placed.modules, options)
+
+
+@torch.no_grad()
+def float_module(program: Program, options: BuildOptions) -> fx.GraphModule:
+    """A float program with the same treatment of its float part: what the integer module is timed against."""
+    from hqc.passes.rewriting import rewrite
+
+    return _module(rewrite(tidied(program)), {}, options)
+
+
+def _module(edit: Rewriter, modules: dict[str, nn.Module], options: BuildOptions) -> fx.GraphModule:
+    _fold(edit)
+    if options.dtype != torch.float32:
+        set_precision(edit, modules, options.dtype)
+    _retarget(edit.graph, options.device)
+    drop_dead(edit.graph)
+    root = nn.Module()
+    for name, module in modules.items():
+        root.add_module(name, module)
+    convolutions = _convolution_weights(edit.graph)
+    for i, node in enumerate([n for n in edit.graph.nodes if n.op == "get_attr"]):
+        name = f"tensor_{i}"
+        root.register_buffer(name, _on_device(edit.state[str(node.target)], node in convolutions, options.device))
+        node.target = name
+    return fx.GraphModule(root.to(options.device), edit.graph, "IntegerModule").eval()
+
+
+def _fold(edit: Rewriter) -> None:
+    """Computes what depends on stored tensors alone, as torch does on the CPU: the reference's own numbers."""
+    known: dict[fx.Node, Tensor] = {n: edit.state[str(n.target)] for n in edit.graph.nodes if n.op == "get_attr"}
+    for node in list(edit.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if not all(i in known for i in node.all_input_nodes):
+            continue
+        value = node.target(*fx.map_arg(node.args, known.__getitem__), **fx.map_arg(node.kwargs, known.__getitem__))
+        if isinstance(value, Tensor):
+            stored = edit.weight(f"constants.{node.name}", value.contiguous(), node)
+            known[node] = known[stored] = value
+            node.replace_all_uses_with(stored)
+
+
+def _retarget(graph: fx.Graph, device: torch.device) -> None:
+    """Tensors that the graph makes are made on the device; the capture named the CPU."""
+
+    def moved(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.args = fx.node.map_aggregate(node.args, moved)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+
+
+def _convolution_weights(graph: fx.Graph) -> set[fx.Node]:
+    return {n.args[1] for n in graph.nodes if is_op(n, aten.conv2d.default, aten.conv2d.padding)}
+
+
+def _on_device(tensor: Tensor, convolution: bool, device: torch.device) -> Tensor:
+    moved = tensor.detach().to(device)
+    # With its weight channels-last, a float convolution computes and returns channels-last.
+    return (
+        moved.contiguous(memory_format=torch.channels_last) if convolution and moved.ndim == 4 else moved.contiguous()
+    )

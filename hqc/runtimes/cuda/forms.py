@@ -1,0 +1,89 @@
+"""The integer form that the kernels run: every quantised site an integer product of rotated codes."""
+
+import torch
+from torch import fx
+
+from hqc.errors import ExportError, RuntimeMissingError
+from hqc.export.sites import QuantisedSite, quantised_sites
+from hqc.passes import FreezeIntegers, MergeLora, RotateWeights
+from hqc.pipeline import Pass, run_pipeline
+from hqc.program import Program, Stage, is_op
+
+__all__ = ["NAME", "integer_form", "require_quantised", "site_input", "site_rotation"]
+
+NAME = "runtime torch-cuda"
+ops = torch.ops.hqc
+_PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
+
+
+def require_quantised(stage: str) -> None:
+    """Refuses a float program.
+
+    Raises:
+        RuntimeMissingError: naming its stage.
+    """
+    if stage == Stage.CAPTURED:
+        raise RuntimeMissingError(
+            NAME, "runs integer products and the program is not quantised", "Quantise it with `hqc ptq` or `hqc qat`."
+        )
+
+
+def integer_form(program: Program) -> Program:
+    """The program after the passes that it still needs, its sites checked against what the kernels take.
+
+    Raises:
+        RuntimeMissingError: for a float program. ExportError: for a site that the kernels cannot run.
+    """
+    require_quantised(program.stage)
+    integer = run_pipeline(program, _missing_passes(program))
+    _require_products(integer)
+    for site in quantised_sites(integer):
+        _require_int8(site)
+    return integer
+
+
+def site_rotation(site: QuantisedSite) -> int:
+    """The block of a site's rotation, 1 for none."""
+    before = site.quantiser.args[0]
+    return int(before.args[1]) if is_op(before, ops.hadamard.default) else 1  # type: ignore[union-attr, arg-type]
+
+
+def site_input(site: QuantisedSite) -> fx.Node:
+    """What a site quantises, before the rotation, in the graph as it is now."""
+    before = site.quantiser.args[0]
+    return before.args[0] if is_op(before, ops.hadamard.default) else before  # type: ignore[return-value, union-attr]
+
+
+def _missing_passes(program: Program) -> list[Pass]:
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    passes: list[Pass] = [] if program.stage == Stage.INTEGER else [MergeLora(), FreezeIntegers()]
+    if targets & set(_PRODUCTS):
+        return passes
+    if ops.unpack_int4.default in targets:
+        raise ExportError(NAME, "the program is packed but not rotated", "Take it before pack_int4.")
+    return [*passes, RotateWeights()]
+
+
+def _require_products(program: Program) -> None:
+    """Every activation's codes must end in a product: nothing runs in float without a word."""
+    for node in program.graph.nodes:
+        if is_op(node, ops.dequantize.default):
+            raise ExportError(
+                f"site {node.meta.get('site')}",
+                "is not an integer product (its sums may pass int32), which the kernels need",
+                "Leave it float with keep_float.",
+            )
+
+
+def _require_int8(site: QuantisedSite) -> None:
+    low, high = _bounds(site.quantiser)
+    if not -128 <= low < high <= 127:
+        raise ExportError(
+            f"site {site.site}",
+            f"has asymmetric activation codes {low}…{high}; the kernels take -128…127 where code 0 is real 0",
+            "Quantise symmetrically.",
+        )
+
+
+def _bounds(quantiser: fx.Node) -> tuple[int, int]:
+    return int(quantiser.args[2]), int(quantiser.args[3])  # type: ignore[arg-type]

@@ -1,0 +1,83 @@
+"""The scales of all sites in one look-up.
+
+    tables [T] of S sites  →  bank [2·S, T] = tables, then their reciprocals  →  index_select(row [N])  →  [2·S, N]
+
+A site reads two rows of the result, [N] each: its scale and 1/scale. Equal tables share a row, and with it everything
+that is quantised by it: q, k and v of an attention read one tensor, and calibration gives them one table.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from hqc.export.scale_bank import lookup_key
+from hqc.passes.rewriting import Rewriter
+from hqc.program import BATCH, aten
+
+__all__ = ["Bank", "scale_banks"]
+
+
+@dataclass
+class Bank:
+    """The tables that one row index looks up, and the node that does."""
+
+    tables: dict[bytes, Tensor] = field(default_factory=dict)
+    picked: fx.Node | None = None
+    rows: dict[int, fx.Node] = field(default_factory=dict)
+
+
+@dataclass
+class ScaleBanks:
+    """Scale and reciprocal of every look-up of the given graph."""
+
+    edit: Rewriter
+    keys: dict[fx.Node, tuple[fx.Node, bytes]]
+    banks: dict[fx.Node, Bank]
+    others: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def scale(self, lookup: fx.Node) -> fx.Node:
+        """fp32 [N]."""
+        return self._row(lookup, reciprocal=False) if lookup in self.keys else lookup
+
+    def inverse(self, lookup: fx.Node) -> fx.Node:
+        """1/scale, fp32 [N], divided once: the same division that `hqc::quantize` does."""
+        if lookup in self.keys:
+            return self._row(lookup, reciprocal=True)
+        if lookup not in self.others:
+            self.others[lookup] = _call(self.edit, lookup.next, aten.reciprocal.default, lookup)
+        return self.others[lookup]
+
+    def _row(self, lookup: fx.Node, *, reciprocal: bool) -> fx.Node:
+        row, table = self.keys[lookup]
+        bank = self.banks[row]
+        if bank.picked is None:
+            bank.picked = self._look_up(row, bank)
+        index = list(bank.tables).index(table) + (len(bank.tables) if reciprocal else 0)
+        if index not in bank.rows:
+            bank.rows[index] = _call(self.edit, bank.picked.next, aten.select.int, bank.picked, 0, index)
+        return bank.rows[index]
+
+    def _look_up(self, row: fx.Node, bank: Bank) -> fx.Node:
+        tables = torch.stack(list(bank.tables.values()))
+        behind = row.next
+        stored = self.edit.weight(f"scale_bank.{row.name}", torch.cat([tables, tables.reciprocal()]), behind)
+        shape = (len(tables) * 2, BATCH)
+        return self.edit.call(behind, aten.index_select.default, stored, 1, row, shape=shape, dtype="float32")
+
+
+def scale_banks(edit: Rewriter, lookups: list[fx.Node]) -> ScaleBanks:
+    """The banks of some look-ups; one that is no look-up in a stored table is read as it is."""
+    program = edit.program.evolve(graph=edit.graph)
+    keys, banks = {}, dict[fx.Node, Bank]()
+    for lookup in dict.fromkeys(lookups):
+        key = lookup_key(program, lookup)
+        if key is not None:
+            keys[lookup] = key
+            table = program.state[str(lookup.args[0].target)]  # type: ignore[union-attr]
+            banks.setdefault(key[0], Bank()).tables.setdefault(key[1], table.detach().to(torch.float32))
+    return ScaleBanks(edit, keys, banks)
+
+
+def _call(edit: Rewriter, before: fx.Node, target: object, *args: object) -> fx.Node:
+    return edit.call(before, target, *args, shape=(BATCH,), dtype="float32")

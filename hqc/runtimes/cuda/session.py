@@ -1,0 +1,123 @@
+"""Sessions on a GPU: the integer one of the `torch-cuda` runtime, and the half-precision one it is timed against."""
+
+import threading
+from functools import partial
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hqc.errors import RuntimeMissingError
+from hqc.program import InputSpec, Program
+from hqc.runtimes.base import inputs_on
+from hqc.runtimes.cuda.build import BuildOptions, float_module, integer_module
+from hqc.runtimes.cuda.forms import NAME, require_quantised
+from hqc.runtimes.cuda.graphs import GraphCache, capture_cuda_graph
+from hqc.runtimes.cuda.kernel_set import triton_kernels
+
+__all__ = ["CudaSession", "HalfSession", "Precision", "require_cuda", "require_gpu"]
+
+Precision = Literal["fp16", "bf16", "fp32"]
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_OLDEST = (8, 0)
+
+
+class _GraphSession:
+    """A module on a CUDA device, one CUDA graph a batch size. Calls from several threads and streams take turns."""
+
+    name: str
+
+    def __init__(self, inputs: tuple[InputSpec, ...], module: nn.Module, device: torch.device, graphs: int) -> None:
+        self.inputs, self.module, self.device = inputs, module, device
+        capture = partial(capture_cuda_graph, pool=torch.cuda.graph_pool_handle())
+        self._graphs = GraphCache(module, capture, limit=graphs)
+        self._turn, self._done = threading.Lock(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def __call__(
+        self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
+    ) -> Tensor:
+        """See `Session`; the output is on the device if the sample is, else on the CPU."""
+        given = inputs_on(self.device, self.inputs, sample, timestep, *conditions, **named)
+        with self._turn, torch.cuda.device(self.device):
+            # Another stream's replay may still be reading the static inputs that this call writes.
+            self._done.wait()
+            output = self._graphs(list(given.values()))
+            self._done.record()
+        return output if sample.is_cuda else output.cpu()
+
+
+class CudaSession(_GraphSession):
+    """Runs a quantised Program on a CUDA device: integer products in hqc's kernels, the rest in half precision.
+
+    Weights are prepared once, on the device: packed four-bit codes where |w_q·H| ≤ 127, else int8, else two digits.
+    Calls of one batch size replay one CUDA graph, whatever their timesteps.
+    """
+
+    name = "torch-cuda"
+
+    def __init__(
+        self, program: Program, *, dtype: Precision = "fp16", pack: bool = True, graphs: int = 4, device: str = "cuda"
+    ) -> None:
+        """dtype: of activations between kernels and of float layers. pack: keep four-bit weights packed.
+
+        graphs: how many batch sizes keep their CUDA graph.
+
+        Raises:
+            RuntimeMissingError: without triton, without a CUDA device of compute capability 8.0; for a float program.
+            ExportError: for a site that the kernels cannot run.
+        """
+        require_quantised(program.stage)
+        require_gpu()
+        options = BuildOptions(torch.device(device), _dtype(dtype), pack=pack)
+        super().__init__(program.inputs, integer_module(program, triton_kernels(), options), options.device, graphs)
+
+
+class HalfSession(_GraphSession):
+    """A float program in half precision with CUDA graphs and channels-last convolutions."""
+
+    name = "torch-fp16-cudagraph"
+
+    def __init__(self, program: Program, *, dtype: Precision = "fp16", graphs: int = 4, device: str = "cuda") -> None:
+        """See `CudaSession`.
+
+        Raises:
+            RuntimeMissingError: without a CUDA device.
+        """
+        require_cuda()
+        options = BuildOptions(torch.device(device), _dtype(dtype))
+        super().__init__(program.inputs, float_module(program, options), options.device, graphs)
+
+
+def require_cuda() -> None:
+    """Refuses to go on without a CUDA device.
+
+    Raises:
+        RuntimeMissingError: saying whether torch or the machine lacks it.
+    """
+    if torch.cuda.is_available():
+        return
+    found = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+    raise RuntimeMissingError(NAME, found, "Use runtime='torch' or an onnxruntime export on this machine.")
+
+
+def require_gpu() -> None:
+    """Refuses to go on without a GPU that runs the kernels.
+
+    Raises:
+        RuntimeMissingError: without a CUDA device, with one that is too old, or without triton.
+    """
+    require_cuda()
+    capability = torch.cuda.get_device_capability()
+    if capability < _OLDEST:
+        found = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
+        raise RuntimeMissingError(NAME, f"{found}; the int8 kernels need 8.0", "Use runtime='torch'.")
+    if find_spec("triton") is None:
+        raise RuntimeMissingError(NAME, "triton is not installed", "pip install 'hqc[gpu]'.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise RuntimeMissingError(NAME, f"has no dtype {name!r}", f"Use {', '.join(get_args(Precision))}.")
+    return _DTYPES[name]

@@ -1,0 +1,77 @@
+"""A site's weight as the kernels read it: four bits packed where that is exact, else int8, else two int8 digits."""
+
+import torch
+from torch import Tensor, fx
+
+from hqc.errors import ExportError
+from hqc.export.sites import QuantisedSite
+from hqc.kernels import Weight, channels_last, pack_weight, packed_weight_fits
+from hqc.ops import digit
+from hqc.program import Program, is_op
+
+__all__ = ["site_weight", "weight_form"]
+
+ops = torch.ops.hqc
+_TWO_DIGITS = (-64 - 128 * 128, 63 + 128 * 127)
+
+
+def site_weight(program: Program, site: QuantisedSite, *, device: torch.device, pack: bool = True) -> Weight:
+    """The weight of a site in the integer form, on the device.
+
+    pack: keep codes of at most four bits packed and unrotated where |w_q·H| ≤ 127, and rotate them in the kernel.
+
+    Raises:
+        ExportError: if the rotated codes need more than two digits.
+    """
+    scale = _state(program, site.layer.args[2]).to(device)
+    stored, block = _stored(program, site, device)
+    if pack and _four_bits(stored) and packed_weight_fits(stored, block):
+        return Weight(pack_weight(channels_last(stored)), scale, rotation=block)
+    total = sum(p.factor * _value(program, p.node.args[1], device).to(torch.int32) for p in site.products)
+    assert isinstance(total, Tensor)
+    rotated = channels_last(total)
+    low, high = int(rotated.min()), int(rotated.max())
+    if low >= -128 and high <= 127:
+        return Weight(rotated.to(torch.int8), scale)
+    if low < _TWO_DIGITS[0] or high > _TWO_DIGITS[1]:
+        raise ExportError(
+            f"site {site.site}",
+            f"rotated codes span {low}…{high}, past two digits {_TWO_DIGITS}",
+            "Use a Hadamard block of 64 or less.",
+        )
+    return Weight(digit(rotated, 0), scale, high=digit(rotated, 1))
+
+
+def weight_form(weight: Weight) -> str:
+    """int4, int8 or two digits."""
+    if weight.packed:
+        return "int4"
+    return "int8" if weight.high is None else "two digits"
+
+
+def _stored(program: Program, site: QuantisedSite, device: torch.device) -> tuple[Tensor, int]:
+    """The codes before the rotation and its block, 1 for none."""
+    node = site.products[0].node.args[1]
+    while is_op(node, torch.ops.aten.to.dtype, ops.digit.default, ops.half.default):
+        node = node.args[0]  # type: ignore[union-attr]
+    if is_op(node, ops.rotate_codes.default):
+        return _value(program, node.args[0], device), int(node.args[1])  # type: ignore[union-attr, arg-type]
+    return _value(program, node, device), 1
+
+
+def _four_bits(codes: Tensor) -> bool:
+    return int(codes.min()) >= -8 and int(codes.max()) <= 7
+
+
+def _state(program: Program, node: object) -> Tensor:
+    assert isinstance(node, fx.Node)
+    return program.state[str(node.target)].detach()
+
+
+def _value(program: Program, node: object, device: torch.device) -> Tensor:
+    """A weight expression, computed on the device."""
+    assert isinstance(node, fx.Node)
+    if node.op == "get_attr":
+        return program.state[str(node.target)].detach().to(device)
+    first, *others = node.args
+    return node.target(_value(program, first, device), *others)  # type: ignore[operator, no-any-return]
