@@ -1,0 +1,70 @@
+"""Quantised programs for the tests of the GPU runtime: round to nearest, scales near each quantiser's own range."""
+
+import torch
+from torch import fx
+
+from hqc.passes import InsertHadamard, InsertQdq, SelectLayers
+from hqc.pipeline import run_pipeline
+from hqc.program import Program
+
+__all__ = ["GRID", "quantised", "relative"]
+
+GRID = (0.0, 300.0, 600.0, 900.0)
+
+
+class _Ranges(fx.Interpreter):
+    """Runs a fake-quantised program in float; max |x| / qmax at every activation quantiser."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.module())
+        self.scales: dict[str, float] = {}
+        self.inputs: dict[str, fx.Node] = {}
+
+    def run_node(self, n: fx.Node):
+        if n.target is not torch.ops.hqc.fake_quantize.default:
+            return super().run_node(n)
+        x, _, _, high = self.fetch_args_kwargs_from_env(n)[0]
+        if n.meta["role"] == "activation_quantizer":
+            self.scales[n.meta["site"]] = 0.7 * float(x.abs().max()) / high
+            self.inputs[n.meta["site"]] = n.args[0].args[0] if "hadamard" in str(n.args[0].target) else n.args[0]
+        return x
+
+
+_made: dict[tuple[int, str], tuple[Program, dict[str, float], dict[str, str]]] = {}
+
+
+def _prepared(program: Program, bits: str) -> tuple[Program, dict[str, float], dict[str, str]]:
+    """Made once for each captured program, which its own cache keeps alive."""
+    key = (id(program.graph), bits)
+    if key not in _made:
+        _made[key] = _prepare(program, bits)
+    return _made[key]
+
+
+def _prepare(program: Program, bits: str) -> tuple[Program, dict[str, float], dict[str, str]]:
+    student = run_pipeline(program, [SelectLayers(bits=bits), InsertHadamard(), InsertQdq(GRID)])
+    ranges = _Ranges(student)
+    with torch.no_grad():
+        ranges.run(*student.example_inputs(4, seed=5))
+    return student, ranges.scales, {site: node.name for site, node in ranges.inputs.items()}
+
+
+def quantised(program: Program, bits: str, *, shared: bool = True) -> Program:
+    """A program with random scale tables [T].
+
+    shared: sites that read one tensor in one range have one table, as calibration gives them; else each its own.
+    """
+    student, scales, inputs = _prepared(program, bits)
+    generator, state = torch.Generator().manual_seed(1), dict(student.state)
+    spreads: dict[tuple[str, float], torch.Tensor] = {}
+    for site, scale in scales.items():
+        spread = 0.8 + 0.4 * torch.rand(len(GRID), generator=generator)
+        key = (inputs[site], scale) if shared else (site, scale)
+        state[f"{site}.activation_scale_table"] = scale * spreads.setdefault(key, spread)
+    return student.evolve(state=state)
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """‖found - wanted‖ / ‖wanted‖ in float64."""
+    difference = (found.double() - wanted.double()).norm()
+    return float(difference / wanted.double().norm())
