@@ -1,0 +1,123 @@
+"""Programs exported for TensorRT and built by TensorRT-RTX: the zoo, every option, and the whole bundled UNet."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+
+from hqc.capture import trace
+from hqc.engines import EngineReport, build_engines
+from hqc.export import export_program
+from hqc.export.tensorrt.options import TensorRtOptions
+from hqc.passes import InsertHadamard, InsertQdq, SelectLayers
+from hqc.pipeline import run_pipeline
+from hqc.program import Program
+
+pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="TensorRT-RTX has no wheel for macOS")
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_120")
+GRID = (0.0, 300.0, 600.0, 900.0)
+PRODUCTS = {"int8 conv": 1, "int8 gemm": 1, "int8 conv, two digits": 2, "int8 gemm, two digits": 2}
+"""Form of a layer in report.json -> its products in the file."""
+
+
+def quantised(program: Program, bits: str) -> Program:
+    """Round-to-nearest weights; activation scales that fill the grid of values of about ±1.5."""
+    program = run_pipeline(program, [SelectLayers(bits=bits), InsertHadamard(), InsertQdq(GRID)])
+    step = 0.25 if bits == "w4a4" else 0.015
+    tables = {k: torch.linspace(step, 1.4 * step, len(GRID)) for k in program.state if k.endswith("_scale_table")}
+    assert tables
+    return program.evolve(state={**program.state, **tables})
+
+
+def build(program: Program, folder: Path, archs: tuple[str, ...] = ("sm_86",), **options: object) -> EngineReport:
+    export_program(program, "tensorrt", folder, tensorrt=TensorRtOptions(**options))  # type: ignore[arg-type]
+    return build_engines(folder, archs=archs)
+
+
+def check(report: EngineReport) -> dict[str, int]:
+    """Every layer that the export's report calls int8 is INT8 in every engine; the forms and how many layers each."""
+    written = json.loads((report.folder / "report.json").read_text())
+    wanted = sum(PRODUCTS.get(layer["form"], 0) for layer in written["layers"])
+    sites = {layer["site"] for layer in written["layers"] if layer["form"] in PRODUCTS}
+    assert wanted > 0
+    for engine in report.engines:
+        assert engine.coverage.exceptions == ()
+        assert (engine.coverage.products, engine.coverage.int8) == (wanted, wanted)
+        kernels = [k for k in engine.layers if k.kind in ("correlation", "gemm") and k.inputs[0].dtype == "Int8"]
+        assert sites == {site for kernel in kernels for site in kernel.sites}
+    return dict(written["forms"])
+
+
+@pytest.mark.parametrize("name", zoo.PLAIN)
+def test_four_bits(name: str, captured: Callable[[str], Program], tmp_path: Path) -> None:
+    forms = check(build(quantised(captured(name), "w4a4"), tmp_path / "x"))
+    assert forms.keys() & {"int8 conv", "int8 gemm"}
+
+
+@pytest.mark.parametrize("name", ["two_sites", "geometry", "shared_input"])
+def test_eight_bits_take_two_digits_where_rotated(
+    name: str, captured: Callable[[str], Program], tmp_path: Path
+) -> None:
+    forms = check(build(quantised(captured(name), "w8a8"), tmp_path / "x"))
+    assert forms.keys() & {"int8 conv, two digits", "int8 gemm, two digits"}
+
+
+def types(report: EngineReport) -> set[str]:
+    """Of all that the engine's kernels hand to each other."""
+    return {tensor.dtype for layer in report.engines[0].layers for tensor in (*layer.inputs, *layer.outputs)}
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("fp16", "Half"), ("bf16", "BFloat16"), ("fp32", "Float")])
+def test_types_of_activations(dtype: str, name: str, captured: Callable[[str], Program], tmp_path: Path) -> None:
+    report = build(quantised(captured("shared_input"), "w4a4"), tmp_path / "x", dtype=dtype)
+    check(report)
+    assert types(report) - {"Float", "Int8", "Int32", "Int64"} == {name} - {"Float"}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "kind"),
+    [
+        pytest.param("in_place", {}, "correlation", id="image, conv"),
+        pytest.param("in_place", {"image_rotation": "matmul"}, "gemm", id="image, matmul"),
+        pytest.param("shared_input", {}, "gemm", id="tokens, matmul"),
+        pytest.param("shared_input", {"token_rotation": "conv"}, "correlation", id="tokens, conv"),
+    ],
+)
+def test_rotations(
+    model: str, options: dict[str, object], kind: str, captured: Callable[[str], Program], tmp_path: Path
+) -> None:
+    """Whatever is neither quantised nor attention's is a rotation, in the form that was asked for."""
+    report = build(quantised(captured(model), "w4a4"), tmp_path / "x", **options)
+    check(report)
+    float_kernels = [
+        layer
+        for layer in report.engines[0].layers
+        if layer.kind in ("correlation", "gemm") and layer.inputs[0].dtype == "Float" and layer.constants
+    ]
+    assert {layer.kind for layer in float_kernels} == {kind}
+    assert all(layer.constants[0].shape[1] == 32 for layer in float_kernels)
+
+
+def test_one_timestep_a_call(captured: Callable[[str], Program], tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    export_program(quantised(captured("two_sites"), "w4a4"), "tensorrt", folder, one_timestep=True)
+    report = build_engines(folder, archs=("sm_89",))
+    check(report)
+    assert set(report.engines[0].record.shapes) == {"sample"}  # the timestep has one shape
+
+
+@pytest.mark.slow
+def test_the_whole_bundled_model_for_four_architectures(tmp_path: Path) -> None:
+    report = build(quantised(trace("digits"), "w4a4"), tmp_path / "x", ARCHS)
+    forms = check(report)
+    assert sum(forms.values()) == 97  # every convolution and linear layer of the UNet
+    assert [engine.record.arch for engine in report.engines] == list(ARCHS)
+    for engine in report.engines:
+        fused = [k for k in engine.layers if k.outputs and k.outputs[0].dtype == "Int8"]
+        assert any({"Half", "Float"} & {tensor.dtype for tensor in kernel.inputs} for kernel in fused)
+        assert engine.record.size_bytes > 5_000_000
