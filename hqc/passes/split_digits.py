@@ -58,14 +58,14 @@ class SplitDigits:
             if is_op(node.args[1], ops.digit.default, ops.half.default, aten.to.dtype):
                 misses.append((site, "its weight is a digit already"))
                 continue
-            wide = rotated_codes(program, site).to(torch.int32)
-            if int(wide.min()) < _TWO_DIGITS[0] or int(wide.max()) > _TWO_DIGITS[1]:
+            low, high = (int(bound) for bound in rotated_codes(program, site).aminmax())
+            if low < _TWO_DIGITS[0] or high > _TWO_DIGITS[1]:
                 raise PassError(
                     f"split_digits at {site}",
-                    f"rotated codes span {int(wide.min())}…{int(wide.max())}, past two digits {_TWO_DIGITS}",
+                    f"rotated codes span {low}…{high}, past two digits {_TWO_DIGITS}",
                     "Use a Hadamard block of 64 or less: it cannot leave that range.",
                 )
-            peak = int(wide.abs().max())
+            peak = max(-low, high)
             limit = digit_limit(program.plan[site].activation_bits or 8)
             if peak > limit:
                 matches.append(site)
@@ -101,5 +101,5 @@ class SplitDigits:
 
 def _halves(program: Program, site: str) -> bool:
     """Whether w = w₀ + w₁ is enough: |w_i| ≤ 64 at most, and within what one product may hold."""
-    peak = int(rotated_codes(program, site).abs().max())
+    peak = max(abs(int(bound)) for bound in rotated_codes(program, site).aminmax())
     return peak <= 2 * min(64, digit_limit(program.plan[site].activation_bits or 8))
