@@ -1,12 +1,17 @@
 """The command that compiles an export: build-engine."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from hqc.commands.options import json_option, options
 
-__all__ = ["build_engine", "engine_options"]
+if TYPE_CHECKING:
+    from hqc.engines import BuildOptions, EngineReport
+
+__all__ = ["EngineArguments", "build_engine", "engine_arguments", "engine_options"]
 
 engine_options = options(
     click.option(
@@ -31,6 +36,58 @@ engine_options = options(
     ),
 )
 """What a build takes besides the builder; `hqc export --engine` takes the same."""
+
+
+@dataclass(frozen=True)
+class EngineArguments:
+    """What the options of `engine_options` say, checked."""
+
+    builder: str
+    archs: tuple[str, ...]
+    options: "BuildOptions"
+    cache: Path | None
+
+    def check(self) -> None:
+        """Refuses what cannot be built here; for a command that does long work before it builds.
+
+        Raises:
+            HqcError: see `hqc.engines.check_request`.
+        """
+        from hqc.engines import check_request
+
+        check_request(self.builder, self.archs)
+
+    def build(self, folder: Path, *, force: bool = False) -> "EngineReport":
+        """Builds into a folder; see `hqc.engines.build_engines`."""
+        from hqc.engines import build_engines
+
+        return build_engines(
+            folder, self.builder, self.archs, self.options, force=force, cache=self.cache, on_start=_say
+        )
+
+
+def engine_arguments(
+    builder: str,
+    arch: str | None,
+    min_batch: int,
+    opt_batch: int | None,
+    max_batch: int,
+    workspace: int | None,
+    tf32: bool,
+    cache: Path | None,
+) -> EngineArguments:
+    """The options of `engine_options` as the Python API takes them.
+
+    Raises:
+        ExportError: for an architecture that does not exist, or batches that are no range.
+    """
+    from hqc.engines import BatchProfile, BuildOptions
+    from hqc.engines.architectures import parse_archs
+
+    profile = BatchProfile.of(min_batch, opt_batch, max_batch)
+    workspace_bytes = workspace * 2**20 if workspace is not None else None
+    archs = parse_archs(arch) if arch is not None else ()
+    return EngineArguments(builder, archs, BuildOptions(profile, workspace_bytes, tf32), cache)
 
 
 @click.command("build-engine")
@@ -64,20 +121,9 @@ def build_engine(
     Writes engine_*.plan and build.json, and adds every engine's layer list, with types and formats, to report.json.
     """
     from hqc import console as out
-    from hqc.engines import BatchProfile, BuildOptions, build_engines
-    from hqc.engines.architectures import parse_archs
 
-    archs = parse_archs(arch) if arch is not None else ()
-    profile = BatchProfile.of(min_batch, opt_batch, max_batch)
-    report = build_engines(
-        folder,
-        builder,
-        archs,
-        BuildOptions(profile, workspace * 2**20 if workspace is not None else None, tf32),
-        force=force,
-        cache=cache,
-        on_start=_say,
-    )
+    asked = engine_arguments(builder, arch, min_batch, opt_batch, max_batch, workspace, tf32, cache)
+    report = asked.build(folder, force=force)
     out.print_json(report.to_dict()) if as_json else click.echo(f"built {report}")
 
 

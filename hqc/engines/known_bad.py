@@ -73,8 +73,9 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
     KnownBad(
         "tensorrt-rtx with sm_75",
         lambda e: e.has("tensorrt_rtx") and (7, 5) in _archs(e),
-        "quantised convolutions run in float there: the engine is correct and not faster",
-        "use the float model on that card",
+        "quantised convolutions run in float there, and products of float32 matrices, such as rotations of tokens, are "
+        "refused (FP32 GEMM is not supported)",
+        "use the runtimes torch or onnxruntime on that card",
     ),
     KnownBad(
         "triton 3.9 with a driver older than CUDA 13.4",

@@ -4,7 +4,6 @@ Needs the GPU that the engine is for. Kernels are timed; the timings are kept in
 build of a similar network takes a fraction of the time.
 """
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,16 @@ __all__ = ["HOOKS"]
 
 
 def _register_plugins(trt: Any, request: BuildRequest) -> None:
+    """Those of the export's own folder, if its model has plugin nodes."""
     if not request.plugins:
         return
+    from hqc.errors import HqcError
+    from hqc.plugins import register
+
     try:
-        plugins: Any = importlib.import_module("hqc.plugins")
-    except ImportError as error:
-        raise BuildProblem("plugins", f"hqc's plugins cannot be imported ({error})") from error
-    plugins.register()
+        register(Path(request.onnx).parent)
+    except HqcError as error:
+        raise BuildProblem("plugins", str(error)) from error
 
 
 def _take_timings(trt: Any, config: Any, request: BuildRequest) -> None:

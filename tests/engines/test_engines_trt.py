@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import engine_graphs as graphs
 import pytest
@@ -246,17 +245,24 @@ def test_the_architectures_of_rtx_are_those_of_the_cards_here(monkeypatch: pytes
     assert check_request("rtx")[2] == ("sm_80", "sm_86", "sm_89", "sm_120")
 
 
-def test_plugins_are_registered_first_if_the_model_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered: list[str] = []
-    monkeypatch.setitem(sys.modules, "hqc.plugins", SimpleNamespace(register=lambda: registered.append("once")))
-    request = BuildRequest("m.onnx", "m.plan", "log", "sm_90", {})
+def test_the_plugins_of_the_folder_are_registered_if_the_model_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[Path] = []
+    monkeypatch.setattr("hqc.plugins.register", registered.append, raising=False)
+    request = BuildRequest("exports/a/model.onnx", "m.plan", "log", "sm_90", {})
     HOOKS.prepare(None, request)
     assert registered == []
     HOOKS.prepare(None, replace(request, plugins=True))
-    assert registered == ["once"]
-    monkeypatch.setitem(sys.modules, "hqc.plugins", None)  # import fails
-    with pytest.raises(BuildProblem, match="hqc's plugins cannot be imported"):
-        HOOKS.prepare(None, replace(request, plugins=True))
+    assert registered == [Path("exports/a")]
+
+
+def test_plugins_that_cannot_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(export: Path) -> None:
+        raise ArtefactError(str(export), "holds no kernels for sm_90", "Export it again.")
+
+    monkeypatch.setattr("hqc.plugins.register", refuse, raising=False)
+    with pytest.raises(BuildProblem, match=r"exports/a: holds no kernels for sm_90\. Export it again\.") as raised:
+        HOOKS.prepare(None, BuildRequest("exports/a/model.onnx", "m.plan", "log", "sm_90", {}, plugins=True))
+    assert raised.value.step == "plugins"
 
 
 # ---- what is missing -----------------------------------------------------------------------------------------------
