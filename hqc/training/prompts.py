@@ -8,6 +8,8 @@ The null conditions are those of the empty prompt, or zeros where the pipeline's
 """
 
 import hashlib
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hqc.errors import TrainingError
+from hqc.memory import require_memory
 from hqc.program import InputSpec, Program
 from hqc.quiet import quiet_libraries
 from hqc.training.task import Condition, Task
@@ -27,6 +30,7 @@ _ENCODED = ("condition", "text_embeds")
 _TIME_IDS = "time_ids"
 _TAKEN = ({"condition"}, {"condition", "text_embeds", _TIME_IDS})
 _PROMPTS_AT_ONCE = 8
+_LARGEST_FILE = 64 * 2**20
 # The refiner's aesthetic score, and that of what guidance leads away from: StableDiffusionXLImg2ImgPipeline's own.
 _SCORE, _NULL_SCORE = 6.0, 2.5
 
@@ -38,16 +42,18 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         TrainingError: if it cannot be read, is no UTF-8 text, or holds no prompt.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TrainingError(
-            str(path),
-            f"is no UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x})",
-            "Save it as UTF-8.",
-        ) from error
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
     except OSError as error:
         raise TrainingError(str(path), f"cannot be read ({error.strerror})", "Check the path.") from error
-    prompts = tuple(line.strip() for line in text.split("\n") if line.strip())
+    if len(content) > _LARGEST_FILE:
+        raise TrainingError(str(path), f"is larger than {_LARGEST_FILE // 2**20} MiB", "Give a part of it.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} is 0x{error.object[error.start]:02x}"
+        raise TrainingError(str(path), f"is no UTF-8 text ({found})", "Save it as UTF-8.") from error
+    prompts = tuple(line.strip() for line in re.split(r"[\r\n]+", text) if line.strip())
     if not prompts:
         raise TrainingError(str(path), "holds no prompt", "Write one prompt a line.")
     return prompts
@@ -76,6 +82,7 @@ def prompt_task(pipeline: Any, program: Program, prompts: Sequence[str]) -> Task
 
     Raises:
         TrainingError: if the pipeline has no text encoder, or encodes into something else than the denoiser takes.
+        MemoryShortError: if the encoded prompts do not fit the memory that is free.
     """
     require_prompt_inputs(program)
     if not prompts:
@@ -83,6 +90,8 @@ def prompt_task(pipeline: Any, program: Program, prompts: Sequence[str]) -> Task
     if _text_encoder(pipeline) is None:
         raise TrainingError(type(pipeline).__name__, "has no text encoder to encode prompts with", "Give --synthetic.")
     wanted = conditions_of(program.inputs)
+    each_prompt = 4 * sum(math.prod(int(d) for d in spec.shape[1:]) for spec in wanted)
+    require_memory(f"encoding {len(prompts)} prompts", 2 * len(prompts) * each_prompt, "Give fewer prompts")
     encoded, null = _encode(pipeline, prompts)
     for spec in wanted:
         _check(spec, encoded, pipeline)

@@ -184,9 +184,10 @@ def test_lines_of_a_file(tmp_path: Path) -> None:
         (b" \n\t\r\n", "holds no prompt"),
         (b"\xef\xbb\xbf", "holds no prompt"),
         (b"a cat\ncaf\xe9\n", r"is no UTF-8 text \(byte 9 is 0xe9\)\. Save it as UTF-8\."),
+        (b"\xef\xbb\xbfa" + b"b" * 64 * 2**20, r"is larger than 64 MiB\. Give a part of it"),
         ("a cat\n".encode("utf-16"), r"is no UTF-8 text \(byte 0 is 0xff\)"),
     ],
-    ids=["empty", "blank", "mark", "latin-1", "utf-16"],
+    ids=["empty", "blank", "mark", "latin-1", "large", "utf-16"],
 )
 def test_files_without_prompts(content: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
@@ -336,7 +337,11 @@ def test_too_little_memory_is_said_before_it_is_loaded(
     with pytest.raises(MemoryShortError, match=r"loading the text encoders of .*: needs about"):
         text_encoder.load_text_pipeline(folders["sd15"])
     monkeypatch.setattr(memory, "available_bytes", lambda: wanted)
-    assert text_encoder.load_text_pipeline(folders["sd15"]).text_encoder is not None
+    pipeline = text_encoder.load_text_pipeline(folders["sd15"])
+    monkeypatch.setattr(memory, "available_bytes", lambda: 3 * 2 * 4 * 5 * 32 - 1)
+    with pytest.raises(MemoryShortError, match=r"encoding 3 prompts: needs about 3\.8 kB .* Give fewer prompts"):
+        prompt_task(pipeline, captured_denoiser("sd15"), PROMPTS[:3])
+    assert prompt_task(pipeline, captured_denoiser("sd15"), PROMPTS[:2]).draw_conditions is not None
 
 
 def test_tasks_are_told_apart_when_a_run_is_resumed(folders: dict[str, Path], tmp_path: Path) -> None:
