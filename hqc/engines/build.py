@@ -356,7 +356,7 @@ def _staging(folder: Path) -> Iterator[Path]:
         (stage / "build.log").unlink(missing_ok=True)
         new = sorted(stage.iterdir(), key=lambda path: _ORDER.get(path.name, 0))
         for path in new:
-            with path.open("rb") as file:
+            with path.open("r+b") as file:  # Windows syncs what may be written only
                 os.fsync(file.fileno())
         for path in new:
             os.replace(path, folder / path.name)

@@ -74,6 +74,7 @@ def diagnose(environment: Environment) -> Diagnosis:
 def _abilities(e: Environment) -> Iterator[Ability]:
     yield _ability("export", "portable, onnxruntime", _needs(e, "onnx", "onnxruntime"))
     yield _ability("export", "tensorrt", _needs(e, "onnx", "onnxruntime", "onnx_graphsurgeon"))
+    yield _ability("export", "tensorrt with plugins", _needs(e, "onnx", "onnxruntime", "onnx_graphsurgeon", "triton"))
     yield _ability("build", "engine rtx", _rtx(e), note=f"without a GPU: {', '.join(RTX_ARCHS)}")
     yield _ability("build", "engine trt", [*_trt(e), *_gpu(e)], note="on the card that it is for")
     yield _ability("run", "torch", _needs(e, "torch"), note="the CPU")

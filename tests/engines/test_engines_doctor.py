@@ -133,6 +133,7 @@ def test_with_everything_there_everything_is_ready() -> None:
             "pip install torch --index-url https://download.pytorch.org/whl/cu130",
         ),
         (without("triton"), "run torch on CUDA", "triton", "pip install 'hqc[gpu]'"),
+        (without("triton"), "export tensorrt with plugins", "triton", "pip install 'hqc[gpu]'"),
         (without("onnx_graphsurgeon"), "export tensorrt", "onnx_graphsurgeon", "pip install onnx-graphsurgeon"),
         (without("onnxruntime"), "run onnxruntime", "onnxruntime", "pip install onnxruntime"),
         (
