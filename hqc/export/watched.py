@@ -19,47 +19,53 @@ Array = NDArray[Any]
 
 
 class WatchedModel:
-    """A copy of a model that also returns what the taps listen to; one session serves every run.
+    """A copy of a model that also returns what the taps listen to.
 
-    Use as a context manager: the copy lies beside the model, where its external data is.
+    The copy is optimised once; a run then takes the part of it that the wanted values come from. A session of the whole
+    copy would hold every value that anybody may ask for at once: 15 GB for SDXL.
+    Use as a context manager: the copies lie beside the model, where its external data is.
     """
 
     def __init__(self, model: Path, taps: Sequence[Tap], *, values: Iterable[str] = ()) -> None:
         """values: names of further float values to watch."""
-        self._copy = model.with_name("watched.onnx")
-        self._taps = taps
-        proto = onnx.load(str(model), load_external_data=False)
-        inputs = {value.name for value in proto.graph.input}
-        known = inputs | {value.name for value in proto.graph.output}
-        kinds = dict.fromkeys(values, onnx.TensorProto.FLOAT) | dict(self._kinds())
-        # Where the file notes a type, that is it: a site may be watched in half precision.
-        kinds |= {v.name: v.type.tensor_type.elem_type for v in proto.graph.value_info if v.name in kinds}
-        for name, kind in sorted(kinds.items()):
-            if name not in known:
-                proto.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
-        onnx.save(proto, str(self._copy))
+        self._model, self._taps, self._values = model, taps, tuple(values)
+        self._optimised = model.with_name("watched.onnx")
 
     def _kinds(self) -> Mapping[str, int]:
         types = onnx.TensorProto
         kinds = {name: types.FLOAT for tap in self._taps for name in (tap.input.name, tap.output.name)}
+        kinds |= dict.fromkeys(self._values, types.FLOAT)
         return kinds | {tap.codes.name: types.UINT8 if tap.zero_point else types.INT8 for tap in self._taps}
 
     def __enter__(self) -> "WatchedModel":
+        proto = onnx.load(str(self._model), load_external_data=False)
+        known = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+        # Where the file notes a type, that is it: a site may be watched in half precision.
+        noted = {v.name: v.type.tensor_type.elem_type for v in proto.graph.value_info}
+        for name, kind in sorted(self._kinds().items()):
+            if name not in known:
+                proto.graph.output.append(onnx.helper.make_tensor_value_info(name, noted.get(name, kind), None))
+        copy = self._model.with_name("to_watch.onnx")
         try:
-            self._session = open_session(self._copy, threads=torch.get_num_threads())
+            onnx.save(proto, str(copy))
+            open_session(copy, threads=1, save_to=self._optimised)
         finally:
-            self._copy.unlink(missing_ok=True)
+            copy.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._session
+        for path in self._optimised.parent.glob(self._optimised.name + "*"):
+            path.unlink()
         return_free_memory()
 
     def run(self, names: Iterable[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The named values, inputs among them."""
-        outputs = sorted(set(names) - set(feeds))
-        found = run_session(self._session, outputs, feeds)
-        return dict(zip(outputs, found, strict=True)) | {n: array for n, array in feeds.items() if n in set(names)}
+        wanted = set(names)
+        outputs = sorted(wanted - set(feeds))
+        session = _part_session(self._optimised, outputs, threads=torch.get_num_threads())
+        taken = {value.name for value in session.get_inputs()}
+        found = run_session(session, outputs, {name: array for name, array in feeds.items() if name in taken})
+        return dict(zip(outputs, found, strict=True)) | {n: array for n, array in feeds.items() if n in wanted}
 
 
 def heard(where: Listen, values: Mapping[str, Array]) -> Tensor:
@@ -76,23 +82,33 @@ def constants(model: Path, names: Sequence[str]) -> dict[str, Array]:
     """
     if not names:
         return {}
-    part = model.with_name("constants.onnx")  # beside the model, where its external data is
+    session = _part_session(model, names, threads=None)
+    return dict(zip(names, session.run(list(names), {}), strict=True))
+
+
+def _part_session(model: Path, names: Sequence[str], *, threads: int | None) -> Any:
+    """A session of the part of a model that the named values come from, run node by node as it stands."""
+    part = model.with_name("part.onnx")  # beside the model, where its external data is
     try:
         onnx.save(_upstream(onnx.load(str(model), load_external_data=False), names), str(part))
-        session = open_session(part, optimisation="disabled")
+        return open_session(part, threads=threads, optimisation="disabled")
     finally:
         part.unlink(missing_ok=True)
-    return dict(zip(names, session.run(list(names), {}), strict=True))
 
 
 def _upstream(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     """The part of a graph that the named values come from, as a model that returns them."""
-    wanted, nodes = set(names), []
-    for node in reversed(proto.graph.node):
+    graph, wanted, nodes = proto.graph, set(names), []
+    for node in reversed(graph.node):
         if wanted & set(node.output):
             wanted |= set(node.input)
             nodes.append(node)
-    outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT8, None) for name in names]
-    stored = [tensor for tensor in proto.graph.initializer if tensor.name in wanted]
-    graph = onnx.helper.make_graph(nodes[::-1], "constants", [], outputs, stored)
-    return onnx.helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)
+    typed = {value.name: value for value in graph.output}
+    unknown = onnx.TensorProto.INT8
+    outputs = [typed.get(name) or onnx.helper.make_tensor_value_info(name, unknown, None) for name in names]
+    inputs = [value for value in graph.input if value.name in wanted]
+    stored = [tensor for tensor in graph.initializer if tensor.name in wanted]
+    part = onnx.helper.make_graph(nodes[::-1], "part", inputs, outputs, stored)
+    return onnx.helper.make_model(
+        part, opset_imports=proto.opset_import, ir_version=proto.ir_version, functions=proto.functions
+    )
