@@ -7,6 +7,7 @@ __all__ = [
     "EvaluationError",
     "ExportError",
     "HqcError",
+    "KernelError",
     "MemoryShortError",
     "PassError",
     "PipelineTextError",
@@ -60,6 +61,10 @@ class TrainingError(HqcError):
 
 class ExportError(HqcError):
     """A program could not be lowered to the target within the bounds that the export guarantees."""
+
+
+class KernelError(HqcError):
+    """A kernel was called with tensors, or asked for options, that it does not take."""
 
 
 class RuntimeMissingError(HqcError):

@@ -1,0 +1,83 @@
+"""What the launchers refuse, in the words of the error tree: where, what was found and expected, what to do."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hqc.errors import KernelError, RuntimeMissingError
+
+__all__ = ["check_devices", "check_tensor", "check_total", "float_name"]
+
+FLOAT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def check_tensor(
+    where: str, name: str, tensor: Tensor, *, dtype: torch.dtype | Sequence[torch.dtype], shape: Sequence[int | None]
+) -> None:
+    """Refuses another dtype, another shape (None: any size), or a tensor that is not contiguous.
+
+    Raises:
+        KernelError: naming the tensor, what was found and what was expected.
+    """
+    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise KernelError(where, f"{name} is {found}, expected {wanted}", "Convert it before the call.")
+    matches = tensor.ndim == len(shape) and all(w is None or w == d for d, w in zip(tensor.shape, shape, strict=True))
+    if not matches:
+        wanted = "×".join("any" if d is None else str(d) for d in shape)
+        found = "×".join(map(str, tensor.shape)) or "a scalar"
+        raise KernelError(where, f"{name} has shape {found}, expected {wanted}", "Check the layer's sizes.")
+    if not tensor.is_contiguous():
+        raise KernelError(where, f"{name} has strides {tensor.stride()}, expected contiguous", "Call .contiguous().")
+
+
+def check_total(where: str, **tensors: Tensor) -> None:
+    """Refuses tensors of 2^31 elements and more: offsets are 32-bit.
+
+    Raises:
+        KernelError: naming the first tensor that is too large.
+    """
+    for name, tensor in tensors.items():
+        if tensor.numel() >= 2**31:
+            raise KernelError(where, f"{name} has {tensor.numel()} elements, expected below 2^31", "Split the batch.")
+
+
+def float_name(where: str, dtype: torch.dtype) -> str:
+    """triton's name of a floating dtype.
+
+    Raises:
+        KernelError: if the kernels do not compute in it.
+    """
+    if dtype not in FLOAT_NAMES:
+        raise KernelError(where, f"the dtype is {dtype}, expected float16, bfloat16 or float32", "Choose one of those.")
+    return FLOAT_NAMES[dtype]
+
+
+def check_devices(where: str, first: Tensor, *others: Tensor | None) -> None:
+    """Refuses tensors of several devices, and a device that the kernels cannot run on here.
+
+    Raises:
+        KernelError: naming the devices.
+        RuntimeMissingError: if triton is missing.
+    """
+    found = {str(t.device) for t in (first, *others) if t is not None}
+    if len(found) > 1:
+        raise KernelError(where, f"the tensors are on {', '.join(sorted(found))}", "Move them to one CUDA device.")
+    if first.device.type != "cuda" and not _interpreted(where):
+        raise KernelError(
+            where,
+            f"the tensors are on {first.device}, expected a CUDA device",
+            "Move them there, or set TRITON_INTERPRET=1 before the start to interpret the kernels on the CPU.",
+        )
+
+
+def _interpreted(where: str) -> bool:
+    """Whether the kernels of this process run in triton's interpreter."""
+    try:
+        from triton import knobs
+    except ImportError as error:
+        raise RuntimeMissingError(where, "triton is not installed", "pip install 'hqc[gpu]'.") from error
+    return bool(knobs.runtime.interpret)

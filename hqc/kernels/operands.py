@@ -1,0 +1,93 @@
+"""What an integer product takes besides its codes: the weight in its form, and what the epilogue adds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hqc.errors import KernelError
+from hqc.kernels.guards import check_tensor, float_name
+from hqc.kernels.options import BLOCKS, WeightForm
+
+__all__ = ["Epilogue", "Weight", "check_epilogue", "check_weight", "weight_form"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A layer's weight as a kernel reads it.
+
+    codes: int8 [O, C] or [O, kh, kw, C], already multiplied by H where the site is rotated; or four-bit codes packed by
+    `pack_weight`, uint8 with ⌈C/2⌉ in the place of C, which are not: then `rotation` is the block of H that the kernel
+    multiplies them with (1: none), and `packed_weight_fits` has said that it may.
+    high: a second digit, int8 of the same shape; the weight is codes + high_factor·high.  128 for `hqc::digit`, 1 for
+    `hqc::half`.
+    scale: fp32 [O], with the rotation's 1/√b in it.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    high: Tensor | None = None
+    high_factor: int = 128
+    rotation: int = 1
+
+    @property
+    def packed(self) -> bool:
+        """Whether the codes are two a byte."""
+        return self.codes.dtype == torch.uint8
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the product: + bias [O], + residual of the output's shape and dtype, then SiLU; output in dtype."""
+
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    silu: bool = False
+    dtype: torch.dtype = torch.float16
+
+
+def weight_form(weight: Weight, channels: int) -> WeightForm:
+    """How the kernel reads the weight: lines of whole, aligned words are read as words."""
+    if not weight.packed:
+        return "int8"
+    return "words" if channels % 8 == 0 and weight.codes.data_ptr() % 4 == 0 else "nibbles"
+
+
+def check_weight(where: str, weight: Weight, kernel: tuple[int, ...], channels: int) -> int:
+    """The number of outputs of a weight whose shape, dtype and options fit each other and the codes.
+
+    Raises:
+        KernelError: naming what does not fit.
+    """
+    stored = (channels + 1) // 2 if weight.packed else channels
+    check_tensor(where, "weight", weight.codes, dtype=(torch.int8, torch.uint8), shape=(None, *kernel, stored))
+    outputs = weight.codes.shape[0]
+    check_tensor(where, "weight.scale", weight.scale, dtype=torch.float32, shape=(outputs,))
+    if weight.rotation not in BLOCKS:
+        raise KernelError(where, f"the rotation is {weight.rotation}, expected one of {BLOCKS}", "Choose one of those.")
+    if weight.rotation > 1 and not weight.packed:
+        found = f"an int8 weight comes with a rotation of {weight.rotation}, expected 1"
+        raise KernelError(where, found, "Store it rotated, or pack it.")
+    if channels % weight.rotation:
+        found = f"there are {channels} channels, expected a multiple of the rotation {weight.rotation}"
+        raise KernelError(where, found, "Use the block that hqc.ops.block_size gives.")
+    if weight.high is not None:
+        if weight.packed:
+            found = "a packed weight comes with a second digit, expected none"
+            raise KernelError(where, found, "Use two int8 digits.")
+        check_tensor(where, "weight.high", weight.high, dtype=torch.int8, shape=weight.codes.shape)
+    return outputs
+
+
+def check_epilogue(where: str, epilogue: Epilogue, outputs: int, shape: Sequence[int]) -> None:
+    """Refuses a bias, residual or dtype that does not fit an output of `shape`.
+
+    Raises:
+        KernelError: naming what does not fit.
+    """
+    float_name(where, epilogue.dtype)
+    if epilogue.bias is not None:
+        check_tensor(where, "bias", epilogue.bias, dtype=torch.float32, shape=(outputs,))
+    if epilogue.residual is not None:
+        check_tensor(where, "residual", epilogue.residual, dtype=epilogue.dtype, shape=shape)

@@ -1,0 +1,113 @@
+"""Tile sizes by shape: large tiles where there are enough of them to fill the processor, small ones where not."""
+
+from dataclasses import dataclass
+
+__all__ = ["ProductTile", "hadamard_nchw_tile", "hadamard_rows_tile", "product_tile", "tile_channels"]
+
+MULTIPROCESSORS = 132
+"""Of an H100; what is assumed where no GPU is asked."""
+_HADAMARD_ELEMENTS = 4096
+"""Of a tile: 32 a thread, which four warps hold in registers with room for several programs a multiprocessor."""
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """Tile of an integer product with the warps and stages that hold it."""
+
+    rows: int
+    outputs: int
+    channels: int
+    num_warps: int
+    num_stages: int
+
+
+# (rows, outputs, warps) from the largest on: 64 sums a thread in the first ones, fewer in the last.
+_SHAPES = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (32, 32, 2), (16, 32, 2))
+# Two digits keep twice as many sums; a deep rotation keeps its matrix and an int32 tile as well.
+_CROWDED_SHAPES = ((128, 64, 8), *_SHAPES[2:])
+# A tile of 256 channels, which only a rotation of 256 needs, leaves shared memory for this much.
+_DEEP_SHAPES = ((64, 64, 8), (32, 32, 4), (16, 32, 4))
+
+
+def _power_of_two(value: int) -> int:
+    """The smallest power of two that is not below value.
+
+    >>> _power_of_two(1), _power_of_two(48), _power_of_two(64)
+    (1, 64, 64)
+    """
+    return 1 << (value - 1).bit_length()
+
+
+def hadamard_rows_tile(
+    rows: int, channels: int, block: int, *, multiprocessors: int = MULTIPROCESSORS
+) -> tuple[int, int, int]:
+    """(rows, channels, warps) of a tile for `hadamard_quantize` over rows of channels.
+
+    Channels: a power of two that divides them if one of 64…256 does, so that no lane is masked; at least a block.
+    Rows: the rest of the tile, halved while there are fewer than four tiles a multiprocessor.
+
+    >>> hadamard_rows_tile(8192, 320, 32)
+    (64, 64, 4)
+    """
+    wide = next((width for width in (256, 128, 64) if channels % width == 0), min(64, _power_of_two(channels)))
+    wide = max(wide, block, 16)
+    tall = max(1, min(_HADAMARD_ELEMENTS // wide, _power_of_two(rows)))
+    columns = -(-channels // wide)
+    while tall > 8 and -(-rows // tall) * columns < 4 * multiprocessors:
+        tall //= 2
+    return tall, wide, max(1, min(4, tall * wide * 4 // _HADAMARD_ELEMENTS))
+
+
+def hadamard_nchw_tile(pixels: int, block: int) -> tuple[int, int, int]:
+    """(pixels, channels, warps) of a tile for `hadamard_quantize` from NCHW.
+
+    One warp, so that the butterfly over channels stays among its lanes and registers; 64 or 128 elements a thread.
+
+    >>> hadamard_nchw_tile(4096, 32), hadamard_nchw_tile(4096, 128), hadamard_nchw_tile(9, 32)
+    ((64, 32, 1), (32, 128, 1), (16, 32, 1))
+    """
+    wide = max(32, block)
+    return min((2048 if wide <= 64 else 4096) // wide, _power_of_two(pixels)), wide, 1
+
+
+def tile_channels(channels: int, rotation: int = 1) -> int:
+    """Channels of a product's tile: the widest of 128 and 64 that divides them, else 64, or 32 where that is enough.
+
+    Channels that are no multiple of 16 are read byte by byte, each with an address of its own: 32 of them at most.
+
+    >>> [tile_channels(c) for c in (4, 45, 48, 192, 320, 960, 1280)]
+    [32, 32, 64, 64, 64, 64, 128]
+    """
+    if channels % 16:
+        return max(32, rotation)
+    widest = next((width for width in (128, 64) if channels % width == 0), 64 if channels > 32 else 32)
+    return max(widest, rotation)
+
+
+def product_tile(
+    rows: int,
+    outputs: int,
+    channels: int,
+    *,
+    rotation: int = 1,
+    two_digits: bool = False,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> ProductTile:
+    """The largest tile of which there is one for each multiprocessor, and which fits registers and shared memory.
+
+    Shared memory: (rows + outputs)·channels bytes a stage within the 99 KiB that every architecture from sm_80 on has.
+    """
+    depth = tile_channels(channels, rotation)
+    if depth > 128:
+        shapes = _DEEP_SHAPES
+    elif channels % 16:
+        shapes = _SHAPES[2:]
+    else:
+        shapes = _CROWDED_SHAPES if two_digits or rotation >= 64 else _SHAPES
+    wanted = next((s for s in shapes if _programs(rows, outputs, s) >= multiprocessors), None)
+    tall, wide, warps = wanted or max(shapes, key=lambda s: _programs(rows, outputs, s))
+    return ProductTile(tall, wide, depth, warps, {32: 4, 64: 4, 128: 3}.get(depth, 2))
+
+
+def _programs(rows: int, outputs: int, shape: tuple[int, int, int]) -> int:
+    return -(-rows // shape[0]) * -(-outputs // shape[1])
