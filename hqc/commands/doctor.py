@@ -1,5 +1,7 @@
 """The command that looks at the machine: doctor."""
 
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
@@ -16,24 +18,31 @@ __all__ = ["doctor"]
 @json_option
 def doctor(as_json: bool) -> None:
     """Show what can be exported, built and run on this machine, what is missing, and how to install it."""
-    from hqc import console as out
     from hqc.engines.doctor import diagnose
     from hqc.engines.environment import find_environment
 
+    # Not hqc.console: it imports torch, which may be what is broken.
     diagnosis = diagnose(find_environment())
     if as_json:
-        out.print_json(diagnosis.to_dict())
+        click.echo(json.dumps(diagnosis.to_dict(), indent=1))
         return
-    out.fields("versions", _versions(diagnosis))
-    out.fields("GPUs", _gpus(diagnosis))
-    out.console.print("what can be done here", style="bold")
+    _table("versions", _versions(diagnosis))
+    _table("GPUs", _gpus(diagnosis))
+    click.secho("what can be done here", bold=True)
     for ability in diagnosis.abilities:
         click.echo(f"  {'yes' if ability.ready else 'no ':<3}  {ability.kind:<6}  {ability.name}{_why(ability)}")
-    out.console.print("known-bad combinations", style="bold")
+    click.secho("known-bad combinations", bold=True)
     for bad in diagnosis.known_bad:
         click.echo(f"  {bad.name}: {bad.effect}. Do: {bad.do}.")
     if not diagnosis.known_bad:
         click.echo("  none found")
+
+
+def _table(title: str, values: Mapping[str, str]) -> None:
+    click.secho(title, bold=True)
+    width = max(map(len, values))
+    for name, value in values.items():
+        click.echo(f"  {name:<{width}}  {value}")
 
 
 def _versions(diagnosis: "Diagnosis") -> dict[str, str]:

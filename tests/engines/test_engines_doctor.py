@@ -2,6 +2,8 @@
 
 import ctypes
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -291,3 +293,12 @@ def test_nothing_bad_is_said_too(monkeypatch: pytest.MonkeyPatch) -> None:
     text = CliRunner(catch_exceptions=False).invoke(main, ["doctor"]).stdout
     assert text.rstrip().endswith("none found")
     assert "no NVIDIA GPU, or no driver" in text
+
+
+def test_a_broken_package_does_not_stop_it() -> None:
+    """It must say that torch is broken; it cannot if it imports torch."""
+    broken = "; ".join(f"sys.modules[{name!r}] = None" for name in ("torch", "numpy", "onnx", "onnxruntime"))
+    code = f"import sys; {broken}; from hqc.cli import main; main(['doctor', '--json'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["versions"]["torch"]
