@@ -85,6 +85,13 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         "update the driver, or take triton 3.6",
     ),
     KnownBad(
+        "triton 3.7 on Blackwell with a driver older than CUDA 13.1",
+        lambda e: _version(e, "triton", "3.7", "3.8") and _cuda(e, (13, 1)) and any(cc >= (10, 0) for cc in _archs(e)),
+        "triton's assembler for sm_100 and later is that of CUDA 13.1, and PTX ISA 9.1 is not loaded by that driver "
+        "(CUDA_ERROR_UNSUPPORTED_PTX_VERSION); hqc caps the version of its own kernels, other kernels fail",
+        "update the driver, or take triton 3.6",
+    ),
+    KnownBad(
         "onnxruntime-gpu's TensorRT provider with tensorrt 11",
         lambda e: e.has("onnxruntime-gpu") and _version(e, "tensorrt", "11"),
         "the provider loads libnvinfer.so.10 and finds version 11",

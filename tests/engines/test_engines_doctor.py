@@ -54,6 +54,10 @@ CASES: dict[str, tuple[Environment, tuple[Environment, ...]]] = {
             machine(triton="3.9.0"),
         ),
     ),
+    "triton 3.7 on Blackwell with a driver older than CUDA 13.1": (
+        machine((12, 0), triton="3.7.1"),
+        (machine((9, 0), triton="3.7.1"), machine((12, 0), (13, 1), triton="3.7.1"), machine((12, 0), triton="3.6.0")),
+    ),
     "onnxruntime-gpu's TensorRT provider with tensorrt 11": (
         machine(onnxruntime_gpu="1.31.1", tensorrt="11.4.0.106"),
         (machine(onnxruntime_gpu="1.31.1", tensorrt="10.16.1"), machine(onnxruntime="1.32.0", tensorrt="11.4")),
