@@ -13,6 +13,7 @@ at 0 and need no zero point.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -40,11 +41,11 @@ class TensorRtState(Lowering):
     forms: dict[str, LayerForm]
 
 
-def looked_up(lo: TensorRtState, scale: fx.Node, values: NDArray[np.float32], rank: int) -> ir.Value:
+def looked_up(lo: TensorRtState, scale: Any, values: NDArray[np.float32], rank: int, name: str) -> ir.Value:
     """A table [T] of values at the timestep's row, shaped to multiply a tensor of some rank: [N, 1, …]."""
     table = lo.builder.constant(values.astype(np.float32).reshape(-1, *[1] * (rank - 1)), "table")
     row = lo.value(scale.args[2])
-    return typed(lo.builder.op("Gather", table, row, axis=0, name="scale"), FLOAT)
+    return typed(lo.builder.op("Gather", table, row, axis=0, name=name), FLOAT)
 
 
 def static_zero(lo: Lowering) -> ir.Value:
@@ -52,9 +53,10 @@ def static_zero(lo: Lowering) -> ir.Value:
     return lo.builder.constant(np.asarray(0, np.int8), "zero_point")
 
 
-def dequantized(lo: TensorRtState, codes: ir.Value, static: float) -> ir.Value:
+def dequantized(lo: TensorRtState, codes: ir.Value, static: float, name: str) -> ir.Value:
     """DequantizeLinear(codes, s₀, 0) in float32."""
-    return typed(lo.builder.op("DequantizeLinear", codes, lo.builder.scalar(static), static_zero(lo)), FLOAT)
+    pair = (codes, lo.builder.scalar(static), static_zero(lo))
+    return typed(lo.builder.op("DequantizeLinear", *pair, name=name), FLOAT)
 
 
 def int8_pair(
@@ -68,7 +70,7 @@ def int8_pair(
     codes = b.initializer(name, ir.tensor(weight, name=name))
     factors = b.constant(scale.astype(np.float32), f"{name}_scale")
     zeros = b.constant(np.zeros(scale.shape, np.int8), "zero_points")
-    return typed(b.op("DequantizeLinear", codes, factors, zeros, axis=axis), FLOAT)
+    return typed(b.op("DequantizeLinear", codes, factors, zeros, axis=axis, name=f"{name}.real"), FLOAT)
 
 
 # ---- rotation ------------------------------------------------------------------------------------------------------
@@ -79,22 +81,22 @@ def hadamard(lo: TensorRtState, node: fx.Node) -> ir.Value | None:
     if all(is_op(user, ops.quantize.default) for user in node.users):
         return None
     factor = lo.builder.scalar(float(np.float32(int(node.args[1]) ** -0.5)))  # type: ignore[arg-type]
-    return typed(lo.builder.op("Mul", _rotated(lo, node), factor, name=node.name), FLOAT, lo.shape(node))
+    return typed(lo.builder.op("Mul", _rotated(lo, node, node.name), factor, name=node.name), FLOAT, lo.shape(node))
 
 
-def _rotated(lo: TensorRtState, rotation: fx.Node) -> ir.Value:
+def _rotated(lo: TensorRtState, rotation: fx.Node, name: str) -> ir.Value:
     """±H·x without the factor 1/√b, in torch's layout."""
     x, block = lo.value(rotation.args[0]), int(rotation.args[1])  # type: ignore[arg-type]
     shape = lo.static_shape(rotation)
     image = len(shape) == 4 and int(rotation.args[2]) % 4 == 1  # type: ignore[arg-type]
     if image:
         by_conv = lo.options.image_rotation == "conv"
-        return _conv(lo, x, block, shape[1]) if by_conv else _image_product(lo, x, block, shape)
+        return _conv(lo, x, block, shape[1], name) if by_conv else _image_product(lo, x, block, shape, name)
     if lo.options.token_rotation == "matmul":
-        return _token_product(lo, x, block, shape)
+        return _token_product(lo, x, block, shape, name)
     # One pixel a token: [N·…, C, 1, 1].
     pixels = _reshaped(lo, x, [-1, shape[-1], 1, 1])
-    return _reshaped(lo, _conv(lo, pixels, block, shape[-1]), shape)
+    return _reshaped(lo, _conv(lo, pixels, block, shape[-1], name), shape)
 
 
 def _reshaped(lo: TensorRtState, x: ir.Value, shape: list[int]) -> ir.Value:
@@ -106,24 +108,28 @@ def _matrix(block: int) -> NDArray[np.float32]:
     return sylvester(block).numpy().astype(np.float32)
 
 
-def _conv(lo: TensorRtState, x: ir.Value, block: int, channels: int) -> ir.Value:
+def _conv(lo: TensorRtState, x: ir.Value, block: int, channels: int, name: str) -> ir.Value:
     groups = channels // block
     tiled = np.tile(_matrix(block), (groups, 1)).reshape(channels, block, 1, 1)
     weight = lo.builder.constant(tiled, f"hadamard_{channels}_{block}")
-    return typed(lo.builder.op("Conv", x, weight, group=groups, kernel_shape=[1, 1], name="rotated"), FLOAT)
+    return typed(lo.builder.op("Conv", x, weight, group=groups, kernel_shape=[1, 1], name=f"{name}.rotated"), FLOAT)
 
 
-def _image_product(lo: TensorRtState, x: ir.Value, block: int, shape: list[int]) -> ir.Value:
+def _image_product(lo: TensorRtState, x: ir.Value, block: int, shape: list[int], name: str) -> ir.Value:
     b = lo.builder
     groups = _reshaped(lo, x, [-1, shape[1] // block, block, math.prod(shape[2:])])
-    rotated = typed(b.op("MatMul", b.constant(_matrix(block), f"hadamard_{block}"), groups, name="rotated"), FLOAT)
+    rotated = typed(
+        b.op("MatMul", b.constant(_matrix(block), f"hadamard_{block}"), groups, name=f"{name}.rotated"), FLOAT
+    )
     return _reshaped(lo, rotated, shape)
 
 
-def _token_product(lo: TensorRtState, x: ir.Value, block: int, shape: list[int]) -> ir.Value:
+def _token_product(lo: TensorRtState, x: ir.Value, block: int, shape: list[int], name: str) -> ir.Value:
     b = lo.builder
     groups = _reshaped(lo, x, [*shape[:-1], shape[-1] // block, block])
-    rotated = typed(b.op("MatMul", groups, b.constant(_matrix(block), f"hadamard_{block}"), name="rotated"), FLOAT)
+    rotated = typed(
+        b.op("MatMul", groups, b.constant(_matrix(block), f"hadamard_{block}"), name=f"{name}.rotated"), FLOAT
+    )
     return _reshaped(lo, rotated, shape)
 
 
@@ -139,16 +145,16 @@ def quantize(lo: TensorRtState, node: fx.Node) -> ir.Value:
     table = scale_table(lo.program, scale, site).numpy()
     if block > 1 and form.integer and lo.options.plugins == "qdp":
         return _plugin(lo, node, table, block)
-    static = form.static_scale or 1.0
-    rank = len(lo.shape(node))
-    factor = looked_up(lo, scale, np.float32(1) / table * np.float32(static) * np.float32(block**-0.5), rank)  # type: ignore[arg-type]
-    rotated = _rotated(lo, x) if block > 1 else lo.value(x)  # type: ignore[arg-type]
-    b = lo.builder
+    b, static = lo.builder, form.static_scale or 1.0
+    values = np.float32(1) / table * np.float32(static * block**-0.5)
+    factor = looked_up(lo, scale, values.astype(np.float32), len(lo.shape(node)), f"{site}.input_scale")
+    rotated = _rotated(lo, x, site) if block > 1 else lo.value(x)  # type: ignore[arg-type]
+    level = typed(b.op("Mul", rotated, factor, name=f"{site}.level"), FLOAT)
     bounds = [b.scalar(int(bound) * static) for bound in (low, high)]  # type: ignore[arg-type]
-    level = typed(b.op("Clip", typed(b.op("Mul", rotated, factor), FLOAT), *bounds), FLOAT)
+    clipped = typed(b.op("Clip", level, *bounds, name=f"{site}.clipped"), FLOAT)
     if not form.integer:
-        return typed(b.op("Round", level, name=f"{site}.codes"), FLOAT, lo.shape(node))
-    codes = b.op("QuantizeLinear", level, b.scalar(static), static_zero(lo), name=f"{site}.codes")
+        return typed(b.op("Round", clipped, name=f"{site}.codes"), FLOAT, lo.shape(node))
+    codes = b.op("QuantizeLinear", clipped, b.scalar(static), static_zero(lo), name=f"{site}.codes")
     return typed(codes, INT8, lo.shape(node))
 
 
@@ -159,7 +165,7 @@ def _plugin(lo: TensorRtState, node: fx.Node, table: NDArray[np.float32], block:
     codes = b.op(
         "HadamardQuantize",
         lo.value(rotation.args[0]),  # type: ignore[union-attr]
-        per_sample_scale(lo, scale, np.float32(1) / table),  # type: ignore[arg-type]
+        per_sample_scale(lo, scale, np.float32(1) / table, f"{node.meta['site']}.input_scale"),
         name=f"{node.meta['site']}.codes",
         domain=HQC_DOMAIN,
         block=block,
@@ -170,9 +176,9 @@ def _plugin(lo: TensorRtState, node: fx.Node, table: NDArray[np.float32], block:
     return typed(codes, INT8, lo.shape(node))
 
 
-def per_sample_scale(lo: TensorRtState, scale: fx.Node, values: NDArray[np.float32]) -> ir.Value:
+def per_sample_scale(lo: TensorRtState, scale: Any, values: NDArray[np.float32], name: str) -> ir.Value:
     """A table at the timestep's row as [N], which a plugin reads one a sample."""
-    picked = looked_up(lo, scale, values, 1)
+    picked = looked_up(lo, scale, values, 1, name)
     if scale not in lo.shared:
         return picked
-    return typed(lo.builder.op("Expand", picked, batch_dims(lo, [BATCH]), name="scales"), FLOAT)
+    return typed(lo.builder.op("Expand", picked, batch_dims(lo, [BATCH]), name=f"{name}s"), FLOAT)

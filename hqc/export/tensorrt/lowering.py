@@ -10,6 +10,7 @@ would be a run-time tensor, for which TensorRT builds float kernels at best.
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import fx
@@ -106,10 +107,10 @@ def _dequantize(lo: TensorRtState, node: fx.Node) -> ir.Value:
     codes, scale = node.args
     if is_op(codes, ops.quantize.default):
         site, rank = str(node.meta["site"]), len(lo.shape(node))
-        factor = looked_up(lo, scale, scale_table(lo.program, scale, site).numpy(), rank)  # type: ignore[arg-type]
+        factor = looked_up(lo, scale, scale_table(lo.program, scale, site).numpy(), rank, f"{site}.scale")  # type: ignore[arg-type]
         return b.op("Mul", lo.value(codes), factor, name=node.name)
     stored = evaluate(lo.program, codes, {})  # type: ignore[arg-type]
-    name = f"{node.meta.get('site', node.name)}.weight_int4" if fits_int4(stored) else f"{node.name}.weight_int8"
+    name = f"{node.meta.get('site', node.name)}.weight_{'int4' if fits_int4(stored) else 'int8'}"
     return _dequantized_weight(lo, stored, lo.program.state[str(scale.target)], 0, name)  # type: ignore[union-attr]
 
 
@@ -123,8 +124,8 @@ def _dequantized_weight(
     zeros = b.initializer(f"{name}_zero", _stored(torch.zeros(scale.shape, dtype=torch.int8), kind, f"{name}_zero"))
     stored = b.initializer(name, _stored(codes, kind, name))
     if block:
-        return b.op("DequantizeLinear", stored, factors, zeros, axis=axis, block_size=block)
-    return b.op("DequantizeLinear", stored, factors, zeros, axis=axis)
+        return b.op("DequantizeLinear", stored, factors, zeros, axis=axis, block_size=block, name=f"{name}.real")
+    return b.op("DequantizeLinear", stored, factors, zeros, axis=axis, name=f"{name}.real")
 
 
 def _stored(codes: torch.Tensor, kind: ir.DataType, name: str) -> ir.TensorProtocol:
@@ -150,6 +151,23 @@ def _linear(lo: TensorRtLowering, node: fx.Node) -> ir.Value:
     y = b.op("MatMul", lo.value(x), typed(matrix, ir.DataType.FLOAT), name=site)
     bias = node.args[2] if len(node.args) > 2 else None
     return y if bias is None else b.op("Add", y, lo.value(bias), name=f"{site}.biased")
+
+
+def _group_norm(lo: Lowering, node: fx.Node) -> ir.Value:
+    """GroupNormalization with statistics in float32, one fused kernel in an engine."""
+    x, groups = node.args[:2]
+    shape = lo.shape(node)
+    b, channels = lo.builder, int(shape[1])
+    epsilon = float(node.args[4] if len(node.args) > 4 else node.kwargs.get("eps", 1e-5))  # type: ignore[arg-type]
+    affine = []
+    for index, name, neutral in ((2, "weight", 1.0), (3, "bias", 0.0)):
+        given = node.args[index] if len(node.args) > index else node.kwargs.get(name)
+        plain = b.constant(np.full(channels, neutral, np.float32))
+        affine.append(plain if given is None else lo.value(given))
+    rows = lo.value(x) if len(shape) > 2 else b.op("Unsqueeze", lo.value(x), b.ints(2))
+    count, stash = int(groups), int(ir.DataType.FLOAT)  # type: ignore[arg-type]
+    y = b.op("GroupNormalization", rows, *affine, epsilon=epsilon, num_groups=count, stash_type=stash, name=node.name)
+    return y if len(shape) > 2 else b.op("Squeeze", y, b.ints(2))
 
 
 def _attention(lo: Lowering, node: fx.Node) -> ir.Value:
@@ -193,6 +211,7 @@ _TRANSLATIONS: Translations = {
         ops.rescale.default: rescale,
         aten.index_select.default: _index_select,
         aten.linear.default: _linear,
+        aten.group_norm.default: _group_norm,
         aten.scaled_dot_product_attention.default: _attention,
         aten.baddbmm.default: _baddbmm,
         **dict.fromkeys(

@@ -46,7 +46,7 @@ def _int8(lo: TensorRtState, node: fx.Node) -> ir.Value:
     first, static = products[0].node, lo.forms[site].static_scale
     assert static is not None
     image = is_op(first, ops.int_conv2d.default)
-    codes = dequantized(lo, lo.value(first.args[0]), static)
+    codes = dequantized(lo, lo.value(first.args[0]), static, f"{site}.codes.real")
     scale = lo.program.state[str(scale_w.target)].numpy()  # type: ignore[union-attr]
     digits = int8_digits(total_codes(lo.program, products), site)
     parts = []
@@ -54,24 +54,26 @@ def _int8(lo: TensorRtState, node: fx.Node) -> ir.Value:
         name = f"{site}.weight_int8" if len(digits) == 1 else f"{site}.weight_int8_{index}"
         array = digit.codes.numpy() if image else digit.codes.numpy().T.copy()
         weight = int8_pair(lo, array, scale * np.float32(digit.factor), 0 if image else 1, name)
-        parts.append(_conv(lo, codes, weight, first) if image else typed(b.op("MatMul", codes, weight), FLOAT))
-    product = parts[0] if len(parts) == 1 else typed(b.op("Add", *parts), FLOAT)
+        wish = name.replace("weight_int8", "product")
+        part = _conv(lo, codes, weight, first, wish) if image else b.op("MatMul", codes, weight, name=wish)
+        parts.append(typed(part, FLOAT))
+    product = parts[0] if len(parts) == 1 else typed(b.op("Add", *parts, name=f"{site}.product"), FLOAT)
     table = scale_table(lo.program, scale_a, site).numpy()
-    factor = looked_up(lo, scale_a, table / np.float32(static), len(lo.shape(node)))  # type: ignore[arg-type]
-    y = typed(b.op("Mul", product, factor), FLOAT)
+    factor = looked_up(lo, scale_a, table / np.float32(static), len(lo.shape(node)), f"{site}.output_scale")  # type: ignore[arg-type]
+    y = typed(b.op("Mul", product, factor, name=f"{site}.scaled"), FLOAT)
     if bias is None:
         return y
     channels = lo.value(bias)
-    return typed(b.op("Add", y, b.reshape(channels, [1, -1, 1, 1]) if image else channels), FLOAT)
+    offset = b.reshape(channels, [1, -1, 1, 1], f"{site}.offset") if image else channels
+    return typed(b.op("Add", y, offset, name=f"{site}.sum"), FLOAT)
 
 
-def _conv(lo: TensorRtState, codes: ir.Value, weight: ir.Value, product: fx.Node) -> ir.Value:
+def _conv(lo: TensorRtState, codes: ir.Value, weight: ir.Value, product: fx.Node, name: str) -> ir.Value:
     stride, padding, dilation = ([int(v) for v in product.args[i]] for i in (2, 3, 4))  # type: ignore[union-attr, arg-type]
     kernel = [int(d) for d in lo.shape(product.args[1])[2:]]
-    conv = lo.builder.op(
-        "Conv", codes, weight, strides=stride, pads=padding * 2, dilations=dilation, kernel_shape=kernel
+    return lo.builder.op(
+        "Conv", codes, weight, strides=stride, pads=padding * 2, dilations=dilation, kernel_shape=kernel, name=name
     )
-    return typed(conv, FLOAT)
 
 
 # ---- plugins -------------------------------------------------------------------------------------------------------
@@ -92,7 +94,13 @@ def _plugin(lo: TensorRtState, node: fx.Node) -> ir.Value:
     packed = b.initializer(name, ir.tensor(packed_rows(codes).numpy(), name=name))
     table = scale_table(lo.program, scale_a, site).numpy()
     offsets = b.constant(np.zeros(codes.shape[0], np.float32), "no_bias") if bias is None else lo.value(bias)
-    inputs = (lo.value(product.args[0]), packed, lo.value(scale_w), per_sample_scale(lo, scale_a, table), offsets)  # type: ignore[arg-type]
+    inputs = (
+        lo.value(product.args[0]),
+        packed,
+        lo.value(scale_w),
+        per_sample_scale(lo, scale_a, table, f"{site}.scale"),
+        offsets,
+    )
     attributes = {"block": lo.forms[site].block or 1, "out_type": int(FLOAT)}
     if is_op(product, ops.int_conv2d.default):
         kernel = int(codes.shape[2])
