@@ -131,6 +131,7 @@ class HadamardQuantize:
             raise PluginError(self.name, f"channel_axis is {axis} of {rank}, expected the last, or 1 of 4", NO_PLUGINS)
         channels = _static(dims[0][1 if image else rank - 1], "HadamardQuantize", "channels")
         bounds = attributes["low"], attributes["high"]
+        _divides(self.name, attributes["block"], channels)
 
         def choice(layout: str, x_format: str, codes_format: str) -> Choice:
             variant = HadamardVariant(dtype, layout, channels, attributes["block"], *bounds)
@@ -212,6 +213,7 @@ class Int4Linear:
         channels = _static(dims[0][len(dims[0]) - 1], self.name, "channels")
         if channels != 2 * stored:
             raise PluginError(self.name, f"{channels} channels meet weights of {2 * stored}", AGAIN)
+        _divides(self.name, attributes["block"], channels)
         variant = LinearVariant(out, channels, outputs, attributes["block"])
         return (Choice(variant, _product_types(out), ("LINEAR",) * 6),)
 
@@ -238,6 +240,7 @@ class Int4Conv:
         if taps * channels != 2 * stored or taps != attributes["kernel"] ** 2:
             window = f"a window of {channels} channels and side {attributes['kernel']}"
             raise PluginError(self.name, f"weights of {2 * stored} are not those of {window}", AGAIN)
+        _divides(self.name, attributes["block"], channels)
         _fills(self.name, channels, "HWC16")
         _fills(self.name, outputs, _LAST[out])
         sizes = (attributes[name] for name in ("kernel", "stride", "padding"))
@@ -287,6 +290,11 @@ def _fills(op: str, channels: int, layout: str) -> None:
     if channels % _VECTOR[layout]:
         found = f"{channels} channels do not fill {layout}, which has vectors of {_VECTOR[layout]}"
         raise PluginError(op, found, NO_PLUGINS)
+
+
+def _divides(op: str, block: int, channels: int) -> None:
+    if block < 1 or channels % block:
+        raise PluginError(op, f"{channels} channels are not whole blocks of {block}", AGAIN)
 
 
 def _codes(op: str, dtype: str) -> None:

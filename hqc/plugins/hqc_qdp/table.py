@@ -96,6 +96,8 @@ def read_table(folder: Path, capability: tuple[int, int]) -> KernelTable:
     try:
         listed, variants = data["kernels"], data["variants"]
         archs = {arch: build["target"] for kernel in listed.values() for arch, build in kernel["archs"].items()}
+        if not archs:
+            raise ValueError("no kernels")
         arch = choose_arch(archs, capability, str(path))
         kernels = {name: _kernel(folder, name, entry, arch) for name, entry in listed.items()}
         tactics = {key: tuple(kernels[name] for name in names) for key, names in variants.items()}

@@ -1,0 +1,108 @@
+"""The PTX of an export, launched on a GPU as TensorRT launches it: inputs, integers, output, two null pointers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from plugin_models import model
+
+from hqc.kernels import Epilogue, Weight, hadamard_quantize, int_conv2d, int_gemm
+from hqc.plugins import plugin_nodes, write_plugins
+from hqc.plugins.hqc_qdp.driver import current_capability, load_kernel
+from hqc.plugins.hqc_qdp.nodes import Choice
+from hqc.plugins.hqc_qdp.table import KernelTable, read_table
+
+pytestmark = pytest.mark.gpu
+BATCH = 3
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelTable:
+    """The kernels of a model with every plugin node, for this GPU."""
+    torch.cuda.init()
+    capability = current_capability()
+    folder = tmp_path_factory.mktemp("export")
+    onnx.save(model(), str(folder / "model.onnx"))
+    own = f"sm_{capability[0]}{capability[1]}"
+    archs = (own,) if own in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120") else ("sm_80",)
+    write_plugins(folder, folder / "model.onnx", archs)
+    return read_table(folder / "plugins", capability)
+
+
+def _choices(name: str) -> tuple[Choice, ...]:
+    return next(node for node in plugin_nodes(model()) if node.name == name).choices()
+
+
+def _run(
+    kernels: KernelTable, choice: Choice, sizes: Sequence[int], inputs: Sequence[torch.Tensor], out: torch.Tensor
+) -> list[torch.Tensor]:
+    """The output of every tactic; `sizes` are the first input's as ONNX has them."""
+    found = []
+    for kernel in kernels.tactics(choice.variant.key):
+        out.fill_(77)
+        launch = choice.variant.launch(sizes, kernel.tile, lambda a, b: -(-a // b))
+        stream = torch.cuda.current_stream().cuda_stream
+        loaded = load_kernel(kernel.ptx, kernel.entry, kernel.shared_bytes)
+        pointers = [tensor.data_ptr() for tensor in inputs]
+        loaded.launch(pointers, launch.integers, out.data_ptr(), launch.grid, kernel.threads, stream)
+        torch.cuda.synchronize()
+        found.append(out.clone())
+    return found
+
+
+def _normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def _weights(*shape: int) -> torch.Tensor:
+    """Packed four-bit codes in −1…1, whose rotation fits int8: nibbles 15, 0 and 1."""
+    nibbles = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(2)) & 15
+    return (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).to(torch.uint8).cuda()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_images(index: int, kernels: KernelTable) -> None:
+    choice = _choices("site.codes")[index]
+    x = _normal(BATCH, 64, 8, 8).half().cuda()
+    inverse = torch.tensor([1.0, 2.5, 7.0]).cuda()
+    last = x.permute(0, 2, 3, 1).contiguous()
+    wanted = hadamard_quantize(last, inverse, low=-7, high=7, block=32)
+    assert len(wanted.unique()) == 15
+    given = x if choice.formats[0] == "LINEAR" else last
+    results = _run(kernels, choice, x.shape, [given, inverse], torch.empty_like(wanted))
+    assert all(torch.equal(result, wanted) for result in results)
+
+
+def test_tokens_and_their_product(kernels: KernelTable) -> None:
+    x, inverse = _normal(BATCH, 77, 64).half().cuda(), torch.tensor([1.0, 2.5, 7.0]).cuda()
+    codes = hadamard_quantize(x, inverse, low=-7, high=7, block=32)
+    results = _run(kernels, _choices("line.codes")[0], x.shape, [x, inverse], torch.empty_like(codes))
+    assert all(torch.equal(result, codes) for result in results)
+    weight, scale_w, bias = _weights(96, 64), _normal(96).abs().cuda(), _normal(96).cuda()
+    scale = 1 / inverse
+    wanted = int_gemm(codes, Weight(weight, scale_w, rotation=32), scale, Epilogue(bias))
+    operands = [codes, weight, scale_w, scale, bias]
+    results = _run(kernels, _choices("line")[0], codes.shape, operands, torch.empty_like(wanted))
+    assert float(wanted.std()) > 0
+    assert all(torch.equal(result, wanted) for result in results)
+
+
+def test_convolutions(kernels: KernelTable) -> None:
+    codes = torch.randint(-7, 8, (BATCH, 8, 8, 64), generator=torch.Generator().manual_seed(4)).to(torch.int8).cuda()
+    weight, scale_w, bias = _weights(96, 3, 3, 64), _normal(96).abs().cuda(), _normal(96).cuda()
+    scale = torch.tensor([1.0, 0.4, 0.1]).cuda()
+    wanted = int_conv2d(codes, Weight(weight, scale_w, rotation=32), scale, Epilogue(bias), padding=(1, 1))
+    operands = [codes, weight, scale_w, scale, bias]
+    results = _run(kernels, _choices("site")[0], (BATCH, 64, 8, 8), operands, torch.empty_like(wanted))
+    assert float(wanted.std()) > 0
+    assert all(torch.equal(result, wanted) for result in results)
+
+
+def test_ptx_that_is_none_is_refused_with_the_drivers_word(tmp_path: Path) -> None:
+    from hqc.plugins.hqc_qdp.problems import PluginError
+
+    torch.cuda.init()
+    with pytest.raises(PluginError, match="kernel nothing: cuModuleLoadData failed with CUDA_ERROR_INVALID"):
+        load_kernel(b"this is no PTX", "nothing", 0)
