@@ -28,5 +28,7 @@ def attention(lo: Lowering, node: fx.Node) -> ir.Value:
     scale = node.kwargs.get("scale")
     options = {} if scale is None else {"scale": float(scale)}  # type: ignore[arg-type]
     y = b.op("MultiHeadAttention", *tokens, domain=MICROSOFT_DOMAIN, num_heads=int(heads), name=node.name, **options)
+    # Shape inference stops at this node: tools that read types, such as quantisers, are told.
+    y = typed(y, ir.DataType.FLOAT, (query[0], int(length), int(heads) * int(width)))
     split = b.reshape(y, [-1, int(length), int(heads), int(width)])
     return b.transpose(typed(split, ir.DataType.FLOAT), _HEADS_LAST)
