@@ -143,7 +143,7 @@ def quantize(lo: TensorRtState, node: fx.Node) -> ir.Value:
     block = int(x.args[1]) if is_op(x, ops.hadamard.default) else 1  # type: ignore[union-attr, arg-type]
     form = lo.forms[site]
     table = scale_table(lo.program, scale, site).numpy()
-    if block > 1 and form.integer and lo.options.plugins == "qdp":
+    if form.rotation == "plugin":
         return _plugin(lo, node, table, block)
     b, static = lo.builder, form.static_scale or 1.0
     values = np.float32(1) / table * np.float32(static * block**-0.5)

@@ -23,6 +23,7 @@ from hqc.export.reference import evaluate
 from hqc.export.scale_bank import lookup_key
 from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.export.tensorrt.options import TensorRtOptions
+from hqc.export.tensorrt.plugin_fit import product_obstacle, rotation_obstacle
 from hqc.export.tensorrt.weights import fits_int4, int8_digits, total_codes
 from hqc.program import Program, is_op
 
@@ -30,8 +31,6 @@ __all__ = ["FLOAT16_MAX", "Form", "LayerForm", "layer_forms", "scale_table", "st
 
 ops = torch.ops.hqc
 FLOAT16_MAX = 65504.0
-KERNEL_BLOCKS = (8, 16, 32, 64, 128, 256)
-_PLUGIN_LIMIT = 127
 
 
 class Form(StrEnum):
@@ -48,16 +47,18 @@ class Form(StrEnum):
 
 @dataclass(frozen=True)
 class LayerForm:
-    """One layer: its form and why; the rest is None where the layer has no integer product.
+    """One layer: its form and why; the rest is None where it does not apply.
 
-    `static_scale` s₀; `scale_range` the least and the largest s(t); `overflow_margin` how many times the worst product
-    of dequantised operands fits float16; `weight_bits_stored` what a weight takes in the file.
+    `rotation` of its activations by a conv, a matmul or the plugin, empty for none; `weight_bits_stored` what a weight
+    takes in the file; `static_scale` s₀, where there is a QuantizeLinear; `scale_range` the least and the largest s(t);
+    `overflow_margin` how many times the worst product of dequantised operands fits float16.
     """
 
     site: str
     form: Form
     reason: str
     block: int = 0
+    rotation: str = ""
     weight_bits_stored: int | None = None
     static_scale: float | None = None
     scale_range: tuple[float, float] | None = None
@@ -193,30 +194,32 @@ def _integer_form(
     table = scale_table(program, site.quantiser.args[1], site.site)
     rotation = site.quantiser.args[0]
     block = int(rotation.args[1]) if is_op(rotation, ops.hadamard.default) else 0  # type: ignore[union-attr, arg-type]
-    if options.plugins == "qdp" and block and block not in KERNEL_BLOCKS:
-        raise ExportError(
-            f"site {site.site}", f"no kernel rotates in blocks of {block}; there are {KERNEL_BLOCKS}", "Use one."
-        )
     image = is_op(site.products[0].node, ops.int_conv2d.default)
-    span = f"codes{' times H' if block else ''} span {facts.low}…{facts.high}"
+    form, reason = _int8_form(image, facts), _int8_reason(block, facts)
+    by: str = (options.image_rotation if image else options.token_rotation) if block else ""
     if options.plugins == "qdp":
-        obstacle = _plugin_obstacle(program, site, facts)
-        if not obstacle:
-            form, reason = Form.INT4_PLUGIN, f"4-bit weights; {span}, within ±{_PLUGIN_LIMIT}"
+        obstacle = product_obstacle(program, site, block, (facts.low, facts.high), options)
+        if obstacle:
+            reason += f"; not the int4 plugin: {obstacle}"
         else:
-            form, reason = _int8_form(image, facts), f"{_int8_reason(span, facts)}; not the int4 plugin: {obstacle}"
-    else:
-        form, reason = _int8_form(image, facts), _int8_reason(span, facts)
+            form, reason = Form.INT4_PLUGIN, f"4-bit weights; {reason}"
+        obstacle = rotation_obstacle(site, block, options) if block else ""
+        if obstacle:
+            reason += f"; rotated by standard operators: {obstacle}"
+        elif block:
+            by = "plugin"
     worst = facts.weight_sum * _largest_code(site) * static
+    quantised = form is not Form.INT4_PLUGIN or by != "plugin"
     return LayerForm(
         site.site,
         form,
         reason,
         block,
+        by,
         weight_bits_stored=4 if form is Form.INT4_PLUGIN else 8 * facts.digits,
-        static_scale=static,
+        static_scale=static if quantised else None,
         scale_range=(float(table.min()), float(table.max())),
-        overflow_margin=round(FLOAT16_MAX / worst, 3) if worst else None,
+        overflow_margin=round(FLOAT16_MAX / worst, 3) if worst and form is not Form.INT4_PLUGIN else None,
     )
 
 
@@ -226,31 +229,9 @@ def _int8_form(image: bool, facts: _Facts) -> Form:
     return Form.INT8_GEMM if facts.digits == 1 else Form.INT8_GEMM_TWO_DIGITS
 
 
-def _int8_reason(span: str, facts: _Facts) -> str:
+def _int8_reason(block: int, facts: _Facts) -> str:
+    span = f"codes{' times H' if block else ''} span {facts.low}…{facts.high}"
     return f"{span}, {'within int8' if facts.digits == 1 else 'past int8: two products'}"
-
-
-def _plugin_obstacle(program: Program, site: QuantisedSite, facts: _Facts) -> str:
-    """Why `Int4Linear` or `Int4Conv` cannot take a site; empty if it can."""
-    bits = program.plan[site.site].weight_bits if site.site in program.plan else None
-    if bits is None or bits > 4:
-        return f"{bits}-bit weights"
-    if facts.low < -_PLUGIN_LIMIT or facts.high > _PLUGIN_LIMIT:
-        return f"past ±{_PLUGIN_LIMIT}"
-    product = site.products[0].node
-    channels = int(product.args[1].meta["shape"][1])  # type: ignore[union-attr]
-    if channels % 2:
-        return f"{channels} input channels do not fill whole bytes"
-    return _geometry_obstacle(product) if is_op(product, ops.int_conv2d.default) else ""
-
-
-def _geometry_obstacle(product: fx.Node) -> str:
-    stride, padding, dilation = (tuple(product.args[i]) for i in (2, 3, 4))  # type: ignore[arg-type]
-    kernel = tuple(product.args[1].meta["shape"][2:])  # type: ignore[union-attr]
-    if dilation != (1, 1):
-        return f"dilation {dilation}"
-    uneven = [f"{n} {v}" for n, v in (("kernel", kernel), ("stride", stride), ("padding", padding)) if v[0] != v[1]]
-    return f"uneven {uneven[0]}" if uneven else ""
 
 
 def _float_form(program: Program, name: str, layer: fx.Node, missed: Mapping[str, str]) -> LayerForm:

@@ -2,12 +2,13 @@
 
     HadamardQuantize(x, inv_scale [N]; block, low, high, channel_axis) -> q int8, the shape of x
         q = clip(round(Ĥ·x · inv_scale[n]), low, high),  Ĥ = H_block/√block along channel_axis (1 or −1)
-    Int4Linear(q […, K], weight uint8 [O, K/2], scale_w [O], scale_a [N], bias [O]; block, out_type) -> […, O]
+    Int4Linear(q […, K], weight int8 [O, K/2], scale_w [O], scale_a [N], bias [O]; block, out_type) -> […, O]
         y = (q @ (W·H_block)ᵀ)·scale_w[o]·scale_a[n] + bias[o],  H_block ±1; 1/√block is part of scale_w
-    Int4Conv(q [N, C, H, W], weight uint8 [O, kh·kw·C/2], …; + kernel, stride, padding) -> [N, O, H', W']
+    Int4Conv(q [N, C, H, W], weight int8 [O, kh·kw·C/2], …; + kernel, stride, padding) -> [N, O, H', W']
         the same with a square kernel; weights in the order kh, kw, C, the order of an NHWC kernel
 
-Weights are the stored codes −8…7, two a byte, the first in the low nibble. Images are NCHW here, as everywhere in ONNX;
+Weights are the stored codes −8…7, two a byte, the first in the low nibble; the bytes are int8 because TensorRT's parser
+widens uint8. Images are NCHW here, as everywhere in ONNX;
 a plugin may ask for the same tensors in a channels-last format. out_type is ONNX's number of a type (1 float32,
 10 float16, 16 bfloat16). There is no QuantizeLinear in a body: TensorRT's parser takes a function that has one only
 once. Attributes are whole numbers, apart from the two that name the plugin, because others arrive damaged.
@@ -58,14 +59,15 @@ _HADAMARD_QUANTIZE = """
     q = Cast <to = 3> (whole)
 """
 
-# uint8 [O, K/2] -> float32 [O, K]: n xor 8 − 8 is the signed value of a nibble.
+# int8 [O, K/2] -> float32 [O, K]: n xor 8 − 8 is the signed value of a nibble.
 _ROTATED_WEIGHT = """
     axis_0 = Constant <value_ints = [0]> ()
     {matrix}
     nibble = Constant <value = uint8 {{15}}> ()
     sign = Constant <value = uint8 {{8}}> ()
-    first_bits = BitwiseAnd (weight, nibble)
-    second_bits = BitShift <direction = "RIGHT"> (weight, four)
+    bytes = Cast <to = 2> (weight)
+    first_bits = BitwiseAnd (bytes, nibble)
+    second_bits = BitShift <direction = "RIGHT"> (bytes, four)
     first_shifted = BitwiseXor (first_bits, sign)
     second_shifted = BitwiseXor (second_bits, sign)
     axis_2 = Constant <value_ints = [2]> ()

@@ -41,15 +41,22 @@ _INT4_BLOCKS = (128, 64, 32, 16)
 
 
 def lower_tensorrt(
-    program: Program, opset: int, options: TensorRtOptions, *, one_timestep: bool = False
+    program: Program,
+    opset: int,
+    options: TensorRtOptions,
+    *,
+    one_timestep: bool = False,
+    forms: dict[str, LayerForm] | None = None,
 ) -> tuple[ir.Model, "TensorRtLowering"]:
     """The model with its functions, and its lowering, which holds the taps and the form of every layer.
 
+    forms: of every layer; None: those that the options lead to.
     Requires: a captured program, or an integer one as `prepare(program, "tensorrt")` gives it.
     Raises:
         ExportError: for a site or an operator that has no form.
     """
-    lowering = TensorRtLowering(program, opset, options, one_timestep=one_timestep)
+    forms = layer_forms(program, options) if forms is None else forms
+    lowering = TensorRtLowering(program, opset, options, forms, one_timestep=one_timestep)
     model = lowering.run()
     model.producer_name = TENSORRT_PRODUCER
     set_precision(model, lowering.builder, options.onnx_type)
@@ -61,10 +68,17 @@ def lower_tensorrt(
 class TensorRtLowering(TensorRtState):
     """Marks every ONNX node with the precision of the fx node that it came from."""
 
-    def __init__(self, program: Program, opset: int, options: TensorRtOptions, *, one_timestep: bool) -> None:
+    def __init__(
+        self,
+        program: Program,
+        opset: int,
+        options: TensorRtOptions,
+        forms: dict[str, LayerForm],
+        *,
+        one_timestep: bool,
+    ) -> None:
         super().__init__(program, _TRANSLATIONS, opset, one_timestep=one_timestep)
-        self.options = options
-        self.forms: dict[str, LayerForm] = layer_forms(program, options)
+        self.options, self.forms = options, forms
         self.absorbed = absorbed_nodes(program)
         self._full = full_precision_nodes(program)
 

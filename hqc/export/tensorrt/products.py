@@ -91,7 +91,8 @@ def _plugin(lo: TensorRtState, node: fx.Node) -> ir.Value:
     product = products_of(accumulator)[0].node  # type: ignore[arg-type]
     codes = stored_codes(lo.program, product.args[1])  # type: ignore[arg-type]
     name = f"{site}.weight_packed_rows"
-    packed = b.initializer(name, ir.tensor(packed_rows(codes).numpy(), name=name))
+    # The same bytes as int8: TensorRT has no uint8 weights.
+    packed = b.initializer(name, ir.tensor(packed_rows(codes).numpy().view(np.int8), name=name))
     table = scale_table(lo.program, scale_a, site).numpy()
     offsets = b.constant(np.zeros(codes.shape[0], np.float32), "no_bias") if bias is None else lo.value(bias)
     inputs = (

@@ -21,7 +21,7 @@ from hqc.export.prepare import prepare
 from hqc.export.reference import verification_inputs
 from hqc.export.tensorrt.emulation import write_emulated
 from hqc.export.tensorrt.float_activations import bypass_activation_quantisers, weight_only_sites
-from hqc.export.tensorrt.forms import LayerForm
+from hqc.export.tensorrt.forms import LayerForm, layer_forms
 from hqc.export.tensorrt.lowering import lower_tensorrt
 from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.export.tensorrt.surgery import finish
@@ -64,10 +64,12 @@ def write_tensorrt(
     """
     prepared = prepare(program, "tensorrt", weight_only=options.weight_only)
 
+    forms = layer_forms(prepared, options)
+
     def write(place: Path, chosen: TensorRtOptions) -> TensorRtModel:
-        model, lowering = lower_tensorrt(prepared, opset, chosen, one_timestep=one_timestep)
+        model, lowering = lower_tensorrt(prepared, opset, chosen, one_timestep=one_timestep, forms=forms)
         path = save_model(model, place, external_data_bytes=external_data_bytes)
-        return TensorRtModel(path, lowering.taps, finish(path), tuple(lowering.forms.values()), prepared.plan)
+        return TensorRtModel(path, lowering.taps, finish(path), tuple(forms.values()), prepared.plan)
 
     written = write(folder, options)
     if options.dtype == "fp32":

@@ -1,0 +1,76 @@
+"""Why a plugin cannot take a node of a site: asked of the plugins themselves, which know their kernels."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+from hqc.export.sites import QuantisedSite
+from hqc.export.tensorrt.options import TensorRtOptions
+from hqc.plugins.hqc_qdp.nodes import OPS
+from hqc.plugins.hqc_qdp.problems import PluginError
+from hqc.program import Program, is_op
+
+__all__ = ["product_obstacle", "rotation_obstacle"]
+
+ops = torch.ops.hqc
+_BLOCKS = (8, 16, 32, 64, 128, 256)
+_LIMIT = 127
+
+
+def rotation_obstacle(site: QuantisedSite, block: int, options: TensorRtOptions) -> str:
+    """Why `HadamardQuantize` cannot make a site's codes; empty if it can."""
+    if block not in _BLOCKS:
+        return f"no kernel rotates in blocks of {block}"
+    low, high = (int(bound) for bound in site.quantiser.args[2:4])  # type: ignore[arg-type]
+    image = is_op(site.products[0].node, ops.int_conv2d.default)
+    attributes = {"block": block, "low": low, "high": high, "channel_axis": 1 if image else -1}
+    return _refusal("HadamardQuantize", (_dims(site.x), (None,)), options.dtype, attributes)
+
+
+def product_obstacle(
+    program: Program, site: QuantisedSite, block: int, span: tuple[int, int], options: TensorRtOptions
+) -> str:
+    """Why `Int4Linear` or `Int4Conv` cannot take a site whose rotated codes have a span; empty if it can."""
+    bits = program.plan[site.site].weight_bits if site.site in program.plan else None
+    if bits is None or bits > 4:
+        return f"{bits}-bit weights"
+    if span[0] < -_LIMIT or span[1] > _LIMIT:
+        return f"past ±{_LIMIT}"
+    if block and block not in _BLOCKS:
+        return f"no kernel rotates in blocks of {block}"
+    product = site.products[0].node
+    outputs, channels, *kernel = (int(d) for d in product.args[1].meta["shape"])  # type: ignore[union-attr]
+    if channels % 2:
+        return f"{channels} input channels do not fill whole bytes"
+    dims = (_dims(site.x), (outputs, channels // 2), (outputs,), (None,), (outputs,))
+    attributes = {"block": block or 1, "out_type": int(options.onnx_type)}
+    if not kernel:
+        return _refusal("Int4Linear", dims, "int8", attributes)
+    if uneven := _uneven(product, kernel):
+        return uneven
+    stride, padding = (int(product.args[i][0]) for i in (2, 3))  # type: ignore[index, arg-type]
+    stored = (outputs, kernel[0] * kernel[1] * channels // 2)
+    attributes |= {"kernel": kernel[0], "stride": stride, "padding": padding}
+    return _refusal("Int4Conv", (dims[0], stored, *dims[2:]), "int8", attributes)
+
+
+def _uneven(product: fx.Node, kernel: Sequence[int]) -> str:
+    """What a square window with one stride and one padding cannot say."""
+    stride, padding, dilation = (tuple(product.args[i]) for i in (2, 3, 4))  # type: ignore[arg-type]
+    if dilation != (1, 1):
+        return f"dilation {dilation}"
+    sizes = {"kernel": tuple(kernel), "stride": stride, "padding": padding}
+    return next((f"uneven {name} {size}" for name, size in sizes.items() if size[0] != size[1]), "")
+
+
+def _dims(node: fx.Node) -> tuple[int | None, ...]:
+    return tuple(d if isinstance(d, int) else None for d in node.meta["shape"])
+
+
+def _refusal(op: str, dims: Sequence[Sequence[int | None]], dtype: str, attributes: Mapping[str, int]) -> str:
+    try:
+        OPS[op].choices(dims, dtype, attributes)
+    except PluginError as error:
+        return error.found
+    return ""
