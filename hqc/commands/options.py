@@ -113,7 +113,7 @@ sampler_options = options(
 )
 runtime_option = click.option(
     "--runtime",
-    type=click.Choice(["torch", "torch-cuda", "onnxruntime"]),
+    type=click.Choice(["torch", "torch-cuda", "onnxruntime", "tensorrt"]),
     help="Default: the artefact's own (Program: torch).",
 )
 calib_size_option = click.option(

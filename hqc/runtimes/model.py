@@ -21,7 +21,7 @@ from hqc.storage import load_program
 
 __all__ = ["Model", "Runtime", "artefact_kind", "load"]
 
-Runtime = Literal["torch", "torch-cuda", "onnxruntime"]
+Runtime = Literal["torch", "torch-cuda", "onnxruntime", "tensorrt"]
 DIGITS = "digits"
 PROGRAM_KIND = "hqc-program"
 
@@ -73,11 +73,12 @@ class _OrtOptions:
 def load(
     path: Path | str, *, runtime: Runtime | None = None, threads: int | None = None, cache: Path | str | None = None
 ) -> Model:
-    """Loads a Program folder (torch), an export folder (onnxruntime), or `digits`, the bundled float model.
+    """Loads a Program folder (torch), an export folder (onnxruntime, tensorrt), or `digits`, the bundled float model.
 
-    runtime: None picks the one that fits; torch-cuda runs a quantised Program in int8 on a GPU. threads: of one
-    onnxruntime call. cache: a folder of models as onnxruntime has optimised them for this machine; a large export opens
-    several times as fast the next time.
+    runtime: None picks the one that fits; torch-cuda runs a quantised Program in int8 on a GPU; tensorrt runs the
+    engine of an export for TensorRT, building it once if there is none for the GPU, and is picked for such an export
+    where it can run. threads: of one onnxruntime call. cache: a folder of models as onnxruntime has optimised them for
+    this machine, with which a large export opens several times as fast the next time; for tensorrt, of built engines.
 
     Raises:
         ArtefactError: if the path is no artefact, or one that is damaged.
@@ -91,8 +92,19 @@ def load(
     openers = _OPENERS[kind]
     if runtime is not None and runtime not in openers:
         raise RuntimeMissingError(f"runtime {runtime}", f"cannot run {path}, {_WHAT[kind]}", _DO[kind])
-    opener = openers[next(iter(openers)) if runtime is None else runtime]
+    opener = openers[_fitting(kind, Path(path)) if runtime is None else runtime]
     return opener(Path(path), _OrtOptions(threads, None if cache is None else Path(cache)))
+
+
+def _fitting(kind: str, folder: Path) -> str:
+    """The runtime of an artefact: tensorrt for an export for it where that can run, else the first of its kind."""
+    if kind == EXPORT_KIND:
+        from hqc.runtimes.trt.plans import TARGET, read_manifest, usable_here
+
+        manifest = read_manifest(folder)
+        if manifest.get("target") == TARGET and usable_here(folder, manifest):
+            return "tensorrt"
+    return next(iter(_OPENERS[kind]))
 
 
 def artefact_kind(folder: Path) -> str:
@@ -142,7 +154,17 @@ def _program_model(folder: Path, program: Program, session: Session) -> Model:
 
 
 def _open_export(folder: Path, options: _OrtOptions) -> Model:
-    session = OrtSession(folder, threads=options.threads, cache=options.cache)
+    return _export_model(folder, OrtSession(folder, threads=options.threads, cache=options.cache))
+
+
+def _open_engine(folder: Path, options: _OrtOptions) -> Model:
+    from hqc.runtimes.trt.plans import PlanOptions
+    from hqc.runtimes.trt.session import TensorRtSession
+
+    return _export_model(folder, TensorRtSession(folder, PlanOptions(cache=options.cache)))
+
+
+def _export_model(folder: Path, session: Session) -> Model:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     try:
         plan = QuantPlan.from_dict(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
@@ -152,7 +174,7 @@ def _open_export(folder: Path, options: _OrtOptions) -> Model:
         raise ArtefactError(str(folder), f"is not an export ({error})", "Export it again.") from error
     return Model(
         name=folder.name,
-        runtime="onnxruntime",
+        runtime=session.name,
         session=session,
         plan=plan,
         size_bytes=_size(folder, (MODEL_FILE, DATA_FILE)),
@@ -185,13 +207,13 @@ def _open_digits(path: Path, options: _OrtOptions) -> Model:
 
 _OPENERS: Mapping[str, Mapping[str, Callable[[Path, _OrtOptions], Model]]] = {
     PROGRAM_KIND: {"torch": _open_program, "torch-cuda": _open_program_on_gpu},
-    EXPORT_KIND: {"onnxruntime": _open_export},
+    EXPORT_KIND: {"onnxruntime": _open_export, "tensorrt": _open_engine},
     DIGITS: {"torch": _open_digits},
 }
-"""What runs each kind; the first is taken where none is named."""
+"""What runs each kind; see `_fitting` for what is taken where none is named."""
 _WHAT = {
     PROGRAM_KIND: "a program: torch and torch-cuda run those",
-    EXPORT_KIND: "an ONNX export: only onnxruntime runs those",
+    EXPORT_KIND: "an ONNX export: onnxruntime runs those, tensorrt those for TensorRT",
     DIGITS: "the bundled float model: only torch runs it",
 }
 _DO = {
