@@ -20,6 +20,7 @@ from hqc.commands.options import (
 
 if TYPE_CHECKING:
     from hqc.export import Target
+    from hqc.export.tensorrt.options import Dtype, Plugins, TensorRtOptions
 
 __all__ = ["explain", "export", "inspect", "trace"]
 
@@ -173,7 +174,21 @@ def inspect(program: Path, graph: bool, as_json: bool) -> None:
 @click.command()
 @click.argument("program", type=click.Path(path_type=Path))
 @output_option
-@click.option("--target", type=click.Choice(["portable", "onnxruntime"]), default="onnxruntime", show_default=True)
+@click.option(
+    "--target", type=click.Choice(["portable", "onnxruntime", "tensorrt"]), default="onnxruntime", show_default=True
+)
+@click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), help="TensorRT: activations (default: fp16).")
+@click.option(
+    "--plugins",
+    type=click.Choice(["none", "qdp"]),
+    help="TensorRT: standard operators only, or nodes for hqc's plugins (default: none).",
+)
+@click.option(
+    "--weight-only",
+    multiple=True,
+    metavar="PATTERN",
+    help="TensorRT: matching linear layers of at most 4 bits keep float activations.",
+)
 @click.option("--opset", type=click.IntRange(21, 25), default=21, show_default=True)
 @click.option(
     "--against",
@@ -187,6 +202,9 @@ def export(
     program: Path,
     output: Path,
     target: "Target",
+    dtype: "Dtype | None",
+    plugins: "Plugins | None",
+    weight_only: tuple[str, ...],
     opset: int,
     against: Path | None,
     one_timestep: bool,
@@ -199,6 +217,7 @@ def export(
     from hqc.storage import load_program, pipeline_folder
 
     check_output(output, force=force)
+    tensorrt = _tensorrt_options(target, dtype, plugins, weight_only)
     loaded = load_program(program)
     report = export_program(
         loaded,
@@ -209,6 +228,7 @@ def export(
         float_program=load_program(against) if against is not None else None,
         pipeline=pipeline_folder(program),
         one_timestep=one_timestep,
+        tensorrt=tensorrt,
     )
     if as_json:
         out.print_json(
@@ -220,7 +240,26 @@ def export(
                 "size_bytes": report.size_bytes,
                 "seconds": report.seconds,
                 "verification": report.verification.to_dict(),
+                **({} if tensorrt is None else {"layers": [layer.to_dict() for layer in report.layers]}),
             }
         )
     else:
         click.echo(f"exported {report}")
+
+
+def _tensorrt_options(
+    target: str, dtype: "Dtype | None", plugins: "Plugins | None", weight_only: tuple[str, ...]
+) -> "TensorRtOptions | None":
+    """The options of the target, None for another one."""
+    from hqc.errors import ExportError
+    from hqc.export.tensorrt.options import TensorRtOptions
+
+    given = {"--dtype": dtype, "--plugins": plugins, "--weight-only": " ".join(weight_only) or None}
+    if target == "tensorrt":
+        return TensorRtOptions(dtype=dtype or "fp16", plugins=plugins or "none", weight_only=weight_only)
+    for name, value in given.items():
+        if value is not None:
+            raise ExportError(
+                f"{name} {value}", f"is not for target {target}", "Give --target tensorrt, or leave it out."
+            )
+    return None

@@ -1,12 +1,18 @@
-"""Program → ONNX: `export_program` for the targets `portable` and `onnxruntime`. Importing this loads nothing heavy."""
+"""Program → ONNX: `export_program` for the targets `portable`, `onnxruntime` and `tensorrt`.
+
+Importing this loads nothing heavy.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hqc.export.artefact import EXPORT_KIND, ExportReport, export_program
     from hqc.export.prepare import Target
+    from hqc.export.tensorrt.options import TensorRtOptions
 
-__all__ = ["EXPORT_KIND", "ExportReport", "Target", "export_program"]
+__all__ = ["EXPORT_KIND", "ExportReport", "Target", "TensorRtOptions", "export_program"]
+
+_WHERE = {"Target": "prepare", "TensorRtOptions": "tensorrt.options"}
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +20,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     from importlib import import_module
 
-    return getattr(import_module("hqc.export.prepare" if name == "Target" else "hqc.export.artefact"), name)
+    return getattr(import_module(f"hqc.export.{_WHERE.get(name, 'artefact')}"), name)

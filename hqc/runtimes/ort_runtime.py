@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hqc.errors import ArtefactError
+from hqc.errors import ArtefactError, RuntimeMissingError
 from hqc.export.artefact import EXPORT_KIND
 from hqc.export.lowering import OUTPUT
 from hqc.export.model import MODEL_FILE
@@ -30,7 +30,7 @@ class OrtSession:
 
         Raises:
             ArtefactError: if the folder is missing, damaged, or not an export.
-            RuntimeMissingError: if onnxruntime is not installed.
+            RuntimeMissingError: if onnxruntime is not installed, or has no kernels for the export.
         """
         manifest = check_manifest(folder, EXPORT_KIND)
         if MODEL_FILE not in manifest["files"]:
@@ -40,6 +40,12 @@ class OrtSession:
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(str(folder), f"has a manifest without inputs ({error})", "Export it again.") from error
         self.inputs = tuple(specs)
+        if manifest.get("tensorrt", {}).get("dtype") == "bf16":
+            raise RuntimeMissingError(
+                f"runtime {self.name}",
+                f"{folder} is in bfloat16, which it has no kernels for",
+                "Build an engine of it.",
+            )
         model = folder / MODEL_FILE
         if cache is not None:
             model, optimisation = optimised_model(folder, manifest["files"], cache), "disabled"
