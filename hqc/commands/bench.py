@@ -15,6 +15,22 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 
+class _BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
+    """One size, or several in a comma-separated list."""
+
+    name = "sizes"
+
+    def convert(
+        self, value: "str | tuple[int, ...]", param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        sizes = [part.strip() for part in str(value).split(",")]
+        if not all(size.isdecimal() and 1 <= int(size) <= 1024 for size in sizes):
+            self.fail(f"{value!r} is not a size in 1…1024 or a comma-separated list of them", param, ctx)
+        return tuple(dict.fromkeys(int(size) for size in sizes))
+
+
 @click.command()
 @click.argument("model")
 @click.option(
@@ -22,7 +38,14 @@ __all__ = ["bench"]
     default="onnxruntime-fp32",
     show_default=True,
     metavar="PEERS",
-    help="Comma-separated: onnxruntime-fp32, onnxruntime-int8 (its own quantize_static), torch.",
+    help="Comma-separated: onnxruntime-fp32, onnxruntime-int8 (its own quantize_static), torch, torch-fp16-cudagraph.",
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnxruntime", "torch-cuda"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the quantised model; torch-cuda: int8 kernels on an NVIDIA GPU.",
 )
 @click.option("--float", "float_model", metavar="FLOAT", help="Float side of a quantised MODEL (default: its source).")
 @click.option("--bits", help="wNaM, N and M in 2…8, for a float MODEL (default: w4a4).")
@@ -30,7 +53,9 @@ __all__ = ["bench"]
 @rules_option
 @click.option("--calib-size", type=click.IntRange(1, 4096), default=1, show_default=True, help="Images.")
 @click.option("--num-inference-steps", "--n-steps", type=click.IntRange(1, 1000), default=4, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1, 1024), default=2, show_default=True)
+@click.option(
+    "--batch-size", "batch_sizes", type=_BatchSizes(), default="2", show_default=True, help="One, or several: 1,2,8,32."
+)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Of one call (default: every core).")
 @click.option("--runs", type=click.IntRange(1, 10_000), default=10, show_default=True, help="Timed rounds.")
 @click.option("--warm-up", type=click.IntRange(0, 1000), default=3, show_default=True, help="Rounds before those.")
@@ -45,13 +70,14 @@ __all__ = ["bench"]
 def bench(
     model: str,
     against: str,
+    runtime: str,
     float_model: str | None,
     bits: str | None,
     no_hadamard: bool,
     rules: str | None,
     calib_size: int,
     num_inference_steps: int,
-    batch_size: int,
+    batch_sizes: tuple[int, ...],
     threads: int | None,
     runs: int,
     warm_up: int,
@@ -77,27 +103,48 @@ def bench(
 
     peers = find_peers(against)
     if chart is not None:
+        _check_one_batch(batch_sizes)
         check_chart(chart, force=force)
         check_writable(chart)
+    results = []
     with (
-        out.progress("rounds", runs + warm_up) as advance,
+        out.progress("rounds", (runs + warm_up) * len(batch_sizes)) as advance,
         _workspace(work_dir, force, lambda stage: advance(0, stage)) as space,
     ):
-        result = measure(
-            model,
-            peers,
-            space,
-            float_model=float_model,
-            quantisation=Quantisation(bits, not no_hadamard, rules, calib_size, num_inference_steps),
-            timing=Timing(batch_size, threads, runs, warm_up),
-            on_round=lambda done: advance(done, "timing"),
-        )
+        for before, batch_size in enumerate(batch_sizes):
+            result = measure(
+                model,
+                peers,
+                space,
+                float_model=float_model,
+                quantisation=Quantisation(bits, not no_hadamard, rules, calib_size, num_inference_steps),
+                timing=Timing(batch_size, threads, runs, warm_up),
+                runtime=runtime,
+                on_round=lambda done, past=before * (runs + warm_up): advance(past + done, "timing"),  # type: ignore[misc]
+            )
+            results.append(result)
     if chart is not None:
-        save_chart(chart, result)
-    if as_json:
-        out.print_json(result.to_dict())
+        save_chart(chart, results[0])
+    if as_json and len(results) == 1:
+        out.print_json(results[0].to_dict())
+    elif as_json:
+        out.print_json({"batches": [result.to_dict() for result in results]})
     else:
-        Console(width=max(200, out.console.width)).print(bench_table(result), soft_wrap=True)
+        for result in results:
+            Console(width=max(200, out.console.width)).print(bench_table(result), soft_wrap=True)
+
+
+def _check_one_batch(batch_sizes: tuple[int, ...]) -> None:
+    """A chart shows one batch size.
+
+    Raises:
+        EvaluationError: for several.
+    """
+    from hqc.errors import EvaluationError
+
+    if len(batch_sizes) > 1:
+        found = f"shows one batch size, and --batch-size names {len(batch_sizes)}"
+        raise EvaluationError("--chart", found, "Draw one batch size at a time.")
 
 
 @contextmanager

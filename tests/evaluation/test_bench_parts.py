@@ -270,7 +270,7 @@ def test_peers_by_name() -> None:
         find_peers("torch,tensorflow")
     with pytest.raises(EvaluationError, match="names no peer"):
         find_peers(" , ")
-    assert set(PEERS) == {"onnxruntime-fp32", "onnxruntime-int8", "torch"}
+    assert set(PEERS) == {"onnxruntime-fp32", "onnxruntime-int8", "torch", "torch-fp16-cudagraph"}
 
 
 def test_calibration_batches_come_back_in_order(tmp_path: Path) -> None:
@@ -330,7 +330,10 @@ def ask(*requests: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_the_worker_answers_every_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(worker.RUNTIMES, "double", lambda threads: lambda model, inputs: lambda: threads * inputs["x"])  # type: ignore[arg-type]
+    def double(threads: int) -> Any:
+        return lambda model, inputs: worker.on_cpu(lambda: threads * inputs["x"])
+
+    monkeypatch.setitem(worker.RUNTIMES, "double", double)  # type: ignore[arg-type]
     np.savez(tmp_path / "in.npz", x=np.float32([1, 2]))
     load = {"do": "load", "runtime": "double", "model": "m", "inputs": str(tmp_path / "in.npz"), "threads": 3}
     loaded, ran, out, memory, stopped = ask(

@@ -185,7 +185,7 @@ def _panels(result: BenchResult) -> tuple[_Panel, ...]:
         times.append(_Value(found.median, f"{_number(found.median)}{ratio}", found.p10, found.p90))
     everyone = result.contenders.values()
     disk = tuple(_Value(f.size_bytes, _number(f.size_bytes / 1e6)) for f in everyone)
-    memory = tuple(_Value(f.resident_bytes, _number(f.resident_bytes / 1e6)) for f in everyone)
+    memory = tuple(_Value(f.memory_bytes, _number(f.memory_bytes / 1e6)) for f in everyone)
     return (
         _Panel("ms a call, p10 to p90 (x hqc's time)", 300, tuple(times)),
         _Panel("files, MB", 110, disk),
@@ -215,7 +215,7 @@ def _protocol(result: BenchResult) -> str:
     protocol = result.protocol
     return (
         f"batch {protocol['batch_size']}, {protocol['threads']} threads, median of {protocol['runs']} rounds, one run "
-        "of each in turn; memory: the resident set of each one's own process, runtime included"
+        f"of each in turn; memory: {result.memory_note}"
     )
 
 

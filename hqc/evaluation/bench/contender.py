@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from hqc.errors import EvaluationError
 
-__all__ = ["Contender", "Loaded", "Runner", "worker_environment"]
+__all__ = ["Contender", "Loaded", "Memory", "Runner", "worker_environment"]
 
 
 class Runner(Protocol):
@@ -35,6 +35,15 @@ class Loaded:
     load_seconds: float
     runtime_resident_bytes: int
     loaded_resident_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident bytes now and at their peak; bytes that torch allocated on a GPU at their peak, 0 without one."""
+
+    resident_bytes: int
+    peak_resident_bytes: int
+    device_bytes: int = 0
 
 
 class Contender:
@@ -93,10 +102,9 @@ class Contender:
         """Runs once more and writes the output as .npy."""
         self._ask("output", file=str(file))
 
-    def memory(self) -> tuple[int, int]:
-        """Resident bytes now, and their peak."""
-        answer = self._ask("memory")
-        return int(answer["resident_bytes"]), int(answer["peak_resident_bytes"])
+    def memory(self) -> Memory:
+        """What the process holds now, and held at most."""
+        return Memory(**self._ask("memory"))
 
     def _ask(self, what: str, **fields: Any) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout

@@ -11,12 +11,12 @@ from typing import Any
 
 import psutil
 
-__all__ = ["available_cores", "describe_machine", "has_vnni", "isa_flags", "machine_line"]
+__all__ = ["available_cores", "describe_gpu", "describe_machine", "has_vnni", "isa_flags", "machine_line"]
 
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 """The flags that decide which integer kernels a runtime takes: x86 names, then Arm's."""
 
-PACKAGES = ("hqc", "torch", "onnxruntime", "numpy")
+PACKAGES = ("hqc", "torch", "triton", "onnxruntime", "numpy")
 
 
 def available_cores() -> int:
@@ -39,12 +39,30 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def describe_gpu() -> dict[str, Any]:
+    """The current CUDA device as JSON data: its name, compute capability, multiprocessors, memory, CUDA and driver."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 13000 for CUDA 13.0
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "driver_cuda": f"{driver // 1000}.{driver % 1000 // 10}",
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+    }
+
+
 def machine_line(machine: dict[str, Any]) -> str:
     """The description in one line."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     isa = " ".join(machine["isa"]) or "no known ISA flags"
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
-    return f"{machine['cpu']}, {machine['cores']} cores ({isa}), {memory}, {machine['os']}; {versions}"
+    gpu = f"{machine['gpu']}, CUDA {machine['cuda']}; " if "gpu" in machine else ""
+    return f"{gpu}{machine['cpu']}, {machine['cores']} cores ({isa}), {memory}, {machine['os']}; {versions}"
 
 
 def isa_flags(cpuinfo: str) -> tuple[str, ...]:

@@ -10,17 +10,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hqc.capture import ARCHITECTURE, find_source, trace
-from hqc.errors import ArtefactError, CaptureError, ComparisonError, PlanError, TrainingError
+from hqc.errors import (
+    ArtefactError,
+    CaptureError,
+    ComparisonError,
+    PlanError,
+    RuntimeMissingError,
+    TrainingError,
+)
 from hqc.evaluation.bench.workspace import Workspace, content
 from hqc.export import EXPORT_KIND, export_program
 from hqc.export.model import MODEL_FILE
 from hqc.program import InputSpec, Program, Stage
-from hqc.recipes import Recipe
 from hqc.storage import check_manifest, load_program, pipeline_folder, save_program
-from hqc.training import Task, synthetic_task
+
+if TYPE_CHECKING:
+    from hqc.recipes import Recipe
+    from hqc.training import Task
 
 __all__ = ["Models", "Quantisation", "calibration_of", "find_models", "inputs_of", "recipe_of"]
 
@@ -44,7 +52,9 @@ class Quantisation:
 
 @dataclass(frozen=True)
 class Models:
-    """What is timed: the export, the captured program of the same denoiser, and what both were calibrated on."""
+    """What is timed: the export (a Program for torch-cuda), the captured program of the same denoiser, and what both
+    were calibrated on.
+    """
 
     export: Path
     float_program: Path
@@ -54,7 +64,9 @@ class Models:
     calibrated_on: str  # the conditions that the calibration drew; "" where nothing was calibrated here
 
 
-def find_models(model: str, float_model: str | None, wanted: Quantisation, space: Workspace) -> Models:
+def find_models(
+    model: str, float_model: str | None, wanted: Quantisation, space: Workspace, runtime: str = "onnxruntime"
+) -> Models:
     """Makes what is missing, one stage after the other, in `space`; nothing stays in memory.
 
     Raises:
@@ -62,14 +74,18 @@ def find_models(model: str, float_model: str | None, wanted: Quantisation, space
     """
     folder = Path(model)
     kind = _kind(folder)
+    if kind == EXPORT_KIND and runtime != "onnxruntime":
+        raise RuntimeMissingError(
+            f"runtime {runtime}", f"cannot run {model}, an ONNX export", "Give the program that it was exported from."
+        )
     if kind == EXPORT_KIND:
         return _from_export(folder, float_model, wanted, space)
     if kind == PROGRAM_KIND and check_manifest(folder, kind)["stage"] != Stage.CAPTURED:
-        return _from_quantised(folder, float_model, wanted, space)
+        return _from_quantised(folder, float_model, wanted, space, runtime)
     if float_model is not None:
         raise ComparisonError(f"--float {float_model}", f"{model} is the float model itself", "Leave --float out.")
     captured = folder if kind == PROGRAM_KIND else _traced(model, space)
-    return _from_float(captured, wanted, space)
+    return _from_float(captured, wanted, space, runtime)
 
 
 def inputs_of(artefact: Path) -> tuple[InputSpec, ...]:
@@ -100,7 +116,7 @@ def _kind(folder: Path) -> str | None:
 # ---- the three kinds -----------------------------------------------------------------------------------------------
 
 
-def _from_float(captured: Path, wanted: Quantisation, space: Workspace) -> Models:
+def _from_float(captured: Path, wanted: Quantisation, space: Workspace, runtime: str) -> Models:
     bits = (wanted.bits or DEFAULT_BITS).lower()
     settings = {
         "bits": bits,
@@ -116,16 +132,18 @@ def _from_float(captured: Path, wanted: Quantisation, space: Workspace) -> Model
     inputs = _inputs(check_manifest(captured, PROGRAM_KIND), captured)
     calibration = json.loads((quantised / "plan.json").read_text(encoding="utf-8"))["training"]["calibrated_on"]
     recipe = "rtn + Hadamard" if wanted.hadamard else "rtn"
-    return Models(_exported(quantised, space), captured, inputs, bits, recipe, calibration)
+    return Models(_lowered(quantised, space, runtime), captured, inputs, bits, recipe, calibration)
 
 
-def _from_quantised(folder: Path, float_model: str | None, wanted: Quantisation, space: Workspace) -> Models:
+def _from_quantised(
+    folder: Path, float_model: str | None, wanted: Quantisation, space: Workspace, runtime: str
+) -> Models:
     _refuse_bits(folder, wanted)
     program = load_program(folder)
     plan, inputs, source = program.plan, program.inputs, program.origin.source
     del program
     captured = _float_side(str(folder), float_model, source, inputs, space)
-    return Models(_exported(folder, space), captured, inputs, plan.bits, plan.recipe, "")
+    return Models(_lowered(folder, space, runtime), captured, inputs, plan.bits, plan.recipe, "")
 
 
 def _from_export(folder: Path, float_model: str | None, wanted: Quantisation, space: Workspace) -> Models:
@@ -185,6 +203,7 @@ def _traced(source: str, space: Workspace) -> Path:
 
 def _source_content(source: str) -> dict[str, Any] | None:
     """What decides a capture; None where it cannot be known without doing it."""
+    from hqc.capture import ARCHITECTURE
     from hqc.capture.source import versions
 
     if source == "digits" or source.startswith(ARCHITECTURE):
@@ -197,6 +216,8 @@ def _source_content(source: str) -> dict[str, Any] | None:
 
 
 def _trace(source: str, target: Path) -> None:
+    from hqc.capture import find_source, trace
+
     save_program(trace(find_source(source)), target, force=True)
 
 
@@ -210,7 +231,7 @@ def _quantise(captured: Path, bits: str, wanted: Quantisation, target: Path) -> 
     save_program(result.evolve(plan=replace(result.plan, training={"calibrated_on": name})), target, force=True)
 
 
-def recipe_of(wanted: Quantisation) -> Recipe:
+def recipe_of(wanted: Quantisation) -> "Recipe":
     """Round-to-nearest with the benchmark's calibration."""
     from hqc import api
 
@@ -220,15 +241,31 @@ def recipe_of(wanted: Quantisation) -> Recipe:
     return found.model_copy(update={"training": training, "calibration": calibration})
 
 
-def calibration_of(program: Program, folder: Path) -> tuple[Task, str]:
+def calibration_of(program: Program, folder: Path) -> "tuple[Task, str]":
     """What to calibrate on and its name: the pipeline's conditions, or noise for a program without one."""
     from hqc import api
+    from hqc.capture import ARCHITECTURE
+    from hqc.training import synthetic_task
 
     try:
         task = api.task_of(program, folder=pipeline_folder(folder))
     except TrainingError:
         return synthetic_task(program), "noise"
     return task, "noise" if program.origin.source.startswith(ARCHITECTURE) else "the pipeline's conditions"
+
+
+def _lowered(program: Path, space: Workspace, runtime: str) -> Path:
+    """What the runtime runs."""
+    if runtime == "onnxruntime":
+        return _exported(program, space)
+    depends = {"program": content(program), "runtime": runtime}
+    return space.make("integer.hqc", PROGRAM_KIND, depends, lambda target: _store(program, target))
+
+
+def _store(program: Path, target: Path) -> None:
+    from hqc.runtimes.cuda.forms import stored_form
+
+    save_program(stored_form(load_program(program)), target, force=True)
 
 
 def _exported(program: Path, space: Workspace) -> Path:

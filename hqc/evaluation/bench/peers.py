@@ -22,9 +22,8 @@ from hqc.export.model import DATA_FILE, MODEL_FILE
 from hqc.runtimes.base import named_inputs
 from hqc.runtimes.torch_runtime import TorchSession
 from hqc.storage import atomic_folder, load_program, write_manifest
-from hqc.training.task import trajectory
 
-__all__ = ["HQC", "PEERS", "Built", "Peer", "find_peers", "hqc_export", "size_bytes"]
+__all__ = ["HQC", "PEERS", "Built", "Peer", "compared", "find_peers", "size_bytes"]
 
 HQC = "hqc"
 """The contender that is compared."""
@@ -49,9 +48,9 @@ class Peer:
     build: Callable[[Path, Quantisation, Workspace], Built]
 
 
-def hqc_export(folder: Path) -> Built:
-    """The compared model itself."""
-    return Built("onnxruntime", folder / MODEL_FILE)
+def compared(folder: Path, runtime: str = "onnxruntime") -> Built:
+    """The compared model itself: an export for onnxruntime, a Program for torch-cuda."""
+    return Built(runtime, folder / MODEL_FILE if runtime == "onnxruntime" else folder)
 
 
 def find_peers(text: str) -> tuple[str, ...]:
@@ -71,15 +70,18 @@ def find_peers(text: str) -> tuple[str, ...]:
 
 def size_bytes(built: Built) -> int:
     """Bytes on disk of what the runtime reads: graph and weights."""
-    names = {
-        "torch": [built.model / "graph.json", built.model / "weights.safetensors"],
-        "onnxruntime": [built.model, built.model.with_name(built.model.name + ".data")],
-    }[built.runtime]
+    names = [built.model / "graph.json", built.model / "weights.safetensors"]
+    if built.runtime == "onnxruntime":
+        names = [built.model, built.model.with_name(built.model.name + ".data")]
     return sum(path.stat().st_size for path in names if path.is_file())
 
 
 def _torch(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
     return Built("torch", captured)
+
+
+def _half_on_gpu(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
+    return Built("torch-fp16-cudagraph", captured)
 
 
 def _onnxruntime_fp32(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
@@ -144,6 +146,8 @@ def _run_tool(model: Path, batches: Path, scratch: Path, weights: str) -> list[s
 
 def _float_trajectory(captured: Path, wanted: Quantisation) -> list[Batch]:
     """The inputs of the float sampler's calls: those on which `hqc ptq` calibrates with equal settings."""
+    from hqc.training.task import trajectory
+
     program, recipe, batches = load_program(captured), recipe_of(wanted), list[Batch]()
     session = TorchSession(program)
     task, _ = calibration_of(program, captured)
@@ -164,5 +168,8 @@ PEERS: Mapping[str, Peer] = {
     "onnxruntime-fp32": Peer("the float program in ONNX Runtime", _onnxruntime_fp32),
     "onnxruntime-int8": Peer("ONNX Runtime's own static quantisation (QDQ, u8 x s8)", _onnxruntime_int8),
     "torch": Peer("the float program in eager PyTorch", _torch),
+    "torch-fp16-cudagraph": Peer(
+        "the float program on a GPU in float16, channels-last, one CUDA graph a batch size", _half_on_gpu
+    ),
 }
 """Every peer by its name."""

@@ -21,6 +21,7 @@ DEFINITIONS: Mapping[str, str] = {
     "resident_bytes": "resident set of the contender's own process after the timed runs, runtime included",
     "runtime_resident_bytes": "the same after the runtime's import, before the model",
     "loaded_resident_bytes": "the same after loading, before the first run",
+    "device_bytes": "on a GPU: the most that torch had allocated on it from the first call on, weights included",
     "peak_resident_bytes": "the largest resident set of the process until after the timed runs",
     "error_to_float": "norm(output - reference) / norm(reference), the float program in torch, on normal noise at the "
     "first sampler timestep",
@@ -59,6 +60,12 @@ class Figures:
     peak_resident_bytes: int
     error_to_float: float
     notes: tuple[str, ...] = ()
+    device_bytes: int = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the GPU if it runs on one, else the process's resident set."""
+        return self.device_bytes or self.resident_bytes
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,18 @@ class BenchResult:
     def contenders(self) -> dict[str, Figures]:
         """All that was measured, ours first."""
         return {"hqc": self.ours, **self.peers}
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the compared model runs on a GPU."""
+        return self.ours.device_bytes > 0
+
+    @property
+    def memory_note(self) -> str:
+        """What the memory figures count."""
+        if self.on_gpu:
+            return "the most that torch allocated on the GPU, weights included"
+        return "the resident set of each contender's own process after its runs, the runtime included"
 
     def speedup(self, peer: str) -> Spread:
         """How many times as long as ours a peer's call takes, round by round."""
@@ -99,6 +118,7 @@ class BenchResult:
             "peak_resident_bytes": {name: figures.peak_resident_bytes for name, figures in everyone.items()},
             "loaded_resident_bytes": {name: f.loaded.loaded_resident_bytes for name, f in everyone.items()},
             "runtime_resident_bytes": {name: f.loaded.runtime_resident_bytes for name, f in everyone.items()},
+            "device_bytes": {name: figures.device_bytes for name, figures in everyone.items()},
             "load_seconds": {name: figures.loaded.load_seconds for name, figures in everyone.items()},
             "error_to_float": {name: figures.error_to_float for name, figures in everyone.items()},
             "what": {name: figures.what for name, figures in everyone.items()},

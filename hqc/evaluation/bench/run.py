@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from hqc.errors import ArtefactError, EvaluationError, HqcError
 from hqc.evaluation.bench.contender import Contender, Loaded
-from hqc.evaluation.bench.machine import available_cores, describe_machine
+from hqc.evaluation.bench.machine import available_cores, describe_gpu, describe_machine
 from hqc.evaluation.bench.models import Models, Quantisation, find_models, inputs_of
-from hqc.evaluation.bench.peers import HQC, PEERS, Built, hqc_export, size_bytes
+from hqc.evaluation.bench.peers import HQC, PEERS, Built, compared, size_bytes
 from hqc.evaluation.bench.result import BenchResult, Figures, spread
 from hqc.evaluation.bench.rounds import PAUSE_SECONDS, Rounds, take_turns
 from hqc.evaluation.bench.workspace import Workspace
@@ -50,15 +50,20 @@ def bench(
     float_model: str | None = None,
     quantisation: Quantisation | None = None,
     timing: Timing | None = None,
+    runtime: str = "onnxruntime",
     on_round: Callable[[int], None] = lambda done: None,
 ) -> BenchResult:
     """Times `model` against the named peers; see the package's first lines and `models` for what it may be.
+
+    runtime: what runs the quantised model: onnxruntime, or torch-cuda.
 
     Raises:
         HqcError: the model cannot be made or run. A peer that cannot is listed in the result instead.
     """
     quantisation, timing = quantisation or Quantisation(), timing or Timing()
-    models = find_models(model, float_model, quantisation, space)
+    if runtime != "onnxruntime":
+        _require_gpu()
+    models = find_models(model, float_model, quantisation, space, runtime)
     built, failed = _build_peers(against, models.float_program, quantisation, space)
     with tempfile.TemporaryDirectory(dir=space.folder) as scratch:
         inputs, reference = Path(scratch) / "inputs.npz", Path(scratch) / "reference.npy"
@@ -68,7 +73,7 @@ def bench(
             float_run.save_output(reference)
         with space.stage("timing"):
             figures, dropped = _measure(
-                {HQC: hqc_export(models.export), **built}, inputs, np.load(reference), timing, on_round
+                {HQC: compared(models.export, runtime), **built}, inputs, np.load(reference), timing, on_round
             )
     return BenchResult(
         model=model,
@@ -78,8 +83,9 @@ def bench(
             "threads": timing.cores,
             "pause_seconds": PAUSE_SECONDS,
             "calibration": _calibration(models, quantisation),
+            "runtime": runtime,
         },
-        machine=describe_machine(),
+        machine=describe_machine() | ({} if runtime == "onnxruntime" else describe_gpu()),
         stages=tuple(space.done),
         ours=figures.pop(HQC),
         peers=figures,
@@ -95,7 +101,7 @@ def median_milliseconds(artefacts: Mapping[str, Path], *, timing: Timing) -> dic
     """
     inputs = inputs_of(next(iter(artefacts.values())))
     built = {
-        name: hqc_export(path) if (path / MODEL_FILE).exists() else Built("torch", path)
+        name: compared(path) if (path / MODEL_FILE).exists() else Built("torch", path)
         for name, path in artefacts.items()
     }
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as processes:
@@ -107,6 +113,16 @@ def median_milliseconds(artefacts: Mapping[str, Path], *, timing: Timing) -> dic
     for name, reason in rounds.failed.items():
         raise EvaluationError(name, reason, "Export it again.")
     return {name: spread(times).median for name, times in rounds.milliseconds.items()}
+
+
+_OURS = {"onnxruntime": "the export in ONNX Runtime", "torch-cuda": "int8 kernels on a GPU, float16 around them"}
+
+
+def _require_gpu() -> None:
+    """Before long work: whether this machine runs the kernels at all."""
+    from hqc.runtimes.cuda.session import require_gpu
+
+    require_gpu()
 
 
 def _calibration(models: Models, quantisation: Quantisation) -> str:
@@ -201,17 +217,18 @@ def _require_ours(failed: Mapping[str, str]) -> None:
 
 
 def _figures(name: str, built: Built, ready: _Ready, rounds: Rounds) -> Figures:
-    resident, peak = ready.contender.memory()
+    memory = ready.contender.memory()
     return Figures(
-        what="the export in ONNX Runtime" if name == HQC else PEERS[name].what,
+        what=_OURS[built.runtime] if name == HQC else PEERS[name].what,
         runtime=built.runtime,
         milliseconds=rounds.milliseconds[name],
         size_bytes=size_bytes(built),
         loaded=ready.loaded,
-        resident_bytes=resident,
-        peak_resident_bytes=peak,
+        resident_bytes=memory.resident_bytes,
+        peak_resident_bytes=memory.peak_resident_bytes,
         error_to_float=ready.error,
         notes=built.notes,
+        device_bytes=memory.device_bytes,
     )
 
 

@@ -35,12 +35,17 @@ def _row(result: BenchResult, name: str, figures: Figures) -> tuple[str, ...]:
     return (
         name,
         faster,
-        f"{times.median:.1f} ({times.p10:.1f}–{times.p90:.1f})",
+        f"{_milliseconds(times.median)} ({_milliseconds(times.p10)}–{_milliseconds(times.p90)})",
         f"{figures.size_bytes / 1e6:.1f}",
-        f"{figures.resident_bytes / 1e6:.0f}",
+        f"{figures.memory_bytes / 1e6:.0f}",
         f"{figures.loaded.load_seconds:.2f}",
         f"{figures.error_to_float:.1e}",
     )
+
+
+def _milliseconds(value: float) -> str:
+    """A digit after the point; three below ten, where a GPU's differences are."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.3f}"
 
 
 def _lines(result: BenchResult) -> list[str]:
@@ -51,9 +56,6 @@ def _lines(result: BenchResult) -> list[str]:
         f"{result.model}, batch {protocol['batch_size']}, {protocol['threads']} threads; {protocol['runs']} rounds "
         f"after {protocol['warm_up']} to warm up, one run of each in turn; calibration: {protocol['calibration']}."
     )
-    lines.append(
-        "Ratios are medians of the rounds' ratios. Memory is the resident set of each contender's own process after "
-        "its runs, the runtime included."
-    )
+    lines.append(f"Ratios are medians of the rounds' ratios. Memory is {result.memory_note}.")
     lines.append(f"Machine: {machine_line(dict(result.machine))}.")
     return lines

@@ -6,17 +6,19 @@ One JSON object a line on standard input, one answer a line on standard output:
         -> {"load_seconds": …, "runtime_resident_bytes": …, "loaded_resident_bytes": …}
     {"do": "run"}                    -> {"milliseconds": …}
     {"do": "output", "file": PATH}   -> {}                   the output of one more run, as .npy
-    {"do": "memory"}                 -> {"resident_bytes": …, "peak_resident_bytes": …}
+    {"do": "memory"}                 -> {"resident_bytes": …, "peak_resident_bytes": …, "device_bytes": …}
     {"do": "stop"}                   -> {}
 
 What goes wrong is answered with {"error": …}. Only the runtime asked for is imported: its memory is counted.
 """
 
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,24 +32,47 @@ __all__ = ["RUNTIMES", "Worker", "main"]
 Arrays = Mapping[str, NDArray[np.float32]]
 Call = Callable[[], NDArray[np.float32]]
 
+GPU_RUN_SECONDS = 0.2
+"""About as long does one timed run on a GPU last: as many calls as fit, so that its clocks and queue are warm."""
 
-def _onnxruntime(threads: int) -> Callable[[Path, Arrays], Call]:
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded model: its output on the CPU, the milliseconds of one call, the bytes that it takes of a GPU."""
+
+    output: Call
+    milliseconds: Callable[[], float]
+    device_bytes: Callable[[], int] = lambda: 0
+
+
+def on_cpu(call: Call) -> Loaded:
+    """Times a call by the clock on the wall."""
+
+    def milliseconds() -> float:
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+
+    return Loaded(call, milliseconds)
+
+
+def _onnxruntime(threads: int) -> Callable[[Path, Arrays], Loaded]:
     """Default session options: every optimisation, the runtime's own thread pool."""
     import onnxruntime  # noqa: F401  (imported before the clock of the load starts)
 
     from hqc.export.ort_session import open_session, run_session
 
-    def load(model: Path, inputs: Arrays) -> Call:
+    def load(model: Path, inputs: Arrays) -> Loaded:
         session = open_session(model, threads=threads)
         taken = {value.name for value in session.get_inputs()}
         feeds = {name: array for name, array in inputs.items() if name in taken}
         output = session.get_outputs()[0].name
-        return lambda: run_session(session, [output], feeds)[0]  # type: ignore[no-any-return]
+        return on_cpu(lambda: run_session(session, [output], feeds)[0])
 
     return load
 
 
-def _torch(threads: int) -> Callable[[Path, Arrays], Call]:
+def _torch(threads: int) -> Callable[[Path, Arrays], Loaded]:
     """A Program folder in eager mode without gradients."""
     import torch
 
@@ -56,17 +81,63 @@ def _torch(threads: int) -> Callable[[Path, Arrays], Call]:
 
     torch.set_num_threads(threads)
 
-    def load(model: Path, inputs: Arrays) -> Call:
+    def load(model: Path, inputs: Arrays) -> Loaded:
         session = TorchSession(load_program(model))
         tensors = [torch.from_numpy(inputs[spec.name]) for spec in session.inputs]
-        return lambda: session(*tensors).numpy()  # type: ignore[no-any-return]
+        return on_cpu(lambda: session(*tensors).numpy())
 
     return load
 
 
-RUNTIMES: Mapping[str, Callable[[int], Callable[[Path, Arrays], Call]]] = {
+def _cuda(session_class: str) -> Callable[[int], Callable[[Path, Arrays], Loaded]]:
+    """A Program folder in a session of `hqc.runtimes.cuda.session`, inputs and outputs on the GPU."""
+
+    def prepare(threads: int) -> Callable[[Path, Arrays], Loaded]:
+        import torch
+
+        from hqc.runtimes.cuda import session as sessions
+        from hqc.storage import load_program
+
+        torch.set_num_threads(threads)
+        sessions.require_cuda()
+
+        def load(model: Path, inputs: Arrays) -> Loaded:
+            session = getattr(sessions, session_class)(load_program(model))
+            tensors = [torch.from_numpy(inputs[spec.name]).cuda() for spec in session.inputs]
+            torch.cuda.reset_peak_memory_stats()  # what loading took besides is not what running takes
+            return _on_gpu(lambda: session(*tensors))
+
+        return load
+
+    return prepare
+
+
+def _on_gpu(call: Callable[[], Any]) -> Loaded:
+    """Times calls in a row between two synchronisations; the first compiles, captures and is not timed."""
+    import torch
+
+    def seconds(calls: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds(2)
+    calls = max(3, math.ceil(GPU_RUN_SECONDS / seconds(1)))
+    return Loaded(
+        output=lambda: call().float().cpu().numpy(),
+        milliseconds=lambda: 1e3 * seconds(calls) / calls,
+        device_bytes=torch.cuda.max_memory_allocated,
+    )
+
+
+RUNTIMES: Mapping[str, Callable[[int], Callable[[Path, Arrays], Loaded]]] = {
     "onnxruntime": _onnxruntime,
     "torch": _torch,
+    "torch-cuda": _cuda("CudaSession"),
+    "torch-fp16-cudagraph": _cuda("HalfSession"),
 }
 """Runtime -> what imports it and returns its loader; a further runtime is one entry."""
 
@@ -75,24 +146,24 @@ class Worker:
     """Answers the requests of the module's first lines."""
 
     def __init__(self) -> None:
-        self._call: Call | None = None
+        self._loaded: Loaded | None = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One request, one answer."""
         if request["do"] == "load":
             return self._load(request)
         if request["do"] == "memory":
-            return {"resident_bytes": resident_bytes(), "peak_resident_bytes": peak_resident_bytes()}
+            device = 0 if self._loaded is None else self._loaded.device_bytes()
+            resident, peak = resident_bytes(), peak_resident_bytes()
+            return {"resident_bytes": resident, "peak_resident_bytes": peak, "device_bytes": device}
         if request["do"] == "stop":
             return {}
-        if self._call is None:
+        if self._loaded is None:
             raise RuntimeError("no model is loaded")
         if request["do"] == "run":
-            start = time.perf_counter()
-            self._call()
-            return {"milliseconds": 1e3 * (time.perf_counter() - start)}
+            return {"milliseconds": self._loaded.milliseconds()}
         if request["do"] == "output":
-            np.save(request["file"], self._call(), allow_pickle=False)
+            np.save(request["file"], self._loaded.output(), allow_pickle=False)
             return {}
         raise RuntimeError(f"unknown request {request['do']!r}")
 
@@ -102,7 +173,7 @@ class Worker:
         load = RUNTIMES[request["runtime"]](request["threads"])
         before = resident_bytes()
         start = time.perf_counter()
-        self._call = load(Path(request["model"]), inputs)
+        self._loaded = load(Path(request["model"]), inputs)
         seconds = time.perf_counter() - start
         return {
             "load_seconds": seconds,

@@ -5,11 +5,11 @@ from torch import fx
 
 from hqc.errors import ExportError, RuntimeMissingError
 from hqc.export.sites import QuantisedSite, quantised_sites
-from hqc.passes import FreezeIntegers, MergeLora, RotateWeights
+from hqc.passes import FreezeIntegers, MergeLora, PackInt4, RotateWeights
 from hqc.pipeline import Pass, run_pipeline
 from hqc.program import Program, Stage, is_op
 
-__all__ = ["NAME", "integer_form", "require_quantised", "site_input", "site_rotation"]
+__all__ = ["NAME", "integer_form", "require_quantised", "site_input", "site_rotation", "stored_form"]
 
 NAME = "runtime torch-cuda"
 ops = torch.ops.hqc
@@ -40,6 +40,15 @@ def integer_form(program: Program) -> Program:
     for site in quantised_sites(integer):
         _require_int8(site)
     return integer
+
+
+def stored_form(program: Program) -> Program:
+    """`integer_form` with codes of at most four bits packed: a program as small on disk as it is on the GPU.
+
+    Raises:
+        RuntimeMissingError, ExportError: see `integer_form`.
+    """
+    return run_pipeline(integer_form(program), [PackInt4()])
 
 
 def site_rotation(site: QuantisedSite) -> int:

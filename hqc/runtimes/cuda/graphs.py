@@ -46,7 +46,9 @@ def capture_cuda_graph(module: Module, inputs: tuple[Tensor, ...], *, pool: Any 
             module(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), _best_algorithms(), torch.cuda.graph(graph, pool=pool):
+    # Another thread's allocation is no part of this capture and must not end it.
+    recording = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+    with torch.no_grad(), _best_algorithms(), recording:
         output = module(*inputs)
     return Captured(inputs, output, graph.replay)
 
