@@ -84,7 +84,8 @@ def kernel_options(kernel: str, options: Mapping[str, Any]) -> KernelOptions:
         found = f"{kernel} has no option {', '.join(unknown)}"
         raise KernelError("compile_kernel", found, f"Choose from {', '.join(sorted(known))}.")
     try:
-        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+        return kind(**plain)
     except ValueError as error:
         raise KernelError("compile_kernel", f"{kernel}: {error}", "Choose other options.") from error
 

@@ -107,7 +107,7 @@ class HadamardOptions:
         inputs = (Parameter("x", "input", f"*{dtype}"), Parameter("inverse_scale", "input", "*fp32"))
         output = Parameter("codes", "output", "*u8" if self.packed else "*i8")
         if self.layout == "nchw":
-            ints = (
+            ints: tuple[Parameter, ...] = (
                 Parameter("channels", "int32", "i32", self.aligned),
                 Parameter("pixels", "int32", "i32", self.aligned),
             )

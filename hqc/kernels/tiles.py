@@ -1,5 +1,6 @@
 """Tile sizes by shape: large tiles where there are enough of them to fill the processor, small ones where not."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = ["ProductTile", "hadamard_nchw_tile", "hadamard_rows_tile", "product_tile", "tile_channels"]
@@ -98,15 +99,18 @@ def product_tile(
     Shared memory: (rows + outputs)·channels bytes a stage within the 99 KiB that every architecture from sm_80 on has.
     """
     depth = tile_channels(channels, rotation)
-    if depth > 128:
-        shapes = _DEEP_SHAPES
-    elif channels % 16:
-        shapes = _SHAPES[2:]
-    else:
-        shapes = _CROWDED_SHAPES if two_digits or rotation >= 64 else _SHAPES
+    shapes = _shapes(depth, aligned=channels % 16 == 0, crowded=two_digits or rotation >= 64)
     wanted = next((s for s in shapes if _programs(rows, outputs, s) >= multiprocessors), None)
     tall, wide, warps = wanted or max(shapes, key=lambda s: _programs(rows, outputs, s))
     return ProductTile(tall, wide, depth, warps, {32: 4, 64: 4, 128: 3}.get(depth, 2))
+
+
+def _shapes(depth: int, *, aligned: bool, crowded: bool) -> Sequence[tuple[int, int, int]]:
+    if depth > 128:
+        return _DEEP_SHAPES
+    if not aligned:
+        return _SHAPES[2:]
+    return _CROWDED_SHAPES if crowded else _SHAPES
 
 
 def _programs(rows: int, outputs: int, shape: tuple[int, int, int]) -> int:
