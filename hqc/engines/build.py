@@ -25,7 +25,7 @@ from hqc.engines.builder_process import run_builder
 from hqc.engines.builders import TRT, Builder, find_builder
 from hqc.engines.cache import check_cache, default_cache, find_engine, keep_engine, timing_cache
 from hqc.engines.gpus import find_driver
-from hqc.engines.key import engine_key, plugins_digest
+from hqc.engines.key import PLUGINS, engine_key, plugins_digest
 from hqc.engines.layers import Coverage, EngineLayer, coverage, engine_layers
 from hqc.engines.network import Network, Shapes, profile_shapes, read_network
 from hqc.engines.options import BuildOptions
@@ -179,7 +179,7 @@ def build_engines(
     folder = Path(folder)
     manifest, network = _read_export(folder)
     shapes = profile_shapes(network, options.profile)
-    _check_plugins(folder, found, network)
+    _check_plugins(folder, found, network, manifest["files"])
     records = read_records(folder)
     if (there := [a for a in archs if engine_name(builder, a) in records]) and not force:
         raise ArtefactError(
@@ -311,13 +311,20 @@ def _read_export(folder: Path) -> tuple[Mapping[str, Any], Network]:
     return manifest, network
 
 
-def _check_plugins(folder: Path, builder: Builder, network: Network) -> None:
-    """TensorRT-RTX has no way to add a plugin: its process ends when it meets one."""
-    if network.plugins and builder is not TRT:
+def _check_plugins(folder: Path, builder: Builder, network: Network, files: Mapping[str, Any]) -> None:
+    """TensorRT-RTX has no way to add a plugin: its process ends when it meets one. TensorRT needs their kernels."""
+    if not network.plugins:
+        return
+    names = ", ".join(network.plugins)
+    if builder is not TRT:
         raise ExportError(
             str(folder / MODEL),
-            f"holds plugin nodes ({', '.join(network.plugins)}), and TensorRT-RTX takes no plugins",
+            f"holds plugin nodes ({names}), and TensorRT-RTX takes no plugins",
             "Export with --plugins none, or build with --engine trt.",
+        )
+    if not plugins_digest(files):
+        raise ArtefactError(
+            str(folder), f"holds plugin nodes ({names}) and no {PLUGINS} with their kernels", "Export it again."
         )
 
 

@@ -14,7 +14,7 @@ from hqc.engines.architectures import Capability
 from hqc.engines.options import BuildOptions
 from hqc.errors import ArtefactError
 
-__all__ = ["engine_key", "onnx_digest", "plugins_digest"]
+__all__ = ["PLUGINS", "engine_key", "onnx_digest", "plugins_digest"]
 
 PLUGINS = "plugins/"
 

@@ -169,6 +169,15 @@ def integer_conv_model() -> onnx.ModelProto:
     return g.model([("x", TensorProto.FLOAT, shape)], ("y", TensorProto.FLOAT, shape))
 
 
+def plugin_model() -> onnx.ModelProto:
+    """One of hqc's nodes, for which no TensorRT-RTX has a plugin."""
+    model = conv_model()
+    node = helper.make_node("HadamardQuantize", ["x"], ["unused"], name="p", domain="hqc", plugin_namespace="hqc")
+    model.graph.node.append(node)
+    model.opset_import.append(helper.make_opsetid("hqc", 1))
+    return model
+
+
 def save_export(folder: Path, model: onnx.ModelProto, *, external: bool = False, target: str = "tensorrt") -> Path:
     """A folder as `hqc export` leaves it, with a report and a plan of two sites."""
     folder.mkdir(parents=True)

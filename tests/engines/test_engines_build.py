@@ -10,7 +10,7 @@ from pathlib import Path
 import engine_graphs as graphs
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from hqc.engines import BatchProfile, BuildOptions, EngineReport, build_engines, load_plan
 from hqc.engines import build as build_module
@@ -285,15 +285,6 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 # ---- folders that are not what they should be ----------------------------------------------------------------------
 
 
-def plugin_model() -> onnx.ModelProto:
-    """An hqc node that no TensorRT-RTX has."""
-    model = graphs.conv_model()
-    node = helper.make_node("HadamardQuantize", ["x"], ["unused"], name="p", domain="hqc", plugin_namespace="hqc")
-    model.graph.node.append(node)
-    model.opset_import.append(helper.make_opsetid("hqc", 1))
-    return model
-
-
 def _foreign(folder: Path) -> None:
     model = onnx.load(folder / "model.onnx")
     model.producer_name = "pytorch"
@@ -366,7 +357,7 @@ def test_a_folder_that_is_no_whole_export(tmp_path: Path, damage: Callable[[Path
 
 
 def test_plugin_nodes_are_refused_before_the_builder_meets_them(tmp_path: Path) -> None:
-    folder = graphs.save_export(tmp_path / "x", plugin_model())
+    folder = graphs.save_export(tmp_path / "x", graphs.plugin_model())
     with pytest.raises(ExportError, match=r"plugin nodes \(HadamardQuantize\), and TensorRT-RTX takes no plugins"):
         build_engines(folder, archs=QUICK)
 

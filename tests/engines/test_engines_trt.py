@@ -255,6 +255,13 @@ def test_the_plugins_of_the_folder_are_registered_if_the_model_has_some(monkeypa
     assert registered == [Path("exports/a")]
 
 
+def test_plugin_nodes_without_their_kernels(tmp_path: Path, stand_in: Callable[[], list[list[object]]]) -> None:
+    folder = graphs.save_export(tmp_path / "x", graphs.plugin_model())
+    with pytest.raises(ArtefactError, match=r"holds plugin nodes \(HadamardQuantize\) and no plugins/ with their"):
+        build_engines(folder, "trt")
+    assert stand_in() == []
+
+
 def test_plugins_that_cannot_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(export: Path) -> None:
         raise ArtefactError(str(export), "holds no kernels for sm_90", "Export it again.")
