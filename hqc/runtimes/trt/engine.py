@@ -7,6 +7,7 @@ a change costs as much as several calls.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class Engine:
             ArtefactError: if TensorRT refuses it.
         """
         self._trt, self.device, self._where, self._do = trt, device, where, do
-        self._log = _Log(trt)
+        self._log = _log_of(trt)
+        self._log.errors.clear()
         self._runtime = trt.Runtime(self._log.logger)
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
@@ -120,6 +122,7 @@ class Engine:
         self.check_batch(batch)
         if output not in self.outputs:
             raise ArtefactError(self._where, f"has no output {output}", self._do)
+        self._log.errors.clear()
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(strategy)
         if context is None:
@@ -176,12 +179,18 @@ def current_stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
+@cache
+def _log_of(trt: Any) -> "_Log":
+    """One a process: TensorRT keeps the first that it is given, and calls it for as long as the process lives."""
+    return _Log(trt)
+
+
 class _Log:
-    """TensorRT's logger: warnings are left out, errors are kept and go to Python's log."""
+    """TensorRT's logger: errors are kept, the rest is left out."""
 
     def __init__(self, trt: Any) -> None:
-        self._errors: list[str] = []
-        errors = self._errors
+        self.errors: list[str] = []
+        errors = self.errors
 
         class Logger(trt.ILogger):  # type: ignore[misc]  # a class of the module that is asked for
             def __init__(self) -> None:
@@ -195,4 +204,4 @@ class _Log:
 
     def first(self) -> str:
         """The first error in one line, which the others follow from."""
-        return " ".join(self._errors[0].split())[:300] if self._errors else "no reason was given"
+        return " ".join(self.errors[0].split())[:300] if self.errors else "no reason was given"

@@ -56,7 +56,7 @@ class TensorRtSession:
         """
         gpu = find_gpu(device)
         _require_cuda()
-        self.device = torch.device("cuda", device)
+        self.device = _device(device)
         self.folder = Path(folder)
         self._manifest = check_manifest(self.folder, EXPORT_KIND)
         if self._manifest.get("target") != TARGET:
@@ -205,6 +205,10 @@ def _require_cuda() -> None:
         return
     found = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
     raise RuntimeMissingError(NAME, found, ELSEWHERE)
+
+
+def _device(index: int) -> torch.device:
+    return torch.device("cuda", index)
 
 
 def _module(builder: Builder) -> Any:
