@@ -38,6 +38,8 @@ __all__ = ["TensorRtLowering", "lower_tensorrt"]
 
 ops = torch.ops.hqc
 _INT4_BLOCKS = (128, 64, 32, 16)
+"""A scale a block, at least two of them: from these TensorRT builds a product that reads INT4; from a scale a channel it
+dequantises the weight first."""
 
 
 def lower_tensorrt(
@@ -115,7 +117,7 @@ def _index_select(lo: TensorRtState, node: fx.Node) -> ir.Value | None:
     return SHAPES[aten.index_select.default](lo, node)  # type: ignore[no-any-return]
 
 
-def _dequantize(lo: TensorRtState, node: fx.Node) -> ir.Value:
+def _dequantize(lo: TensorRtState, node: fx.Node) -> ir.Value | None:
     """Of activations where no integer product follows, and of weights."""
     b = lo.builder
     codes, scale = node.args
@@ -123,9 +125,16 @@ def _dequantize(lo: TensorRtState, node: fx.Node) -> ir.Value:
         site, rank = str(node.meta["site"]), len(lo.shape(node))
         factor = looked_up(lo, scale, scale_table(lo.program, scale, site).numpy(), rank, f"{site}.scale")  # type: ignore[arg-type]
         return b.op("Mul", lo.value(codes), factor, name=node.name)
+    if all(is_op(user, aten.linear.default) and _is_weight_only(lo, user) for user in node.users):
+        return None  # the layer lays its weight out for itself
     stored = evaluate(lo.program, codes, {})  # type: ignore[arg-type]
     name = f"{node.meta.get('site', node.name)}.weight_{'int4' if fits_int4(stored) else 'int8'}"
     return _dequantized_weight(lo, stored, lo.program.state[str(scale.target)], 0, name)  # type: ignore[union-attr]
+
+
+def _is_weight_only(lo: TensorRtState, layer: fx.Node) -> bool:
+    form = lo.forms.get(str(layer.meta.get("site")))
+    return form is not None and form.form is Form.INT4_WEIGHT_ONLY
 
 
 def _dequantized_weight(
@@ -153,13 +162,12 @@ def _linear(lo: TensorRtLowering, node: fx.Node) -> ir.Value:
     """A float layer, or one with INT4 weights: MatMul with DequantizeLinear in blocks of K, which TensorRT fuses."""
     x, weight = node.args[:2]
     site = str(node.meta.get("site", node.name))
-    form = lo.forms.get(site)
-    if form is None or form.form is not Form.INT4_WEIGHT_ONLY:
+    if not _is_weight_only(lo, node):
         return MATH[aten.linear.default](lo, node)  # type: ignore[no-any-return]
     b = lo.builder
     codes, scale = (evaluate(lo.program, argument, {}) for argument in weight.args)  # type: ignore[union-attr, arg-type]
     channels = codes.shape[1]
-    block = next((size for size in _INT4_BLOCKS if channels % size == 0), 0)
+    block = next((size for size in _INT4_BLOCKS if channels % size == 0 and channels > size), 0)
     factors = scale.repeat(channels // block, 1) if block else scale
     matrix = _dequantized_weight(lo, codes.T, factors, 0 if block else 1, f"{site}.weight_int4", block)
     y = b.op("MatMul", lo.value(x), typed(matrix, ir.DataType.FLOAT), name=site)
