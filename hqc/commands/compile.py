@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hqc.commands.engine import EngineArguments, engine_options
 from hqc.commands.options import (
     bits_option,
     block_option,
@@ -196,6 +197,7 @@ def inspect(program: Path, graph: bool, as_json: bool) -> None:
     help="The captured Program that the quantisation error is measured from (default: PROGRAM without quantisers).",
 )
 @click.option("--one-timestep", is_flag=True, help="One timestep a call, as samplers give it: quicker.")
+@engine_options(None)
 @force_option
 @json_option
 def export(
@@ -208,16 +210,22 @@ def export(
     opset: int,
     against: Path | None,
     one_timestep: bool,
+    engine: EngineArguments | None,
     force: bool,
     as_json: bool,
 ) -> None:
-    """Lower PROGRAM to ONNX for a target, verify it against the fake-quant graph, and write a folder."""
+    """Lower PROGRAM to ONNX for a target, verify it against the fake-quant graph, and write a folder.
+
+    With --engine, the model is compiled too, as by `hqc build-engine`.
+    """
     from hqc import console as out
     from hqc.export import export_program
     from hqc.storage import load_program, pipeline_folder
 
     check_output(output, force=force)
     tensorrt = _tensorrt_options(target, dtype, plugins, weight_only)
+    if engine is not None:
+        engine.check(target=target, plugins=plugins)
     loaded = load_program(program)
     report = export_program(
         loaded,
@@ -230,6 +238,9 @@ def export(
         one_timestep=one_timestep,
         tensorrt=tensorrt,
     )
+    if not as_json:
+        click.echo(f"exported {report}")
+    engines = engine.build(output) if engine is not None else None
     if as_json:
         out.print_json(
             {
@@ -241,10 +252,11 @@ def export(
                 "seconds": report.seconds,
                 "verification": report.verification.to_dict(),
                 **({} if tensorrt is None else {"layers": [layer.to_dict() for layer in report.layers]}),
+                **({} if engines is None else {"engines": engines.to_dict()["engines"]}),
             }
         )
-    else:
-        click.echo(f"exported {report}")
+    elif engines is not None:
+        click.echo(f"built {engines}")
 
 
 def _tensorrt_options(

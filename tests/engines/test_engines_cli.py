@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import engine_graphs as graphs
@@ -9,10 +10,19 @@ import pytest
 from click.testing import CliRunner, Result
 
 from hqc.cli import main
+from hqc.engines import load_plan
+from hqc.passes import InsertHadamard, InsertQdq, SelectLayers
+from hqc.pipeline import run_pipeline
+from hqc.program import Program
+from hqc.storage import save_program
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner(catch_exceptions=False).invoke(main, list(map(str, arguments)))
 
 
 def hqc(*arguments: object) -> Result:
-    return CliRunner(catch_exceptions=False).invoke(main, ["build-engine", *map(str, arguments)])
+    return run("build-engine", *arguments)
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="TensorRT-RTX has no wheel for macOS")
@@ -72,3 +82,46 @@ def test_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         done = hqc(folder, "--engine", engine)
         assert done.exit_code == 2
         assert "is not installed. Run `" + install in done.stderr
+
+
+# ---- hqc export --engine -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(captured: Callable[[str], Program], tmp_path: Path) -> Path:
+    """A quantised program in a folder."""
+    steps = [SelectLayers(bits="w4a4"), InsertHadamard(), InsertQdq((0.0, 500.0))]
+    save_program(run_pipeline(captured("in_place"), steps), tmp_path / "p.hqc")
+    return tmp_path / "p.hqc"
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="TensorRT-RTX has no wheel for macOS")
+def test_an_export_builds_too(program: Path, tmp_path: Path) -> None:
+    asked = ("--target", "tensorrt", "--engine", "rtx", "--arch", "sm_89", "--max-batch", 2)
+    done = run("export", program, "-o", tmp_path / "json", *asked, "--json")
+    assert done.exit_code == 0, done.output
+    engine = json.loads(done.stdout)["engines"]["rtx_sm89"]
+    assert engine["quantised_products"] == engine["int8"] == 2
+    assert load_plan(tmp_path / "json", "sm_89").record.options["profile"] == {"min": 1, "opt": 2, "max": 2}
+    text = run("export", program, "-o", tmp_path / "text", *asked).stdout
+    assert text.startswith("exported ")
+    assert f"\nbuilt {tmp_path / 'text'}: 1 engine, " in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--engine", "rtx"), "--engine rtx: is not for target onnxruntime. Give --target tensorrt."),
+        (("--target", "tensorrt", "--arch", "sm_86"), "--arch: is for engines, and none is asked for. Give --engine"),
+        (("--target", "tensorrt", "--no-tf32"), "--tf32/--no-tf32: is for engines"),
+        (("--target", "tensorrt", "--engine", "rtx", "--plugins", "qdp"), "--engine rtx: takes no plugins."),
+        (("--target", "tensorrt", "--engine", "rtx", "--arch", "sm_90"), "architecture sm_90 (Hopper: H100, H200): "),
+    ],
+    ids=str,
+)
+def test_an_export_is_refused_before_it_starts(program: Path, arguments: tuple[str, ...], said: str) -> None:
+    done = run("export", program, "-o", program.parent / "x", *arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"hqc: {said}")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in program.parent.iterdir()] == ["p.hqc"]
