@@ -38,8 +38,8 @@ __all__ = ["TensorRtLowering", "lower_tensorrt"]
 
 ops = torch.ops.hqc
 _INT4_BLOCKS = (128, 64, 32, 16)
-"""A scale a block, at least two of them: from these TensorRT builds a product that reads INT4; from a scale a channel it
-dequantises the weight first."""
+"""At least two blocks, each with a scale: from these TensorRT builds a product that reads INT4; with one scale for each
+channel it dequantises the weight first."""
 
 
 def lower_tensorrt(
