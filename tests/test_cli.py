@@ -370,7 +370,7 @@ def test_learning_rates_out_of_range(made: SimpleNamespace, tmp_path: Path, rate
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("export", "--target", "tensorrt", "-o", "x"),
+        ("export", "--target", "openvino", "-o", "x"),
         ("export", "--opset", "20", "-o", "x"),
         ("ptq", "--calib-size", "0", "-o", "x"),
         ("ptq", "--block", "24", "-o", "x"),
@@ -649,6 +649,6 @@ def test_version_and_help() -> None:
     text = ok("--help").stdout
     commands = [line.split()[0] for line in text.partition("Commands:\n")[2].splitlines()]
     models = ["sample", "eval", "analyze", "compare", "bench", "serve"]
-    assert commands == ["trace", "explain", "inspect", "ptq", "qat", "export", *models]
+    assert commands == ["trace", "explain", "inspect", "ptq", "qat", "export", "build-engine", *models, "doctor"]
     for command in commands:
         assert ok(command, "-h").stdout.startswith(f"Usage: main {command}")
