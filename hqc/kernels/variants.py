@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from hqc.kernels.compile import ARCHITECTURES, CompiledKernel, compile_kernel
 
-__all__ = ["VARIANTS", "Variant", "row", "table"]
+__all__ = ["VARIANTS", "Variant", "row", "rows", "table"]
 
 _COLUMNS = ("variant", "arch", "ptx", "instruction", "registers", "spills", "shared")
 
@@ -18,50 +17,30 @@ class Variant:
 
     name: str
     kernel: str
+    options: Mapping[str, Any]
     dtype: str = "fp16"
-    options: Mapping[str, Any] = MappingProxyType({})
 
     def compile(self, arch: str) -> CompiledKernel:
         """For one architecture; see `compile_kernel`."""
         return compile_kernel(self.kernel, self.dtype, self.options, arch)
 
 
-_DEEP = {"tile_channels": 128, "tile_outputs": 64}
+_NCHW = {"layout": "nchw", "tile_channels": 32, "num_warps": 1}
+_WIDE = {"block": 128, "packed": True, "tile_rows": 32, "tile_channels": 128}
+_INT4 = {"form": "words", "rotation": 32}
+_DEEP = {"form": "words", "rotation": 128, "tile_channels": 128, "tile_outputs": 64}
+_FEW = {"even": False, "aligned": False, "tile_rows": 64, "tile_outputs": 64, "tile_channels": 32, "num_warps": 4}
 VARIANTS: Sequence[Variant] = (
-    Variant("rotate 32, rows, fp16 to int8", "hadamard_quantize"),
-    Variant(
-        "rotate 32, NCHW, fp16 to int8",
-        "hadamard_quantize",
-        options={"layout": "nchw", "tile_channels": 32, "num_warps": 1},
-    ),
-    Variant(
-        "rotate 128, rows, fp32 to int4",
-        "hadamard_quantize",
-        "fp32",
-        {"block": 128, "packed": True, "tile_rows": 32, "tile_channels": 128},
-    ),
-    Variant("GEMM, int8 weight", "int_gemm", options={"num_stages": 4}),
-    Variant("GEMM, two digits", "int_gemm", options={"two_digits": True, "tile_outputs": 64}),
-    Variant("GEMM, int4 weight, rotate 32", "int_gemm", options={"form": "words", "rotation": 32}),
-    Variant("GEMM, int4 weight, rotate 128", "int_gemm", options={"form": "words", "rotation": 128, **_DEEP}),
-    Variant("conv 3x3, int8 weight, residual, SiLU", "int_conv2d", options={"residual": True, "silu": True}),
-    Variant(
-        "conv 3x3 stride 2, int4 weight, rotate 32",
-        "int_conv2d",
-        options={"form": "words", "rotation": 32, "stride": (2, 2)},
-    ),
-    Variant(
-        "conv 3x3, int8 weight, 4 channels",
-        "int_conv2d",
-        options={
-            "even": False,
-            "aligned": False,
-            "tile_rows": 64,
-            "tile_outputs": 64,
-            "tile_channels": 32,
-            "num_warps": 4,
-        },
-    ),
+    Variant("rotate 32, rows, fp16 to int8", "hadamard_quantize", {}),
+    Variant("rotate 32, NCHW, fp16 to int8", "hadamard_quantize", _NCHW),
+    Variant("rotate 128, rows, fp32 to int4", "hadamard_quantize", _WIDE, "fp32"),
+    Variant("GEMM, int8 weight", "int_gemm", {}),
+    Variant("GEMM, two digits", "int_gemm", {"two_digits": True, "tile_outputs": 64}),
+    Variant("GEMM, int4 weight, rotate 32", "int_gemm", _INT4),
+    Variant("GEMM, int4 weight, rotate 128", "int_gemm", _DEEP),
+    Variant("conv 3×3, int8 weight, residual, SiLU", "int_conv2d", {"residual": True, "silu": True}),
+    Variant("conv 3×3 stride 2, int4 weight, rotate 32", "int_conv2d", {"stride": (2, 2), **_INT4}),
+    Variant("conv 3×3, int8 weight, 4 channels", "int_conv2d", _FEW),
 )
 
 
