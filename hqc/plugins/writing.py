@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from typing import Any
 import onnx
 
 from hqc import __version__
-from hqc.engines.builders import package_version
 from hqc.errors import ExportError
 from hqc.kernels.compile import ARCHITECTURES, CompiledKernel, compile_kernel
 from hqc.plugins.graph import PluginNode, plugin_nodes
@@ -75,7 +75,7 @@ def write_plugins(
         "format": FORMAT,
         "version": VERSION,
         "hqc": __version__,
-        "triton": package_version("triton"),
+        "triton": version("triton"),
         "variants": names,
         "kernels": kernels,
     }

@@ -1,7 +1,7 @@
 """The plugins as IPluginV3, for TensorRT 10.0 to 10.8, whose parser takes no plugin ahead of time.
 
-The same PTX, launched from Python while the engine runs: whoever loads such an engine calls `register` first. A plugin
-for each instance costs some microseconds of Python a launch; inside a CUDA graph it costs nothing.
+The same PTX, launched from Python while the engine runs: whoever loads such an engine calls `register` first. A launch
+costs some Python; replayed from a CUDA graph it costs none.
 
 Importing this defines the classes; `register_creators` puts their creators into TensorRT's registry.
 """
@@ -76,6 +76,7 @@ class HqcPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Remembers what TensorRT settled on."""
         self._remember([value.desc for value in inputs], [value.desc for value in outputs])
+        self.timing_cache_id = self._timing_id()
 
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """The same when the engine runs."""
@@ -129,7 +130,6 @@ class HqcPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.
         self._formats = tuple(desc.format.name for desc in (*inputs, *outputs))
         self._dims = tuple(tuple(desc.dims) for desc in inputs)
         self._dtype = NAMES[inputs[0].type.name]
-        self.timing_cache_id = self._timing_id()
 
     def _timing_id(self) -> str:
         """Timings of other PTX are not this plugin's."""
