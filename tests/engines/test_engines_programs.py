@@ -103,6 +103,14 @@ def test_rotations(
     assert all(layer.constants[0].shape[1] == 32 for layer in float_kernels)
 
 
+def test_weight_only_layers_are_read_as_int4(captured: Callable[[str], Program], tmp_path: Path) -> None:
+    report = build(quantised(captured("shared_input"), "w4a4"), tmp_path / "x", weight_only=("to_q", "to_k"))
+    assert check(report) == {"int4 weight-only": 2, "int8 gemm": 1}
+    kernels = dict(report.engines[0].coverage.weight_only)
+    assert set(kernels) == {"to_q.weight_int4", "to_k.weight_int4"}
+    assert all("Int4" in how for how in kernels.values())
+
+
 def test_one_timestep_a_call(captured: Callable[[str], Program], tmp_path: Path) -> None:
     folder = tmp_path / "x"
     export_program(quantised(captured("two_sites"), "w4a4"), "tensorrt", folder, one_timestep=True)
