@@ -8,6 +8,8 @@ A per-sample scale commutes with a convolution, so that it can stand outside of 
 would be a run-time tensor, for which TensorRT builds float kernels at best.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,9 +64,20 @@ def lower_tensorrt(
     model = lowering.run()
     model.producer_name = TENSORRT_PRODUCER
     set_precision(model, lowering.builder, options.onnx_type)
+    lowering.taps = _at_plugin_inputs(model, lowering.taps)
     for function in plugin_functions({node.op_type for node in model.graph if node.domain}, opset):
         model.functions[function.identifier()] = function
     return model, lowering
+
+
+def _at_plugin_inputs(model: ir.Model, taps: Mapping[str, Tap]) -> Mapping[str, Tap]:
+    """Where a plugin quantises, the input of a site is what the plugin reads, which may be behind a cast."""
+    reads = {
+        str(node.outputs[0].name): str(node.inputs[0].name)  # type: ignore[union-attr]
+        for node in model.graph
+        if node.op_type == "HadamardQuantize"
+    }
+    return {site: replace(tap, input=Listen(reads.get(tap.codes.name, tap.input.name))) for site, tap in taps.items()}
 
 
 class TensorRtLowering(TensorRtState):
@@ -90,7 +103,7 @@ class TensorRtLowering(TensorRtState):
         for made in reversed(self.builder.graph):
             if PRECISION in made.meta:
                 break
-            made.meta[PRECISION] = Precision.AS_IT_IS if made.domain else precision
+            made.meta[PRECISION] = Precision.PLUGIN if made.domain else precision
 
     def _find_taps(self) -> dict[str, Tap]:
         """At the very values that a site reads and gives: a transpose in front of it may be behind a cast."""

@@ -6,7 +6,7 @@ A graph is lowered in float32; here every node gets its type.
                 sine or cosine is computed from, and what comes after the timestep up to the first layer
     activation  the rest: convolutions and linear layers left float, attention, additions, SiLU, …; group and layer
                 normalisation, whose operators take their statistics in float32 by an attribute
-    as it is    plugin nodes, which name the type of every operand themselves
+    plugin      activations in and out, scales in float32
 
 Why the sites: a float16 value is exact in float32 (and in TF32), its sum with b signs is not exact in float16, and a
 relative error of 2^-11 there moves an 8-bit level of 127 by 0.06 of a step, enough to flip one code in twenty. Casts
@@ -44,7 +44,7 @@ class Precision(Enum):
 
     FULL = "full"
     ACTIVATION = "activation"
-    AS_IT_IS = "as it is"
+    PLUGIN = "plugin"
 
 
 _FULL_TARGETS = (
@@ -136,7 +136,7 @@ class _Types:
         precision: Precision = node.meta[PRECISION]
         if precision is Precision.ACTIVATION and not _takes(node.op_type, self._builder.opset, self._dtype):
             precision = Precision.FULL
-        if precision is Precision.AS_IT_IS:
+        if precision is Precision.PLUGIN:
             self._plugin(node)
             return
         wanted, other = (FLOAT, self._dtype) if precision is Precision.FULL else (self._dtype, FLOAT)
@@ -154,7 +154,10 @@ class _Types:
                 typed(output, self._dtype)
 
     def _plugin(self, node: ir.Node) -> None:
-        """A plugin that writes real values writes them as activations."""
+        """A plugin reads and writes real values as activations; what comes from outside it reads as it is."""
+        x = node.inputs[0]
+        if node.op_type == "HadamardQuantize" and x is not None and x.dtype == FLOAT and x.producer() is not None:
+            node.replace_input_with(0, self._twin(x, self._dtype, node))
         if "out_type" in node.attributes:
             node.attributes["out_type"] = ir.AttrInt64("out_type", int(self._dtype))
             typed(node.outputs[0], self._dtype)
