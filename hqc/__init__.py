@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hqc.api import ptq, qat, quantise
     from hqc.capture import trace
     from hqc.errors import HqcError
-    from hqc.export import export_program
+    from hqc.export import TensorRtOptions, export_program
     from hqc.program import Program
     from hqc.runtimes import load
     from hqc.storage import load_program, save_program
@@ -26,6 +26,7 @@ __all__ = [
     "HqcError",
     "Program",
     "Task",
+    "TensorRtOptions",
     "export_program",
     "load",
     "load_program",
@@ -40,6 +41,7 @@ _WHERE = {
     "HqcError": ("hqc.errors", "HqcError"),
     "Program": ("hqc.program", "Program"),
     "Task": ("hqc.training", "Task"),
+    "TensorRtOptions": ("hqc.export", "TensorRtOptions"),
     "export_program": ("hqc.export", "export_program"),
     "load": ("hqc.runtimes", "load"),
     "load_program": ("hqc.storage", "load_program"),

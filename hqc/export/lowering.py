@@ -223,13 +223,16 @@ def _of_the_timestep(program: Program) -> frozenset[fx.Node]:
         ExportError: where such a row is joined with rows of the batch by anything but broadcasting.
     """
     shared: set[fx.Node] = set()
+    constant: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op == "placeholder":
             if node.name == "timestep":
                 shared.add(node)
             continue
-        values = [n for n in node.all_input_nodes if n.op != "get_attr" and not _is_size(n)]
-        if values and all(n in shared for n in values):
+        values = [n for n in node.all_input_nodes if n not in constant and not _is_size(n)]
+        if node.op == "get_attr" or (node.all_input_nodes and all(n in constant for n in node.all_input_nodes)):
+            constant.add(node)
+        elif values and all(n in shared for n in values):
             shared.add(node)
     for node in program.graph.nodes:
         mixed = node not in shared and any(n in shared for n in node.all_input_nodes)

@@ -165,7 +165,7 @@ def _plugin(lo: TensorRtState, node: fx.Node, table: NDArray[np.float32], block:
     codes = b.op(
         "HadamardQuantize",
         lo.value(rotation.args[0]),  # type: ignore[union-attr]
-        per_sample_scale(lo, scale, np.float32(1) / table, f"{node.meta['site']}.input_scale"),
+        per_sample_scale(lo, node, scale, np.float32(1) / table, f"{node.meta['site']}.input_scale"),
         name=f"{node.meta['site']}.codes",
         domain=HQC_DOMAIN,
         block=block,
@@ -176,9 +176,11 @@ def _plugin(lo: TensorRtState, node: fx.Node, table: NDArray[np.float32], block:
     return typed(codes, INT8, lo.shape(node))
 
 
-def per_sample_scale(lo: TensorRtState, scale: Any, values: NDArray[np.float32], name: str) -> ir.Value:
-    """A table at the timestep's row as [N], which a plugin reads one a sample."""
+def per_sample_scale(
+    lo: TensorRtState, scaled: fx.Node, scale: Any, values: NDArray[np.float32], name: str
+) -> ir.Value:
+    """A table at the timestep's row as [N], one for each sample of the tensor that a plugin scales."""
     picked = looked_up(lo, scale, values, 1, name)
-    if scale not in lo.shared:
+    if scale not in lo.shared or scaled in lo.shared:
         return picked
     return typed(lo.builder.op("Expand", picked, batch_dims(lo, [BATCH]), name=f"{name}s"), FLOAT)

@@ -99,7 +99,7 @@ def _plugin(lo: TensorRtState, node: fx.Node) -> ir.Value:
         lo.value(product.args[0]),
         packed,
         lo.value(scale_w),
-        per_sample_scale(lo, scale_a, table, f"{site}.scale"),
+        per_sample_scale(lo, node, scale_a, table, f"{site}.scale"),
         offsets,
     )
     attributes = {"block": lo.forms[site].block or 1, "out_type": int(FLOAT)}

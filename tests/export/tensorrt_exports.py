@@ -1,0 +1,64 @@
+"""What the TensorRT tests share: exports by their options, made once, and what is read from their files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from hqc.export import ExportReport, TensorRtOptions, export_program
+from hqc.export.reference import verification_inputs
+from hqc.program import Program
+
+__all__ = ["Build", "attributes", "builder", "constants", "feeds_of", "producers", "read", "relative"]
+
+Build = Callable[..., tuple[Program, Path, ExportReport]]
+
+
+def builder(captured: Callable[[str], Program], quantised: Callable[[str, str], Program], work: Path) -> Build:
+    """build(model, bits or None, one_timestep=False, **options): (program, folder, report), each made once."""
+    made: dict[object, tuple[Program, Path, ExportReport]] = {}
+
+    def build(name: str, bits: str | None, *, one_timestep: bool = False, **options: Any):
+        chosen = TensorRtOptions(**options)
+        key = (name, bits, one_timestep, chosen)
+        if key not in made:
+            program = captured(name) if bits is None else quantised(name, bits)
+            report = export_program(
+                program,
+                "tensorrt",
+                work / f"{len(made)}_{name}",
+                float_program=captured(name),
+                one_timestep=one_timestep,
+                tensorrt=chosen,
+            )
+            made[key] = program, report.folder, report
+        return made[key]
+
+    return build
+
+
+def read(folder: Path) -> onnx.ModelProto:
+    return onnx.load(str(folder / "model.onnx"))
+
+
+def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    return {name: node for node in graph.node for name in node.output}
+
+
+def constants(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+def feeds_of(program: Program, batch: int) -> dict[str, np.ndarray]:
+    args = verification_inputs(program, batch)
+    return {spec.name: arg.numpy() for spec, arg in zip(program.inputs, args, strict=True)}
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
