@@ -237,14 +237,13 @@ class _Job:
     def build(self, arch: str) -> BuiltEngine:
         """One engine, from the cache or built, in the staging folder."""
         plan = self.stage / f"engine_{engine_name(self.builder.name, arch)}.plan"
-        plugins = plugins_digest(self.files) if self.network.plugins else ""
         key = engine_key(
             onnx=self.onnx,
             builder=self.builder.name,
             builder_version=self.version,
             compute_capability=capability(arch),
             options=self.options,
-            plugins=plugins,
+            plugins=self.plugins,
         )
         kept = find_engine(self.cache, key) if self.cache is not None and not self.force else None
         if kept is not None:
@@ -258,8 +257,15 @@ class _Job:
         record = self._record(arch, plan, key, answer)
         return BuiltEngine(record, layers, coverage(layers, self.network.products), kept is not None)
 
+    @property
+    def plugins(self) -> str:
+        """The digest of the plugins that the model needs; empty if it needs none."""
+        return plugins_digest(self.files) if self.network.plugins else ""
+
     def _request(self, arch: str, plan: Path) -> BuildRequest:
-        timings = self.cache is not None and self.builder is TRT
+        timings = None
+        if self.cache is not None and self.builder is TRT:
+            timings = str(timing_cache(self.cache, arch, self.version, self.plugins))
         return BuildRequest(
             onnx=str(self.folder / MODEL),
             plan=str(plan),
@@ -268,7 +274,7 @@ class _Job:
             shapes=self.shapes,
             workspace_bytes=self.options.workspace_bytes,
             tf32=self.options.tf32,
-            timing_cache=str(timing_cache(self.cache, arch, self.version)) if timings and self.cache else None,
+            timing_cache=timings,
             plugins=bool(self.network.plugins),
         )
 

@@ -44,9 +44,14 @@ def check_cache(root: Path) -> None:
         ) from error
 
 
-def timing_cache(root: Path, arch: str, builder_version: str) -> Path:
-    """Where the timings of a card and a version are kept."""
-    return root / f"timing_{arch.replace('_', '')}_{builder_version}.cache"
+def timing_cache(root: Path, arch: str, builder_version: str, plugins: str = "") -> Path:
+    """Where the timings of a card and a version are kept.
+
+    plugins: `plugins_digest`. TensorRT tells plugin kernels apart by the plugin's name alone, so that other PTX under
+    it would be taken for timed already.
+    """
+    ending = f"_{plugins[:16]}" if plugins else ""
+    return root / f"timing_{arch.replace('_', '')}_{builder_version}{ending}.cache"
 
 
 def find_engine(root: Path, key: str) -> tuple[Path, Answer] | None:

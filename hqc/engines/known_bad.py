@@ -56,12 +56,13 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         lambda e: _version(e, "triton", "3.6", "3.7") and _version(e, "numpy", "2.4"),
         "triton's interpreter raises InterpreterError at a loop whose bounds are known at run time only, so kernels "
         "cannot be tested on a CPU",
-        "pip install 'numpy<2.4', or triton 3.9",
+        "pip install 'numpy<2.4', or triton 3.7",
     ),
     KnownBad(
         "tensorrt 10 with numpy 2.4 or newer",
         lambda e: _version(e, "tensorrt", "10", "11") and _version(e, "numpy", "2.4"),
-        "a plugin with an int or float attribute fails (only 0-dimensional arrays can be converted to Python scalars)",
+        "a plugin with an int or float attribute fails (only 0-dimensional arrays can be converted to Python scalars); "
+        "hqc's own pass arrays of one element, so that this is about other plugins in the same process",
         "pip install 'numpy<2.4', or tensorrt 11",
     ),
     KnownBad(

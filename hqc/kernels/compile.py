@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hqc.errors import ExportError, KernelError, RuntimeMissingError
-from hqc.kernels.options import FLOATS, KERNELS, KernelOptions, Parameter
+from hqc.kernels.options import FLOATS, KERNELS, MODULES, KernelOptions, Parameter
 
 __all__ = ["ARCHITECTURES", "PTX_VERSIONS", "CompiledKernel", "compile_kernel", "kernel_options"]
 
@@ -91,7 +91,7 @@ def kernel_options(kernel: str, options: Mapping[str, Any]) -> KernelOptions:
 
 
 def compile_kernel(kernel: str, dtype: str, options: Mapping[str, Any], arch: str) -> CompiledKernel:
-    """Compiles one kernel ("hadamard_quantize", "int_gemm", "int_conv2d") for one architecture ("sm_80" … "sm_120").
+    """Compiles one kernel ("hadamard_quantize", "int_gemm", …) for one architecture ("sm_80" … "sm_120").
 
     dtype: of x for `hadamard_quantize`, of the output for the products: "fp16", "bf16" or "fp32".
     options: fields of the kernel's class in `hqc.kernels.options`; what is left out has its default there.
@@ -171,8 +171,7 @@ def _compile(where: str, options: KernelOptions, dtype: str, arch: str) -> Any:
 
 
 def _function(options: KernelOptions) -> Any:
-    module = "hadamard_quantize" if options.function.startswith("hadamard_quantize") else options.function
-    return getattr(importlib.import_module(f"hqc.kernels.jit.{module}"), options.function)
+    return getattr(importlib.import_module(f"hqc.kernels.jit.{MODULES[options.function]}"), options.function)
 
 
 def _capability(arch: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from hqc.errors import KernelError
 from hqc.kernels.guards import check_devices, check_tensor, check_total
 from hqc.kernels.operands import Epilogue, Weight, check_epilogue, check_weight, weight_form
-from hqc.kernels.options import BLOCKS, ConvOptions, GemmOptions, HadamardOptions, KernelOptions
+from hqc.kernels.options import BLOCKS, MODULES, ConvOptions, GemmOptions, HadamardOptions, KernelOptions, SumOptions
 from hqc.kernels.tiles import MULTIPROCESSORS, hadamard_nchw_tile, hadamard_rows_tile, product_tile
 
 __all__ = ["hadamard_quantize", "int_conv2d", "int_gemm"]
@@ -91,7 +91,7 @@ def hadamard_quantize(
         tile_channels=wide,
         num_warps=warps,
     )
-    _launch("hadamard_quantize", options, grid, (x, inverse_scale, *integers, out))
+    _launch(options, grid, (x, inverse_scale, *integers, out))
     return out
 
 
@@ -117,11 +117,9 @@ def int_gemm(
     out = _product_output(where, codes, weight, scale, epilogue, (*codes.shape[:-1], outputs), out)
     if not out.numel():
         return out
-    product = _product(weight, epilogue, rows, outputs, channels, codes.device)
-    options = _options(where, GemmOptions, **product)
+    options = _options(where, GemmOptions, **_product(weight, epilogue, rows, outputs, channels, codes.device))
     integers = (rows, channels, outputs, rows_per_sample)
-    pointers = _pointers(codes, weight, scale, epilogue, options)
-    _launch(where, options, _product_grid(options, rows, outputs), (*pointers, *integers, out))
+    _launch_product(options, codes, weight, scale, epilogue, integers, out, rows_per_sample)
     return out
 
 
@@ -166,11 +164,11 @@ def int_conv2d(
     if not out.numel():
         return out
     rows = samples * places[0] * places[1]
-    product = _product(weight, epilogue, rows, outputs, channels, codes.device)
+    taps = kernel[0] * kernel[1]
+    product = _product(weight, epilogue, rows, outputs, channels, codes.device, taps=taps)
     options = _options(where, ConvOptions, **product, **window)
     integers = (rows, *size, channels, outputs, *places)
-    pointers = _pointers(codes, weight, scale, epilogue, options)
-    _launch(where, options, _product_grid(options, rows, outputs), (*pointers, *integers, out))
+    _launch_product(options, codes, weight, scale, epilogue, integers, out, places[0] * places[1])
     return out
 
 
@@ -230,45 +228,76 @@ def _options(where: str, kind: type[KernelOptions], **fields: Any) -> Any:
 
 
 def _product(
-    weight: Weight, epilogue: Epilogue, rows: int, outputs: int, channels: int, device: torch.device
+    weight: Weight,
+    epilogue: Epilogue,
+    rows: int,
+    outputs: int,
+    channels: int,
+    device: torch.device,
+    *,
+    taps: int = 1,
 ) -> dict[str, Any]:
     """Options that both products share."""
     tile = product_tile(
         rows,
         outputs,
         channels,
+        taps=taps,
         rotation=weight.rotation,
         two_digits=weight.high is not None,
         multiprocessors=_multiprocessors(device),
     )
     form = weight_form(weight, channels)
+    whole = tile.splits == 1  # with splits the epilogue comes in `sum_splits`
     return {
         "form": form,
         "rotation": weight.rotation,
         "two_digits": weight.high is not None,
         "high_factor": weight.high_factor,
-        "bias": epilogue.bias is not None,
-        "residual": epilogue.residual is not None,
-        "silu": epilogue.silu,
+        "bias": whole and epilogue.bias is not None,
+        "residual": whole and epilogue.residual is not None,
+        "silu": whole and epilogue.silu,
         "even": form != "nibbles" and channels % tile.channels == 0,
         "tile_rows": tile.rows,
         "tile_outputs": tile.outputs,
         "tile_channels": tile.channels,
+        "splits": tile.splits,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
 
 
-def _pointers(
-    codes: Tensor, weight: Weight, scale: Tensor, epilogue: Epilogue, options: GemmOptions
-) -> tuple[Tensor | None, ...]:
-    """The tensors in the kernel's order, None for what is left out."""
+def _launch_product(
+    options: GemmOptions,
+    codes: Tensor,
+    weight: Weight,
+    scale: Tensor,
+    epilogue: Epilogue,
+    integers: tuple[int, ...],
+    out: Tensor,
+    rows_per_sample: int,
+) -> None:
+    """One kernel, or with splits two: partial sums, then their sum and the epilogue."""
+    outputs = out.shape[-1]
+    rows = out.numel() // outputs
     stored = weight.codes.view(-1).view(torch.int32) if options.form == "words" else weight.codes
-    return codes, stored, weight.high, weight.scale, scale, epilogue.bias, epilogue.residual
-
-
-def _product_grid(options: GemmOptions, rows: int, outputs: int) -> tuple[int, ...]:
-    return (-(-rows // options.tile_rows) * -(-outputs // options.tile_outputs),)
+    scales = (weight.scale, scale)
+    extras = (epilogue.bias, epilogue.residual)
+    grid = (-(-rows // options.tile_rows) * -(-outputs // options.tile_outputs), options.splits)
+    if options.splits == 1:
+        _launch(options, grid, (codes, stored, weight.high, *scales, *extras, *integers, out))
+        return
+    partial = torch.empty((options.splits, rows, outputs), dtype=torch.int32, device=out.device)
+    check_total(options.function, **{"the partial sums": partial})
+    _launch(options, grid, (codes, stored, weight.high, *scales, None, None, *integers, partial))
+    total = SumOptions(
+        splits=options.splits,
+        bias=epilogue.bias is not None,
+        residual=epilogue.residual is not None,
+        silu=epilogue.silu,
+    )
+    grid = (-(-rows // total.tile_rows), -(-outputs // total.tile_outputs))
+    _launch(total, grid, (partial, *scales, *extras, rows, outputs, rows_per_sample, out))
 
 
 @lru_cache(maxsize=8)
@@ -276,10 +305,8 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
 
 
-def _launch(
-    module: str, options: KernelOptions, grid: tuple[int, ...], arguments: tuple[Tensor | int | None, ...]
-) -> None:
-    kernel = getattr(importlib.import_module(f"hqc.kernels.jit.{module}"), options.function)
+def _launch(options: KernelOptions, grid: tuple[int, ...], arguments: tuple[Tensor | int | None, ...]) -> None:
+    kernel = getattr(importlib.import_module(f"hqc.kernels.jit.{MODULES[options.function]}"), options.function)
     constants = {name: value for name, value in options.constants().items() if not name.endswith("_ptr")}
     # No contraction of a·b + c into one rounding: results are those of the reference, operation by operation.
     kernel[grid](

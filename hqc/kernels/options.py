@@ -16,6 +16,7 @@ __all__ = [
     "KernelOptions",
     "Parameter",
     "Role",
+    "SumOptions",
     "WeightForm",
 ]
 
@@ -129,6 +130,8 @@ class GemmOptions:
     two_digits: a second int8 weight, counted high_factor times.
     even: channels % tile_channels == 0, so that nothing is masked along them.
     aligned: ahead of time only: channels and outputs are multiples of 16.
+    splits: programs that share the inner axis of a tile. With more than one y is int32 [splits, rows, outputs], there
+    is no epilogue, and `sum_splits` follows.
     """
 
     form: WeightForm = "int8"
@@ -144,6 +147,7 @@ class GemmOptions:
     tile_outputs: int = 128
     tile_channels: int = 64
     group: int = 8
+    splits: int = 1
     num_warps: int = 8
     num_stages: int = 3
 
@@ -165,6 +169,8 @@ class GemmOptions:
                 f"tile_channels is {self.tile_channels}; expected at least 32 and a multiple of the rotation "
                 f"{self.rotation}"
             )
+        if self.splits < 1 or (self.splits > 1 and (self.bias or self.residual or self.silu)):
+            raise ValueError(f"splits is {self.splits} with an epilogue; expected 1, or no bias, residual and SiLU")
         if self.even and self.form == "nibbles":
             raise ValueError('even weights in the form "nibbles"; expected "words", which any even tile allows')
 
@@ -185,6 +191,7 @@ class GemmOptions:
             "TILE_OUTPUTS": self.tile_outputs,
             "TILE_CHANNELS": self.tile_channels,
             "GROUP": self.group,
+            "SPLITS": self.splits,
         }
         present = {"weight_high_ptr": self.two_digits, "bias_ptr": self.bias, "residual_ptr": self.residual}
         return constants | {name: None for name, there in present.items() if not there}
@@ -201,7 +208,8 @@ class GemmOptions:
             inputs.append(Parameter("bias", "input", "*fp32"))
         if self.residual:
             inputs.append(Parameter("residual", "input", f"*{dtype}"))
-        return (*inputs, *self._integers(), Parameter("y", "output", f"*{dtype}"))
+        output = "*i32" if self.splits > 1 else f"*{dtype}"
+        return (*inputs, *self._integers(), Parameter("y", "output", output))
 
     def _integers(self) -> tuple[Parameter, ...]:
         return (
@@ -237,10 +245,71 @@ class ConvOptions(GemmOptions):
         return tuple(Parameter(n, "int32", "i32", self.aligned and n in ("channels", "outputs")) for n in names)
 
 
-KernelOptions: TypeAlias = HadamardOptions | GemmOptions | ConvOptions
+@dataclass(frozen=True)
+class SumOptions:
+    """`sum_splits`: the sum over the parts of a product with splits, and the epilogue that the product left out."""
+
+    splits: int = 2
+    bias: bool = True
+    residual: bool = False
+    silu: bool = False
+    aligned: bool = True
+    tile_rows: int = 16
+    tile_outputs: int = 64
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def __post_init__(self) -> None:
+        if self.splits < 2:
+            raise ValueError(f"splits is {self.splits}; expected 2 or more")
+        _check_powers_of_two(tile_rows=self.tile_rows, tile_outputs=self.tile_outputs, num_warps=self.num_warps)
+
+    @property
+    def function(self) -> str:
+        """The kernel in `hqc.kernels.jit.epilogue`."""
+        return "sum_splits"
+
+    def constants(self) -> dict[str, Constant]:
+        """Compile-time arguments; pointers that are left out are None."""
+        constants: dict[str, Constant] = {
+            "SPLITS": self.splits,
+            "SILU": self.silu,
+            "TILE_ROWS": self.tile_rows,
+            "TILE_OUTPUTS": self.tile_outputs,
+        }
+        present = {"bias_ptr": self.bias, "residual_ptr": self.residual}
+        return constants | {name: None for name, there in present.items() if not there}
+
+    def parameters(self, dtype: str) -> tuple[Parameter, ...]:
+        """The entry point's parameters for y of `dtype`."""
+        _check("dtype", dtype, FLOATS)
+        inputs = [Parameter("partial", "input", "*i32")]
+        inputs += [Parameter("weight_scale", "input", "*fp32"), Parameter("scale", "input", "*fp32")]
+        if self.bias:
+            inputs.append(Parameter("bias", "input", "*fp32"))
+        if self.residual:
+            inputs.append(Parameter("residual", "input", f"*{dtype}"))
+        integers = (
+            Parameter("rows", "int32", "i32"),
+            Parameter("outputs", "int32", "i32", self.aligned),
+            Parameter("rows_per_sample", "int32", "i32"),
+        )
+        return (*inputs, *integers, Parameter("y", "output", f"*{dtype}"))
+
+
+KernelOptions: TypeAlias = HadamardOptions | GemmOptions | ConvOptions | SumOptions
+MODULES: Mapping[str, str] = {
+    "hadamard_quantize_rows": "hadamard_quantize",
+    "hadamard_quantize_nchw": "hadamard_quantize",
+    "int_gemm": "int_gemm",
+    "int_conv2d": "int_conv2d",
+    "sum_splits": "epilogue",
+}
+"""Where in `hqc.kernels.jit` each function stands."""
 KERNELS: Mapping[str, type[KernelOptions]] = {
     "hadamard_quantize": HadamardOptions,
     "int_gemm": GemmOptions,
     "int_conv2d": ConvOptions,
+    "sum_splits": SumOptions,
 }
 """Kernels by name, with the options that each takes."""

@@ -13,17 +13,18 @@ _HADAMARD_ELEMENTS = 4096
 
 @dataclass(frozen=True)
 class ProductTile:
-    """Tile of an integer product with the warps and stages that hold it."""
+    """Tile of an integer product with the warps and stages that hold it, and the programs that share a tile's sums."""
 
     rows: int
     outputs: int
     channels: int
     num_warps: int
     num_stages: int
+    splits: int = 1
 
 
 # (rows, outputs, warps) from the largest on: 64 sums a thread in the first ones, fewer in the last.
-_SHAPES = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (32, 32, 2), (16, 32, 2))
+_SHAPES = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (32, 32, 4), (16, 32, 4))
 # Two digits keep twice as many sums; a deep rotation keeps its matrix and an int32 tile as well.
 _CROWDED_SHAPES = ((128, 64, 8), *_SHAPES[2:])
 # A tile of 256 channels, which only a rotation of 256 needs, leaves shared memory for this much.
@@ -90,19 +91,55 @@ def product_tile(
     outputs: int,
     channels: int,
     *,
+    taps: int = 1,
     rotation: int = 1,
     two_digits: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> ProductTile:
-    """The largest tile of which there is one for each multiprocessor, and which fits registers and shared memory.
+    """The tile and the number of splits for which `_nanoseconds` is least, among those that fit a multiprocessor.
 
     Shared memory: (rows + outputs)·channels bytes a stage within the 99 KiB that every architecture from sm_80 on has.
     """
     depth = tile_channels(channels, rotation)
     shapes = _shapes(depth, aligned=channels % 16 == 0, crowded=two_digits or rotation >= 64)
-    wanted = next((s for s in shapes if _programs(rows, outputs, s) >= multiprocessors), None)
-    tall, wide, warps = wanted or max(shapes, key=lambda s: _programs(rows, outputs, s))
-    return ProductTile(tall, wide, depth, warps, {32: 4, 64: 4, 128: 3}.get(depth, 2))
+    steps = taps * -(-channels // depth)
+    choices = [(shape, splits) for splits in _SPLITS if splits == 1 or 4 * splits <= steps for shape in shapes]
+
+    def cost(choice: tuple[tuple[int, int, int], int]) -> tuple[float, int]:
+        shape, splits = choice  # of equals the smaller tile, which leaves room for other programs
+        return _nanoseconds(rows, outputs, depth, steps, shape[:2], splits, multiprocessors), shape[0] * shape[1]
+
+    (tall, wide, warps), splits = min(choices, key=cost)
+    return ProductTile(tall, wide, depth, warps, {32: 4, 64: 4, 128: 3}.get(depth, 2), splits)
+
+
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+_PRODUCTS = 4000
+"""int8 multiply-adds a nanosecond of a multiprocessor: about half of what the data sheet of an H100 says."""
+_BYTES = 64
+"""Bytes a nanosecond from the second-level cache to a multiprocessor."""
+_STEP = 180
+"""Nanoseconds that a step of a tile takes at least: latency that the stages do not hide."""
+_LAUNCH = 2500
+"""Nanoseconds of the second kernel that splits need."""
+_PARTIAL = 2000
+"""Bytes of partial sums a nanosecond, of the whole card."""
+
+
+def _nanoseconds(
+    rows: int, outputs: int, depth: int, steps: int, shape: tuple[int, int], splits: int, multiprocessors: int
+) -> float:
+    """A rough model: arithmetic and traffic of the busiest multiprocessor, or the latency of a program's steps.
+
+    Its constants are read from data sheets, not measured.
+    """
+    tall, wide = shape
+    length = -(-steps // splits)
+    programs = -(-rows // tall) * -(-outputs // wide) * splits
+    busiest = -(-programs // multiprocessors) * length
+    step = max(tall * wide * depth / _PRODUCTS, (tall + wide) * depth / _BYTES)
+    joining = 0.0 if splits == 1 else _LAUNCH + 8 * splits * rows * outputs / _PARTIAL
+    return max(busiest * step, length * _STEP) + joining
 
 
 def _shapes(depth: int, *, aligned: bool, crowded: bool) -> Sequence[tuple[int, int, int]]:
@@ -111,7 +148,3 @@ def _shapes(depth: int, *, aligned: bool, crowded: bool) -> Sequence[tuple[int, 
     if not aligned:
         return _SHAPES[2:]
     return _CROWDED_SHAPES if crowded else _SHAPES
-
-
-def _programs(rows: int, outputs: int, shape: tuple[int, int, int]) -> int:
-    return -(-rows // shape[0]) * -(-outputs // shape[1])

@@ -41,6 +41,8 @@ VARIANTS: Sequence[Variant] = (
     Variant("conv 3×3, int8 weight, residual, SiLU", "int_conv2d", {"residual": True, "silu": True}),
     Variant("conv 3×3 stride 2, int4 weight, rotate 32", "int_conv2d", {"stride": (2, 2), **_INT4}),
     Variant("conv 3×3, int8 weight, 4 channels", "int_conv2d", _FEW),
+    Variant("conv 3×3, int8 weight, a part of 8", "int_conv2d", {"splits": 8, "bias": False, "tile_outputs": 64}),
+    Variant("sum of 8 parts, SiLU", "sum_splits", {"splits": 8, "silu": True}),
 )
 
 

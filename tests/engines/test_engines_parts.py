@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import engine_graphs as graphs
 import onnx
@@ -11,6 +12,7 @@ from onnx import TensorProto, helper
 from hqc.engines import BatchProfile, BuildOptions, engine_key
 from hqc.engines.architectures import DEFAULT, KNOWN, RTX, arch_name, capability, check_rtx, parse_archs
 from hqc.engines.builders import find_builder, package_version
+from hqc.engines.cache import timing_cache
 from hqc.engines.key import onnx_digest, plugins_digest
 from hqc.engines.layers import EngineLayer, LayerTensor, coverage, engine_layers
 from hqc.engines.network import Product, read_network, site_of
@@ -264,3 +266,9 @@ def test_digests() -> None:
         onnx_digest(files, "other")
     assert plugins_digest({"plan.json": files["plan.json"]}) == ""
     assert plugins_digest(files) != plugins_digest({**files, "plugins/b.ptx": {"sha256": "y"}})
+
+
+def test_timings_of_other_plugins_are_kept_apart(tmp_path: Path) -> None:
+    places = {timing_cache(tmp_path, "sm_90", "10.16", plugins) for plugins in ("", "a" * 64, "b" * 64)}
+    assert len(places) == 3
+    assert timing_cache(tmp_path, "sm_90", "10.16") in places

@@ -104,6 +104,16 @@ def test_parameters_are_inputs_integers_outputs_and_two_null_pointers() -> None:
     assert used == set(range(12)), "the scratch pointers, which are null, are never read"
 
 
+def test_a_product_in_parts_and_their_sum() -> None:
+    part = compile_kernel("int_conv2d", "fp16", {"splits": 8, "bias": False, "tile_outputs": 64}, "sm_90")
+    total = compile_kernel("sum_splits", "fp16", {"splits": 8, "silu": True}, "sm_90")
+    check(part, "sm_90")
+    check(total, "sm_90")
+    assert [(p.name, p.type) for p in part.params if p.role == "output"] == [("y", "*i32")]
+    names = ["partial", "weight_scale", "scale", "bias", "rows", "outputs", "rows_per_sample", "y"]
+    assert [p.name for p in total.params[:-2]] == names
+
+
 def test_nothing_is_assumed_of_sizes_that_are_not_aligned() -> None:
     """With aligned=False codes are loaded byte by byte; with it, 16 at a time."""
     tile = {"tile_rows": 16, "tile_outputs": 32, "tile_channels": 32, "num_warps": 2, "even": False}
@@ -131,6 +141,8 @@ def test_options_as_json_has_them() -> None:
         (("int_gemm", "fp16", {"rotation": 32}, "sm_80"), "with int8 weights, which are stored rotated"),
         (("int_gemm", "fp16", {"form": "words", "rotation": 128}, "sm_80"), "a multiple of the rotation 128"),
         (("int_gemm", "fp16", {"form": "words", "two_digits": True}, "sm_80"), "two digits with words weights"),
+        (("int_gemm", "fp16", {"splits": 4}, "sm_80"), "splits is 4 with an epilogue; expected 1"),
+        (("sum_splits", "fp16", {"splits": 1}, "sm_80"), "splits is 1; expected 2 or more"),
         (("int_gemm", "fp16", {"form": "nibbles"}, "sm_80"), 'even weights in the form "nibbles"'),
         (("hadamard_quantize", "fp16", {"block": 24}, "sm_80"), "block is 24; expected one of 1, 8, 16"),
         (

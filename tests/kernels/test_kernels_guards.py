@@ -185,11 +185,13 @@ def test_products_are_tiled_within_shared_memory(
 
 
 def test_large_layers_take_large_tiles_and_small_ones_fill_the_card() -> None:
-    large, small = product_tile(8192 * 16, 1536, 192), product_tile(128, 960, 8640)
-    assert (large.rows, large.outputs) == (128, 128)
-    assert small.rows * small.outputs < large.rows * large.outputs
-    assert -(-128 // small.rows) * -(-960 // small.outputs) >= 60
+    large, small = product_tile(8192 * 16, 1536, 192), product_tile(128, 960, 960, taps=9)
+    assert (large.rows, large.outputs, large.splits) == (128, 128, 1)
+    programs = -(-128 // small.rows) * -(-960 // small.outputs) * small.splits
+    assert small.splits > 1
+    assert programs >= 100, "of 132 multiprocessors"
     assert product_tile(8192, 192, 45).channels == 32, "channels read byte by byte"
+    assert product_tile(128, 960, 960, taps=9, multiprocessors=16).splits < small.splits, "a smaller card"
 
 
 @pytest.mark.parametrize("block", [1, 8, 16, 32, 64, 128, 256])

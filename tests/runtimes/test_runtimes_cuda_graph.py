@@ -18,6 +18,7 @@ from hqc.runtimes.cuda.build import BuildOptions, float_module, integer_module
 from hqc.runtimes.cuda.forms import integer_form
 from hqc.runtimes.cuda.kernel_set import reference_kernels
 from hqc.runtimes.cuda.layers import IntegerConv2d, IntegerLinear, Quantise
+from hqc.runtimes.cuda.scales import look_up
 from hqc.runtimes.cuda.tidy import tidied
 
 CPU = torch.device("cpu")
@@ -106,13 +107,24 @@ def test_query_key_and_value_share_one_quantisation(captured) -> None:
 
 def test_all_scales_are_one_look_up(captured) -> None:
     module = built(quantised(captured("cross_attention"), "w4a4"))
-    look_ups = [n for n in module.graph.nodes if is_op(n, aten.index_select.default)]
+    look_ups = [n for n in module.graph.nodes if n.target is look_up]
     assert len(look_ups) == 1
+    assert not any(is_op(n, aten.index_select.default) for n in module.graph.nodes)
     bank = getattr(module, look_ups[0].args[0].target)
     tables = len(bank) // 2
     assert torch.equal(bank[tables:], bank[:tables].reciprocal())
     # Fewer rows than sites: the embeddings of all ResNet blocks read one tensor.
     assert tables < len(modules(module, IntegerLinear)) + len(modules(module, IntegerConv2d))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 6])
+def test_every_scale_starts_at_a_multiple_of_16_bytes(batch: int) -> None:
+    bank, row = torch.rand(6, 9), torch.arange(batch) + 2
+    found = look_up(bank, row)
+    assert torch.equal(found, bank[:, 2 : 2 + batch])
+    starts = {found[i].data_ptr() % 16 for i in range(len(bank))}
+    assert len(starts) == 1
+    assert all(found[i].is_contiguous() for i in range(len(bank)))
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["tile_of", "write_outputs"]
+__all__ = ["sum_splits", "tile_of", "write_outputs", "write_sums"]
 
 
 @triton.jit
@@ -38,3 +38,42 @@ def write_outputs(
     if SILU:
         y = y / (1.0 + tl.exp(-y))
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def write_sums(acc, partial_ptr, part, m, o, rows, outputs):
+    """partial[part, m, o] = acc: one part of a product whose inner axis is split; `sum_splits` follows."""
+    mask = (m < rows)[:, None] & (o < outputs)[None, :]
+    tl.store(partial_ptr + (part * rows + m[:, None]) * outputs + o[None, :], acc, mask)
+
+
+@triton.jit
+def sum_splits(
+    partial_ptr,
+    weight_scale_ptr,
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    rows,
+    outputs,
+    rows_per_sample,
+    y_ptr,
+    SPLITS: tl.constexpr,
+    SILU: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_OUTPUTS: tl.constexpr,
+):
+    """The end of a product whose inner axis was split: partial int32 [SPLITS, rows, outputs] summed, then the epilogue.
+
+    Grid: (⌈rows / TILE_ROWS⌉, ⌈outputs / TILE_OUTPUTS⌉).  Integers, so that the order of the sum does not matter.
+    """
+    m = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    o = tl.program_id(1) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
+    mask = (m < rows)[:, None] & (o < outputs)[None, :]
+    offsets = m[:, None] * outputs + o[None, :]
+    acc = tl.zeros((TILE_ROWS, TILE_OUTPUTS), tl.int32)
+    for part in tl.static_range(SPLITS):
+        acc += tl.load(partial_ptr + part * rows * outputs + offsets, mask, other=0)
+    write_outputs(
+        acc, weight_scale_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, m, o, m // rows_per_sample, rows, outputs, SILU
+    )

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hqc.kernels.jit.epilogue import tile_of, write_outputs
+from hqc.kernels.jit.epilogue import tile_of, write_outputs, write_sums
 from hqc.kernels.jit.weights import rotation_tile, weight_tile
 
 __all__ = ["int_conv2d"]
@@ -43,11 +43,13 @@ def int_conv2d(
     TILE_OUTPUTS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """As `int_gemm` with rows = N·out_height·out_width pixels and KERNEL_H·KERNEL_W taps of `channels` each.
 
     codes int8 [N, height, width, channels], weights [outputs, KERNEL_H, KERNEL_W, channels] in the FORM, y
-    [N, out_height, out_width, outputs].  Pixels outside the image are code 0, which is real 0: codes are symmetric.
+    [N, out_height, out_width, outputs], or partial sums with SPLITS > 1.  Pixels outside the image are code 0, which
+    is real 0: codes are symmetric.
     """
     down, across = tile_of(rows, outputs, TILE_ROWS, TILE_OUTPUTS, GROUP)
     m = down * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -61,9 +63,15 @@ def int_conv2d(
     signs = rotation_tile(ROTATION) if ROTATION > 1 else None
     chunks = tl.cdiv(channels, TILE_CHANNELS)
     # One loop over taps and channels, not two: the compiler pipelines the loads of the innermost loop only.
-    tap = 0
-    first = 0
-    for _ in range(KERNEL_H * KERNEL_W * chunks):
+    steps = KERNEL_H * KERNEL_W * chunks
+    if SPLITS == 1:
+        begin, end, tap, first = 0, steps, 0, 0
+    else:
+        share = tl.cdiv(steps, SPLITS)
+        begin = tl.program_id(1) * share
+        end = tl.minimum(begin + share, steps)
+        tap, first = begin // chunks, begin % chunks * TILE_CHANNELS
+    for _ in range(begin, end):
         y = top + tap // KERNEL_W * DILATION_H
         x = left + tap % KERNEL_W * DILATION_W
         inside = (m < rows) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
@@ -87,4 +95,9 @@ def int_conv2d(
         first = tl.where(last, 0, first)
     if weight_high_ptr is not None:
         acc += HIGH_FACTOR * acc_high
-    write_outputs(acc, weight_scale_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, m, o, sample, rows, outputs, SILU)
+    if SPLITS == 1:
+        write_outputs(
+            acc, weight_scale_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, m, o, sample, rows, outputs, SILU
+        )
+    else:
+        write_sums(acc, y_ptr, tl.program_id(1), m, o, rows, outputs)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hqc.kernels.jit.epilogue import tile_of, write_outputs
+from hqc.kernels.jit.epilogue import tile_of, write_outputs, write_sums
 from hqc.kernels.jit.weights import rotation_tile, weight_tile
 
 __all__ = ["int_gemm"]
@@ -32,11 +32,13 @@ def int_gemm(
     TILE_OUTPUTS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """acc[m, o] = Σ_c codes[m, c]·(w[o, c] + HIGH_FACTOR·w_high[o, c]); y from acc as `write_outputs` says.
 
     codes int8 [rows, channels], w in the FORM of `weight_tile`, y [rows, outputs].
-    Grid: ⌈rows / TILE_ROWS⌉·⌈outputs / TILE_OUTPUTS⌉.
+    Grid: (⌈rows / TILE_ROWS⌉·⌈outputs / TILE_OUTPUTS⌉, SPLITS).  With SPLITS > 1 each program sums a part of the
+    channels, and y is int32 [SPLITS, rows, outputs] for `sum_splits`.
     """
     down, across = tile_of(rows, outputs, TILE_ROWS, TILE_OUTPUTS, GROUP)
     m = down * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -44,7 +46,13 @@ def int_gemm(
     acc = tl.zeros((TILE_ROWS, TILE_OUTPUTS), tl.int32)
     acc_high = acc
     signs = rotation_tile(ROTATION) if ROTATION > 1 else None
-    for first in range(0, channels, TILE_CHANNELS):
+    if SPLITS == 1:
+        begin, end = 0, channels
+    else:
+        share = tl.cdiv(tl.cdiv(channels, TILE_CHANNELS), SPLITS) * TILE_CHANNELS
+        begin = tl.program_id(1) * share
+        end = tl.minimum(begin + share, channels)
+    for first in range(begin, end, TILE_CHANNELS):
         c = first + tl.arange(0, TILE_CHANNELS)
         mask = (m < rows)[:, None] if EVEN else (m < rows)[:, None] & (c < channels)[None, :]
         codes = tl.load(codes_ptr + m[:, None] * channels + c[None, :], mask, other=0)
@@ -59,6 +67,8 @@ def int_gemm(
             acc_high = tl.dot(codes, tl.trans(w), acc_high, out_dtype=tl.int32)
     if weight_high_ptr is not None:
         acc += HIGH_FACTOR * acc_high
-    write_outputs(
-        acc, weight_scale_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, m, o, m // rows_per_sample, rows, outputs, SILU
-    )
+    if SPLITS == 1:
+        n = m // rows_per_sample
+        write_outputs(acc, weight_scale_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, m, o, n, rows, outputs, SILU)
+    else:
+        write_sums(acc, y_ptr, tl.program_id(1), m, o, rows, outputs)

@@ -1,6 +1,6 @@
 """The scales of all sites in one look-up.
 
-    tables [T] of S sites  →  bank [2·S, T] = tables, then their reciprocals  →  index_select(row [N])  →  [2·S, N]
+    tables [T] of S sites  →  bank [2·S, T] = tables, then their reciprocals  →  look_up(row [N])  →  [2·S, N]
 
 A site reads two rows of the result, [N] each: its scale and 1/scale. Equal tables share a row, and with it everything
 that is quantised by it: q, k and v of an attention read one tensor, and calibration gives them one table.
@@ -10,12 +10,21 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from hqc.export.scale_bank import lookup_key
 from hqc.passes.rewriting import Rewriter
 from hqc.program import BATCH, aten
 
-__all__ = ["Bank", "scale_banks"]
+__all__ = ["Bank", "look_up", "scale_banks"]
+
+_ALIGNED = 4  # float32 numbers in 16 bytes
+
+
+def look_up(bank: Tensor, row: Tensor) -> Tensor:
+    """bank[:, row], [2·S, N]; every row at a multiple of 16 bytes, since triton compiles again for one that is not."""
+    padded = functional.pad(row, (0, -len(row) % _ALIGNED))
+    return bank.index_select(1, padded)[:, : len(row)]
 
 
 @dataclass
@@ -63,7 +72,7 @@ class ScaleBanks:
         behind = row.next
         stored = self.edit.weight(f"scale_bank.{row.name}", torch.cat([tables, tables.reciprocal()]), behind)
         shape = (len(tables) * 2, BATCH)
-        return self.edit.call(behind, aten.index_select.default, stored, 1, row, shape=shape, dtype="float32")
+        return self.edit.call(behind, look_up, stored, row, shape=shape, dtype="float32")
 
 
 def scale_banks(edit: Rewriter, lookups: list[fx.Node]) -> ScaleBanks:

@@ -9,6 +9,7 @@ from kernel_oracle import Fence, conv_sums, fenced
 from product_cases import FORMS, TOLERANCES, Form, layer, random_codes
 
 from hqc.kernels import Epilogue, Weight, int_conv2d
+from hqc.kernels.tiles import MULTIPROCESSORS, product_tile
 from hqc.ops import int_conv2d as reference
 from hqc.ops import rescale
 
@@ -58,6 +59,25 @@ def test_any_window_and_channels(window: str, channels: int, form: Form, device:
     wanted = conv_sums(codes.numpy(), integers, stride, padding, dilation)
     found = sums(codes, weight, wanted.shape, device, stride=stride, padding=padding, dilation=dilation)
     assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("form", [Form("int8"), Form("packed", 32)], ids=str)
+def test_a_split_inner_axis(form: Form, device: str) -> None:
+    """Parts begin in the middle of a tap; each image has its scale."""
+    generator = torch.Generator().manual_seed(10)
+    weight, integers = layer(form, (20, 3, 3, 480), generator, device)
+    codes = random_codes((2, 3, 3, 480), 7, generator)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else MULTIPROCESSORS
+    tile = product_tile(18, 20, 480, taps=9, rotation=form.block, multiprocessors=multiprocessors)
+    chunks = -(-480 // tile.channels)
+    assert tile.splits > 1
+    assert -(-9 * chunks // tile.splits) % chunks
+    wanted = conv_sums(codes.numpy(), integers, (1, 1), (1, 1), (1, 1))
+    scale = torch.tensor([1.0, 2.0])
+    out = Fence(wanted.shape, torch.float32, NAN, device)
+    int_conv2d(fenced(codes, 77, device), weight, fenced(scale, NAN, device), PLAIN, padding=(1, 1), out=out.tensor)
+    assert out.intact()
+    assert np.array_equal(out.tensor.cpu().numpy(), wanted * np.array([1, 2])[:, None, None, None])
 
 
 def test_padding_is_code_zero_on_every_side(device: str) -> None:

@@ -9,6 +9,7 @@ from kernel_oracle import Fence, fenced, product_sums
 from product_cases import FORMS, TOLERANCES, Form, layer, random_codes
 
 from hqc.kernels import Epilogue, Weight, int_gemm
+from hqc.kernels.tiles import MULTIPROCESSORS, product_tile
 from hqc.ops import half
 
 NAN = float("nan")
@@ -52,6 +53,38 @@ def test_large_tiles(device: str) -> None:
     weight, integers = layer(Form("packed", 32), (130, 64), generator, device)
     codes = random_codes((9 * 128 * 20 if device == "cuda" else 1160, 64), 7, generator)
     assert np.array_equal(sums(codes, weight, device), product_sums(codes.numpy(), integers))
+
+
+@pytest.mark.parametrize("form", [Form("int8"), Form("packed", 32), Form("digits")], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_split_inner_axis(form: Form, dtype: torch.dtype, device: str) -> None:
+    """Few rows and outputs of many channels: programs share the sums of a tile, a second kernel adds them up."""
+    rows, outputs, channels = 6, 40, 32 * 97
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else MULTIPROCESSORS
+    tile = product_tile(
+        rows, outputs, channels, rotation=form.block, two_digits=form.name == "digits", multiprocessors=multiprocessors
+    )
+    assert tile.splits > 1
+    assert -(-channels // tile.channels) % tile.splits, "the parts are equal"
+    generator = torch.Generator().manual_seed(9)
+    weight, integers = layer(form, (outputs, channels), generator, device)
+    codes = random_codes((2, 3, channels), 7, generator)
+    sums_of_all = product_sums(codes.numpy(), integers)
+    scale = torch.tensor([10.0, 20.0]) / float(np.abs(sums_of_all).max())  # past 88 the interpreter's exp warns
+    bias, residual = (
+        torch.randn(outputs, generator=generator),
+        torch.randn(2, 3, outputs, generator=generator).to(dtype),
+    )
+    out = Fence((2, 3, outputs), dtype, NAN, device)
+    epilogue = Epilogue(fenced(bias, NAN, device), fenced(residual, NAN, device), True, dtype)
+    int_gemm(fenced(codes, 77, device), weight, fenced(scale, NAN, device), epilogue, out=out.tensor)
+    assert out.intact()
+    product = sums_of_all * scale.double().numpy()[:, None, None]
+    summed = product + bias.double().numpy() + residual.double().numpy()
+    largest = np.abs(product) + np.abs(bias.double().numpy()) + np.abs(residual.double().numpy())
+    error = np.abs(out.tensor.cpu().double().numpy() - summed / (1 + np.exp(-summed)))
+    assert (error <= TOLERANCES[dtype] * largest + 1e-7).all(), f"{(error / largest).max():.3g}"
+    assert np.abs(product).max() > 0.1
 
 
 def test_sums_past_float32s_integers(device: str) -> None:
