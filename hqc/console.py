@@ -14,7 +14,7 @@ from rich.text import Text
 from hqc.plan import SitePlan
 from hqc.program import Program
 
-__all__ = ["console", "fields", "print_json", "progress", "sites_table", "stderr"]
+__all__ = ["console", "fields", "late_progress", "print_json", "progress", "sites_table", "stderr"]
 
 console = Console(soft_wrap=True)
 stderr = Console(stderr=True)
@@ -25,10 +25,9 @@ def print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-@contextmanager
-def progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on standard error with an ETA; yields advance_to(completed, note). Silent where nobody looks."""
-    bar = Progress(
+def _bar() -> Progress:
+    """Standard error, with an ETA; silent where nobody looks."""
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -39,11 +38,28 @@ def progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int,
         console=stderr,
         disable=not stderr.is_terminal,
     )
-    with bar:
+
+
+@contextmanager
+def progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar; yields advance_to(completed, note)."""
+    with _bar() as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
 
         def advance(completed: int, note: str = "") -> None:
             bar.update(task, completed=completed, note=note)
+
+        yield advance
+
+
+@contextmanager
+def late_progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar that is there once its length is known; yields advance_to(completed, total, note)."""
+    with _bar() as bar:
+
+        def advance(completed: int, total: int, note: str = "") -> None:
+            task = bar.task_ids[0] if bar.task_ids else bar.add_task(what, note=note)
+            bar.update(task, completed=completed, total=total, note=note)
 
         yield advance
 

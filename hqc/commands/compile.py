@@ -190,6 +190,11 @@ def inspect(program: Path, graph: bool, as_json: bool) -> None:
     metavar="PATTERN",
     help="TensorRT: matching linear layers of at most 4 bits keep float activations.",
 )
+@click.option(
+    "--plugin-arch",
+    metavar="ARCHS",
+    help="TensorRT: comma-separated GPUs that plugins have kernels for (default: sm_80 and every later one).",
+)
 @click.option("--opset", type=click.IntRange(21, 25), default=21, show_default=True)
 @click.option(
     "--against",
@@ -207,6 +212,7 @@ def export(
     dtype: "Dtype | None",
     plugins: "Plugins | None",
     weight_only: tuple[str, ...],
+    plugin_arch: str | None,
     opset: int,
     against: Path | None,
     one_timestep: bool,
@@ -223,21 +229,23 @@ def export(
     from hqc.storage import load_program, pipeline_folder
 
     check_output(output, force=force)
-    tensorrt = _tensorrt_options(target, dtype, plugins, weight_only)
+    tensorrt = _tensorrt_options(target, dtype, plugins, weight_only, plugin_arch)
     if engine is not None:
         engine.check(target=target, plugins=plugins)
     loaded = load_program(program)
-    report = export_program(
-        loaded,
-        target,
-        output,
-        opset=opset,
-        force=force,
-        float_program=load_program(against) if against is not None else None,
-        pipeline=pipeline_folder(program),
-        one_timestep=one_timestep,
-        tensorrt=tensorrt,
-    )
+    with out.late_progress("compiling kernels") as on_kernel:
+        report = export_program(
+            loaded,
+            target,
+            output,
+            opset=opset,
+            force=force,
+            float_program=load_program(against) if against is not None else None,
+            pipeline=pipeline_folder(program),
+            one_timestep=one_timestep,
+            tensorrt=tensorrt,
+            on_kernel=on_kernel,
+        )
     if not as_json:
         click.echo(f"exported {report}")
     engines = engine.build(output) if engine is not None else None
@@ -260,15 +268,32 @@ def export(
 
 
 def _tensorrt_options(
-    target: str, dtype: "Dtype | None", plugins: "Plugins | None", weight_only: tuple[str, ...]
+    target: str,
+    dtype: "Dtype | None",
+    plugins: "Plugins | None",
+    weight_only: tuple[str, ...],
+    plugin_arch: str | None,
 ) -> "TensorRtOptions | None":
     """The options of the target, None for another one."""
+    from hqc.engines.architectures import parse_archs
     from hqc.errors import ExportError
     from hqc.export.tensorrt.options import TensorRtOptions
 
-    given = {"--dtype": dtype, "--plugins": plugins, "--weight-only": " ".join(weight_only) or None}
+    given = {
+        "--dtype": dtype,
+        "--plugins": plugins,
+        "--weight-only": " ".join(weight_only) or None,
+        "--plugin-arch": plugin_arch,
+    }
     if target == "tensorrt":
-        return TensorRtOptions(dtype=dtype or "fp16", plugins=plugins or "none", weight_only=weight_only)
+        if plugin_arch is not None and plugins != "qdp":
+            raise ExportError(
+                f"--plugin-arch {plugin_arch}", "is for plugins, and none are asked for", "Give --plugins qdp too."
+            )
+        options = TensorRtOptions(dtype=dtype or "fp16", plugins=plugins or "none", weight_only=weight_only)
+        if plugin_arch is None:
+            return options
+        return replace(options, plugin_archs=parse_archs(plugin_arch, "--plugin-arch"))
     for name, value in given.items():
         if value is not None:
             raise ExportError(

@@ -34,7 +34,7 @@ DEFAULT = ("sm_80", "sm_86", "sm_89", "sm_120")
 """What is built where no GPU says otherwise: those of `RTX` whose convolutions run in INT8, one a generation."""
 
 
-def parse_archs(text: str) -> tuple[str, ...]:
+def parse_archs(text: str, option: str = "--arch") -> tuple[str, ...]:
     """Comma-separated names, in the order given, each once.
 
     Raises:
@@ -45,7 +45,7 @@ def parse_archs(text: str) -> tuple[str, ...]:
     """
     names = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
     if not names:
-        raise ExportError("--arch", "names no architecture", f"Give some of {', '.join(KNOWN)}.")
+        raise ExportError(option, "names no architecture", f"Give some of {', '.join(KNOWN)}.")
     check_known(names)
     return names
 

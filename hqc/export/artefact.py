@@ -5,6 +5,7 @@ NAME/model.onnx.data    the weights, where they are too large for the file itsel
 NAME/manifest.json      target, opset, origin, inputs, what verification measured, sha256 and size of every file
 NAME/plan.json          the quantisation plan
 NAME/report.json        for TensorRT: the form of every layer and why, the options, what the hardware does
+NAME/plugins/           for TensorRT with plugins: their kernels for every architecture; see `hqc.plugins.writing`
 NAME/pipeline/          what surrounds the denoiser, in diffusers layout (optional)
 """
 
@@ -25,8 +26,10 @@ from hqc.export.tensorrt.report import form_counts, write_report
 from hqc.export.tensorrt.surgery import graphsurgeon
 from hqc.export.tensorrt.writing import reference_program, verify_tensorrt, write_tensorrt
 from hqc.export.verification import Verification, verify_export
+from hqc.kernels.compile import require_triton
 from hqc.memory import export_bytes, require_memory
 from hqc.plan import QuantPlan
+from hqc.plugins.writing import OnKernel, write_plugins
 from hqc.program import Program
 from hqc.storage import atomic_folder, copy_pipeline, write_manifest
 
@@ -85,6 +88,7 @@ def export_program(
     verify_batch: int | None = None,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
     tensorrt: TensorRtOptions | None = None,
+    on_kernel: OnKernel | None = None,
 ) -> ExportReport:
     """Lowers a program at any stage to ONNX, verifies the file, and only then puts the folder in its place.
 
@@ -102,9 +106,11 @@ def export_program(
             above 256 MiB 2, or 1 with one timestep.
         external_data_bytes: weights beyond this go into a file beside the model.
         tensorrt: the options of that target; None: fp16 activations, standard operators.
+        on_kernel: told of every kernel of a plugin before it is compiled.
 
     Raises:
-        ExportError: if an operator cannot be written, or verification is out of bounds.
+        ExportError: if an operator cannot be written, no kernel takes a node, or verification is out of bounds.
+        RuntimeMissingError: if onnx-graphsurgeon, or for plugins triton, is not installed.
         ArtefactError: if the folder exists or cannot be written.
     """
     if opset not in OPSETS:
@@ -113,10 +119,12 @@ def export_program(
         raise ExportError(f"target {target}", "takes no options of TensorRT", "Use target tensorrt, or leave them out.")
     if target == "tensorrt":
         graphsurgeon()
+        if _has_kernels(tensorrt):
+            require_triton("--plugins qdp")
     start = time.perf_counter()
     samples = verify_batch or _verification_batch(program, one_timestep=one_timestep)
     require_memory(f"exporting to {folder}", export_bytes(program, samples))
-    settings = _Settings(opset, one_timestep, external_data_bytes, samples, float_program)
+    settings = _Settings(opset, one_timestep, external_data_bytes, samples, float_program, on_kernel)
     with atomic_folder(folder, force=force) as temporary:
         if target == "tensorrt":
             made = _make_tensorrt(program, temporary, settings, tensorrt or TensorRtOptions())
@@ -145,6 +153,7 @@ class _Settings:
     external_data_bytes: int
     samples: int
     float_program: Program | None
+    on_kernel: OnKernel | None
 
 
 @dataclass(frozen=True)
@@ -186,11 +195,17 @@ def _make_tensorrt(program: Program, folder: Path, settings: _Settings, options:
         one_timestep=settings.one_timestep,
         external_data_bytes=settings.external_data_bytes,
     )
+    if _has_kernels(options):
+        write_plugins(folder, written.path, options.plugin_archs, on_kernel=settings.on_kernel)
     reference = reference_program(program, options)
     found, twin = verify_tensorrt(
         written, reference, options, float_program=settings.float_program, batch=settings.samples
     )
     return _Made(written.nodes, written.plan, found, options, written.forms, twin)
+
+
+def _has_kernels(options: TensorRtOptions | None) -> bool:
+    return options is not None and options.plugins == "qdp" and bool(options.plugin_archs)
 
 
 def _verification_batch(program: Program, *, one_timestep: bool) -> int:

@@ -6,6 +6,7 @@ on values except what `Parameter.multiple_of_16` says, and that pointers are mul
 """
 
 import importlib
+import importlib.util
 import re
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ from typing import Any
 from hqc.errors import ExportError, KernelError, RuntimeMissingError
 from hqc.kernels.options import FLOATS, KERNELS, MODULES, KernelOptions, Parameter
 
-__all__ = ["ARCHITECTURES", "PTX_VERSIONS", "CompiledKernel", "compile_kernel", "kernel_options"]
+__all__ = ["ARCHITECTURES", "PTX_VERSIONS", "CompiledKernel", "compile_kernel", "kernel_options", "require_triton"]
 
 PTX_VERSIONS: Mapping[str, int] = {"sm_80": 80, "sm_86": 80, "sm_89": 80, "sm_90": 80, "sm_100": 86, "sm_120": 87}
 """The lowest PTX ISA that each architecture's code generator takes, so that the oldest driver loads it.
@@ -133,14 +134,23 @@ def compile_kernel(kernel: str, dtype: str, options: Mapping[str, Any], arch: st
     )
 
 
+def require_triton(where: str) -> None:
+    """Refuses, before any work, what cannot be compiled here.
+
+    Raises:
+        RuntimeMissingError: if triton is missing.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeMissingError(where, "triton is not installed", "Run `pip install 'hqc[gpu]'`.")
+
+
 def _compile(where: str, options: KernelOptions, dtype: str, arch: str) -> Any:
-    try:
-        import triton
-        from triton import knobs
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-    except ImportError as error:
-        raise RuntimeMissingError(where, "triton is not installed", "pip install 'hqc[gpu]'.") from error
+    require_triton(where)
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     if knobs.runtime.interpret:
         raise KernelError(where, "this process interprets kernels (TRITON_INTERPRET is set)", "Compile in another one.")
     function = _function(options)

@@ -16,7 +16,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 
@@ -29,11 +29,13 @@ from hqc.plugins.hqc_qdp.table import FORMAT, PLUGINS_FILE, VERSION
 from hqc.plugins.registering import PLUGINS_FOLDER
 from hqc.plugins.tactics import Tactic, tactics
 
-__all__ = ["MAX_SHARED_BYTES", "variants_of", "write_plugins"]
+__all__ = ["MAX_SHARED_BYTES", "OnKernel", "variants_of", "write_plugins"]
 
 MAX_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that every launch may have. For more a launcher must ask the driver, and whether TensorRT does
 is documented nowhere."""
+
+OnKernel: TypeAlias = Callable[[int, int, str], None]
 
 STANDALONE = Path(__file__).with_name("hqc_qdp")
 
@@ -43,11 +45,12 @@ def write_plugins(
     model: Path,
     archs: Sequence[str] = ARCHITECTURES,
     *,
-    on_kernel: Callable[[str], None] | None = None,
+    on_kernel: OnKernel | None = None,
 ) -> list[Path]:
     """Writes EXPORT/plugins for the plugin nodes of a model; the files that were written, none if it has no such node.
 
-    archs: of `hqc.kernels.compile.ARCHITECTURES`. on_kernel: called with every kernel's name before it is compiled.
+    archs: of `hqc.kernels.compile.ARCHITECTURES`. on_kernel: called before each kernel, with how many are compiled, how
+    many there are, and its name; and once at the end.
 
     Raises:
         ExportError: for a node that no kernel takes, or a kernel that does not fit a plugin.
@@ -66,11 +69,13 @@ def write_plugins(
         names[key] = [_name(tactic) for tactic in chosen]
         built |= {_name(tactic): tactic for tactic in chosen}
     kernels, files = {}, []
-    for name, tactic in sorted(built.items()):
+    for done, (name, tactic) in enumerate(sorted(built.items())):
         if on_kernel is not None:
-            on_kernel(name)
+            on_kernel(done, len(built), name)
         kernels[name], written = _write_kernel(folder, name, tactic, archs)
         files += written
+    if on_kernel is not None:
+        on_kernel(len(built), len(built), "")
     data = {
         "format": FORMAT,
         "version": VERSION,

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import engine_graphs as graphs
@@ -108,12 +109,38 @@ def test_an_export_builds_too(program: Path, tmp_path: Path) -> None:
     assert f"\nbuilt {tmp_path / 'text'}: 1 engine, " in text
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton has no wheel for this platform")
+def test_an_export_with_plugins_holds_their_kernels(program: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    asked = ("--target", "tensorrt", "--plugins", "qdp", "--plugin-arch", "sm_80")
+    done = run("export", program, "-o", folder, *asked, "--json")
+    assert done.exit_code == 0, done.output
+    kernels = json.loads((folder / "plugins" / "plugins.json").read_text())["kernels"]
+    assert {arch for kernel in kernels.values() for arch in kernel["archs"]} == {"sm_80"}
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert {f"plugins/{kernel['archs']['sm_80']['file']}" for kernel in kernels.values()} <= files.keys()
+
+
+def test_plugins_without_triton(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = run("export", program, "-o", tmp_path / "x", "--target", "tensorrt", "--plugins", "qdp")
+    assert done.exit_code == 2
+    assert not (tmp_path / "x").exists()
+    assert done.stderr == "hqc: --plugins qdp: triton is not installed. Run `pip install 'hqc[gpu]'`.\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--engine", "rtx"), "--engine rtx: is not for target onnxruntime. Give --target tensorrt."),
         (("--target", "tensorrt", "--arch", "sm_86"), "--arch: is for engines, and none is asked for. Give --engine"),
         (("--target", "tensorrt", "--no-tf32"), "--tf32/--no-tf32: is for engines"),
+        (("--target", "tensorrt", "--plugin-arch", "sm_86"), "--plugin-arch sm_86: is for plugins, and none are asked"),
+        (
+            ("--target", "tensorrt", "--plugins", "qdp", "--plugin-arch", "sm_75"),
+            "plugins for sm_75: there are kernels",
+        ),
+        (("--plugin-arch", "sm_86"), "--plugin-arch sm_86: is not for target onnxruntime. Give --target tensorrt"),
         (("--target", "tensorrt", "--engine", "rtx", "--plugins", "qdp"), "--engine rtx: takes no plugins."),
         (("--target", "tensorrt", "--engine", "rtx", "--arch", "sm_90"), "architecture sm_90 (Hopper: H100, H200): "),
     ],

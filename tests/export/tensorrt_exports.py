@@ -17,11 +17,14 @@ Build = Callable[..., tuple[Program, Path, ExportReport]]
 
 
 def builder(captured: Callable[[str], Program], quantised: Callable[[str, str], Program], work: Path) -> Build:
-    """build(model, bits or None, one_timestep=False, **options): (program, folder, report), each made once."""
+    """build(model, bits or None, one_timestep=False, **options): (program, folder, report), each made once.
+
+    Plugins come without their kernels.
+    """
     made: dict[object, tuple[Program, Path, ExportReport]] = {}
 
     def build(name: str, bits: str | None, *, one_timestep: bool = False, **options: Any):
-        chosen = TensorRtOptions(**options)
+        chosen = TensorRtOptions(**options, plugin_archs=())
         key = (name, bits, one_timestep, chosen)
         if key not in made:
             program = captured(name) if bits is None else quantised(name, bits)

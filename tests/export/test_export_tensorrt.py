@@ -217,7 +217,7 @@ def test_sites_that_read_one_tensor_share_its_codes(build, captured, quantised, 
     program, apart, _ = build("shared_input", "w4a4", dtype="fp32", plugins=plugins)
     table = program.state["to_q.activation_scale_table"]
     state = {n: table if n.endswith("activation_scale_table") else t for n, t in program.state.items()}
-    options = TensorRtOptions(dtype="fp32", plugins=plugins)
+    options = TensorRtOptions(dtype="fp32", plugins=plugins, plugin_archs=())
     export_program(program.evolve(state=state), "tensorrt", tmp_path / "x", tensorrt=options)
     counts = [Counter(n.op_type for n in read(folder).graph.node) for folder in (apart, tmp_path / "x")]
     assert [c["QuantizeLinear"] + c["HadamardQuantize"] for c in counts] == [3, 1]
@@ -311,7 +311,7 @@ def test_digits(tmp_path) -> None:
             "tensorrt",
             tmp_path / plugins,
             float_program=program,
-            tensorrt=hqc.TensorRtOptions(plugins=plugins),
+            tensorrt=hqc.TensorRtOptions(plugins=plugins, plugin_archs=()),
         )
         for plugins in PLUGINS
     )

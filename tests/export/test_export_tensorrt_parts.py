@@ -42,7 +42,7 @@ def build(captured, quantised, tmp_path_factory) -> Build:
 
 
 def written(program, folder, **options):
-    chosen = TensorRtOptions(**options)
+    chosen = TensorRtOptions(**options, plugin_archs=())
     return (
         write_tensorrt(program, folder, chosen, opset=21, one_timestep=False, external_data_bytes=2**28),
         chosen,
@@ -149,7 +149,9 @@ def test_integer_programs_export_the_same(quantised, build, tmp_path, bits, plug
     """Digits that x86 needs are summed up again; packed codes are unpacked: the weights are those of the fake one."""
     program, folder, _ = build("odd_channels", bits, dtype="fp32", plugins=plugins)
     integer = prepare(quantised("odd_channels", bits), "onnxruntime")
-    export_program(integer, "tensorrt", tmp_path / "x", tensorrt=TensorRtOptions(dtype="fp32", plugins=plugins))
+    export_program(
+        integer, "tensorrt", tmp_path / "x", tensorrt=TensorRtOptions(dtype="fp32", plugins=plugins, plugin_archs=())
+    )
     left, right = (constants(read(f).graph) for f in (folder, tmp_path / "x"))
     weights = [name for name in left if ".weight_" in name]
     assert weights
@@ -401,7 +403,7 @@ def with_range(program, low, high):
 def test_asymmetric_codes_that_fit_int8_are_exact(quantised, captured, tmp_path, plugins, dtype) -> None:
     """q − z of an asymmetric 4-bit quantiser with z = 3: no zero point, zero padding stays code 0."""
     program = with_range(quantised("two_sites", "w4a4"), -3, 12)
-    options = TensorRtOptions(dtype=dtype, plugins=plugins)
+    options = TensorRtOptions(dtype=dtype, plugins=plugins, plugin_archs=())
     report = export_program(program, "tensorrt", tmp_path / "x", float_program=captured("two_sites"), tensorrt=options)
     assert (report.twin or report.verification).network.forced_error <= 2e-6
     session, feeds = open_session(tmp_path / "x" / "model.onnx", threads=1), feeds_of(program, 4)
@@ -611,6 +613,7 @@ def test_structure_that_tensorrt_refuses(build, fault, message) -> None:
         ({"plugins": "all"}, "plugins 'all': unknown; there are none, qdp"),
         ({"image_rotation": "fft"}, "image_rotation 'fft': unknown"),
         ({"token_rotation": "fft"}, "token_rotation 'fft': unknown"),
+        ({"plugin_archs": ("sm_75",)}, "plugins for sm_75: there are kernels for sm_80, sm_86"),
     ],
 )
 def test_options_that_do_not_exist(options, message) -> None:
@@ -645,7 +648,7 @@ def test_later_opsets(quantised, captured, tmp_path, opset, plugins) -> None:
         tmp_path / "x",
         opset=opset,
         float_program=captured("awkward"),
-        tensorrt=TensorRtOptions(dtype="bf16", plugins=plugins),
+        tensorrt=TensorRtOptions(dtype="bf16", plugins=plugins, plugin_archs=()),
     )
     assert report.twin.network.forced_error <= 2e-6
     proto = read(tmp_path / "x")
@@ -665,7 +668,7 @@ def test_external_data(build, quantised, captured, tmp_path, monkeypatch, plugin
         tmp_path / "a",
         float_program=captured("geometry"),
         external_data_bytes=0,
-        tensorrt=TensorRtOptions(plugins=plugins),
+        tensorrt=TensorRtOptions(plugins=plugins, plugin_archs=()),
     )
     assert report.twin.network.forced_error <= 2e-6
     moved = (tmp_path / "a").rename(tmp_path / "b")
@@ -678,7 +681,7 @@ def test_external_data(build, quantised, captured, tmp_path, monkeypatch, plugin
 
 def test_the_same_input_gives_the_same_bytes(build, quantised, captured, tmp_path) -> None:
     _, folder, _ = build("geometry", "w4a4", dtype="fp16", plugins="qdp")
-    options = TensorRtOptions(plugins="qdp")
+    options = TensorRtOptions(plugins="qdp", plugin_archs=())
     export_program(quantised("geometry", "w4a4"), "tensorrt", tmp_path / "x", tensorrt=options)
     assert (tmp_path / "x" / "model.onnx").read_bytes() == (folder / "model.onnx").read_bytes()
 

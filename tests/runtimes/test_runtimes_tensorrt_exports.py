@@ -35,13 +35,11 @@ def _without_gpu() -> bool:
 
 @pytest.mark.skipif(not _without_gpu(), reason="this machine has a GPU, where tensorrt is picked")
 @pytest.mark.parametrize("plugins", ["none", "qdp"])
-def test_onnxruntime_runs_it_without_a_gpu(
-    plugins: str, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The nodes' bodies run, not the kernels: those need not be compiled.
-    monkeypatch.setattr("hqc.export.artefact.write_plugins", lambda *_, **__: [], raising=False)
+def test_onnxruntime_runs_it_without_a_gpu(plugins: str, program: Program, tmp_path: Path) -> None:
     folder = tmp_path / "export"
-    export_program(program, "tensorrt", folder, tensorrt=TensorRtOptions(dtype="fp32", plugins=plugins))
+    # The nodes' bodies run, not the kernels: those need not be compiled.
+    options = TensorRtOptions(dtype="fp32", plugins=plugins, plugin_archs=())
+    export_program(program, "tensorrt", folder, tensorrt=options)
     model = load(folder, threads=1)
     assert model.runtime == "onnxruntime"
     inputs = program.example_inputs(3, seed=3)
@@ -125,7 +123,9 @@ def test_one_graph_serves_every_timestep(program: Program, tmp_path: Path) -> No
 @pytest.mark.skipif(_builder() != "trt", reason="tensorrt is not installed: tensorrt-rtx takes no plugins")
 def test_an_engine_with_plugins_agrees_with_torch(program: Program, tmp_path: Path) -> None:
     folder = tmp_path / "export"
-    export_program(program, "tensorrt", folder, tensorrt=TensorRtOptions(plugins="qdp"))
+    export_program(
+        program, "tensorrt", folder, tensorrt=TensorRtOptions(plugins="qdp", plugin_archs=(find_gpu().arch,))
+    )
     session = TensorRtSession(folder)
     sample, timestep, *conditions = program.example_inputs(4, seed=3)
     wanted = TorchSession(program)(sample, timestep, *conditions)

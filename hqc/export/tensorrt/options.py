@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import onnx_ir as ir
 
 from hqc.errors import ExportError
+from hqc.kernels.compile import ARCHITECTURES
 
 __all__ = ["Dtype", "Plugins", "Rotation", "TensorRtOptions"]
 
@@ -28,6 +29,8 @@ class TensorRtOptions:
         between reshapes that move nothing.
     weight_only: wildcards over site names; linear layers that match, with weights of at most 4 bits, keep their
         activations in `dtype` and store INT4 weights.
+    plugin_archs: the GPUs, "sm_80" … "sm_120", that the plugins' kernels are compiled for; none of them: the folder has
+        no kernels, and only runtimes that take the bodies run it (`hqc.plugins.write_plugins` writes them later).
 
     Raises:
         ExportError: for a value that does not exist.
@@ -38,6 +41,7 @@ class TensorRtOptions:
     image_rotation: Rotation = "conv"
     token_rotation: Rotation = "matmul"
     weight_only: tuple[str, ...] = ()
+    plugin_archs: tuple[str, ...] = tuple(ARCHITECTURES)
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -49,6 +53,12 @@ class TensorRtOptions:
             value = getattr(self, name)
             if value not in known:
                 raise ExportError(f"{name} {value!r}", f"unknown; there are {', '.join(known)}", "Use one of them.")
+        if unknown := [arch for arch in self.plugin_archs if arch not in ARCHITECTURES]:
+            raise ExportError(
+                f"plugins for {unknown[0]}",
+                f"there are kernels for {', '.join(ARCHITECTURES)}",
+                "Use some of them, or export with --plugins none.",
+            )
 
     @property
     def onnx_type(self) -> ir.DataType:
