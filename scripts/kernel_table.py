@@ -3,7 +3,7 @@
     python scripts/kernel_table.py                 docs/measurements/kernels.json and the table
     python scripts/kernel_table.py --arch sm_90    one architecture, printed only
 
-Columns: PTX ISA, the int8 matrix instruction in the PTX, registers a thread, bytes spilled, dynamic shared memory.
+A cell: the int8 matrix instruction in the PTX, registers a thread, bytes spilled if any; last, dynamic shared memory.
 """
 
 import argparse

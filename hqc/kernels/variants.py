@@ -8,8 +8,6 @@ from hqc.kernels.compile import ARCHITECTURES, CompiledKernel, compile_kernel
 
 __all__ = ["VARIANTS", "Variant", "row", "rows", "table"]
 
-_COLUMNS = ("variant", "arch", "ptx", "instruction", "registers", "spills", "shared")
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -68,7 +66,22 @@ def rows(architectures: Sequence[str] = ARCHITECTURES) -> list[dict[str, str | i
 
 
 def table(found: Sequence[Mapping[str, str | int]]) -> str:
-    """Markdown: one line a variant and architecture."""
-    lines = [" | ".join(_COLUMNS), " | ".join("---" for _ in _COLUMNS)]
-    lines += [" | ".join(str(line[c]) or "–" for c in _COLUMNS) for line in found]
+    """Markdown: one line a variant, one column an architecture; a cell is instruction and registers, spills if any."""
+    archs = list(dict.fromkeys(str(line["arch"]) for line in found))
+    cells = {(str(line["variant"]), str(line["arch"])): line for line in found}
+    names = list(dict.fromkeys(variant for variant, _ in cells))
+    lines = [" | ".join(("variant", *archs, "shared, KiB")), " | ".join("---" for _ in range(len(archs) + 2))]
+    for name in names:
+        across = [cells[name, arch] for arch in archs]
+        shared = " – ".join(f"{n / 1024:g}" for n in sorted({min(_shared(across)), max(_shared(across))}))
+        lines.append(" | ".join((name, *map(_cell, across), shared)))
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def _shared(across: Sequence[Mapping[str, str | int]]) -> list[int]:
+    return [int(line["shared"]) for line in across]
+
+
+def _cell(line: Mapping[str, str | int]) -> str:
+    spills = f", {line['spills']} B spilled" if line["spills"] else ""
+    return f"{line['instruction']} {line['registers']}{spills}".strip()

@@ -212,7 +212,7 @@ def test_bench_of_programs_needs_no_model_library(stored: SimpleNamespace) -> No
     import subprocess
 
     absent = "diffusers,transformers,accelerate,pydantic,torchmetrics,tensorrt,tensorrt_rtx"
-    absent += ",onnx_graphsurgeon,polygraphy,fastapi,uvicorn,triton"
+    absent += ",onnx_graphsurgeon,fastapi,uvicorn,triton"
     command = ("bench", stored.student, "--float", stored.captured, "--against", "torch", "--runs", 1, "--warm-up", 0)
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, absent, *map(str, command), "--threads", "1", "--json"],
