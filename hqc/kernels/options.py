@@ -121,6 +121,17 @@ class HadamardOptions:
         return (*inputs, *ints, output)
 
 
+def _epilogue_inputs(dtype: str, *, bias: bool, residual: bool) -> list[Parameter]:
+    """What `write_outputs` reads."""
+    _check("dtype", dtype, FLOATS)
+    inputs = [Parameter("weight_scale", "input", "*fp32"), Parameter("scale", "input", "*fp32")]
+    if bias:
+        inputs.append(Parameter("bias", "input", "*fp32"))
+    if residual:
+        inputs.append(Parameter("residual", "input", f"*{dtype}"))
+    return inputs
+
+
 @dataclass(frozen=True)
 class GemmOptions:
     """`int_gemm`: the form of the weights, what the epilogue adds, and the tiles.
@@ -198,16 +209,11 @@ class GemmOptions:
 
     def parameters(self, dtype: str) -> tuple[Parameter, ...]:
         """The entry point's parameters for y of `dtype`."""
-        _check("dtype", dtype, FLOATS)
         weight = {"int8": "*i8", "nibbles": "*u8", "words": "*i32"}[self.form]
         inputs = [Parameter("codes", "input", "*i8"), Parameter("weight", "input", weight)]
         if self.two_digits:
             inputs.append(Parameter("weight_high", "input", "*i8"))
-        inputs += [Parameter("weight_scale", "input", "*fp32"), Parameter("scale", "input", "*fp32")]
-        if self.bias:
-            inputs.append(Parameter("bias", "input", "*fp32"))
-        if self.residual:
-            inputs.append(Parameter("residual", "input", f"*{dtype}"))
+        inputs += _epilogue_inputs(dtype, bias=self.bias, residual=self.residual)
         output = "*i32" if self.splits > 1 else f"*{dtype}"
         return (*inputs, *self._integers(), Parameter("y", "output", output))
 
@@ -282,13 +288,8 @@ class SumOptions:
 
     def parameters(self, dtype: str) -> tuple[Parameter, ...]:
         """The entry point's parameters for y of `dtype`."""
-        _check("dtype", dtype, FLOATS)
         inputs = [Parameter("partial", "input", "*i32")]
-        inputs += [Parameter("weight_scale", "input", "*fp32"), Parameter("scale", "input", "*fp32")]
-        if self.bias:
-            inputs.append(Parameter("bias", "input", "*fp32"))
-        if self.residual:
-            inputs.append(Parameter("residual", "input", f"*{dtype}"))
+        inputs += _epilogue_inputs(dtype, bias=self.bias, residual=self.residual)
         integers = (
             Parameter("rows", "int32", "i32"),
             Parameter("outputs", "int32", "i32", self.aligned),
