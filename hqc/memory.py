@@ -96,13 +96,25 @@ def _peak_elsewhere() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, BSD kilobytes
 
 
+_GROWTH = 2**28
+_resident_after = 0  # what the last return left
+
+
 def return_free_memory(above: int = 2**30) -> None:
-    """Gives what is free inside a process of more than `above` bytes back to the system, where the C library can."""
-    if resident_bytes() < above:
+    """Gives what is free inside a process of more than `above` bytes back to the system, where the C library can.
+
+    Only if the process has grown by 256 MiB since the last time: a full collection takes a second of a process with
+    many objects.
+    """
+    global _resident_after
+    resident = resident_bytes()
+    _resident_after = min(_resident_after, resident)
+    if resident < max(above, _resident_after + _GROWTH):
         return
     gc.collect()  # graphs are cycles
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+    _resident_after = resident_bytes()
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

@@ -15,6 +15,7 @@ from hqc.memory import (
     available_bytes,
     bytes_text,
     require_memory,
+    return_free_memory,
     stored_parameters,
     trace_bytes,
     training_bytes,
@@ -243,3 +244,21 @@ def test_a_folder_is_counted_before_it_is_loaded(tmp_path: Path, monkeypatch: py
         find_source(str(tmp_path))
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
     assert stored_parameters(tmp_path) == 0
+
+
+def test_free_memory_is_returned_when_a_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full collection is slow: it is not repeated while the process stays as large as it was."""
+    sizes, collected = iter((900, 1100, 1050, 1200, 1310, 1300, 1000, 1250, 1260, 1200)), []
+    monkeypatch.setattr("hqc.memory._resident_after", 0)
+    monkeypatch.setattr("hqc.memory.resident_bytes", lambda: next(sizes) * 2**20)
+    monkeypatch.setattr("gc.collect", lambda: collected.append(None))
+
+    def returned() -> bool:
+        before = len(collected)
+        return_free_memory()
+        return len(collected) > before
+
+    # 900: below 1 GiB. 1100: large, 1050 is left. 1200: grown by 150. 1310: by 260, 1300 is left.
+    assert [returned() for _ in range(4)] == [False, True, False, True]
+    # 1000: smaller than before, and that counts from now on. 1250: by 250. 1260: by 260.
+    assert [returned() for _ in range(3)] == [False, False, True]
