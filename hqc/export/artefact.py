@@ -25,7 +25,7 @@ from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.export.tensorrt.report import form_counts, write_report
 from hqc.export.tensorrt.surgery import graphsurgeon
 from hqc.export.tensorrt.writing import reference_program, verify_tensorrt, write_tensorrt
-from hqc.export.verification import Verification, verify_export
+from hqc.export.verification import LARGE_MODEL, Verification, verify_export
 from hqc.kernels.compile import require_triton
 from hqc.memory import export_bytes, require_memory
 from hqc.plan import QuantPlan
@@ -38,10 +38,6 @@ __all__ = ["EXPORT_KIND", "OPSETS", "ExportReport", "export_program"]
 EXPORT_KIND = "hqc-export"
 OPSETS = range(21, 26)
 """INT4 came with opset 21; onnxruntime's own support sets the upper end."""
-
-
-_LARGE_MODEL = 2**28
-"""Bytes of weights beyond which verification makes do with few samples."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +205,7 @@ def _has_kernels(options: TensorRtOptions | None) -> bool:
 
 
 def _verification_batch(program: Program, *, one_timestep: bool) -> int:
-    if program.size_bytes() < _LARGE_MODEL:
+    if program.size_bytes() < LARGE_MODEL:
         return 8
     return 1 if one_timestep else 2
 

@@ -36,8 +36,10 @@ from hqc.export.watched import Array, WatchedModel, heard
 from hqc.memory import return_free_memory
 from hqc.program import Program, Stage
 
-__all__ = ["NetworkCheck", "Verification", "check_onnx", "verify_export"]
+__all__ = ["LARGE_MODEL", "NetworkCheck", "Verification", "check_onnx", "file_output", "verify_export"]
 
+LARGE_MODEL = 2**28
+"""Bytes of weights beyond which verification spares memory: fewer samples, plugins' bodies as they are written."""
 FORCED_BOUND = 1e-4
 FORCED_BOUNDARY = 1e-2
 SETTLED_BOUND = 0.1
@@ -116,12 +118,16 @@ def verify_export(
     float_program: Program | None = None,
     batch: int = 8,
     rounding: float = 0.0,
+    optimised: bool = True,
+    output: Tensor | None = None,
 ) -> Verification:
     """Checks a written model against the torch program that it came from.
 
     reference: the fake-quant program where there is one, else the program as given. float_program: the captured
     program; without it the reference with its quantisers bypassed stands in. rounding: the relative error of the type
     between the sites where that is not float32: sites are held to the same bounds, the network to some of them.
+    optimised: False lets ONNX Runtime run the nodes as they are written; else it folds what depends on weights alone,
+    and holds all of it at once. output: `file_output` of the model, where that is known.
 
     Raises:
         ExportError: naming everything that is out of bounds.
@@ -131,10 +137,10 @@ def verify_export(
     args = verification_inputs(reference, batch)
     feeds = {spec.name: arg.numpy() for spec, arg in zip(reference.inputs, args, strict=True)}
     # The file itself first, then the copy that is watched: runtimes optimise what nobody watches.
-    output = _file_output(model, feeds)
+    output = file_output(model, reference, batch, optimised=optimised) if output is None else output
     sites, problems, codes, seen = [], [], {}, output  # type: ignore[var-annotated]
     if taps:
-        with WatchedModel(model, list(taps.values())) as watched:
+        with WatchedModel(model, list(taps.values()), optimised=optimised) as watched:
             sites, problems = check_sites(watched, taps, reference, feeds)
             codes, seen = _all_codes(watched, taps, feeds)
         problems += check_weights(model, taps, reference)
@@ -154,8 +160,12 @@ def check_onnx(model: Path) -> None:
         raise ExportError(str(model.name), f"is not valid ONNX ({error})", "Report a bug.") from error
 
 
-def _file_output(model: Path, feeds: Mapping[str, Array]) -> Tensor:
-    session = open_session(model, threads=torch.get_num_threads())
+def file_output(model: Path, reference: Program, batch: int, *, optimised: bool = True) -> Tensor:
+    """What ONNX Runtime makes of the verification inputs."""
+    args = verification_inputs(reference, batch)
+    feeds = {spec.name: arg.numpy() for spec, arg in zip(reference.inputs, args, strict=True)}
+    level = "all" if optimised else "disabled"
+    session = open_session(model, threads=torch.get_num_threads(), optimisation=level)
     output = torch.from_numpy(run_session(session, [OUTPUT], feeds)[0])
     del session
     return_free_memory()

@@ -26,9 +26,9 @@ class WatchedModel:
     Use as a context manager: the copies lie beside the model, where its external data is.
     """
 
-    def __init__(self, model: Path, taps: Sequence[Tap], *, values: Iterable[str] = ()) -> None:
-        """values: names of further float values to watch."""
-        self._model, self._taps, self._values = model, taps, tuple(values)
+    def __init__(self, model: Path, taps: Sequence[Tap], *, values: Iterable[str] = (), optimised: bool = True) -> None:
+        """values: names of further float values to watch. optimised: False runs the nodes as they are written."""
+        self._model, self._taps, self._values, self._optimise = model, taps, tuple(values), optimised
         self._optimised = model.with_name("watched.onnx")
 
     def _kinds(self) -> Mapping[str, int]:
@@ -45,6 +45,9 @@ class WatchedModel:
         for name, kind in sorted(self._kinds().items()):
             if name not in known:
                 proto.graph.output.append(onnx.helper.make_tensor_value_info(name, noted.get(name, kind), None))
+        if not self._optimise:
+            onnx.save(proto, str(self._optimised))
+            return self
         copy = self._model.with_name("to_watch.onnx")
         try:
             onnx.save(proto, str(copy))

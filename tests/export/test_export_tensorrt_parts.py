@@ -679,6 +679,31 @@ def test_external_data(build, quantised, captured, tmp_path, monkeypatch, plugin
     assert np.array_equal(*(s.run([OUTPUT], feeds_of(program, 4))[0] for s in sessions))
 
 
+def test_a_large_model_with_plugins_is_verified_as_it_is_written(
+    build, quantised, captured, tmp_path, monkeypatch
+) -> None:
+    """Nothing is folded, and the figures are the same but for the order of float additions."""
+    _, _, folded = build("geometry", "w4a4", dtype="fp16", plugins="qdp")
+    levels = []
+    monkeypatch.setattr("hqc.export.tensorrt.writing.LARGE_MODEL", 0)
+    monkeypatch.setattr(
+        "hqc.export.verification.open_session",
+        lambda model, **options: levels.append(options["optimisation"]) or open_session(model, **options),
+    )
+    report = export_program(
+        quantised("geometry", "w4a4"),
+        "tensorrt",
+        tmp_path / "x",
+        float_program=captured("geometry"),
+        tensorrt=TensorRtOptions(plugins="qdp", plugin_archs=()),
+    )
+    assert levels == ["disabled"] * 4  # of the twin and of the file: the copy, and itself
+    assert report.twin.network.forced_error <= 2e-6
+    assert report.verification.network.quantisation_error == pytest.approx(
+        folded.verification.network.quantisation_error, rel=1e-3
+    )
+
+
 def test_the_same_input_gives_the_same_bytes(build, quantised, captured, tmp_path) -> None:
     _, folder, _ = build("geometry", "w4a4", dtype="fp16", plugins="qdp")
     options = TensorRtOptions(plugins="qdp", plugin_archs=())
