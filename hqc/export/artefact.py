@@ -26,7 +26,7 @@ from hqc.export.tensorrt.report import form_counts, write_report
 from hqc.export.tensorrt.surgery import graphsurgeon
 from hqc.export.tensorrt.writing import reference_program, verify_tensorrt, write_tensorrt
 from hqc.export.verification import LARGE_MODEL, Verification, verify_export
-from hqc.kernels.compile import require_triton
+from hqc.kernels.guards import require_triton
 from hqc.memory import export_bytes, require_memory
 from hqc.plan import QuantPlan
 from hqc.plugins.writing import OnKernel, write_plugins

@@ -6,7 +6,6 @@ on values except what `Parameter.multiple_of_16` says, and that pointers are mul
 """
 
 import importlib
-import importlib.util
 import re
 import subprocess
 import tempfile
@@ -16,10 +15,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hqc.errors import ExportError, KernelError, RuntimeMissingError
+from hqc.errors import ExportError, KernelError
+from hqc.kernels.guards import require_triton
 from hqc.kernels.options import FLOATS, KERNELS, MODULES, KernelOptions, Parameter
 
-__all__ = ["ARCHITECTURES", "PTX_VERSIONS", "CompiledKernel", "compile_kernel", "kernel_options", "require_triton"]
+__all__ = ["ARCHITECTURES", "PTX_VERSIONS", "CompiledKernel", "compile_kernel", "kernel_options"]
 
 PTX_VERSIONS: Mapping[str, int] = {"sm_80": 80, "sm_86": 80, "sm_89": 80, "sm_90": 80, "sm_100": 86, "sm_120": 87}
 """The lowest PTX ISA that each architecture's code generator takes, so that the oldest driver loads it.
@@ -132,16 +132,6 @@ def compile_kernel(kernel: str, dtype: str, options: Mapping[str, Any], arch: st
         registers=registers,
         spills=spills,
     )
-
-
-def require_triton(where: str) -> None:
-    """Refuses, before any work, what cannot be compiled here.
-
-    Raises:
-        RuntimeMissingError: if triton is missing.
-    """
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeMissingError(where, "triton is not installed", "Run `pip install 'hqc[gpu]'`.")
 
 
 def _compile(where: str, options: KernelOptions, dtype: str, arch: str) -> Any:

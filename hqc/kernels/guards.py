@@ -1,5 +1,6 @@
 """What the launchers refuse, in the words of the error tree: where, what was found and expected, what to do."""
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from hqc.errors import KernelError, RuntimeMissingError
 
-__all__ = ["check_devices", "check_tensor", "check_total", "float_name"]
+__all__ = ["check_devices", "check_tensor", "check_total", "float_name", "require_triton"]
 
 FLOAT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -74,10 +75,19 @@ def check_devices(where: str, first: Tensor, *others: Tensor | None) -> None:
         )
 
 
+def require_triton(where: str) -> None:
+    """Refuses what needs triton where it is missing.
+
+    Raises:
+        RuntimeMissingError: if triton is missing.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeMissingError(where, "triton is not installed", "Run `pip install 'hqc[gpu]'`.")
+
+
 def _interpreted(where: str) -> bool:
     """Whether the kernels of this process run in triton's interpreter."""
-    try:
-        from triton import knobs
-    except ImportError as error:
-        raise RuntimeMissingError(where, "triton is not installed", "pip install 'hqc[gpu]'.") from error
+    require_triton(where)
+    from triton import knobs
+
     return bool(knobs.runtime.interpret)

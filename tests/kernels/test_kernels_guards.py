@@ -121,8 +121,8 @@ def test_triton_is_imported_on_use_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "hadamard_quantize: triton is not installed. pip install 'hqc[gpu]'.",
-        "compile_kernel int_gemm for sm_80: triton is not installed. pip install 'hqc[gpu]'.",
+        "hadamard_quantize: triton is not installed. Run `pip install 'hqc[gpu]'`.",
+        "compile_kernel int_gemm for sm_80: triton is not installed. Run `pip install 'hqc[gpu]'`.",
     ]
 
 

@@ -2,13 +2,13 @@
 
 import threading
 from functools import partial
-from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from hqc.errors import RuntimeMissingError
+from hqc.kernels.guards import require_triton
 from hqc.program import InputSpec, Program
 from hqc.runtimes.base import inputs_on
 from hqc.runtimes.cuda.build import BuildOptions, float_module, integer_module
@@ -113,8 +113,7 @@ def require_gpu() -> None:
     if capability < _OLDEST:
         found = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
         raise RuntimeMissingError(NAME, f"{found}; the int8 kernels need 8.0", "Use runtime='torch'.")
-    if find_spec("triton") is None:
-        raise RuntimeMissingError(NAME, "triton is not installed", "pip install 'hqc[gpu]'.")
+    require_triton(NAME)
 
 
 def _dtype(name: str) -> torch.dtype:
