@@ -15,6 +15,7 @@ Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Input name -> its smallest, usual and largest shape."""
 
 _PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+_PLUGIN_PRODUCTS = ("Int4Linear", "Int4Conv")
 _MOVES = ("Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Expand")
 """Operators that hand on the codes of their first input."""
 
@@ -35,6 +36,8 @@ class NetworkInput:
 @dataclass(frozen=True)
 class Product:
     """A convolution or matrix product of dequantised weights, `int8` or `int4`, and activations: `int8` or `float`.
+
+    A plugin's product is one of `int8` activations and `int4` weights.
 
     weight: the name of the codes, which starts with that of the site.
     """
@@ -150,6 +153,8 @@ def _products(graph: onnx.GraphProto) -> tuple[Product, ...]:
     codes = _Codes(graph)
     found = []
     for node in graph.node:
+        if node.domain == _PLUGIN_DOMAIN and node.op_type in _PLUGIN_PRODUCTS:
+            found.append(Product(node.name, node.op_type, "int8", "int4", node.input[1]))
         if node.op_type not in _PRODUCTS or node.domain not in ("", "ai.onnx"):
             continue
         left, right = (codes.dequantised(name) for name in node.input[:2])

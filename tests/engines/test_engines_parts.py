@@ -206,6 +206,8 @@ def _kernel(kind: str, inputs: str, constants: str, *nodes: str) -> EngineLayer:
         pytest.param([_kernel("gemm", "Float", "Float", "p"), _kernel("kgen", "", "", "p")], "gemm_0", id="float"),
         pytest.param([_kernel("kgen", "", "", "p")], "kgen kernel kgen_0 reads nothing", id="nothing"),
         pytest.param([_kernel("gemm", "Int8", "Int8", "q")], "no kernel names it", id="not there"),
+        pytest.param([_kernel("PluginV3", "Int8", "", "p")], "", id="plugin"),
+        pytest.param([_kernel("PluginV3", "Half", "", "p")], "reads Half", id="plugin in float"),
     ],
 )
 def test_exceptions(kernels: list[EngineLayer], why: str) -> None:
@@ -215,6 +217,18 @@ def test_exceptions(kernels: list[EngineLayer], why: str) -> None:
     assert len(found.exceptions) == (1 if why else 0)
     assert all(weight == "a.weight" and why in said for weight, said in found.exceptions)
     assert found.to_dict()["quantised_products"] == 1
+
+
+def test_products_of_plugins(tmp_path: Path) -> None:
+    model = graphs.plugin_model()
+    names = ["q", "w4", "scale", "scales", "bias"]
+    model.graph.node.append(
+        onnx.helper.make_node("Int4Linear", names, ["unused too"], name="l/Int4Linear", domain="hqc")
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    network = read_network(tmp_path / "m.onnx")
+    assert network.plugins == ("HadamardQuantize", "Int4Linear")
+    assert network.products[-1] == Product("l/Int4Linear", "Int4Linear", "int8", "int4", "w4")
 
 
 # ---- keys ----------------------------------------------------------------------------------------------------------
