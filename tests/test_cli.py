@@ -245,8 +245,13 @@ def test_timesteps_outside_the_calibrated_range_are_noted_once(
     assert (tmp_path / "x.png").is_file()
 
 
-def test_serve(made: SimpleNamespace) -> None:
-    command = [sys.executable, "-m", "hqc.cli", "serve", str(made.integer), "--port", "0", "--threads", "1"]
+@pytest.mark.parametrize(
+    ("name", "options", "runtime"),
+    [("integer", ("--threads", "1"), "onnxruntime"), ("trained", ("--runtime", "torch"), "torch")],
+)
+def test_serve(made: SimpleNamespace, name: str, options: tuple[str, ...], runtime: str) -> None:
+    folder = getattr(made, name)
+    command = [sys.executable, "-m", "hqc.cli", "serve", str(folder), "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -254,7 +259,8 @@ def test_serve(made: SimpleNamespace) -> None:
         assert line.startswith("Serving at http://127.0.0.1:"), process.stderr and process.stderr.read()
         with httpx.Client(base_url=line.split()[2], timeout=60, trust_env=False) as client:
             health = client.get("/health")
-            assert (health.status_code, health.json()["model"]) == (200, "integer")
+            assert health.status_code == 200
+            assert (health.json()["model"], health.json()["runtime"]) == (folder.name, runtime)
             body = {"prompt": "a handwritten 7", "num_inference_steps": 4, "seed": 3}
             answer = client.post("/v1/images/generations", json=body)
             assert answer.status_code == 200, answer.text

@@ -129,7 +129,8 @@ def evaluate(
 
 
 @click.command()
-@click.argument("export_folder", metavar="EXPORT")
+@click.argument("model")
+@runtime_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Loopback by default.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--max-images", type=click.IntRange(1, 64), default=8, show_default=True, help="Images of one request.")
@@ -137,18 +138,28 @@ def evaluate(
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keep the model there as ONNX Runtime optimises it for this machine: later starts are quicker.",
+    help="Keep there what a runtime makes of the model for this machine (ONNX Runtime's optimised model, engines): "
+    "later starts are quicker.",
 )
 def serve(
-    export_folder: str, host: str, port: int, max_images: int, threads: int | None, cache_dir: Path | None
+    model: str,
+    runtime: "Runtime | None",
+    host: str,
+    port: int,
+    max_images: int,
+    threads: int | None,
+    cache_dir: Path | None,
 ) -> None:
-    """Serve EXPORT over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, GET /health."""
+    """Serve MODEL over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, GET /health.
+
+    MODEL is an export, a Program, or `digits`.
+    """
     from hqc.runtimes import load
     from hqc.serving.app import create_app
     from hqc.serving.limits import Limits
     from hqc.serving.server import serve as run
 
-    model = load(export_folder, threads=threads, cache=cache_dir)
+    loaded = load(model, runtime=runtime, threads=threads, cache=cache_dir)
     limits = Limits(max_images=max_images)
-    app = create_app(model.pipeline(), model_name=model.name, limits=limits, runtime=model.runtime)
+    app = create_app(loaded.pipeline(), model_name=loaded.name, limits=limits, runtime=loaded.runtime)
     run(app, host=host, port=port)

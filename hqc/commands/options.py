@@ -114,7 +114,7 @@ sampler_options = options(
 runtime_option = click.option(
     "--runtime",
     type=click.Choice(["torch", "torch-cuda", "onnxruntime", "tensorrt"]),
-    help="Default: the artefact's own (Program: torch).",
+    help="Default: what fits (Program: torch; export for TensorRT, on its GPU: tensorrt; else onnxruntime).",
 )
 calib_size_option = click.option(
     "--calib-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Images."
