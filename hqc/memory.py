@@ -97,19 +97,20 @@ def _peak_elsewhere() -> int:
 
 
 _GROWTH = 2**28
+_LARGE_PROCESS = 2**32
 _resident_after = 0  # what the last return left
 
 
 def return_free_memory(above: int = 2**30) -> None:
     """Gives what is free inside a process of more than `above` bytes back to the system, where the C library can.
 
-    Only if the process has grown by 256 MiB since the last time: a full collection takes a second of a process with
-    many objects.
+    Below 4 GiB only if the process has grown by 256 MiB since the last time: a full collection takes a second of a
+    process with many objects.
     """
     global _resident_after
     resident = resident_bytes()
     _resident_after = min(_resident_after, resident)
-    if resident < max(above, _resident_after + _GROWTH):
+    if resident < max(above, min(_LARGE_PROCESS, _resident_after + _GROWTH)):
         return
     gc.collect()  # graphs are cycles
     with suppress(OSError, AttributeError, TypeError):

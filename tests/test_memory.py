@@ -248,7 +248,7 @@ def test_a_folder_is_counted_before_it_is_loaded(tmp_path: Path, monkeypatch: py
 
 def test_free_memory_is_returned_when_a_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
     """A full collection is slow: it is not repeated while the process stays as large as it was."""
-    sizes, collected = iter((900, 1100, 1050, 1200, 1310, 1300, 1000, 1250, 1260, 1200)), []
+    sizes, collected = iter((900, 1100, 1050, 1200, 1310, 1300, 1000, 1250, 1260, 1200, 5000, 4900, 4900, 4900)), []
     monkeypatch.setattr("hqc.memory._resident_after", 0)
     monkeypatch.setattr("hqc.memory.resident_bytes", lambda: next(sizes) * 2**20)
     monkeypatch.setattr("gc.collect", lambda: collected.append(None))
@@ -262,3 +262,5 @@ def test_free_memory_is_returned_when_a_process_has_grown(monkeypatch: pytest.Mo
     assert [returned() for _ in range(4)] == [False, True, False, True]
     # 1000: smaller than before, and that counts from now on. 1250: by 250. 1260: by 260.
     assert [returned() for _ in range(3)] == [False, False, True]
+    # Beyond 4 GiB memory matters more than a second.
+    assert [returned() for _ in range(2)] == [True, True]
