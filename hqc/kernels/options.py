@@ -121,6 +121,11 @@ class HadamardOptions:
         return (*inputs, *ints, output)
 
 
+def _left_out(**present: bool) -> dict[str, None]:
+    """Pointers to what is not there are constants: None."""
+    return {f"{name}_ptr": None for name, there in present.items() if not there}
+
+
 def _epilogue_inputs(dtype: str, *, bias: bool, residual: bool) -> list[Parameter]:
     """What `write_outputs` reads."""
     _check("dtype", dtype, FLOATS)
@@ -204,8 +209,7 @@ class GemmOptions:
             "GROUP": self.group,
             "SPLITS": self.splits,
         }
-        present = {"weight_high_ptr": self.two_digits, "bias_ptr": self.bias, "residual_ptr": self.residual}
-        return constants | {name: None for name, there in present.items() if not there}
+        return constants | _left_out(weight_high=self.two_digits, bias=self.bias, residual=self.residual)
 
     def parameters(self, dtype: str) -> tuple[Parameter, ...]:
         """The entry point's parameters for y of `dtype`."""
@@ -283,8 +287,7 @@ class SumOptions:
             "TILE_ROWS": self.tile_rows,
             "TILE_OUTPUTS": self.tile_outputs,
         }
-        present = {"bias_ptr": self.bias, "residual_ptr": self.residual}
-        return constants | {name: None for name, there in present.items() if not there}
+        return constants | _left_out(bias=self.bias, residual=self.residual)
 
     def parameters(self, dtype: str) -> tuple[Parameter, ...]:
         """The entry point's parameters for y of `dtype`."""

@@ -73,13 +73,10 @@ def table(found: Sequence[Mapping[str, str | int]]) -> str:
     lines = [" | ".join(("variant", *archs, "shared, KiB")), " | ".join("---" for _ in range(len(archs) + 2))]
     for name in names:
         across = [cells[name, arch] for arch in archs]
-        shared = " – ".join(f"{n / 1024:g}" for n in sorted({min(_shared(across)), max(_shared(across))}))
+        sizes = sorted(int(line["shared"]) for line in across)
+        shared = " – ".join(f"{n / 1024:g}" for n in dict.fromkeys((sizes[0], sizes[-1])))
         lines.append(" | ".join((name, *map(_cell, across), shared)))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def _shared(across: Sequence[Mapping[str, str | int]]) -> list[int]:
-    return [int(line["shared"]) for line in across]
 
 
 def _cell(line: Mapping[str, str | int]) -> str:

@@ -7,23 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_programs import ARCHS, quantised
 from torch import Tensor, nn
 
 from hqc.capture import trace
 from hqc.capture.source import Source
 from hqc.engines import build_engines
 from hqc.export import export_program
-from hqc.passes import InsertHadamard, InsertQdq, SelectLayers
-from hqc.pipeline import run_pipeline
-from hqc.program import InputSpec, Origin, Program
+from hqc.program import InputSpec, Origin
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "darwin", reason="TensorRT-RTX has no wheel for macOS"),
 ]
-
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_120")
-GRID = (0.0, 300.0, 600.0, 900.0)
 
 
 class _ResnetBlock(nn.Module):
@@ -70,12 +66,6 @@ def transformer_block() -> Source:
     return Source(_Transformer(), inputs, Origin(source="transformer_block"))
 
 
-def quantised(source: Source) -> Program:
-    program = run_pipeline(trace(source), [SelectLayers(bits="w4a4"), InsertHadamard(), InsertQdq(GRID)])
-    tables = {k: torch.linspace(0.25, 0.35, len(GRID)) for k in program.state if k.endswith("_scale_table")}
-    return program.evolve(state={**program.state, **tables})
-
-
 @pytest.mark.parametrize(
     ("source", "convs", "linears"),
     [
@@ -87,7 +77,7 @@ def test_every_product_is_int8_on_four_architectures(
     source: Callable[[], Source], convs: int, linears: int, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    program = quantised(source())
+    program = quantised(trace(source()), "w4a4")
     folder = export_program(program, "tensorrt", tmp_path / "x").folder
     report = build_engines(folder, archs=ARCHS)
     forms = json.loads((folder / "report.json").read_text())["forms"]

@@ -6,32 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import zoo
+from engine_programs import ARCHS, quantised
 
 from hqc.capture import trace
 from hqc.engines import EngineReport, build_engines
 from hqc.export import export_program
 from hqc.export.tensorrt.options import TensorRtOptions
-from hqc.passes import InsertHadamard, InsertQdq, SelectLayers
-from hqc.pipeline import run_pipeline
 from hqc.program import Program
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="TensorRT-RTX has no wheel for macOS")
 
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_120")
-GRID = (0.0, 300.0, 600.0, 900.0)
 PRODUCTS = {"int8 conv": 1, "int8 gemm": 1, "int8 conv, two digits": 2, "int8 gemm, two digits": 2}
 """Form of a layer in report.json -> its products in the file."""
-
-
-def quantised(program: Program, bits: str) -> Program:
-    """Round-to-nearest weights; activation scales that fill the grid of values of about ±1.5."""
-    program = run_pipeline(program, [SelectLayers(bits=bits), InsertHadamard(), InsertQdq(GRID)])
-    step = 0.25 if bits == "w4a4" else 0.015
-    tables = {k: torch.linspace(step, 1.4 * step, len(GRID)) for k in program.state if k.endswith("_scale_table")}
-    assert tables
-    return program.evolve(state={**program.state, **tables})
 
 
 def build(program: Program, folder: Path, archs: tuple[str, ...] = ("sm_86",), **options: object) -> EngineReport:
