@@ -6,17 +6,18 @@ imported they are interpreted on the CPU, slowly, for tests.
 
 import importlib
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hqc.errors import KernelError
+from hqc.kernels.cards import card_of
 from hqc.kernels.guards import check_devices, check_tensor, check_total
 from hqc.kernels.operands import Epilogue, Weight, check_epilogue, check_weight, weight_form
 from hqc.kernels.options import BLOCKS, MODULES, ConvOptions, GemmOptions, HadamardOptions, KernelOptions, SumOptions
-from hqc.kernels.tiles import MULTIPROCESSORS, hadamard_nchw_tile, hadamard_rows_tile, product_tile
+from hqc.kernels.tiles import hadamard_nchw_tile, hadamard_rows_tile
+from hqc.kernels.tuning import chosen_tile
 
 __all__ = ["hadamard_quantize", "int_conv2d", "int_gemm"]
 
@@ -238,14 +239,14 @@ def _product(
     taps: int = 1,
 ) -> dict[str, Any]:
     """Options that both products share."""
-    tile = product_tile(
+    tile = chosen_tile(
+        device,
         rows,
         outputs,
         channels,
         taps=taps,
         rotation=weight.rotation,
         two_digits=weight.high is not None,
-        multiprocessors=_multiprocessors(device),
     )
     form = weight_form(weight, channels)
     whole = tile.splits == 1  # with splits the epilogue comes in `sum_splits`
@@ -300,9 +301,8 @@ def _launch_product(
     _launch(total, grid, (partial, *scales, *extras, rows, outputs, rows_per_sample, out))
 
 
-@lru_cache(maxsize=8)
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
+    return card_of(device).multiprocessors
 
 
 def _launch(options: KernelOptions, grid: tuple[int, ...], arguments: tuple[Tensor | int | None, ...]) -> None:

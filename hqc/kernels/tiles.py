@@ -1,26 +1,14 @@
 """Tile sizes by shape: large tiles where there are enough of them to fill the processor, small ones where not."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from hqc.kernels.cards import H100, Card
+from hqc.kernels.products import ProductTile
 
 __all__ = ["ProductTile", "hadamard_nchw_tile", "hadamard_rows_tile", "product_tile", "tile_channels"]
 
-MULTIPROCESSORS = 132
-"""Of an H100; what is assumed where no GPU is asked."""
 _HADAMARD_ELEMENTS = 4096
 """Of a tile: 32 a thread, which four warps hold in registers with room for several programs a multiprocessor."""
-
-
-@dataclass(frozen=True)
-class ProductTile:
-    """Tile of an integer product with the warps and stages that hold it, and the programs that share a tile's sums."""
-
-    rows: int
-    outputs: int
-    channels: int
-    num_warps: int
-    num_stages: int
-    splits: int = 1
 
 
 # (rows, outputs, warps) from the largest on: 64 sums a thread in the first ones, fewer in the last.
@@ -41,7 +29,7 @@ def _power_of_two(value: int) -> int:
 
 
 def hadamard_rows_tile(
-    rows: int, channels: int, block: int, *, multiprocessors: int = MULTIPROCESSORS
+    rows: int, channels: int, block: int, *, multiprocessors: int = H100.multiprocessors
 ) -> tuple[int, int, int]:
     """(rows, channels, warps) of a tile for `hadamard_quantize` over rows of channels.
 
@@ -94,7 +82,9 @@ def product_tile(
     taps: int = 1,
     rotation: int = 1,
     two_digits: bool = False,
-    multiprocessors: int = MULTIPROCESSORS,
+    card: Card = H100,
+    whole_rows: int = 0,
+    unsplit: bool = False,
 ) -> ProductTile:
     """The tile and the number of splits for which `_nanoseconds` is least, among those that fit a multiprocessor.
 
@@ -103,11 +93,17 @@ def product_tile(
     depth = tile_channels(channels, rotation)
     shapes = _shapes(depth, aligned=channels % 16 == 0, crowded=two_digits or rotation >= 64)
     steps = taps * -(-channels // depth)
-    choices = [(shape, splits) for splits in _SPLITS if splits == 1 or 4 * splits <= steps for shape in shapes]
+    choices = [
+        (shape, splits)
+        for splits in _SPLITS
+        if splits == 1 or (4 * splits <= steps and not unsplit)
+        for shape in shapes
+    ]
+    choices = [c for c in choices if not whole_rows or whole_rows % c[0][0] == 0] or choices
 
     def cost(choice: tuple[tuple[int, int, int], int]) -> tuple[float, int]:
         shape, splits = choice  # of equals the smaller tile, which leaves room for other programs
-        return _nanoseconds(rows, outputs, depth, steps, shape[:2], splits, multiprocessors), shape[0] * shape[1]
+        return _nanoseconds(rows, outputs, depth, steps, shape[:2], splits, card.multiprocessors), shape[0] * shape[1]
 
     (tall, wide, warps), splits = min(choices, key=cost)
     return ProductTile(tall, wide, depth, warps, {32: 4, 64: 4, 128: 3}.get(depth, 2), splits)

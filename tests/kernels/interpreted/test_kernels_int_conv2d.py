@@ -9,7 +9,8 @@ from kernel_oracle import Fence, conv_sums, fenced
 from product_cases import FORMS, TOLERANCES, Form, layer, random_codes
 
 from hqc.kernels import Epilogue, Weight, int_conv2d
-from hqc.kernels.tiles import MULTIPROCESSORS, product_tile
+from hqc.kernels.cards import card_of
+from hqc.kernels.tiles import product_tile
 from hqc.ops import int_conv2d as reference
 from hqc.ops import rescale
 
@@ -67,8 +68,8 @@ def test_a_split_inner_axis(form: Form, device: str) -> None:
     generator = torch.Generator().manual_seed(10)
     weight, integers = layer(form, (20, 3, 3, 480), generator, device)
     codes = random_codes((2, 3, 3, 480), 7, generator)
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else MULTIPROCESSORS
-    tile = product_tile(18, 20, 480, taps=9, rotation=form.block, multiprocessors=multiprocessors)
+    card = card_of(torch.device(device))
+    tile = product_tile(18, 20, 480, taps=9, rotation=form.block, card=card)
     chunks = -(-480 // tile.channels)
     assert tile.splits > 1
     assert -(-9 * chunks // tile.splits) % chunks

@@ -9,7 +9,8 @@ from kernel_oracle import Fence, fenced, product_sums
 from product_cases import FORMS, TOLERANCES, Form, layer, random_codes
 
 from hqc.kernels import Epilogue, Weight, int_gemm
-from hqc.kernels.tiles import MULTIPROCESSORS, product_tile
+from hqc.kernels.cards import card_of
+from hqc.kernels.tiles import product_tile
 from hqc.ops import half
 
 NAN = float("nan")
@@ -60,10 +61,8 @@ def test_large_tiles(device: str) -> None:
 def test_a_split_inner_axis(form: Form, dtype: torch.dtype, device: str) -> None:
     """Few rows and outputs of many channels: programs share the sums of a tile, a second kernel adds them up."""
     rows, outputs, channels = 6, 40, 32 * 97
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else MULTIPROCESSORS
-    tile = product_tile(
-        rows, outputs, channels, rotation=form.block, two_digits=form.name == "digits", multiprocessors=multiprocessors
-    )
+    card = card_of(torch.device(device))
+    tile = product_tile(rows, outputs, channels, rotation=form.block, two_digits=form.name == "digits", card=card)
     assert tile.splits > 1
     assert -(-channels // tile.channels) % tile.splits, "the parts are equal"
     generator = torch.Generator().manual_seed(9)
