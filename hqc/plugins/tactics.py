@@ -20,7 +20,7 @@ _TILES = ((128, 128, 8), (64, 64, 4), (32, 32, 2))
 _WIDTH = 64
 """Channels of a tile, where a block of H is not wider: whole lines of memory at two bytes a value."""
 _ELEMENTS = 4096
-"""Of a rotation's tile, 32 a thread."""
+"""Of a rotation's tile of rows, 32 a thread; from NCHW half of it, 64 a thread, unless a block of H needs more."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class Tactic:
     def tile(self) -> tuple[int, int]:
         """Rows and columns of the output that a program computes."""
         options = self.options
-        return options.tile_rows, options.tile_channels if isinstance(
-            options, HadamardOptions
-        ) else options.tile_outputs
+        if isinstance(options, HadamardOptions):
+            return options.tile_rows, options.tile_channels
+        assert isinstance(options, GemmOptions), "no other kernel is a tactic"
+        return options.tile_rows, options.tile_outputs
 
     def plain_options(self) -> dict[str, Any]:
         """As JSON data."""
@@ -66,8 +67,11 @@ def _hadamard(variant: HadamardVariant, places: Sequence[int]) -> list[Tactic]:
     wide = max(min(_WIDTH, 1 << (variant.channels - 1).bit_length()), variant.block, 16)
     nchw = variant.layout == "nchw"
     aligned = variant.channels % 16 == 0 and (not nchw or all(count % 16 == 0 for count in places))
-    tall = max(1, _ELEMENTS // wide)
-    heights, per_warp = ((max(16, min(tall, 64)), 16), 2048) if nchw else ((tall, min(tall, 8)), 1024)
+    if nchw:  # one warp, as in `hadamard_nchw_tile`: a butterfly across warps goes through shared memory
+        heights, per_warp = (max(16, min(_ELEMENTS // 2 // wide, 64)), 16), _ELEMENTS
+    else:
+        tall = max(1, _ELEMENTS // wide)
+        heights, per_warp = (tall, min(tall, 8)), 1024
     return [
         Tactic(
             "hadamard_quantize",
