@@ -35,10 +35,9 @@ class _BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic in newe
 @click.argument("model")
 @click.option(
     "--against",
-    default="onnxruntime-fp32",
-    show_default=True,
     metavar="PEERS",
-    help="Comma-separated: onnxruntime-fp32, onnxruntime-int8 (its own quantize_static), torch, torch-fp16-cudagraph.",
+    help="Comma-separated: onnxruntime-fp32 (default), onnxruntime-int8 (its own quantize_static), torch, "
+    "torch-fp16-compile and torch-fp16-cudagraph (default on a GPU: both).",
 )
 @click.option(
     "--runtime",
@@ -69,7 +68,7 @@ class _BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic in newe
 @json_option
 def bench(
     model: str,
-    against: str,
+    against: str | None,
     runtime: str,
     float_model: str | None,
     bits: str | None,
@@ -96,12 +95,12 @@ def bench(
     from hqc import console as out
     from hqc.evaluation.bench.chart import check_chart, save_chart
     from hqc.evaluation.bench.models import Quantisation
-    from hqc.evaluation.bench.peers import find_peers
+    from hqc.evaluation.bench.peers import USUAL_PEERS, find_peers
     from hqc.evaluation.bench.run import Timing
     from hqc.evaluation.bench.run import bench as measure
     from hqc.evaluation.bench.table import bench_table
 
-    peers = find_peers(against)
+    peers = find_peers(USUAL_PEERS[runtime] if against is None else against)
     if chart is not None:
         _check_one_batch(batch_sizes)
         check_chart(chart, force=force)

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from hqc.cli import main
 from hqc.errors import RuntimeMissingError
-from hqc.evaluation.bench import run, worker
-from hqc.evaluation.bench.contender import Loaded
+from hqc.evaluation.bench import gpu_timing, run, worker
+from hqc.evaluation.bench.contender import Loaded, Memory
 from hqc.evaluation.bench.machine import describe_machine, machine_line
 from hqc.evaluation.bench.models import Quantisation, find_models
 from hqc.evaluation.bench.result import BenchResult, Figures
@@ -74,6 +74,61 @@ def test_batch_sizes_in_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hqc(*command, "--batch-size", "1,8").stdout.count("torch-fp16-cudagraph") == 2
 
 
+def test_on_a_gpu_both_half_precision_peers_are_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def measure(model: str, peers: Any, space: Any, **options: Any) -> BenchResult:
+        asked.append(peers)
+        return gpu_result(2)
+
+    monkeypatch.setattr(run, "bench", measure)
+    for arguments in (("--runtime", "torch-cuda"), (), ("--runtime", "torch-cuda", "--against", "torch")):
+        assert hqc("bench", "digits", *arguments, "--json").exit_code == 0
+    assert asked == [("torch-fp16-compile", "torch-fp16-cudagraph"), ("onnxruntime-fp32",), ("torch",)]
+
+
+def test_peers_stand_from_the_fastest_on_and_loading_is_a_stage(
+    monkeypatch: pytest.MonkeyPatch, stored: SimpleNamespace
+) -> None:
+    """Workers that stand in for a GPU: which runtime, how fast, what it takes of the card."""
+    speeds = {"torch-cuda": 1.0, "torch-fp16-compile": 2.0, "torch-fp16-cudagraph": 3.0, "torch": 9.0}
+
+    class Worker:
+        def __init__(self, name: str, runtime: str, model: Path) -> None:
+            self.name, self.speed = name, speeds[runtime]
+
+        def __enter__(self) -> "Worker":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def load(self, inputs: Path, threads: int) -> Loaded:
+            return Loaded(1.0, 1, 1)
+
+        def save_output(self, file: Path) -> None:
+            np.save(file, np.ones((2, 3), np.float32))
+
+        def run(self) -> float:
+            return self.speed
+
+        def memory(self) -> Memory:
+            return Memory(1, 1, 1)
+
+    monkeypatch.setattr(run, "Contender", Worker)
+    monkeypatch.setattr(run, "_require_gpu", lambda: None)
+    monkeypatch.setattr(run, "describe_gpu", lambda: {"gpu": "Some Card", "cuda": "13.0"})
+    space = Workspace(stored.root / "work")
+    against = ("torch-fp16-cudagraph", "torch-fp16-compile")
+    timing = run.Timing(runs=2, warm_up=0)
+    result = run.bench(
+        str(stored.student), against, space, float_model=str(stored.captured), timing=timing, runtime="torch-cuda"
+    )
+    assert list(result.peers) == ["torch-fp16-compile", "torch-fp16-cudagraph"]
+    assert list(result.to_dict()["speedup"].items()) == [("torch-fp16-compile", 2.0), ("torch-fp16-cudagraph", 3.0)]
+    loading = [f"loading {name}" for name in ("hqc", *against)]
+    assert [stage.name for stage in space.done] == ["integer.hqc", "float reference", *loading, "timing"]
+
+
 @pytest.mark.parametrize("sizes", ["0", "", "1,,2", "1,2.5", "-1", "1025", "many"])
 def test_what_is_no_list_of_sizes(sizes: str) -> None:
     said = hqc("bench", "digits", f"--batch-size={sizes}")
@@ -103,9 +158,11 @@ def test_the_table_shows_the_gpus_memory_and_its_milliseconds() -> None:
 
 
 def test_a_timed_run_on_a_gpu_is_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as fill a fifth of a second, between two synchronisations, the first calls not timed."""
+    """As many as fill a fifth of a second, between two synchronisations, on a card that was busy just before."""
     waits: list[int] = []
     calls: list[float] = []
+    spun: list[int] = []
+    monkeypatch.setattr(gpu_timing, "spin_up", lambda: spun.append(len(calls)))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(calls)))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
     monkeypatch.setattr(worker, "GPU_RUN_SECONDS", 0.05)
@@ -118,9 +175,10 @@ def test_a_timed_run_on_a_gpu_is_many_calls(monkeypatch: pytest.MonkeyPatch) -> 
     loaded = worker._on_gpu(call)
     before = len(calls)
     milliseconds = loaded.milliseconds()
-    timed = len(calls) - before
+    timed = len(calls) - before - 1
+    assert spun == [before]
     assert 3 <= timed <= 10  # 0.05 s / 5 ms, fewer where the machine is busy
-    assert waits[-2:] == [before, len(calls)]
+    assert waits[-2:] == [before + 1, len(calls)]
     assert 5 <= milliseconds <= 1000
     assert loaded.device_bytes() == 123
     assert loaded.output().dtype == np.float32
@@ -172,7 +230,7 @@ def test_without_a_gpu_nothing_is_made(stored: SimpleNamespace) -> None:
 
 
 @WITHOUT_GPU
-@pytest.mark.parametrize("runtime", ["torch-cuda", "torch-fp16-cudagraph"])
+@pytest.mark.parametrize("runtime", ["torch-cuda", "torch-fp16-cudagraph", "torch-fp16-compile"])
 def test_a_worker_without_a_gpu_answers_with_the_reason(stored: SimpleNamespace, runtime: str) -> None:
     np.savez(stored.root / "in.npz", sample=np.zeros((1, 32, 4, 4), np.float32), timestep=np.zeros(1, np.float32))
     request = {"do": "load", "runtime": runtime, "model": str(stored.student), "threads": 1}

@@ -270,7 +270,7 @@ def test_peers_by_name() -> None:
         find_peers("torch,tensorflow")
     with pytest.raises(EvaluationError, match="names no peer"):
         find_peers(" , ")
-    assert set(PEERS) == {"onnxruntime-fp32", "onnxruntime-int8", "torch", "torch-fp16-cudagraph"}
+    assert set(PEERS) == {"onnxruntime-fp32", "onnxruntime-int8", "torch", "torch-fp16-compile", "torch-fp16-cudagraph"}
 
 
 def test_calibration_batches_come_back_in_order(tmp_path: Path) -> None:

@@ -23,10 +23,13 @@ from hqc.runtimes.base import named_inputs
 from hqc.runtimes.torch_runtime import TorchSession
 from hqc.storage import atomic_folder, load_program, write_manifest
 
-__all__ = ["HQC", "PEERS", "Built", "Peer", "compared", "find_peers", "size_bytes"]
+__all__ = ["HQC", "ON_GPU", "PEERS", "USUAL_PEERS", "Built", "Peer", "compared", "find_peers", "size_bytes"]
 
 HQC = "hqc"
 """The contender that is compared."""
+
+ON_GPU = ("torch-cuda", "torch-fp16-compile", "torch-fp16-cudagraph")
+"""Runtimes whose first calls compile."""
 
 PEER_KIND = "hqc-bench-peer"
 
@@ -82,6 +85,10 @@ def _torch(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
 
 def _half_on_gpu(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
     return Built("torch-fp16-cudagraph", captured)
+
+
+def _compiled_on_gpu(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
+    return Built("torch-fp16-compile", captured)
 
 
 def _onnxruntime_fp32(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
@@ -168,8 +175,18 @@ PEERS: Mapping[str, Peer] = {
     "onnxruntime-fp32": Peer("the float program in ONNX Runtime", _onnxruntime_fp32),
     "onnxruntime-int8": Peer("ONNX Runtime's own static quantisation (QDQ, u8 x s8)", _onnxruntime_int8),
     "torch": Peer("the float program in eager PyTorch", _torch),
+    "torch-fp16-compile": Peer(
+        "the float program on a GPU in float16, channels-last, torch.compile, one CUDA graph a batch size",
+        _compiled_on_gpu,
+    ),
     "torch-fp16-cudagraph": Peer(
         "the float program on a GPU in float16, channels-last, one CUDA graph a batch size", _half_on_gpu
     ),
 }
 """Every peer by its name."""
+
+USUAL_PEERS: Mapping[str, str] = {
+    "onnxruntime": "onnxruntime-fp32",
+    "torch-cuda": "torch-fp16-compile,torch-fp16-cudagraph",
+}
+"""What a runtime is compared with unless peers are named: the strongest there are."""

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hqc.errors import ArtefactError, EvaluationError, HqcError
 from hqc.evaluation.bench.contender import Contender, Loaded
 from hqc.evaluation.bench.machine import available_cores, describe_gpu, describe_machine
 from hqc.evaluation.bench.models import Models, Quantisation, find_models, inputs_of
-from hqc.evaluation.bench.peers import HQC, PEERS, Built, compared, size_bytes
+from hqc.evaluation.bench.peers import HQC, ON_GPU, PEERS, Built, compared, size_bytes
 from hqc.evaluation.bench.result import BenchResult, Figures, spread
 from hqc.evaluation.bench.rounds import PAUSE_SECONDS, Rounds, take_turns
 from hqc.evaluation.bench.workspace import Workspace
@@ -71,10 +71,8 @@ def bench(
         with space.stage("float reference"), Contender("float reference", "torch", models.float_program) as float_run:
             float_run.load(inputs, timing.cores)
             float_run.save_output(reference)
-        with space.stage("timing"):
-            figures, dropped = _measure(
-                {HQC: compared(models.export, runtime), **built}, inputs, np.load(reference), timing, on_round
-            )
+        contenders = {HQC: compared(models.export, runtime), **built}
+        figures, dropped = _measure(contenders, inputs, np.load(reference), timing, space, on_round)
     return BenchResult(
         model=model,
         quantisation=f"{models.bits} {models.recipe}".strip(),
@@ -88,7 +86,7 @@ def bench(
         machine=describe_machine() | ({} if runtime == "onnxruntime" else describe_gpu()),
         stages=tuple(space.done),
         ours=figures.pop(HQC),
-        peers=figures,
+        peers=dict(sorted(figures.items(), key=lambda item: spread(item[1].milliseconds).median)),
         failed={**failed, **dropped},
     )
 
@@ -185,6 +183,7 @@ def _measure(
     inputs: Path,
     reference: NDArray[np.float32],
     timing: Timing,
+    space: Workspace,
     on_round: Callable[[int], None],
 ) -> tuple[dict[str, Figures], dict[str, str]]:
     """Figures of those that ran to the end, the reasons of the others. Ours must be among the first.
@@ -198,14 +197,17 @@ def _measure(
         for name, made in built.items():
             contender = processes.enter_context(Contender(name, made.runtime, made.model))
             try:
-                loaded = contender.load(inputs, timing.cores)
+                # On a GPU the first calls compile and capture, for a minute or two: that is a line of its own.
+                with space.stage(f"loading {name}") if made.runtime in ON_GPU else nullcontext():
+                    loaded = contender.load(inputs, timing.cores)
                 ready[name] = _Ready(contender, loaded, _error(contender, reference, inputs.with_name("output.npy")))
             except HqcError as error:
                 contender.close()
                 failed[name] = error.found
         _require_ours(failed)
         runners = {name: item.contender for name, item in ready.items()}
-        rounds = take_turns(runners, runs=timing.runs, warm_up=timing.warm_up, on_round=on_round)
+        with space.stage("timing"):
+            rounds = take_turns(runners, runs=timing.runs, warm_up=timing.warm_up, on_round=on_round)
         _require_ours(rounds.failed)
         figures = {name: _figures(name, built[name], ready[name], rounds) for name in rounds.milliseconds}
     return figures, {**failed, **rounds.failed}
