@@ -1,22 +1,21 @@
-"""Tile sizes by shape: large tiles where there are enough of them to fill the processor, small ones where not."""
+"""Tile sizes by shape: large tiles where there are enough of them to fill the processor, small ones where not.
 
-from collections.abc import Sequence
+Tiles of products come from measurements where there are any, else from `tile_model`.
+"""
 
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+from hqc.errors import KernelError
 from hqc.kernels.cards import H100, Card
-from hqc.kernels.products import ProductTile
+from hqc.kernels.products import Product, ProductTile
+from hqc.kernels.tile_model import fits, model_candidates, model_nanoseconds, tile_channels
+from hqc.kernels.tuned import Table, shipped_table
 
 __all__ = ["ProductTile", "hadamard_nchw_tile", "hadamard_rows_tile", "product_tile", "tile_channels"]
 
 _HADAMARD_ELEMENTS = 4096
 """Of a tile: 32 a thread, which four warps hold in registers with room for several programs a multiprocessor."""
-
-
-# (rows, outputs, warps) from the largest on: 64 sums a thread in the first ones, fewer in the last.
-_SHAPES = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (32, 32, 4), (16, 32, 4))
-# Two digits keep twice as many sums; a deep rotation keeps its matrix and an int32 tile as well.
-_CROWDED_SHAPES = ((128, 64, 8), *_SHAPES[2:])
-# A tile of 256 channels, which only a rotation of 256 needs, leaves shared memory for this much.
-_DEEP_SHAPES = ((64, 64, 8), (32, 32, 4), (16, 32, 4))
 
 
 def _power_of_two(value: int) -> int:
@@ -60,20 +59,6 @@ def hadamard_nchw_tile(pixels: int, block: int) -> tuple[int, int, int]:
     return min((2048 if wide <= 64 else 4096) // wide, _power_of_two(pixels)), wide, 1
 
 
-def tile_channels(channels: int, rotation: int = 1) -> int:
-    """Channels of a product's tile: the widest of 128 and 64 that divides them, else 64, or 32 where that is enough.
-
-    Channels that are no multiple of 16 are read byte by byte, each with an address of its own: 32 of them at most.
-
-    >>> [tile_channels(c) for c in (4, 45, 48, 192, 320, 960, 1280)]
-    [32, 32, 64, 64, 64, 64, 128]
-    """
-    if channels % 16:
-        return max(32, rotation)
-    widest = next((width for width in (128, 64) if channels % width == 0), 64 if channels > 32 else 32)
-    return max(widest, rotation)
-
-
 def product_tile(
     rows: int,
     outputs: int,
@@ -85,62 +70,59 @@ def product_tile(
     card: Card = H100,
     whole_rows: int = 0,
     unsplit: bool = False,
+    tuned: Table | None = None,
 ) -> ProductTile:
-    """The tile and the number of splits for which `_nanoseconds` is least, among those that fit a multiprocessor.
+    """The tile of a product, from the first of these that knows one which fits the product and the card.
 
-    Shared memory: (rows + outputs)·channels bytes a stage within the 99 KiB that every architecture from sm_80 on has.
+    tuned, for this very product; the table that ships for the card, for this product or one nearly of its size; the
+    model.  Every tile gives the same bits.
+
+    whole_rows: rows of a sample where the tile must lie in one; if no tile can, that is left out of account.
+    unsplit: the inner axis must not be split.
     """
-    depth = tile_channels(channels, rotation)
-    shapes = _shapes(depth, aligned=channels % 16 == 0, crowded=two_digits or rotation >= 64)
-    steps = taps * -(-channels // depth)
-    choices = [
-        (shape, splits)
-        for splits in _SPLITS
-        if splits == 1 or (4 * splits <= steps and not unsplit)
-        for shape in shapes
-    ]
-    choices = [c for c in choices if not whole_rows or whole_rows % c[0][0] == 0] or choices
-
-    def cost(choice: tuple[tuple[int, int, int], int]) -> tuple[float, int]:
-        shape, splits = choice  # of equals the smaller tile, which leaves room for other programs
-        return _nanoseconds(rows, outputs, depth, steps, shape[:2], splits, card.multiprocessors), shape[0] * shape[1]
-
-    (tall, wide, warps), splits = min(choices, key=cost)
-    return ProductTile(tall, wide, depth, warps, {32: 4, 64: 4, 128: 3}.get(depth, 2), splits)
+    product = Product(rows, outputs, channels, taps, rotation, two_digits)
+    return _product_tile(product, card, whole_rows, unsplit, _Identity(tuned))
 
 
-_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
-_PRODUCTS = 4000
-"""int8 multiply-adds a nanosecond of a multiprocessor: about half of what the data sheet of an H100 says."""
-_BYTES = 64
-"""Bytes a nanosecond from the second-level cache to a multiprocessor."""
-_STEP = 180
-"""Nanoseconds that a step of a tile takes at least: latency that the stages do not hide."""
-_LAUNCH = 2500
-"""Nanoseconds of the second kernel that splits need."""
-_PARTIAL = 2000
-"""Bytes of partial sums a nanosecond, of the whole card."""
+class _Identity:
+    """A table in the key of a cache: the same for the same object."""
+
+    def __init__(self, table: Table | None) -> None:
+        self.table = table
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.table is other.table
+
+    def __hash__(self) -> int:
+        return id(self.table)
 
 
-def _nanoseconds(
-    rows: int, outputs: int, depth: int, steps: int, shape: tuple[int, int], splits: int, multiprocessors: int
-) -> float:
-    """A rough model: arithmetic and traffic of the busiest multiprocessor, or the latency of a program's steps.
-
-    Its constants are read from data sheets, not measured.
-    """
-    tall, wide = shape
-    length = -(-steps // splits)
-    programs = -(-rows // tall) * -(-outputs // wide) * splits
-    busiest = -(-programs // multiprocessors) * length
-    step = max(tall * wide * depth / _PRODUCTS, (tall + wide) * depth / _BYTES)
-    joining = 0.0 if splits == 1 else _LAUNCH + 8 * splits * rows * outputs / _PARTIAL
-    return max(busiest * step, length * _STEP) + joining
+@lru_cache(maxsize=4096)
+def _product_tile(product: Product, card: Card, whole_rows: int, unsplit: bool, tuned: _Identity) -> ProductTile:
+    for whole in dict.fromkeys((whole_rows, 0)):
+        usable = partial(fits, product, card=card, whole_rows=whole, unsplit=unsplit)
+        found = _measured(product, card, tuned.table, usable) or _modelled(product, card, usable)
+        if found is not None:
+            return found
+    raise KernelError("product_tile", f"no tile of {product} fits {card.name}", "Report it.")
 
 
-def _shapes(depth: int, *, aligned: bool, crowded: bool) -> Sequence[tuple[int, int, int]]:
-    if depth > 128:
-        return _DEEP_SHAPES
-    if not aligned:
-        return _SHAPES[2:]
-    return _CROWDED_SHAPES if crowded else _SHAPES
+def _measured(
+    product: Product, card: Card, tuned: Table | None, usable: Callable[[ProductTile], bool]
+) -> ProductTile | None:
+    shipped = shipped_table(card)
+    for table in (tuned, shipped):
+        if table is not None and (found := table.exact(product, usable)) is not None:
+            return found
+    return None if shipped is None else shipped.near(product, usable, partial(_scaled, card))
+
+
+def _scaled(card: Card, product: Product, tile: ProductTile) -> float:
+    return model_nanoseconds(product, tile, card)
+
+
+def _modelled(product: Product, card: Card, usable: Callable[[ProductTile], bool]) -> ProductTile | None:
+    def cost(tile: ProductTile) -> tuple[float, int]:
+        return model_nanoseconds(product, tile, card), tile.rows * tile.outputs  # of equals the smaller tile
+
+    return min(filter(usable, model_candidates(product, card)), key=cost, default=None)
