@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hqc.errors import KernelError, RuntimeMissingError
 
-__all__ = ["check_devices", "check_tensor", "check_total", "float_name", "require_triton"]
+__all__ = ["check_devices", "check_rows", "check_tensor", "check_total", "float_name", "require_triton"]
 
 FLOAT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -33,6 +33,19 @@ def check_tensor(
         raise KernelError(where, f"{name} has shape {found}, expected {wanted}", "Check the layer's sizes.")
     if not tensor.is_contiguous():
         raise KernelError(where, f"{name} has strides {tensor.stride()}, expected contiguous", "Call .contiguous().")
+
+
+def check_rows(where: str, name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+    """Refuses what is not a float matrix of this shape with contiguous rows; the rows may lie apart.
+
+    Raises:
+        KernelError: naming the tensor, what was found and what was expected.
+    """
+    if tensor.dtype not in FLOAT_NAMES:
+        raise KernelError(where, f"{name} is {tensor.dtype}, expected a float", "Convert it before the call.")
+    if tuple(tensor.shape) != shape or tensor.stride(-1) != 1:
+        found = f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+        raise KernelError(where, f"{found}, expected {shape} with contiguous rows", "Check the layer's sizes.")
 
 
 def check_total(where: str, **tensors: Tensor) -> None:

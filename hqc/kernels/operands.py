@@ -7,10 +7,19 @@ import torch
 from torch import Tensor
 
 from hqc.errors import KernelError
-from hqc.kernels.guards import check_tensor, float_name
+from hqc.kernels.guards import check_rows, check_tensor, float_name
 from hqc.kernels.options import BLOCKS, WeightForm
 
-__all__ = ["Epilogue", "Weight", "check_epilogue", "check_weight", "weight_form"]
+__all__ = [
+    "ColumnStatistics",
+    "Epilogue",
+    "Quantiser",
+    "Weight",
+    "check_epilogue",
+    "check_quantiser",
+    "check_weight",
+    "weight_form",
+]
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,47 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Quantiser:
+    """q = clip(round((H_block·y/√block)·inverse_scale[n]), low, high); inverse_scale fp32 [N], one a sample."""
+
+    inverse_scale: Tensor
+    low: int
+    high: int
+    block: int = 1
+
+
+@dataclass(frozen=True)
 class Epilogue:
-    """What follows the product: + bias [O], + residual of the output's shape and dtype, then SiLU; output in dtype."""
+    """What follows the product: + bias [O], + shift [N, O], + residual, SiLU, gate; in dtype, or codes.
+
+    shift: one vector a sample, its last axis contiguous.  residual: of the output's shape and dtype.
+    gate: "silu", "gelu" or "gelu_tanh": outputs are pairs (a, g), and y = a·gate(g) has half of them.
+    quantiser: the output is its codes, int8.
+    """
 
     bias: Tensor | None = None
     residual: Tensor | None = None
     silu: bool = False
     dtype: torch.dtype = torch.float16
+    shift: Tensor | None = None
+    gate: str = "none"
+    quantiser: Quantiser | None = None
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Of the result."""
+        return self.dtype if self.quantiser is None else torch.int8
+
+
+@dataclass(frozen=True)
+class ColumnStatistics:
+    """Of x [N, …, C]: mean and Σ (x - mean)² of every channel over blocks of `rows` rows of a sample, the last shorter.
+
+    values fp32 [N, ⌈rows of a sample / rows⌉, 2, C].
+    """
+
+    values: Tensor
+    rows: int
 
 
 def weight_form(weight: Weight, channels: int) -> WeightForm:
@@ -80,8 +123,8 @@ def check_weight(where: str, weight: Weight, kernel: tuple[int, ...], channels: 
     return outputs
 
 
-def check_epilogue(where: str, epilogue: Epilogue, outputs: int, shape: Sequence[int]) -> None:
-    """Refuses a bias, residual or dtype that does not fit an output of `shape`.
+def check_epilogue(where: str, epilogue: Epilogue, samples: int, outputs: int, shape: Sequence[int]) -> None:
+    """Refuses a bias, shift, residual, gate or dtype that does not fit a product of `outputs` and a result of `shape`.
 
     Raises:
         KernelError: naming what does not fit.
@@ -89,5 +132,25 @@ def check_epilogue(where: str, epilogue: Epilogue, outputs: int, shape: Sequence
     float_name(where, epilogue.dtype)
     if epilogue.bias is not None:
         check_tensor(where, "bias", epilogue.bias, dtype=torch.float32, shape=(outputs,))
+    if epilogue.shift is not None:
+        check_rows(where, "shift", epilogue.shift, (samples, outputs))
     if epilogue.residual is not None:
-        check_tensor(where, "residual", epilogue.residual, dtype=epilogue.dtype, shape=shape)
+        check_tensor(where, "residual", epilogue.residual, dtype=epilogue.dtype, shape=(*shape[:-1], outputs))
+    if epilogue.gate != "none" and outputs % 2:
+        raise KernelError(where, f"there are {outputs} outputs, expected pairs for a gate", "Check the weight.")
+    if epilogue.quantiser is not None:
+        check_quantiser(where, epilogue.quantiser, samples, shape[-1])
+
+
+def check_quantiser(where: str, quantiser: Quantiser, samples: int, channels: int) -> None:
+    """Refuses a block that does not divide the channels, or scales of another number of samples.
+
+    Raises:
+        KernelError: naming what does not fit.
+    """
+    check_tensor(where, "inverse_scale", quantiser.inverse_scale, dtype=torch.float32, shape=(samples,))
+    if quantiser.block not in BLOCKS:
+        raise KernelError(where, f"block is {quantiser.block}, expected one of {BLOCKS}", "Choose one of those.")
+    if channels % quantiser.block:
+        found = f"x has {channels} channels, expected a multiple of the block {quantiser.block}"
+        raise KernelError(where, found, "Use the block that hqc.ops.block_size gives.")

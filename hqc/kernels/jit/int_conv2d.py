@@ -17,7 +17,9 @@ def int_conv2d(
     weight_scale_ptr,
     scale_ptr,
     bias_ptr,
+    shift_ptr,
     residual_ptr,
+    inverse_scale_ptr,
     rows,
     height,
     width,
@@ -26,6 +28,7 @@ def int_conv2d(
     out_height,
     out_width,
     y_ptr,
+    statistics_ptr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -34,10 +37,18 @@ def int_conv2d(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
     FORM: tl.constexpr,
     ROTATION: tl.constexpr,
     HIGH_FACTOR: tl.constexpr,
+    SHIFT_PITCH: tl.constexpr,
+    WHOLE: tl.constexpr,
     SILU: tl.constexpr,
+    GATE: tl.constexpr,
+    NORM: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    LOG_BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr,
@@ -49,7 +60,8 @@ def int_conv2d(
 
     codes int8 [N, height, width, channels], weights [outputs, KERNEL_H, KERNEL_W, channels] in the FORM, y
     [N, out_height, out_width, outputs], or partial sums with SPLITS > 1.  Pixels outside the image are code 0, which
-    is real 0: codes are symmetric.
+    is real 0: codes are symmetric.  UPSAMPLE: the image that is convolved has every pixel of the codes that many times
+    along each axis, and is never written.
     """
     down, across = tile_of(rows, outputs, TILE_ROWS, TILE_OUTPUTS, GROUP)
     m = down * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -74,10 +86,10 @@ def int_conv2d(
     for _ in range(begin, end):
         y = top + tap // KERNEL_W * DILATION_H
         x = left + tap % KERNEL_W * DILATION_W
-        inside = (m < rows) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        inside = (m < rows) & (y >= 0) & (y < height * UPSAMPLE) & (x >= 0) & (x < width * UPSAMPLE)
         c = first + tl.arange(0, TILE_CHANNELS)
         mask = inside[:, None] if EVEN else inside[:, None] & (c < channels)[None, :]
-        offsets = ((sample * height + y) * width + x)[:, None] * channels + c[None, :]
+        offsets = ((sample * height + y // UPSAMPLE) * width + x // UPSAMPLE)[:, None] * channels + c[None, :]
         codes = tl.load(codes_ptr + offsets, mask, other=0)
         line = o * (KERNEL_H * KERNEL_W) + tap
         w = weight_tile(
@@ -97,7 +109,31 @@ def int_conv2d(
         acc += HIGH_FACTOR * acc_high
     if SPLITS == 1:
         write_outputs(
-            acc, weight_scale_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, m, o, sample, rows, outputs, SILU
+            acc,
+            weight_scale_ptr,
+            scale_ptr,
+            bias_ptr,
+            shift_ptr,
+            residual_ptr,
+            inverse_scale_ptr,
+            y_ptr,
+            statistics_ptr,
+            m,
+            across * TILE_OUTPUTS,
+            rows,
+            outputs,
+            out_height * out_width,
+            down,
+            SHIFT_PITCH,
+            WHOLE,
+            SILU,
+            GATE,
+            NORM,
+            LOW,
+            HIGH,
+            LOG_BLOCK,
+            TILE_ROWS,
+            TILE_OUTPUTS,
         )
     else:
         write_sums(acc, y_ptr, tl.program_id(1), m, o, rows, outputs)

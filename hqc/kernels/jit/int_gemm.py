@@ -17,16 +17,26 @@ def int_gemm(
     weight_scale_ptr,
     scale_ptr,
     bias_ptr,
+    shift_ptr,
     residual_ptr,
+    inverse_scale_ptr,
     rows,
     channels,
     outputs,
     rows_per_sample,
     y_ptr,
+    statistics_ptr,
     FORM: tl.constexpr,
     ROTATION: tl.constexpr,
     HIGH_FACTOR: tl.constexpr,
+    SHIFT_PITCH: tl.constexpr,
+    WHOLE: tl.constexpr,
     SILU: tl.constexpr,
+    GATE: tl.constexpr,
+    NORM: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    LOG_BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr,
@@ -34,7 +44,8 @@ def int_gemm(
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """acc[m, o] = Σ_c codes[m, c]·(w[o, c] + HIGH_FACTOR·w_high[o, c]); y from acc as `write_outputs` says.
+    """acc[m, o] = Σ_c codes[m, c]·(w[o, c] + HIGH_FACTOR·w_high[o, c]); y (codes, statistics) from acc as
+    `write_outputs` says.
 
     codes int8 [rows, channels], w in the FORM of `weight_tile`, y [rows, outputs].
     Grid: (⌈rows / TILE_ROWS⌉·⌈outputs / TILE_OUTPUTS⌉, SPLITS).  With SPLITS > 1 each program sums a part of the
@@ -68,7 +79,32 @@ def int_gemm(
     if weight_high_ptr is not None:
         acc += HIGH_FACTOR * acc_high
     if SPLITS == 1:
-        n = m // rows_per_sample
-        write_outputs(acc, weight_scale_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, m, o, n, rows, outputs, SILU)
+        write_outputs(
+            acc,
+            weight_scale_ptr,
+            scale_ptr,
+            bias_ptr,
+            shift_ptr,
+            residual_ptr,
+            inverse_scale_ptr,
+            y_ptr,
+            statistics_ptr,
+            m,
+            across * TILE_OUTPUTS,
+            rows,
+            outputs,
+            rows_per_sample,
+            down,
+            SHIFT_PITCH,
+            WHOLE,
+            SILU,
+            GATE,
+            NORM,
+            LOW,
+            HIGH,
+            LOG_BLOCK,
+            TILE_ROWS,
+            TILE_OUTPUTS,
+        )
     else:
         write_sums(acc, y_ptr, tl.program_id(1), m, o, rows, outputs)

@@ -1,37 +1,118 @@
-"""The three kernels in plain torch: what they are compared with on a GPU, and what graphs are tested with on a CPU.
+"""The kernels in plain torch: what they are compared with on a GPU, and what graphs are tested with on a CPU.
 
 Signatures and layouts are those of `hqc.kernels`; sums are exact (float64 holds every integer below 2^53).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hqc.kernels import Epilogue, Weight
+from hqc.kernels import ColumnStatistics, Epilogue, GroupNorm, LayerNorm, Quantiser, Weight
 from hqc.ops import hadamard, rotate_codes
 
-__all__ = ["hadamard_quantize", "int_conv2d", "int_gemm", "weight_values"]
+__all__ = [
+    "column_statistics",
+    "gate_quantize",
+    "group_norm_quantize",
+    "hadamard_quantize",
+    "int_conv2d",
+    "int_conv2d_statistics",
+    "int_gemm",
+    "int_gemm_statistics",
+    "layer_norm_quantize",
+    "weight_values",
+]
 
 _EXACT = torch.float64
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
 
 
 def hadamard_quantize(
-    x: Tensor, inverse_scale: Tensor, *, low: int, high: int, block: int = 1, nchw: bool = False, packed: bool = False
+    x: Tensor,
+    inverse_scale: Tensor,
+    *,
+    low: int,
+    high: int,
+    block: int = 1,
+    nchw: bool = False,
+    packed: bool = False,
+    second: Tensor | None = None,
 ) -> Tensor:
     """q = clip(round((Ĥ·x)·inverse_scale[n]), low, high) in float32, channels last; see `hqc.kernels`."""
-    rows = (x.movedim(1, -1) if nchw else x).to(torch.float32).contiguous()
-    rotated = hadamard(rows, block, -1) if block > 1 else rows
-    levels = rotated * inverse_scale.view(-1, *[1] * (x.ndim - 1))
-    codes = levels.round_().clamp_(low, high).to(torch.int8)
+    whole = x if second is None else torch.cat([x, second], -1)
+    rows = (whole.movedim(1, -1) if nchw else whole).to(torch.float32).contiguous()
+    codes = _codes(rows, Quantiser(inverse_scale, low, high, block))
     return _packed(codes) if packed else codes
 
 
+def column_statistics(x: Tensor) -> ColumnStatistics:
+    """Mean and squared deviations of every channel, a sample in one block; see `hqc.kernels`."""
+    rows = x.flatten(1, -2).to(torch.float32)
+    mean = rows.mean(1, keepdim=True)
+    values = torch.stack([mean.squeeze(1), (rows - mean).square().sum(1)], 1)
+    return ColumnStatistics(values[:, None], rows.shape[1])
+
+
+def group_norm_quantize(
+    x: Tensor,
+    norm: GroupNorm,
+    quantiser: Quantiser | None,
+    *,
+    second: Tensor | None = None,
+    statistics: ColumnStatistics | None = None,
+    second_statistics: ColumnStatistics | None = None,
+    keep: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(codes, y), y the group norm of x in float32, then SiLU; see `hqc.kernels`. Statistics are taken anew."""
+    whole = x if second is None else torch.cat([x, second], -1)
+    image = whole.to(torch.float32).movedim(-1, 1)
+    normed = functional.group_norm(image, norm.groups, norm.weight, norm.bias, norm.eps)
+    y = (functional.silu(normed) if norm.silu else normed).movedim(1, -1).contiguous()
+    codes = None if quantiser is None else _codes(y, quantiser)
+    return codes, y.to(x.dtype) if keep or quantiser is None else None
+
+
+def layer_norm_quantize(
+    x: Tensor, norm: LayerNorm, quantiser: Quantiser, *, keep: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(codes, y), y the layer norm of x in float32; see `hqc.kernels`."""
+    y = functional.layer_norm(x.to(torch.float32), x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return _codes(y, quantiser), y.to(x.dtype) if keep else None
+
+
+def gate_quantize(x: Tensor, quantiser: Quantiser, *, kind: str, gated: bool) -> Tensor:
+    """Codes of a·f(g), or of f(x), in float32; see `hqc.kernels`."""
+    wide = x.to(torch.float32)
+    if not gated:
+        return _codes(_ACTIVATIONS[kind](wide), quantiser)
+    a, g = wide.chunk(2, -1)
+    return _codes(a * _ACTIVATIONS[kind](g), quantiser)
+
+
 def int_gemm(codes: Tensor, weight: Weight, scale: Tensor, epilogue: Epilogue = Epilogue()) -> Tensor:  # noqa: B008  (frozen)
-    """y = acc·weight.scale[o]·scale[n] + bias[o] + residual, then SiLU; see `hqc.kernels`."""
+    """y = acc·weight.scale[o]·scale[n] + bias[o] + shift[n, o] + residual, SiLU, gate, codes; see `hqc.kernels`."""
     acc = functional.linear(codes.to(_EXACT), weight_values(weight, codes.shape[-1]).to(_EXACT))
     return _finished(acc, weight, scale, epilogue)
+
+
+def int_gemm_statistics(
+    codes: Tensor,
+    weight: Weight,
+    scale: Tensor,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008  (frozen)
+) -> tuple[Tensor, ColumnStatistics]:
+    """`int_gemm` and the statistics of its output; see `hqc.kernels`."""
+    y = int_gemm(codes, weight, scale, epilogue)
+    return y, column_statistics(y)
 
 
 def int_conv2d(
@@ -43,12 +124,25 @@ def int_conv2d(
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
+    upsample: int = 1,
 ) -> Tensor:
     """As `int_gemm` for codes [N, H, W, C] and a weight [O, kh, kw, C]; see `hqc.kernels`."""
     values = weight_values(weight, codes.shape[-1]).permute(0, 3, 1, 2)
-    image = codes.permute(0, 3, 1, 2).to(_EXACT)
+    image = codes.repeat_interleave(upsample, 1).repeat_interleave(upsample, 2).permute(0, 3, 1, 2).to(_EXACT)
     acc = functional.conv2d(image, values.to(_EXACT), None, list(stride), list(padding), list(dilation))
     return _finished(acc.permute(0, 2, 3, 1), weight, scale, epilogue)
+
+
+def int_conv2d_statistics(
+    codes: Tensor,
+    weight: Weight,
+    scale: Tensor,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008  (frozen)
+    **window: Any,
+) -> tuple[Tensor, ColumnStatistics]:
+    """`int_conv2d` and the statistics of its output; see `hqc.kernels`."""
+    y = int_conv2d(codes, weight, scale, epilogue, **window)
+    return y, column_statistics(y)
 
 
 def weight_values(weight: Weight, channels: int) -> Tensor:
@@ -68,14 +162,28 @@ def _finished(acc: Tensor, weight: Weight, scale: Tensor, epilogue: Epilogue) ->
     """The same operations in the same order as `hqc::rescale`."""
     y = acc.to(torch.float32) * weight.scale
     samples = y.reshape(len(scale), -1, y.shape[-1]) * scale.view(-1, 1, 1)
-    y = samples.view(y.shape)
     if epilogue.bias is not None:
-        y = y + epilogue.bias
+        samples = samples + epilogue.bias
+    if epilogue.shift is not None:
+        samples = samples + epilogue.shift.to(torch.float32)[:, None]
+    y = samples.view(y.shape)
     if epilogue.residual is not None:
         y = y + epilogue.residual.to(torch.float32)
     if epilogue.silu:
         y = functional.silu(y)
+    if epilogue.gate != "none":
+        a, g = y.unflatten(-1, (-1, 2)).unbind(-1)
+        y = a * _ACTIVATIONS[epilogue.gate](g)
+    if epilogue.quantiser is not None:
+        return _codes(y.contiguous(), epilogue.quantiser)
     return y.to(epilogue.dtype).contiguous()
+
+
+def _codes(rows: Tensor, quantiser: Quantiser) -> Tensor:
+    """Codes of float32 rows [N, …, C]."""
+    rotated = hadamard(rows, quantiser.block, -1) if quantiser.block > 1 else rows
+    levels = rotated * quantiser.inverse_scale.view(-1, *[1] * (rows.ndim - 1))
+    return levels.round_().clamp_(quantiser.low, quantiser.high).to(torch.int8)
 
 
 def _packed(codes: Tensor) -> Tensor:

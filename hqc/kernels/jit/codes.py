@@ -1,0 +1,25 @@
+"""From real levels to integer codes, shared by every kernel that quantises."""
+
+import triton
+import triton.language as tl
+
+__all__ = ["nibbles", "to_codes"]
+
+
+@triton.jit
+def to_codes(levels, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """clip(round half to even) of float32 levels; int32 whose lowest byte is the code.
+
+    1.5·2^23 + q has q's two's complement in its lowest bits, rounded half to even by the addition itself: no
+    conversion instruction (a quarter of the rate of an addition) and no libdevice.  Clipping first is the same as
+    clipping last, because the bounds are integers.
+    """
+    levels = tl.minimum(tl.maximum(levels, LOW * 1.0), HIGH * 1.0)
+    return (levels + 12582912.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def nibbles(codes, SHAPE: tl.constexpr):
+    """Two codes a byte, the first in the low nibble: int32 [R, 2·K] -> uint8 SHAPE = (R, K)."""
+    low, high = tl.split(tl.reshape(codes, (SHAPE[0], SHAPE[1], 2)))
+    return ((low & 15) | ((high & 15) << 4)).to(tl.uint8)

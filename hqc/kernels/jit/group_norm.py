@@ -1,0 +1,158 @@
+"""Group norm, SiLU, rotation and quantisation of channels-last images in one pass over memory."""
+
+import triton
+import triton.language as tl
+
+from hqc.kernels.jit.codes import to_codes
+from hqc.kernels.jit.rotation import butterfly
+from hqc.kernels.jit.statistics import group_affine
+
+__all__ = ["group_norm_affine", "group_norm_quantize"]
+
+
+@triton.jit
+def group_norm_affine(
+    statistics_ptr,
+    second_statistics_ptr,
+    weight_ptr,
+    bias_ptr,
+    channels,
+    first_channels,
+    pixels,
+    blocks,
+    rows,
+    second_blocks,
+    second_rows,
+    affine_ptr,
+    EPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILE_CHANNELS: tl.constexpr,
+):
+    """affine [N, 3, channels] = mean, factor, bias of every channel; see `group_affine`.
+
+    For images of many blocks, which each tile of `group_norm_quantize` would else join again.
+    Grid: (⌈channels / TILE_CHANNELS⌉, N).
+    """
+    first = tl.program_id(0) * TILE_CHANNELS
+    c = first + tl.arange(0, TILE_CHANNELS)
+    sample = tl.program_id(1)
+    mean, factor, bias = group_affine(
+        statistics_ptr,
+        second_statistics_ptr,
+        weight_ptr,
+        bias_ptr,
+        sample,
+        c,
+        first,
+        channels,
+        first_channels,
+        pixels,
+        blocks,
+        rows,
+        second_blocks,
+        second_rows,
+        EPS,
+        GROUP_CHANNELS,
+        GROUPS,
+        GROUP_WIDTH,
+        BLOCKS,
+    )
+    at = affine_ptr + sample * 3 * channels + c
+    tl.store(at, mean, c < channels)
+    tl.store(at + channels, factor, c < channels)
+    tl.store(at + 2 * channels, bias, c < channels)
+
+
+@triton.jit
+def group_norm_quantize(
+    x_ptr,
+    second_ptr,
+    statistics_ptr,
+    second_statistics_ptr,
+    weight_ptr,
+    bias_ptr,
+    inverse_scale_ptr,
+    channels,
+    first_channels,
+    pixels,
+    blocks,
+    rows,
+    second_blocks,
+    second_rows,
+    y_ptr,
+    codes_ptr,
+    EPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    JOINED: tl.constexpr,
+    SILU: tl.constexpr,
+    NORM: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    LOG_BLOCK: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_CHANNELS: tl.constexpr,
+):
+    """y = (x - mean)·factor + bias, SiLU; codes = clip(round((Ĥ·y)·inverse_scale[n])); x, y, codes [N, pixels, channels].
+
+    x is one tensor, or two side by side: [N, pixels, first_channels] and the rest in second.  Either output may be
+    left out.  JOINED: statistics is the affine [N, 3, channels] of `group_norm_affine`, else it is joined here.
+    Grid: (⌈channels / TILE_CHANNELS⌉, ⌈pixels / TILE_ROWS⌉, N).
+    """
+    first = tl.program_id(0) * TILE_CHANNELS
+    c = first + tl.arange(0, TILE_CHANNELS)
+    p = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    sample = tl.program_id(2)
+    there = c < channels
+    mask = (p < pixels)[:, None] & there[None, :]
+    row = sample * pixels + p
+    if second_ptr is None:
+        x = tl.load(x_ptr + row[:, None] * channels + c[None, :], mask, other=0.0).to(tl.float32)
+    else:
+        mine = (c < first_channels)[None, :]
+        x = tl.load(x_ptr + row[:, None] * first_channels + c[None, :], mask & mine, other=0.0)
+        at = row[:, None] * (channels - first_channels) + (c - first_channels)[None, :]
+        other = tl.load(second_ptr + at, mask & (c >= first_channels)[None, :], other=0.0)
+        x = tl.where(mine, x, other).to(tl.float32)
+    if JOINED:
+        at = statistics_ptr + sample * 3 * channels + c
+        mean = tl.load(at, there, other=0.0)
+        factor = tl.load(at + channels, there, other=0.0)
+        bias = tl.load(at + 2 * channels, there, other=0.0)
+    else:
+        mean, factor, bias = group_affine(
+            statistics_ptr,
+            second_statistics_ptr,
+            weight_ptr,
+            bias_ptr,
+            sample,
+            c,
+            first,
+            channels,
+            first_channels,
+            pixels,
+            blocks,
+            rows,
+            second_blocks,
+            second_rows,
+            EPS,
+            GROUP_CHANNELS,
+            GROUPS,
+            GROUP_WIDTH,
+            BLOCKS,
+        )
+    y = (x - mean[None, :]) * factor[None, :] + bias[None, :]
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    if y_ptr is not None:
+        tl.store(y_ptr + row[:, None] * channels + c[None, :], y.to(y_ptr.dtype.element_ty), mask)
+    if codes_ptr is not None:
+        inverse = tl.load(inverse_scale_ptr + sample)
+        y = butterfly(tl.where(mask, y, 0.0), TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK)
+        codes = to_codes(y * NORM * inverse, LOW, HIGH)
+        tl.store(codes_ptr + row[:, None] * channels + c[None, :], codes.to(tl.int8), mask)

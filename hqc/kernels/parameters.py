@@ -1,0 +1,84 @@
+"""What the options of every kernel share: parameters of an entry point, compile-time constants, checks of values."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+__all__ = [
+    "BLOCKS",
+    "FLOATS",
+    "Constant",
+    "Parameter",
+    "Role",
+    "check_bounds",
+    "check_powers_of_two",
+    "check_value",
+    "float_inputs",
+    "left_out",
+    "rotation_constants",
+]
+
+Constant: TypeAlias = int | float | bool | str | None
+Role: TypeAlias = Literal["input", "int32", "output", "scratch"]
+BLOCKS = (1, 8, 16, 32, 64, 128, 256)
+FLOATS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a kernel's entry point, in order.
+
+    role: a pointer in, a 32-bit integer, a pointer out, or one of the two pointers that triton adds at the end.
+    type: triton's name (`*fp16`, `i32`, …).  multiple_of_16: an integer that the compiled code takes to be one.
+    """
+
+    name: str
+    role: Role
+    type: str
+    multiple_of_16: bool = False
+
+
+def check_value(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Refuses what is not among the allowed values.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, allowed))}")
+
+
+def check_powers_of_two(**values: int) -> None:
+    """Refuses sizes that are no powers of two.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, value in values.items():
+        if value < 1 or value & (value - 1):
+            raise ValueError(f"{name} is {value}; expected a power of two")
+
+
+def check_bounds(low: int, high: int) -> None:
+    """Refuses bounds of codes that int8 does not hold.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if not -128 <= low < high <= 127:
+        raise ValueError(f"codes span {low}…{high}; expected a range within -128…127")
+
+
+def left_out(**present: bool) -> dict[str, Constant]:
+    """Pointers to what is not there are constants: None."""
+    return {f"{name}_ptr": None for name, there in present.items() if not there}
+
+
+def float_inputs(*names: str) -> list[Parameter]:
+    """float32 tensors that a kernel reads."""
+    return [Parameter(name, "input", "*fp32") for name in names]
+
+
+def rotation_constants(block: int, low: int, high: int) -> dict[str, Constant]:
+    """Compile-time arguments of a rotation and a quantisation: 1/√b, log2 b, bounds."""
+    return {"NORM": 1 / math.sqrt(block), "LOW": low, "HIGH": high, "LOG_BLOCK": block.bit_length() - 1}
