@@ -108,17 +108,18 @@ def model_candidates(product: Product, card: Card) -> Iterator[ProductTile]:
             stages = (
                 2 if depth > 128 else 3 if (rows + outputs * (1 + product.two_digits)) * depth >= _LARGE_STAGE else 4
             )
-            whole = next(
-                (
-                    t
-                    for n in range(stages, 0, -1)
-                    if fits(product, t := ProductTile(rows, outputs, depth, warps, n), card)
-                ),
-                None,
-            )
-            for splits in _SPLITS if whole else ():
+            whole = _deepest(product, ProductTile(rows, outputs, depth, warps, stages), card)
+            if whole is None:
+                continue
+            for splits in _SPLITS:
                 if splits == 1 or _STEPS_A_SPLIT * splits <= product.steps(whole):
                     yield replace(whole, splits=splits)
+
+
+def _deepest(product: Product, tile: ProductTile, card: Card) -> ProductTile | None:
+    """The tile with as many of its stages as the card has room for."""
+    tiles = (replace(tile, num_stages=stages) for stages in range(tile.num_stages, 0, -1))
+    return next((tile for tile in tiles if fits(product, tile, card)), None)
 
 
 def _warps(product: Product, sums: int, depth: int, card: Card) -> int:
