@@ -11,6 +11,7 @@ Exit status: 0 all equal, 1 some differ, 2 no GPU.
 
 import argparse
 import hashlib
+import importlib
 import json
 import sys
 from collections import Counter
@@ -149,13 +150,16 @@ def run_binary(
 
 def run_launcher(tactic: Tactic, launch: Any, inputs: Sequence[Tensor], out: Tensor) -> list[Tensor]:
     """The same kernel and options through triton's launcher."""
-    import importlib
-
     options = tactic.options
     kernel = getattr(importlib.import_module("hqc.kernels.jit.hadamard_quantize"), options.function)
+    parameters = options.parameters(tactic.dtype)
+    names = [f"{p.name}_ptr" for p in parameters if p.role == "input"] + [
+        p.name for p in parameters if p.role == "int32"
+    ]
+    named = dict(zip(names, (*inputs, *launch.integers), strict=True)) | {f"{parameters[-1].name}_ptr": out}
     out.fill_(77)
     settings = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": False}
-    kernel[launch.grid](*inputs, *launch.integers, out, **options.constants(), **settings)
+    kernel[launch.grid](**named, **options.constants(), **settings)
     torch.cuda.synchronize()
     return [out.cpu()]
 

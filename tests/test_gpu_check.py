@@ -97,19 +97,3 @@ def test_models_come_from_outlines(check: ModuleType, captured, tmp_path: Path) 
     packed = load_program(tmp_path / "quantised.hqc")
     assert packed.stage == Stage.INTEGER
     assert "conv.weight_packed" in packed.state
-
-
-def test_the_kernel_table_and_the_files_name(check: ModuleType) -> None:
-    import kernel_bench
-
-    rotation = {"shape": [8, 192, 64, 64], "layout": "NHWC", "codes": "±7", "megabytes": 12.6}
-    rates = {"tops": {"int8": 800.0, "fp16 matmul": 400.0}, "int8_over": {"fp16 matmul": 2.0}}
-    measured = {
-        "hadamard_quantize": [{**rotation, "gb_s": 2500.0, "copy_gb_s": 3000.0, "of_copy": 5 / 6}],
-        "int_gemm": [{"shape": [8192, 384, 3072], **rates}],
-        "int_conv2d": [{"shape": [8, 64, 192, 192, 3, 1], **rates}],
-    }
-    text = kernel_bench.table(measured)
-    assert "| 8×192×64×64 | NHWC | ±7 | 2500 | 3000 | 83 % |" in text
-    assert "| 8192×384×3072 | 800 | 400 |" in text
-    assert kernel_bench.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"

@@ -1,5 +1,9 @@
 """What the GPU scripts compute from what a GPU says."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +20,14 @@ def profiler(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import gpu_profile
 
     return gpu_profile
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import kernel_bench
+
+    return kernel_bench
 
 
 @pytest.fixture
@@ -111,3 +123,82 @@ def test_a_stage_left_out_is_recognised(probe: ModuleType) -> None:
         y = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).reshape(-1, 8)
     found = (y.view(1, 50, 8) / 8**0.5 * 2.5).round().clamp(-7, 7).to(torch.int8)
     assert probe.explanation(found, probe.levels(x, inverse, 8), x, inverse, 8) == ["stage 1 left out"]
+
+
+# ---- kernel_bench --------------------------------------------------------------------------------------------------
+
+INTERPRETED = """
+import json, sys
+
+import kernel_bench as bench
+import torch
+
+torch.set_num_threads(1)
+bench.DEVICE, bench.GROUPS = "cpu", 4
+bench.IMAGES, bench.NORMED, bench.TOKENS, bench.GATED = [(2, 32, 2)], [(2, 32, 2)], [(2, 3, 32)], [(2, 3, 32)]
+bench.GEMMS, bench.CONVOLUTIONS = [(32, 64, 32)], [(1, 3, 32, 32, 3, 1)]
+ran = {}
+for kind, cases in bench.KINDS.items():
+    for case in cases():
+        for name, contender in case.contenders.items():
+            contender.make(0)()
+            ran.setdefault(kind, []).append(name)
+print(json.dumps(ran))
+"""
+
+
+def test_every_contender_runs() -> None:
+    """On tiny shapes, hqc's kernels in triton's interpreter."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", INTERPRETED]
+    done = subprocess.run(command, cwd=ROOT / "scripts", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ran = json.loads(done.stdout)
+    assert ran["hadamard_quantize"] == ["hqc NHWC", "hqc NCHW", "copy"]
+    assert ran["int_gemm"][:2] == ["int8", "int4"]
+    assert ran["int_gemm"][3] == "fp16 cuBLAS"
+    assert ran["int_conv2d"] == ["int8", "int4", "fp16 cuDNN"]
+
+
+def test_one_that_fails_is_said_and_rates_come_from_medians(kernels: ModuleType, monkeypatch) -> None:
+    from hqc.evaluation.bench.gpu_timing import Measured
+
+    def broken(i: int) -> None:
+        raise RuntimeError("no such kernel")
+
+    def capture(calls: list[Any], times: int) -> Any:
+        assert 8 <= times <= 24
+        return calls[0]
+
+    contenders = {
+        "ours": kernels.Contender(lambda i: lambda: None, 1000),
+        "broken": kernels.Contender(broken, 1000),
+        "copy": kernels.Contender(lambda i: lambda: None, 1000),
+    }
+    case = kernels.Case("k", (8, 192), "SiLU", "GB/s", 30e6, contenders)
+    times = {"ours": Measured(10.0, 9.0, 11.0), "copy": Measured(8.0, 8.0, 8.5)}
+    monkeypatch.setattr(kernels, "capture", capture)
+    monkeypatch.setattr(kernels, "cache_bytes", lambda: 50 * 2**20)
+    monkeypatch.setattr(kernels, "interleaved", lambda replays, calls, rounds: {name: times[name] for name in replays})
+    row = kernels.measure_case(case)
+    assert row["contenders"]["ours"] == {"us": 10.0, "us_low": 9.0, "us_high": 11.0, "rate": pytest.approx(3000)}
+    assert row["over"] == {"copy": 0.8}
+    assert row["failed"] == {"broken": "RuntimeError: no such kernel"}
+    text = kernels.table({"k": [row]})
+    assert "| 8×192 SiLU | ours | 10.0 | 9.0–11.0 | 3000 | – |" in text
+    assert "| 8×192 SiLU | copy | 8.0 | 8.0–8.5 | 3750 | 0.80 |" in text
+    assert "| 8×192 SiLU | broken | – | RuntimeError: no such kernel | – | – |" in text
+
+
+def test_rows_are_heard_of_at_once(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, int]] = []
+    monkeypatch.setattr(kernels, "KINDS", {"a": lambda: iter([1, 2]), "b": lambda: iter([])})
+    monkeypatch.setattr(kernels, "measure_case", lambda case: {"case": case})
+    found = kernels.measure(["a", "b"], lambda kind, row: heard.append((kind, row["case"])))
+    assert heard == [("a", 1), ("a", 2)]
+    assert found == {"a": [{"case": 1}, {"case": 2}]}
+
+
+def test_a_cards_name_as_a_file(kernels: ModuleType) -> None:
+    assert kernels.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"

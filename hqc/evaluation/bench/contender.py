@@ -94,6 +94,14 @@ class Contender:
         request = {"runtime": self.runtime, "model": str(self.model), "inputs": str(inputs), "threads": threads}
         return Loaded(**self._ask("load", **request))
 
+    def prepare(self) -> float:
+        """What is done once before anything is timed: on a GPU compiling and capturing; its seconds.
+
+        Raises:
+            EvaluationError: if it fails.
+        """
+        return float(self._ask("prepare")["seconds"])
+
     def run(self) -> float:
         """See `Runner`."""
         return float(self._ask("run")["milliseconds"])

@@ -97,7 +97,7 @@ def capture(calls: Sequence[Call], times: int) -> Call:
 
     def replay() -> None:
         graph.replay()
-        _ = kept  # outputs live as long as the graph
+        _ = calls, kept  # what the graph reads and writes lives as long as it
 
     return replay
 

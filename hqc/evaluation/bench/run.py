@@ -3,8 +3,10 @@
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +68,10 @@ def bench(
     models = find_models(model, float_model, quantisation, space, runtime)
     built, failed = _build_peers(against, models.float_program, quantisation, space)
     with tempfile.TemporaryDirectory(dir=space.folder) as scratch:
-        inputs, reference = Path(scratch) / "inputs.npz", Path(scratch) / "reference.npy"
+        inputs = Path(scratch) / "inputs.npz"
         _write_inputs(models.inputs, timing, _first_timestep(models.export), inputs)
-        with space.stage("float reference"), Contender("float reference", "torch", models.float_program) as float_run:
-            float_run.load(inputs, timing.cores)
-            float_run.save_output(reference)
         contenders = {HQC: compared(models.export, runtime), **built}
-        figures, dropped = _measure(contenders, inputs, np.load(reference), timing, space, on_round)
+        figures, dropped = _measure(contenders, models.float_program, inputs, timing, space, on_round)
     return BenchResult(
         model=model,
         quantisation=f"{models.bits} {models.recipe}".strip(),
@@ -180,8 +179,8 @@ class _Ready:
 
 def _measure(
     built: Mapping[str, Built],
+    float_program: Path,
     inputs: Path,
-    reference: NDArray[np.float32],
     timing: Timing,
     space: Workspace,
     on_round: Callable[[int], None],
@@ -192,17 +191,23 @@ def _measure(
         EvaluationError: if it is not.
     """
     ready: dict[str, _Ready] = {}
-    failed: dict[str, str] = {}
     with ExitStack() as processes:
-        for name, made in built.items():
-            contender = processes.enter_context(Contender(name, made.runtime, made.model))
+        contenders = {
+            name: processes.enter_context(Contender(name, made.runtime, made.model)) for name, made in built.items()
+        }
+        on_gpu = all(made.runtime in ON_GPU for made in built.values())
+        load = _load_together if on_gpu else _load_in_turn
+        loaded, reference, failed = load(contenders, float_program, inputs, timing, space)
+        for name in loaded:
             try:
-                # On a GPU the first calls compile and capture, for a minute or two: that is a line of its own.
-                with space.stage(f"loading {name}") if made.runtime in ON_GPU else nullcontext():
-                    loaded = contender.load(inputs, timing.cores)
-                ready[name] = _Ready(contender, loaded, _error(contender, reference, inputs.with_name("output.npy")))
+                # On a GPU the first calls compile and capture, up to a minute or two: that is a line of its own.
+                with space.stage(f"first calls of {name}") if built[name].runtime in ON_GPU else nullcontext():
+                    first = contenders[name].prepare()
+                error = _error(contenders[name], reference, inputs.with_name("output.npy"))
+                whole = replace(loaded[name], load_seconds=loaded[name].load_seconds + first)
+                ready[name] = _Ready(contenders[name], whole, error)
             except HqcError as error:
-                contender.close()
+                contenders[name].close()
                 failed[name] = error.found
         _require_ours(failed)
         runners = {name: item.contender for name, item in ready.items()}
@@ -211,6 +216,56 @@ def _measure(
         _require_ours(rounds.failed)
         figures = {name: _figures(name, built[name], ready[name], rounds) for name in rounds.milliseconds}
     return figures, {**failed, **rounds.failed}
+
+
+_LoadedAll = tuple[dict[str, Loaded], NDArray[np.float32], dict[str, str]]
+
+
+def _load_in_turn(
+    contenders: Mapping[str, Contender], float_program: Path, inputs: Path, timing: Timing, space: Workspace
+) -> _LoadedAll:
+    """Those that loaded, the float program's output, and why the others did not."""
+    with space.stage("float reference"):
+        reference = _reference(float_program, inputs, timing)
+    loaded: dict[str, Loaded] = {}
+    failed: dict[str, str] = {}
+    for name, contender in contenders.items():
+        _note(name, contender, partial(contender.load, inputs, timing.cores), loaded, failed)
+    return loaded, reference, failed
+
+
+def _load_together(
+    contenders: Mapping[str, Contender], float_program: Path, inputs: Path, timing: Timing, space: Workspace
+) -> _LoadedAll:
+    """The same at once: on a GPU nothing of it is timed, and the float program runs on the CPU."""
+    loaded: dict[str, Loaded] = {}
+    failed: dict[str, str] = {}
+    with space.stage("loading, float reference"), ThreadPoolExecutor(len(contenders) + 1) as pool:
+        reference = pool.submit(_reference, float_program, inputs, timing)
+        loads = {name: pool.submit(contender.load, inputs, timing.cores) for name, contender in contenders.items()}
+        for name, load in loads.items():
+            _note(name, contenders[name], load.result, loaded, failed)
+        return loaded, reference.result(), failed
+
+
+def _note(
+    name: str, contender: Contender, load: Callable[[], Loaded], loaded: dict[str, Loaded], failed: dict[str, str]
+) -> None:
+    try:
+        loaded[name] = load()
+    except HqcError as error:
+        contender.close()
+        failed[name] = error.found
+
+
+def _reference(float_program: Path, inputs: Path, timing: Timing) -> NDArray[np.float32]:
+    """The float program's output."""
+    file = inputs.with_name("reference.npy")
+    with Contender("float reference", "torch", float_program) as float_run:
+        float_run.load(inputs, timing.cores)
+        float_run.save_output(file)
+    output: NDArray[np.float32] = np.load(file)
+    return output
 
 
 def _require_ours(failed: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ One JSON object a line on standard input, one answer a line on standard output:
 
     {"do": "load", "runtime": "onnxruntime", "model": PATH, "inputs": FILE.npz, "threads": 2}
         -> {"load_seconds": …, "runtime_resident_bytes": …, "loaded_resident_bytes": …}
+    {"do": "prepare"}                -> {"seconds": …}       first calls on a GPU, which compile and capture
     {"do": "run"}                    -> {"milliseconds": …}
     {"do": "output", "file": PATH}   -> {}                   the output of one more run, as .npy
     {"do": "memory"}                 -> {"resident_bytes": …, "peak_resident_bytes": …, "device_bytes": …}
@@ -39,11 +40,15 @@ GPU_RUN_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded model: its output on the CPU, the milliseconds of one call, the bytes that it takes of a GPU."""
+    """A loaded model: its output on the CPU, the milliseconds of one call, the bytes that it takes of a GPU.
+
+    prepare: once, before anything is timed.
+    """
 
     output: Call
     milliseconds: Callable[[], float]
     device_bytes: Callable[[], int] = lambda: 0
+    prepare: Callable[[], None] = lambda: None
 
 
 def on_cpu(call: Call) -> Loaded:
@@ -114,34 +119,53 @@ def _cuda(session_class: str, module: str = "session") -> Callable[[int], Callab
     return prepare
 
 
-def _on_gpu(call: Callable[[], Any]) -> Loaded:
+class _OnGpu:
     """Times calls in a row between two synchronisations, on a card that was busy before; the first calls compile and
     capture, and are not timed.
     """
-    import torch
 
-    from hqc.evaluation.bench import gpu_timing
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call, self._calls, self._allocated = call, 3, 0
 
-    def seconds(calls: int) -> float:
+    def prepare(self) -> None:
+        """The first calls; how many fill a timed run; the memory that they took."""
+        import torch
+
+        self._seconds(2)
+        self._calls = max(3, math.ceil(GPU_RUN_SECONDS / self._seconds(1)))
+        self._allocated = torch.cuda.max_memory_allocated()  # what warms the card up later is no part of the model
+
+    def milliseconds(self) -> float:
+        """Of one call."""
+        from hqc.evaluation.bench import gpu_timing
+
+        gpu_timing.spin_up()  # while the others had their turns the clocks went down
+        self._seconds(1)
+        return 1e3 * self._seconds(self._calls) / self._calls
+
+    def output(self) -> NDArray[np.float32]:
+        """On the CPU."""
+        found: NDArray[np.float32] = self._call().float().cpu().numpy()
+        return found
+
+    def device_bytes(self) -> int:
+        """The most that torch had allocated during the first calls."""
+        return self._allocated
+
+    def _seconds(self, calls: int) -> float:
+        import torch
+
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(calls):
-            call()
+            self._call()
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    seconds(2)
-    calls = max(3, math.ceil(GPU_RUN_SECONDS / seconds(1)))
-    allocated = torch.cuda.max_memory_allocated()  # what warms the card up is no part of the model
 
-    def milliseconds() -> float:
-        gpu_timing.spin_up()  # while the others had their turns the clocks went down
-        seconds(1)
-        return 1e3 * seconds(calls) / calls
-
-    return Loaded(
-        output=lambda: call().float().cpu().numpy(), milliseconds=milliseconds, device_bytes=lambda: allocated
-    )
+def _on_gpu(call: Callable[[], Any]) -> Loaded:
+    timed = _OnGpu(call)
+    return Loaded(timed.output, timed.milliseconds, timed.device_bytes, timed.prepare)
 
 
 RUNTIMES: Mapping[str, Callable[[int], Callable[[Path, Arrays], Loaded]]] = {
@@ -172,6 +196,10 @@ class Worker:
             return {}
         if self._loaded is None:
             raise RuntimeError("no model is loaded")
+        if request["do"] == "prepare":
+            start = time.perf_counter()
+            self._loaded.prepare()
+            return {"seconds": time.perf_counter() - start}
         if request["do"] == "run":
             return {"milliseconds": self._loaded.milliseconds()}
         if request["do"] == "output":
