@@ -143,7 +143,10 @@ def run_pass(program: Program, one: Pass, *, check_numerics: bool = False) -> Pr
     start = time.perf_counter()
     findings = one.find(program)
     result = one.apply(program, findings.matches)
-    record = PassRecord(text, findings.matches, findings.misses, round(time.perf_counter() - start, 4))
+    seconds = round(time.perf_counter() - start, 4)
+    left = {site for site, _ in result.sites()}
+    removed = tuple(site for site, _ in program.sites() if site not in left)
+    record = PassRecord(text, findings.matches, findings.misses, seconds, removed)
     result = result.evolve(history=(*result.history, record), stage=one.gives or program.stage)
     verify(result, after=text)
     if check_numerics and one.preserves == "numerics":

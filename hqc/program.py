@@ -103,16 +103,19 @@ class Origin:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: its text, the sites it touched, the sites it missed with the reason, and its time."""
+    """What one pass did: its text, what it touched, what it missed with the reason, its time, the sites that went."""
 
     text: str
     touched: tuple[str, ...]
     missed: tuple[tuple[str, str], ...]
     seconds: float
+    removed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.text}: {len(self.touched)} sites, {len(self.missed)} missed, {self.seconds:.2f} s"]
+        removed = f"{len(self.removed)} removed, " if self.removed else ""
+        lines = [f"{self.text}: {len(self.touched)} sites, {len(self.missed)} missed, {removed}{self.seconds:.2f} s"]
         lines += [f"  missed {site}: {reason}" for site, reason in self.missed]
+        lines += [f"  removed {site}" for site in self.removed]
         return "\n".join(lines)
 
 

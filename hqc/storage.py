@@ -263,6 +263,12 @@ def _dump(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def _record(data: Any) -> PassRecord:
+    missed = tuple((site, reason) for site, reason in data["missed"])
+    # Programs of earlier versions have records without the sites that went.
+    return PassRecord(data["text"], tuple(data["touched"]), missed, data["seconds"], tuple(data.get("removed", ())))
+
+
 _PARTS = ("graph.json", "weights.safetensors", "plan.json", "history.json")
 
 
@@ -288,10 +294,7 @@ def load_program(folder: Path | str) -> Program:
             inputs=tuple(InputSpec.from_dict(spec) for spec in manifest["inputs"]),
             stage=Stage(manifest["stage"]),
             plan=QuantPlan.from_dict(_read_json(folder / "plan.json")),
-            history=tuple(
-                PassRecord(r["text"], tuple(r["touched"]), tuple((s, w) for s, w in r["missed"]), r["seconds"])
-                for r in _read_json(folder / "history.json")
-            ),
+            history=tuple(_record(r) for r in _read_json(folder / "history.json")),
             origin=Origin(**manifest["origin"]),
         )
         verify(program, after="load")

@@ -113,8 +113,10 @@ def test_explain(made: SimpleNamespace) -> None:
     text = ok("explain", made.program, "--bits", "w4a3", "--keep-float", "*.to_q").stdout
     assert "hq-dm w4a3" in text
     assert "rules, last match wins:" in text
-    assert "pipeline: select_layers(bits='w4a3', keep_float=('*.to_q',)), insert_hadamard()" in text
+    pipeline = "drop_single_key_attention(), select_layers(bits='w4a3', keep_float=('*.to_q',)), insert_hadamard()"
+    assert f"pipeline: {pipeline}" in text
     assert "rule '*.to_q': asked for" in text
+    assert "  removed down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q\n" in text
     assert "3 input channels" in text or "4 input channels" in text or "first or last layer" in text
 
 
@@ -123,7 +125,14 @@ def test_explain_as_json(made: SimpleNamespace) -> None:
     sites = {site["site"]: site for site in said["plan"]["sites"]}
     assert sites["conv_in"]["weight_bits"] == 8
     assert "insert_hadamard" not in said["pipeline"]
-    assert len(said["passes"]) == 2
+    assert [ran["pass"].partition("(")[0] for ran in said["passes"]] == [
+        "drop_single_key_attention",
+        "select_layers",
+        "insert_qdq",
+    ]
+    assert said["passes"][0]["removed"]  # the context is one token
+    assert all(site.endswith(("attn2.to_q", "attn2.to_k")) for site in said["passes"][0]["removed"])
+    assert not sites.keys() & set(said["passes"][0]["removed"])
     plain = json.loads(ok("explain", made.program, "--no-hadamard", "--json").stdout)
     assert "attach_lora" in plain["pipeline"]
     assert "insert_hadamard" not in plain["pipeline"]

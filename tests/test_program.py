@@ -72,6 +72,8 @@ def test_size_in_bytes_counts_every_tensor() -> None:
 def test_a_record_prints_its_misses() -> None:
     record = PassRecord("merge_lora()", ("a", "b"), (("c", "has no LoRA"),), 0.126)
     assert str(record) == "merge_lora(): 2 sites, 1 missed, 0.13 s\n  missed c: has no LoRA"
+    dropped = PassRecord("drop()", ("a",), (), 0.1, ("a.to_q", "a.to_k"))
+    assert str(dropped) == "drop(): 1 sites, 0 missed, 2 removed, 0.10 s\n  removed a.to_q\n  removed a.to_k"
 
 
 def test_is_op(captured: Callable[[str], Program]) -> None:

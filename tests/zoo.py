@@ -246,6 +246,30 @@ def shared_input() -> Source:
     return _source("shared_input", _SharedInput())
 
 
+class _SingleKey(nn.Module):
+    """Cross-attention over a context of one token, with its norm, its residual, and a layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, 32, bias=False) for width in (32, 16, 16))
+        self.to_out, self.head = nn.Linear(32, 32), nn.Linear(32, 8)
+
+    def forward(self, sample: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        tokens = _shift(sample, timestep).flatten(2).transpose(1, 2)  # [N, H*W, 32]
+        parts = (self.to_q(self.norm(tokens)), self.to_k(condition), self.to_v(condition))
+        q, k, v = (part.view(sample.shape[0], -1, 2, 16).transpose(1, 2) for part in parts)
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(sample.shape[0], -1, 32)
+        return self.head(tokens + self.to_out(mixed) / 1.0)
+
+
+def single_key() -> Source:
+    """A condition of one token: softmax over one key."""
+    torch.manual_seed(10)
+    inputs = (InputSpec("sample", ("N", 32, 4, 4)), InputSpec("timestep", ("N",)), InputSpec("condition", ("N", 1, 16)))
+    return Source(_SingleKey(), inputs, Origin(source="single_key"))
+
+
 class _InPlace(nn.Module):
     """An activation that overwrites a tensor which is read before and after."""
 
@@ -278,6 +302,7 @@ PLAIN: Mapping[str, Callable[[], Source]] = {
         awkward,
         geometry,
         shared_input,
+        single_key,
         in_place,
     )
 }

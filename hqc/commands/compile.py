@@ -124,8 +124,11 @@ def explain(
     *_, (_, _, result) = dry_run(captured, passes)
     result = result.evolve(plan=replace(result.plan, recipe=found.name))
     if as_json:
-        misses = [{"pass": str(r.text), "missed": dict(r.missed)} for r in result.history[len(captured.history) :]]
-        out.print_json({"plan": result.plan.to_dict(), "pipeline": format_pipeline(passes), "passes": misses})
+        ran = [
+            {"pass": str(r.text), "missed": dict(r.missed), "removed": list(r.removed)}
+            for r in result.history[len(captured.history) :]
+        ]
+        out.print_json({"plan": result.plan.to_dict(), "pipeline": format_pipeline(passes), "passes": ran})
         return
     out.console.print(out.sites_table(result))
     out.console.print(
@@ -133,7 +136,7 @@ def explain(
     )
     out.console.print(f"pipeline: {format_pipeline(passes)}", markup=False)
     for record in result.history[len(captured.history) :]:
-        out.console.print(record, markup=False, highlight=False)
+        out.console.print(str(record), markup=False, highlight=False)
 
 
 @click.command()
@@ -168,7 +171,7 @@ def inspect(program: Path, graph: bool, as_json: bool) -> None:
     if loaded.plan.sites:
         out.console.print(out.sites_table(loaded))
     for record in loaded.history:
-        out.console.print(record, markup=False, highlight=False)
+        out.console.print(str(record), markup=False, highlight=False)
     out.fields(str(program), summary)
 
 

@@ -100,7 +100,7 @@ def analyse(
     candidates: int = 60,
     progress: Callable[[int], None] = lambda calls: None,
 ) -> tuple[SiteAnalysis, ...]:
-    """Observes every site of a program along its float trajectory.
+    """Observes every site of a program that the plan names along its float trajectory.
 
     Args:
         program: captured, quantised or trained.
@@ -170,7 +170,7 @@ class _Observer:
         values = self.run.start(args)
         moments: dict[tuple[fx.Node, int], Moments] = {}
         for _, node in self.run.steps(values):
-            if node.meta.get("role") == "layer":
+            if node.meta.get("role") == "layer" and node.meta["site"] in self.watched:
                 self._observe(node, values[node.args[0]], moments)  # type: ignore[index]
         self.calls += 1
         self.progress(self.calls)
@@ -242,6 +242,8 @@ def _quantised(x: Tensor, scale: float, qmin: int, qmax: int) -> Tensor:
 def _watched(program: Program, planned: Program, wanted: int) -> Iterator[tuple[str, _Watched]]:
     asked, quantised = parse_bits(planned.plan.bits), {s.site: s for s in quantised_sites(planned)}
     for site, layer in float_program(program).sites():
+        if site not in planned.plan:
+            continue  # a pass of the recipe removed it
         plan = planned.plan[site]
         bits = Bits(plan.weight_bits or asked.weight, plan.activation_bits or asked.activation)
         axis = channel_axis(layer)

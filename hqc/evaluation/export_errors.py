@@ -128,6 +128,8 @@ def _laid_out(listen: Listen, values: Mapping[str, Any], like: Tensor) -> Tensor
     value = heard(listen, values)
     if listen.perm is not None:
         return value if value.shape == like.shape else None
+    if like.ndim == 3 and value.shape[-1:] == like.shape[-1:] and value.numel() * like.shape[1] == like.numel():
+        return value.reshape(len(like), 1, -1).expand_as(like)  # one row for all tokens
     if value.numel() != like.numel() or not value.ndim:
         return None
     choices = [value] if value.shape == like.shape else []

@@ -5,7 +5,8 @@
 
     relative  ‖b - a‖/‖a‖      cosine  a·b/(‖a‖·‖b‖)      SQNR, dB  -20·log₁₀(relative)
 
-Both graphs run in step, so that only a site's worth of values is held at a time.
+Both graphs run in step, so that only a site's worth of values is held at a time. A site that one program computes on
+one row for all tokens (`drop_single_key_attention`) is compared as if it had computed every row.
 """
 
 import math
@@ -135,9 +136,9 @@ def compare_programs(a: Program, b: Program, args: Sequence[Tensor]) -> Comparis
     waiting: tuple[dict[str, Watched], dict[str, Watched]] = ({}, {})
     found: dict[str, LayerError] = {}
     outputs: list[Tensor] = []
-    for pair in zip_longest(watch(a, args), watch(b, args)):
+    for pair in zip_longest(_watch_only(a, args, common), _watch_only(b, args, common)):
         for side, seen in zip(waiting, pair, strict=True):
-            if isinstance(seen, Watched) and seen.site in common:
+            if isinstance(seen, Watched):
                 side[seen.site] = seen
             elif isinstance(seen, Tensor):
                 outputs.append(seen)
@@ -147,6 +148,11 @@ def compare_programs(a: Program, b: Program, args: Sequence[Tensor]) -> Comparis
     ordered = tuple(found[name] for name in names_a if name in common)
     only_a, only_b = (tuple(n for n in names if n not in common) for names in (names_a, names_b))
     return Comparison(ordered, output, only_a, only_b)
+
+
+def _watch_only(program: Program, args: Sequence[Tensor], sites: set[str]) -> Iterator[Watched | Tensor]:
+    """These sites, then the output: programs that share them stay in step."""
+    return (seen for seen in watch(program, args) if isinstance(seen, Tensor) or seen.site in sites)
 
 
 def check_inputs(a: Sequence[object], b: Sequence[object]) -> None:
@@ -166,6 +172,9 @@ def _compared(a: Watched, b: Watched, replay: "Replay") -> LayerError:
 
 
 def _same_shape(site: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.ndim == b.ndim == 3 and 1 in (a.shape[1], b.shape[1]) and a.shape[::2] == b.shape[::2]:
+        tokens = max(a.shape[1], b.shape[1])
+        return a.expand(-1, tokens, -1), b.expand(-1, tokens, -1)
     if a.shape != b.shape:
         raise ComparisonError(site, f"is {list(a.shape)} in one and {list(b.shape)} in the other", "Give one source.")
     return a, b

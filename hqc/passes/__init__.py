@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from hqc.passes.attach_lora import AttachLora
+from hqc.passes.drop_single_key_attention import DropSingleKeyAttention
 from hqc.passes.freeze_integers import FreezeIntegers
 from hqc.passes.insert_hadamard import InsertHadamard
 from hqc.passes.insert_qdq import InsertQdq
@@ -16,6 +17,7 @@ from hqc.pipeline import pass_name
 __all__ = [
     "PASSES",
     "AttachLora",
+    "DropSingleKeyAttention",
     "FreezeIntegers",
     "InsertHadamard",
     "InsertQdq",
@@ -29,6 +31,7 @@ __all__ = [
 PASSES: Mapping[str, type] = {
     pass_name(kind): kind
     for kind in (
+        DropSingleKeyAttention,
         SelectLayers,
         InsertHadamard,
         InsertQdq,

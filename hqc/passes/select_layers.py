@@ -69,7 +69,7 @@ class SelectLayers:
                 misses.append((node.name, _UNSUPPORTED[node.target]))
             elif is_op(node, CONV, LINEAR) and node.meta.get("role") != "layer":
                 misses.append((node.name, "its weight is not a parameter"))
-        self._check_patterns([site for site, _ in program.sites()])
+        self._check_patterns(program)
         return Findings(tuple(matches), tuple(misses))
 
     def _float_reason(self, site: str) -> str:
@@ -78,11 +78,17 @@ class SelectLayers:
             return "no rule names it"
         return f"rule {rule.pattern!r}: {rule.why}" if rule.float_ else ""
 
-    def _check_patterns(self, sites: Sequence[str]) -> None:
+    def _check_patterns(self, program: Program) -> None:
+        sites = [site for site, _ in program.sites()]
         for pattern in self.keep_float:
-            if not any(decide(site, [Rule(pattern, "")]) for site in sites):
-                near = ", ".join(sites[:3])
-                raise PlanError(f"pattern {pattern!r}", "matches no site", f"Sites are named like {near}.")
+            if any(decide(site, [Rule(pattern, "")]) for site in sites):
+                continue
+            for record in program.history:
+                if gone := [site for site in record.removed if decide(site, [Rule(pattern, "")])]:
+                    found = f"matches no site that is left: {record.text.partition('(')[0]} removed {gone[0]}"
+                    raise PlanError(f"pattern {pattern!r}", found, "Nothing of it is quantised: leave the pattern out.")
+            near = ", ".join(sites[:3])
+            raise PlanError(f"pattern {pattern!r}", "matches no site", f"Sites are named like {near}.")
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Writes the plan: one entry for every layer, quantised or float with the reason."""

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hqc.passes import AttachLora, InsertHadamard, InsertQdq, SelectLayers
+from hqc.passes import AttachLora, DropSingleKeyAttention, InsertHadamard, InsertQdq, SelectLayers
 from hqc.pipeline import Pass
 
 __all__ = ["CalibrationSettings", "Recipe", "TrainingSettings"]
@@ -68,7 +68,8 @@ class Recipe(_Settings):
 
     def passes(self, bits: str, timesteps: tuple[float, ...], keep_float: tuple[str, ...] = ()) -> tuple[Pass, ...]:
         """The passes that quantise a captured program, in order."""
-        chain: list[Pass] = [SelectLayers(bits=bits, rules=self.rules, keep_float=keep_float)]
+        selection = SelectLayers(bits=bits, rules=self.rules, keep_float=keep_float)
+        chain: list[Pass] = [DropSingleKeyAttention(), selection]
         if self.block:
             chain.append(InsertHadamard(block=self.block, tokens=self.rotate_tokens))
         chain.append(InsertQdq(timesteps=timesteps))

@@ -306,6 +306,21 @@ def test_csv_and_json_hold_everything(captured: Captured, task: Callable[[Progra
     assert data["summary"]["most_sensitive"][0]["site"] == data["sensitivity"][0]["site"]
 
 
+@pytest.mark.parametrize("stage", ["captured", "quantised"])
+def test_sites_that_a_pass_removed_are_not_reported(
+    captured: Captured, task: Callable[[Program], Task], stage: str
+) -> None:
+    """The float model of a captured program has them; the recipe's passes take them out."""
+    program = captured("single_key")
+    planned = plan_of(program, task(program))
+    own = program if stage == "captured" else planned
+    report = report_of(own, task(program))
+    assert [site.plan.site for site in report.sites] == ["to_v", "to_out", "head"]
+    assert [site.site for site in report.sensitivity] == ["to_v", "to_out", "head"]
+    assert all(len(site.rows) == 3 for site in report.sites)
+    assert all(site.error > 0 for site in report.sensitivity)
+
+
 def test_the_summary_takes_medians_over_rotated_sites(captured: Captured, task: Callable[[Program], Task]) -> None:
     program = captured("odd_channels")
     report = report_of(program, task(program), sensitivity=False)

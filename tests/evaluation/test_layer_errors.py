@@ -110,6 +110,31 @@ def test_the_integer_form_is_compared_with_the_fake_one(captured: Captured) -> N
     assert max(made) < 0.05
 
 
+def test_a_site_that_runs_once_for_all_tokens_is_compared_on_every_row(captured: Captured, tmp_path: Path) -> None:
+    """The student has no attention over its single key: two sites are the float model's alone, one has one row."""
+    a = captured("single_key")
+    b, args = quantised(a), inputs_of(a)
+    found = compare_programs(a, b, args)
+    assert (found.only_a, found.only_b) == (("to_q", "to_k"), ())
+    assert [error.site for error in found.sites] == ["to_v", "to_out", "head"]
+    ours, theirs = _Outputs(a.module())(*args), _Outputs(b.module())(*args)
+    assert (ours["to_out"].shape[1], theirs["to_out"].shape[1]) == (16, 1)
+    errors = {error.site: error for error in found.sites}
+    assert errors["to_out"].arrives == error_numbers(ours["to_out"], theirs["to_out"].expand_as(ours["to_out"]))
+    assert all(e.made is not None and e.made.relative is not None and 0 < e.made.relative < 1 for e in found.sites)
+    assert found.output == error_numbers(*(p.module()(*args).detach() for p in (a, b)))
+    turned = compare_programs(b, a, args)
+    assert (turned.only_a, turned.only_b) == ((), ("to_q", "to_k"))
+    export_program(b, "onnxruntime", tmp_path / "export")
+    plain = {error.site: error for error in compare_export(a, tmp_path / "export", args).sites}
+    assert plain["to_q"].note == plain["to_k"].note == "not in the graph"
+    for site in ("to_v", "to_out", "head"):
+        arrives, wanted = plain[site].arrives, errors[site].arrives
+        assert arrives is not None
+        assert wanted is not None
+        assert arrives.relative == pytest.approx(wanted.relative, rel=0.2)
+
+
 def test_worst_comes_first() -> None:
     numbers = [ErrorNumbers(r, 1.0, 0.0, 0.0) for r in (0.1, 0.3, 0.2)]
     sites = tuple(LayerError(n, e, m) for n, e, m in zip("abc", numbers, [numbers[2], None, numbers[0]], strict=True))

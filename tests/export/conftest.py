@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from hqc.export import ExportReport, export_program
-from hqc.passes import AttachLora, InsertHadamard, InsertQdq, SelectLayers
+from hqc.passes import AttachLora, DropSingleKeyAttention, InsertHadamard, InsertQdq, SelectLayers
 from hqc.pipeline import run_pipeline
 from hqc.program import Program
 
@@ -43,8 +43,8 @@ def quantised(captured: Callable[[str], Program]) -> Callable[[str, str], Progra
 
     @cache
     def build(name: str, bits: str) -> Program:
-        passes = [SelectLayers(bits=bits), InsertHadamard(), InsertQdq(GRID), AttachLora(rank=3)]
-        program = run_pipeline(captured(name), passes)
+        passes = [DropSingleKeyAttention(), SelectLayers(bits=bits), InsertHadamard(), InsertQdq(GRID)]
+        program = run_pipeline(captured(name), [*passes, AttachLora(rank=3)])
         generator, state = torch.Generator().manual_seed(1), dict(program.state)
         for site, scale in _Ranges(program).run_all().items():
             spread = 0.8 + 0.4 * torch.rand(len(GRID), generator=generator)

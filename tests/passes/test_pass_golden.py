@@ -11,6 +11,7 @@ import pytest
 from hqc.passes import (
     PASSES,
     AttachLora,
+    DropSingleKeyAttention,
     FreezeIntegers,
     InsertHadamard,
     InsertQdq,
@@ -54,6 +55,13 @@ def test_golden(index: int, captured: Callable[[str], Program], golden: Callable
     before = run_pipeline(captured("two_sites"), CHAIN[:index])
     golden(GOLDEN / f"{name}.before.txt", described(before))
     golden(GOLDEN / f"{name}.after.txt", described(run_pass(before, CHAIN[index])))
+
+
+def test_golden_single_key(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:
+    """`drop_single_key_attention`, for a model that has one."""
+    before = captured("single_key")
+    golden(GOLDEN / "drop_single_key_attention.before.txt", described(before))
+    golden(GOLDEN / "drop_single_key_attention.after.txt", described(run_pass(before, DropSingleKeyAttention())))
 
 
 def test_golden_two_digits(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:

@@ -13,12 +13,15 @@ from hqc.program import Program, Stage
 from hqc.recipes import RECIPES, CalibrationSettings, Recipe, TrainingSettings, find_recipe
 
 TEXTS = {
-    "hq-dm": ("select_layers(), insert_hadamard(), insert_qdq(timesteps=(0.0, 500.0)), attach_lora(seed=3407)"),
+    "hq-dm": (
+        "drop_single_key_attention(), select_layers(), insert_hadamard(), insert_qdq(timesteps=(0.0, 500.0)), "
+        "attach_lora(seed=3407)"
+    ),
     "hq-dm-reference": (
-        "select_layers(rules='reference'), insert_hadamard(tokens=False), "
+        "drop_single_key_attention(), select_layers(rules='reference'), insert_hadamard(tokens=False), "
         "insert_qdq(timesteps=(0.0, 500.0)), attach_lora(seed=3407)"
     ),
-    "rtn": "select_layers(), insert_qdq(timesteps=(0.0, 500.0))",
+    "rtn": "drop_single_key_attention(), select_layers(), insert_qdq(timesteps=(0.0, 500.0))",
 }
 
 
@@ -40,7 +43,8 @@ def test_options_reach_the_passes() -> None:
         update={"block": 64, "lora_rank": 8, "rules": "all", "training": TrainingSettings(seed=5)}
     )
     assert format_pipeline(recipe.passes("W3A4", (1.0,), ("conv_in", "to_*"))) == (
-        "select_layers(bits='W3A4', rules='all', keep_float=('conv_in', 'to_*')), insert_hadamard(block=64), "
+        "drop_single_key_attention(), select_layers(bits='W3A4', rules='all', keep_float=('conv_in', 'to_*')), "
+        "insert_hadamard(block=64), "
         "insert_qdq(timesteps=(1.0,)), attach_lora(rank=8, seed=5)"
     )
 
