@@ -13,6 +13,7 @@ from hqc.commands.doctor import doctor
 from hqc.commands.engine import build_engine
 from hqc.commands.models import evaluate, sample, serve
 from hqc.commands.quantise import ptq, qat
+from hqc.commands.tune import tune
 from hqc.errors import HqcError
 
 __all__ = ["main"]
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(trace, explain, inspect, ptq, qat, export, build_engine),
+    *(trace, explain, inspect, ptq, qat, export, build_engine, tune),
     *(sample, evaluate, analyze, compare, bench, serve, doctor),
 )
 for command in COMMANDS:
