@@ -1,22 +1,34 @@
-"""What `scripts/gpu_check.sh` runs: GPU tests, kernel rates, the UNet benchmark; written to docs/measurements/GPU.json.
+"""What `scripts/gpu_check.sh` runs: the UNet benchmark, kernel rates, GPU tests; written to docs/measurements/GPU.json.
 
     gpu_check.py --prepare FOLDER       on a machine with diffusers: outlines of LDM-4, float and quantised (megabytes)
     gpu_check.py [--models FOLDER]      on the GPU machine; without the folder it makes them, if diffusers is there
 
-While the tests run, a process for each batch size compiles the kernels that it will need into triton's cache. Each step
-has a limit of its own within eight minutes in all; one that fails or runs out of time is said in the file and by the
-exit status, and the others go on.
+Steps, the most valuable figures first:
+
+    models     LDM-4 as a float and as a packed W4A4 program
+    compile    every kernel that follows, on all cores, and the peers under torch.compile
+    unet       `hqc bench` against both half-precision peers at batches 8, 2, 32 and 1
+    profile    kernels of a call by kind
+    kernels    kernel_bench.py
+    tune       with --tune: `hqc tune`, the table of measured tiles
+    tests      pytest -m gpu
+
+Within six minutes. Every figure is in the file the moment it is there; a step that fails or runs out of time is said
+there and by the exit status, and the others go on. --only STEPS keeps what the file holds of the others.
 """
 
 import argparse
 import datetime
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -26,10 +38,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "arch:ldm4-imagenet"
-BATCHES = (1, 2, 8, 32)
-WHOLE_SECONDS, TEST_SECONDS, MODEL_SECONDS = 460, 180, 100
+BATCHES, PROFILED = (8, 2, 32, 1), (8, 2)
+PEERS = "torch-fp16-compile,torch-fp16-cudagraph"
+STEPS = ("models", "compile", "unet", "profile", "kernels", "tune", "tests")
+WHOLE_SECONDS, COMPILE_SECONDS, BATCH_SECONDS, PROFILE_SECONDS, KERNEL_SECONDS = 350, 150, 75, 45, 90
 AIM_OF_COPY, AIM_SPEEDUP = 0.85, 1.8
 LARGE_MEGABYTES = 8  # below this a copy's own launch is much of its time
+
+Put = Callable[..., None]
+Step = Callable[[Put], None]
 
 
 class Clock:
@@ -42,6 +59,46 @@ class Clock:
         """Of the whole, or of a step's own limit if that is less."""
         left = max(1.0, self._end - time.monotonic())
         return left if limit is None else min(left, limit)
+
+
+class Report:
+    """The output file: whole after every figure. steps: those that are measured anew; others are kept."""
+
+    def __init__(self, path: Path, steps: Sequence[str]) -> None:
+        self._path, self._data = path, dict[str, Any]()
+        if set(steps) < set(STEPS):
+            self._data = _read_json(path)
+        for name in (*steps, "passed"):
+            self._data.pop(name, None)
+
+    def put(self, step: str, /, **values: Any) -> None:
+        """Adds to a step's figures; a mapping that is there already takes the new entries in."""
+        entry = self._data.setdefault(step, {})
+        for name, value in values.items():
+            if isinstance(value, dict) and isinstance(entry.get(name), dict):
+                entry[name] = {**entry[name], **value}
+            else:
+                entry[name] = value
+        self._write()
+
+    def about(self, **facts: Any) -> None:
+        """Adds at the top."""
+        self._data = {**facts, **{name: value for name, value in self._data.items() if name not in facts}}
+        self._write()
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text(json.dumps(self._data, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self._path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def prepare(folder: Path, model: str) -> None:
@@ -60,11 +117,76 @@ def prepare(folder: Path, model: str) -> None:
     print(f"{folder}: {model} without its weights, {size / 1e6:.1f} MB")
 
 
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ended(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose words go to a file, and that does not outlive the block."""
+    with log.open("wb") as said:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, env=dict(environment))
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "no message"
+
+
+class Warmers:
+    """Processes that compile what follows, each under its name; nothing that they say counts."""
+
+    def __init__(self, commands: Mapping[str, Sequence[str]], work: Path, environment: Mapping[str, str]) -> None:
+        self._logs = {name: work / f"warm-{i}.log" for i, name in enumerate(commands)}
+        self._start, self._running = time.monotonic(), dict[str, subprocess.Popen[bytes]]()
+        for name, command in commands.items():
+            with self._logs[name].open("wb") as said:
+                self._running[name] = subprocess.Popen(
+                    command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, env=dict(environment)
+                )
+
+    def finish(self, seconds: float, on_end: Callable[[str, Any], None] = lambda name, took: None) -> None:
+        """Waits for them, and ends those that take longer: the timing must have the GPU to itself.
+
+        on_end: hears of each its seconds, or why it has none.
+        """
+        end, waiting = time.monotonic() + seconds, dict(self._running)
+        while waiting:
+            late = time.monotonic() > end
+            for name, process in list(waiting.items()):
+                if process.poll() is None and not late:
+                    continue
+                del waiting[name]
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                    on_end(name, "out of time")
+                elif process.returncode:
+                    on_end(name, _last_line(self._logs[name]))
+                else:
+                    on_end(name, round(time.monotonic() - self._start, 1))
+            time.sleep(0.05)
+
+    @property
+    def processes(self) -> list[subprocess.Popen[bytes]]:
+        """All that were started."""
+        return list(self._running.values())
+
+
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
 
-def make_models(models: Path | None, work: Path) -> dict[str, Any]:
+def make_models(put: Put, models: Path | None, work: Path) -> None:
     """float.hqc and quantised.hqc in the work folder, from outlines or from the architecture itself."""
+    put(model=MODEL)
+    if all((work / name / "manifest.json").is_file() for name in ("float.hqc", "quantised.hqc")):
+        put(kept=True)
+        return
     if models is None:
         if not _installed("diffusers"):
             raise RuntimeError("diffusers is missing; give --models FOLDER, which --prepare writes where it is there")
@@ -74,110 +196,189 @@ def make_models(models: Path | None, work: Path) -> dict[str, Any]:
     from hqc.runtimes.cuda.forms import stored_form
     from hqc.storage import save_program
 
-    save_program(read_outline(models / "float"), work / "float.hqc")
-    save_program(stored_form(read_outline(models / "quantised")), work / "quantised.hqc")
-    return {"model": MODEL}
+    save_program(read_outline(models / "float"), work / "float.hqc", force=True)
+    save_program(stored_form(read_outline(models / "quantised")), work / "quantised.hqc", force=True)
 
 
-WARM = """
+COMPILE_PEER = """
 import sys
-from hqc.runtimes.cuda.session import CudaSession
+from hqc.runtimes.cuda.compiled import CompiledHalfSession
 from hqc.storage import load_program
 program = load_program(sys.argv[1])
-CudaSession(program)(*program.example_inputs(int(sys.argv[2])))
+CompiledHalfSession(program)(*program.example_inputs(int(sys.argv[2])))
 """
 
 
-class Warmers:
-    """Processes that compile what the benchmark will run; nothing that they say counts."""
-
-    def __init__(self, model: Path) -> None:
-        self._model = model
-        self._running: list[subprocess.Popen[bytes]] = []
-
-    def start(self) -> None:
-        """One for each batch size, if there is a model."""
-        if self._model.is_dir():
-            commands = [[sys.executable, "-c", WARM, str(self._model), str(batch)] for batch in BATCHES]
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            self._running = [subprocess.Popen(command, cwd=ROOT, **quiet) for command in commands]
-
-    def finish(self, seconds: float) -> None:
-        """Waits for them, and ends those that take longer: the timing must have the GPU to itself."""
-        end = time.monotonic() + seconds
-        for process in self._running:
-            try:
-                process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+def compile_ahead(put: Put, clock: Clock, work: Path) -> None:
+    """hqc's kernels by kernel_warm.py, and a process for each batch size of the compiled peer."""
+    _need_models(work)
+    sizes = ",".join(map(str, BATCHES))
+    script = str(ROOT / "scripts" / "kernel_warm.py")
+    commands = {
+        "kernels": [sys.executable, script, str(work / "quantised.hqc"), "--batch-size", sizes, "--kernel-bench"]
+    }
+    for batch in BATCHES:
+        name = f"torch.compile, batch {batch}"
+        commands[name] = [sys.executable, "-c", COMPILE_PEER, str(work / "float.hqc"), str(batch)]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // len(BATCHES)))
+    warmers = Warmers(commands, work, {**_environment(work), "TORCHINDUCTOR_COMPILE_THREADS": threads})
+    warmers.finish(clock.left(COMPILE_SECONDS), lambda name, took: put(**{name: took}))
+    print((work / "warm-0.log").read_text(encoding="utf-8", errors="replace")[-500:], flush=True)
 
 
-def run_tests(clock: Clock) -> dict[str, Any]:
-    """pytest -m gpu: kernels, sessions, captures, PTX; engines where a TensorRT is."""
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "-W", "default", f"--junitxml={report}"]
-        command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", "--no-header", "-rfEs"]
-        command += ["-n", "6"] if _installed("xdist") else []  # most of the time is triton's compiler
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=clock.left(TEST_SECONDS))
-        counts = dict(ElementTree.parse(report).getroot()[0].attrib) if report.is_file() else {}
-    print(done.stdout[-4000:])
-    if done.returncode or not counts:
-        lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        raise RuntimeError("; ".join(lines[:5]) or f"pytest ended with {done.returncode}: {done.stderr[-300:]}")
-    wanted = ("tests", "failures", "errors", "skipped")
-    return {**{name: int(counts[name]) for name in wanted}, "tensorrt": _installed("tensorrt")}
-
-
-def run_kernels() -> dict[str, Any]:
-    """GB/s and TOP/s of the kernels."""
-    measured = kernel_bench.measure()
-    print(kernel_bench.table(measured))
-    large = [row["of_copy"] for row in measured["hadamard_quantize"] if row["megabytes"] >= LARGE_MEGABYTES]
-    return {**measured, "least_of_copy": min(large), "aim_of_copy": AIM_OF_COPY}
-
-
-def run_unet(clock: Clock, work: Path) -> dict[str, Any]:
-    """`hqc bench MODEL --runtime torch-cuda --against torch-fp16-cudagraph`, one batch size after the other."""
-    if not (work / "quantised.hqc").is_dir():
-        raise RuntimeError("there is no model, see models")
+def run_unet(put: Put, clock: Clock, work: Path) -> None:
+    """`hqc bench` with the runtime torch-cuda against its peers, one batch size after the other."""
+    _need_models(work)
     model = [str(work / "quantised.hqc"), "--float", str(work / "float.hqc")]
-    found: dict[str, Any] = {"model": MODEL, "batches": {}, "failed": {}, "aim_speedup": AIM_SPEEDUP}
+    put(model=MODEL, aim_speedup=AIM_SPEEDUP, batches={}, failed={})
+    failed = {}
     for batch in BATCHES:
         command = [sys.executable, "-c", "from hqc.cli import main; main()", "bench", *model]
-        command += ["--runtime", "torch-cuda", "--against", "torch-fp16-cudagraph", "--batch-size", str(batch)]
+        command += ["--runtime", "torch-cuda", "--against", PEERS, "--batch-size", str(batch)]
         command += ["--runs", "5", "--warm-up", "1", "--json", "--work-dir", str(work / "bench")]
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=clock.left(MODEL_SECONDS))
-        except subprocess.TimeoutExpired as error:
-            found["failed"][str(batch)] = f"out of time after {error.timeout:.0f} s"
-            continue
-        if done.returncode:
-            found["failed"][str(batch)] = done.stderr.strip().splitlines()[-1][:500]
-            continue
-        said = json.loads(done.stdout)
-        found["batches"][str(batch)] = {
-            name: said[name] for name in ("milliseconds", "speedup", "speedup_spread", "device_bytes", "error_to_float")
-        } | ({"failed": said["failed"]} if said["failed"] else {})
-        print(f"batch {batch}: {_unet_line(said)}")
-    if found["failed"] or not found["batches"]:
-        raise Incomplete(found, "; ".join(f"batch {b}: {why}" for b, why in found["failed"].items()))
-    return found
+        why = _bench(put, batch, command, clock, _environment(work))
+        if why:
+            failed[str(batch)] = why
+            put(failed=failed)
+    if failed:
+        raise RuntimeError("; ".join(f"batch {batch}: {why}" for batch, why in failed.items()))
 
 
-class Incomplete(RuntimeError):
-    """A step of which a part was measured."""
-
-    def __init__(self, found: dict[str, Any], why: str) -> None:
-        super().__init__(why)
-        self.found = found
+def _bench(put: Put, batch: int, command: Sequence[str], clock: Clock, environment: Mapping[str, str]) -> str:
+    """One batch size into the file; why not, if not."""
+    limit = clock.left(BATCH_SECONDS)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, env=dict(environment))
+    except subprocess.TimeoutExpired:
+        return f"out of time after {limit:.0f} s"
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["no message"])[-1][:500]
+    said = json.loads(done.stdout)
+    names = ("milliseconds", "speedup", "speedup_spread", "device_bytes", "error_to_float", "load_seconds", "stages")
+    entry = {name: said[name] for name in names} | ({"failed": said["failed"]} if said["failed"] else {})
+    put(batches={str(batch): entry})
+    print(f"batch {batch}: {_unet_line(said)}", flush=True)
+    return "; ".join(f"{name}: {why}" for name, why in said["failed"].items())
 
 
 def _unet_line(said: dict[str, Any]) -> str:
     times = ", ".join(f"{name} {entry['median']:.3f} ms" for name, entry in said["milliseconds"].items())
     ratios = ", ".join(f"{ratio:.2f}× {name}" for name, ratio in said["speedup"].items())
     return f"{times}; {ratios}"
+
+
+def run_profiles(put: Put, clock: Clock, work: Path) -> None:
+    """gpu_profile.py of the quantised program and of the strongest peer; what was profiled before the end counts."""
+    _need_models(work)
+    wanted = {"torch-cuda": ("quantised.hqc", PROFILED), "torch-fp16-compile": ("float.hqc", PROFILED[:1])}
+    failed = []
+    for runtime, (program, batches) in wanted.items():
+        file = work / f"profile-{runtime}.json"
+        command = [sys.executable, str(ROOT / "scripts" / "gpu_profile.py"), str(work / program), "--json", str(file)]
+        command += ["--runtime", runtime, "--batch-size", ",".join(map(str, batches))]
+        log = work / f"profile-{runtime}.log"
+        with _ended(command, log, _environment(work)) as process:
+            try:
+                code = process.wait(clock.left(PROFILE_SECONDS))
+            except subprocess.TimeoutExpired:
+                code = -1
+        if found := _read_json(file).get("batches"):
+            put(**{runtime: found})
+            print("\n".join(_profile_line(runtime, batch, one) for batch, one in found.items()), flush=True)
+        if code:
+            failed.append(f"{runtime}: {'out of time' if code == -1 else _last_line(log)}")
+    if failed:
+        raise RuntimeError("; ".join(failed))
+
+
+def _profile_line(runtime: str, batch: str, found: Mapping[str, Any]) -> str:
+    kinds = ", ".join(f"{kind} {row['ms']:.2f}" for kind, row in found["by_kind"].items())
+    return f"{runtime}, batch {batch}: {found['kernels']:.0f} kernels, {found['busy_ms']:.2f} ms ({kinds})"
+
+
+def run_kernels(put: Put, clock: Clock) -> None:
+    """kernel_bench.py, each row into the file at once."""
+    mine, rows = Clock(clock.left(KERNEL_SECONDS)), dict[str, list[dict[str, Any]]]()
+
+    def keep(kind: str, row: dict[str, Any]) -> None:
+        rows.setdefault(kind, []).append(row)
+        put(rows=rows)
+        if mine.left() <= 1:
+            raise TimeoutError("out of time")
+
+    try:
+        kernel_bench.measure(on_row=keep)
+    finally:
+        print(kernel_bench.table(rows), flush=True)
+        large = [share for row in rows.get("hadamard_quantize", ()) if (share := _of_copy(row)) is not None]
+        put(least_of_copy=min(large, default=None), aim_of_copy=AIM_OF_COPY)
+
+
+def _of_copy(row: Mapping[str, Any]) -> float | None:
+    """The share of a copy's speed that the slowest of hqc's ways reaches; None for a small tensor."""
+    batch, channels, *sides = row["shape"]
+    numel = batch * channels * sides[0] * sides[1]
+    times = {name: found["us"] for name, found in row["contenders"].items()}
+    ours = [took for name, took in times.items() if name.startswith("hqc")]
+    if 2 * numel / 1e6 < LARGE_MEGABYTES or "copy" not in times or not ours:
+        return None
+    return float(times["copy"] / max(ours))
+
+
+def run_tune(put: Put, clock: Clock, work: Path, output: Path) -> None:
+    """`hqc tune`: measured tiles of the model's products, as a file beside the report."""
+    _need_models(work)
+    sizes = ",".join(map(str, sorted(BATCHES)))
+    command = [sys.executable, "-c", "from hqc.cli import main; main()", "tune", str(work / "quantised.hqc")]
+    command += ["--batch-size", sizes, "--output", str(output)]
+    with _ended(command, work / "tune.log", _environment(work)) as process:
+        try:
+            code = process.wait(clock.left())
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"out of time after {error.timeout:.0f} s") from error
+    if code:
+        raise RuntimeError(_last_line(work / "tune.log"))
+    put(file=output.name)
+
+
+def run_tests(put: Put, clock: Clock, work: Path) -> None:
+    """pytest -m gpu: kernels, sessions, captures, PTX; engines where a TensorRT is."""
+    report, log = work / "report.xml", work / "tests.log"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "-W", "default", f"--junitxml={report}"]
+    command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", "--no-header", "-rfEs"]
+    command += ["-n", "6"] if _installed("xdist") else []  # most of the time is triton's compiler
+    put(tensorrt=_installed("tensorrt"))
+    late = False
+    with _ended(command, log, _environment(work)) as process:
+        try:
+            process.wait(clock.left())
+        except subprocess.TimeoutExpired:
+            late = True
+            process.send_signal(signal.SIGINT)  # pytest writes what it has
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    text = log.read_text(encoding="utf-8", errors="replace")
+    print(text[-4000:], flush=True)
+    counts = dict(ElementTree.parse(report).getroot()[0].attrib) if report.is_file() else {}
+    lines = [line[:300] for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    put(**{name: int(counts[name]) for name in ("tests", "failures", "errors", "skipped") if name in counts})
+    put(failing=lines[:20])
+    if late:
+        raise TimeoutError(f"out of time; {'; '.join(lines[:5]) or 'nothing failed so far'}")
+    if process.returncode or not counts:
+        raise RuntimeError("; ".join(lines[:5]) or f"pytest ended with {process.returncode}: {_last_line(log)}")
+
+
+def _need_models(work: Path) -> None:
+    if not (work / "quantised.hqc").is_dir():
+        raise RuntimeError("there is no model, see models")
+
+
+def _environment(work: Path) -> dict[str, str]:
+    """torch's compiled code is kept in one place for all processes."""
+    return {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
 
 
 def _installed(package: str) -> bool:
@@ -187,33 +388,55 @@ def _installed(package: str) -> bool:
 # ---- the whole -----------------------------------------------------------------------------------------------------
 
 
-def run_steps(steps: dict[str, Callable[[], dict[str, Any]]]) -> tuple[dict[str, Any], bool]:
-    """Results by step, each with its seconds, or the reason why there is none; and whether all passed."""
-    results: dict[str, Any] = {}
+def run_steps(steps: Mapping[str, Step], report: Report, **marks: Any) -> bool:
+    """Each step's figures, seconds and, if it failed, the reason into the report; whether all passed.
+
+    marks: said of every step.
+    """
     passed = True
     for name, step in steps.items():
         print(f"== {name}", flush=True)
-        start = time.monotonic()
+        start, why = time.monotonic(), ""
+        report.put(name, **marks)
         try:
-            result, why = step(), ""
-        except Incomplete as error:
-            result, why = error.found, str(error)
+            step(lambda _step=name, **values: report.put(_step, **values))
         except Exception as error:  # the other steps go on, whatever this one met
-            result, why = {}, " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
         seconds = round(time.monotonic() - start, 1)
-        results[name] = {**result, "seconds": seconds} | ({"failed_because": why} if why else {})
+        report.put(name, seconds=seconds, **({"failed_because": why} if why else {}))
         passed = passed and not why
         print(f"== {name}: {why or 'passed'}, {seconds} s", flush=True)
-    return results, passed
+    return passed
 
 
 def describe() -> dict[str, Any]:
-    """The card, the machine, the commit."""
-    from hqc.evaluation.bench.machine import describe_gpu, describe_machine
+    """The card, the machine, the commit; null for what cannot be found out."""
+    from hqc.evaluation.bench import machine
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {"date": today, "commit": git.stdout.strip() or None, "machine": describe_machine() | describe_gpu()}
+    def commit() -> str | None:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        return git.stdout.strip() or None
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _or_none(commit),
+        "machine": (_or_none(machine.describe_machine) or {}) | (_or_none(machine.describe_gpu) or {}),
+    }
+
+
+def _or_none(find: Callable[[], Any]) -> Any:
+    try:
+        return find()
+    except Exception as error:  # a fact of the machine is worth less than the figures
+        print(f"gpu_check: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+def _steps(text: str) -> tuple[str, ...]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in STEPS]:
+        raise argparse.ArgumentTypeError(f"there is no step {unknown[0]!r}; there are {', '.join(STEPS)}")
+    return tuple(name for name in STEPS if name in names)
 
 
 def main() -> int:
@@ -221,6 +444,10 @@ def main() -> int:
     parser.add_argument("--prepare", type=Path, metavar="FOLDER")
     parser.add_argument("--models", type=Path, metavar="FOLDER")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "measurements", metavar="FOLDER")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep programs and compiled code there")
+    parser.add_argument("--only", type=_steps, metavar="STEPS", help="comma-separated; models is needed by most")
+    parser.add_argument("--tune", action="store_true", help="run the step tune too")
+    parser.add_argument("--seconds", type=float, default=WHOLE_SECONDS, metavar="N", help="for all steps together")
     arguments = parser.parse_args()
     if arguments.prepare is not None:
         prepare(arguments.prepare, MODEL)
@@ -228,29 +455,29 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu_check: torch finds no CUDA device; nothing was run, GPU figures are not measured", file=sys.stderr)
         return 2
-    clock = Clock(WHOLE_SECONDS)
-    with tempfile.TemporaryDirectory(prefix="hqc-gpu-") as work:
-        folder = Path(work)
-        warmers = Warmers(folder / "quantised.hqc")
-
-        def tests() -> dict[str, Any]:
-            warmers.start()
-            try:
-                return run_tests(clock)
-            finally:
-                warmers.finish(clock.left(TEST_SECONDS / 2))
-
-        results, passed = run_steps(
-            {
-                "models": lambda: make_models(arguments.models, folder),
-                "tests": tests,
-                "kernels": run_kernels,
-                "unet": lambda: run_unet(clock, folder),
-            }
-        )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    target = arguments.output / f"{kernel_bench.slug(torch.cuda.get_device_name())}.json"
-    target.write_text(json.dumps({**describe(), "passed": passed, **results}, indent=1) + "\n", encoding="utf-8")
+    clock = Clock(arguments.seconds)
+    chosen = arguments.only or tuple(name for name in STEPS if name != "tune")
+    chosen = tuple(name for name in STEPS if name in chosen or (name == "tune" and arguments.tune))
+    card = kernel_bench.slug(str(_or_none(torch.cuda.get_device_name) or "gpu"))
+    output = arguments.output.resolve()
+    target = output / f"{card}.json"
+    report = Report(target, chosen)
+    facts = describe()
+    report.about(**facts)
+    with tempfile.TemporaryDirectory(prefix="hqc-gpu-") as temporary:
+        work = (arguments.work or Path(temporary)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        every: dict[str, Step] = {
+            "models": lambda put: make_models(put, arguments.models, work),
+            "compile": lambda put: compile_ahead(put, clock, work),
+            "unet": lambda put: run_unet(put, clock, work),
+            "profile": lambda put: run_profiles(put, clock, work),
+            "kernels": lambda put: run_kernels(put, clock),
+            "tune": lambda put: run_tune(put, clock, work, output / f"{card}-tiles.json"),
+            "tests": lambda put: run_tests(put, clock, work),
+        }
+        passed = run_steps({name: every[name] for name in chosen}, report, commit=facts["commit"])
+    report.about(passed=passed)
     print(f"wrote {target}")
     return 0 if passed else 1
 

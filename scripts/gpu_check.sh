@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, offline, in under eight minutes: see docs/gpu.md.
-#   scripts/gpu_check.sh [--wheels FOLDER] [--models FOLDER] [--output FOLDER]
+# Everything that needs an NVIDIA GPU, offline, within six minutes: see docs/gpu.md.
+#   scripts/gpu_check.sh [--wheels FOLDER] [--models FOLDER] [--output FOLDER] [--work FOLDER] [--only STEPS] [--tune]
 # --wheels: packages that this machine lacks. --models: what `scripts/gpu_check.py --prepare FOLDER` wrote elsewhere.
 # Exit status: 0 all passed, 1 something failed, 2 nothing could be run here.
 set -euo pipefail

@@ -1,11 +1,13 @@
 """`scripts/gpu_check.sh` as far as it goes without a GPU: its refusal, its steps, its file's contents."""
 
+import argparse
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,18 +41,183 @@ def test_without_a_gpu_one_line_and_status_2(command: list[str], tmp_path: Path)
     assert "no CUDA device" in done.stderr
 
 
-def test_a_step_that_fails_is_said_and_the_others_go_on(check: ModuleType) -> None:
-    def incomplete() -> dict[str, Any]:
-        raise check.Incomplete({"batches": {"1": 2.5}}, "batch 2: out of time")
+# ---- the file ------------------------------------------------------------------------------------------------------
 
-    steps = {"first": lambda: 1 / 0, "second": lambda: {"found": 3}, "third": incomplete}
-    results, passed = check.run_steps(steps)
-    assert not passed
-    assert results["first"]["failed_because"].startswith("ZeroDivisionError")
-    assert results["second"]["found"] == 3
-    assert "failed_because" not in results["second"]
-    assert results["third"] | {"batches": {"1": 2.5}, "failed_because": "batch 2: out of time"} == results["third"]
-    assert check.run_steps({"only": dict})[1]
+
+def test_every_figure_is_in_the_file_at_once_and_a_failure_loses_none(check: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "card.json"
+    seen: list[dict[str, Any]] = []
+
+    def read() -> dict[str, Any]:
+        return json.loads(file.read_text())
+
+    def unet(put: Any) -> None:
+        put(model="m", batches={"8": 2.5})
+        seen.append(read())
+        put(batches={"2": 1.5})
+        raise RuntimeError("batch 32:\nout of time")
+
+    def kernels(put: Any) -> None:
+        seen.append(read())
+        put(found=3)
+
+    report = check.Report(file, ("unet", "kernels"))
+    report.about(date="today")
+    assert not check.run_steps({"unet": unet, "kernels": kernels}, report, commit="abc")
+    assert seen[0]["unet"] == {"commit": "abc", "model": "m", "batches": {"8": 2.5}}
+    assert seen[1]["unet"]["batches"] == {"8": 2.5, "2": 1.5}
+    assert seen[1]["unet"]["failed_because"] == "RuntimeError: batch 32: out of time"
+    report.about(passed=False)
+    found = read()
+    assert found["kernels"] == found["kernels"] | {"found": 3, "commit": "abc"}
+    assert "failed_because" not in found["kernels"]
+    assert list(found) == ["passed", "date", "unet", "kernels"]
+    assert check.run_steps({"only": lambda put: None}, report)
+    assert [path.name for path in file.parent.iterdir()] == ["card.json"]
+
+
+def test_some_steps_again_keep_the_others(check: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "card.json"
+    file.write_text(json.dumps({"passed": True, "unet": {"batches": 1}, "tests": {"tests": 2}}))
+    report = check.Report(file, ("tests",))
+    report.put("tests", tests=3)
+    assert json.loads(file.read_text()) == {"unet": {"batches": 1}, "tests": {"tests": 3}}
+    file.write_text("{")  # damaged: nothing is kept
+    check.Report(file, ("tests",)).put("tests", tests=4)
+    assert json.loads(file.read_text()) == {"tests": {"tests": 4}}
+
+
+def test_steps_by_name(check: ModuleType) -> None:
+    assert check._steps("tests, models,unet") == ("models", "unet", "tests")
+    with pytest.raises(argparse.ArgumentTypeError, match="there is no step 'units'; there are models, compile"):
+        check._steps("models,units")
+
+
+def test_a_description_that_fails_is_null(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hqc.evaluation.bench import machine
+
+    def broken() -> Any:
+        raise AttributeError("no such function")
+
+    monkeypatch.setattr(machine, "describe_gpu", broken)
+    monkeypatch.setattr(subprocess, "run", broken)
+    found = check.describe()
+    assert found["commit"] is None
+    assert found["machine"]["cores"] >= 1
+
+
+# ---- steps ---------------------------------------------------------------------------------------------------------
+
+
+class Put:
+    """Collects what a step says."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, Any] = {}
+
+    def __call__(self, **values: Any) -> None:
+        for name, value in values.items():
+            old = self.said.get(name)
+            self.said[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A work folder that seems to hold the models."""
+    for name in ("float.hqc", "quantised.hqc"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    return tmp_path
+
+
+def test_batches_are_measured_one_after_the_other(check: ModuleType, monkeypatch, work: Path) -> None:
+    """The second runs out of time, the fourth is no model that bench takes; the others are there."""
+    asked: list[tuple[str, float]] = []
+
+    def run(command: list[str], *, timeout: float, env: dict[str, str], **_: Any) -> SimpleNamespace:
+        batch = command[command.index("--batch-size") + 1]
+        asked.append((batch, timeout))
+        assert env["TORCHINDUCTOR_CACHE_DIR"] == str(work / "inductor")
+        if batch == "2":
+            raise subprocess.TimeoutExpired(command, timeout)
+        if batch == "1":
+            return SimpleNamespace(returncode=2, stdout="", stderr="one\nerror: no such model\n")
+        names = ("device_bytes", "error_to_float", "load_seconds", "stages", "speedup_spread")
+        said = {"milliseconds": {"hqc": {"median": 2.0}}, "speedup": {"p": 1.5}, "failed": {}} | dict.fromkeys(names, 0)
+        return SimpleNamespace(returncode=0, stdout=json.dumps(said), stderr="")
+
+    monkeypatch.setattr(check.subprocess, "run", run)
+    put = Put()
+    with pytest.raises(RuntimeError, match="batch 2: out of time after 75 s; batch 1: error: no such model"):
+        check.run_unet(put, check.Clock(1000), work)
+    assert [batch for batch, _ in asked] == ["8", "2", "32", "1"]
+    assert list(put.said["batches"]) == ["8", "32"]
+    assert put.said["failed"] == {"2": "out of time after 75 s", "1": "error: no such model"}
+
+
+@pytest.mark.parametrize("step", ["compile_ahead", "run_unet", "run_profiles"])
+def test_without_models_a_step_says_so(check: ModuleType, step: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="there is no model, see models"):
+        getattr(check, step)(Put(), check.Clock(10), tmp_path)
+
+
+def test_what_was_profiled_before_the_end_counts(check: ModuleType, monkeypatch, work: Path) -> None:
+    code = """
+import json, sys, time
+one = {"kernels": 9, "busy_ms": 1.0, "by_kind": {"copies": {"ms": 1.0}}}
+open(sys.argv[sys.argv.index("--json") + 1], "w").write(json.dumps({"batches": {"8": one}}))
+print("some trouble")
+sys.exit(3) if "torch-cuda" in sys.argv else time.sleep(60)
+"""
+    (work / "scripts").mkdir()
+    (work / "scripts" / "gpu_profile.py").write_text(code)
+    monkeypatch.setattr(check, "ROOT", work)
+    monkeypatch.setattr(check, "PROFILE_SECONDS", 3)
+    put = Put()
+    with pytest.raises(RuntimeError, match="torch-cuda: some trouble; torch-fp16-compile: out of time"):
+        check.run_profiles(put, check.Clock(1000), work)
+    assert [put.said[name]["8"]["kernels"] for name in ("torch-cuda", "torch-fp16-compile")] == [9, 9]
+
+
+def test_kernel_rows_stay_when_time_runs_out(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(us: float) -> dict[str, Any]:
+        found = {"us": us, "us_low": us, "us_high": us, "rate": 1.0}
+        shape = [8, 192, 64, 64]
+        return {
+            "shape": shape,
+            "note": "",
+            "unit": "GB/s",
+            "contenders": {"hqc NHWC": found, "copy": {**found, "us": 8.0}},
+        }
+
+    def measure(on_row: Any) -> None:
+        on_row("hadamard_quantize", row(10.0))
+        time.sleep(0.1)
+        on_row("hadamard_quantize", row(16.0))
+        raise AssertionError("time is over")
+
+    monkeypatch.setattr(check.kernel_bench, "measure", measure)
+    put = Put()
+    with pytest.raises(TimeoutError, match="out of time"):
+        check.run_kernels(put, check.Clock(1.05))
+    assert [row["contenders"]["hqc NHWC"]["us"] for row in put.said["rows"]["hadamard_quantize"]] == [10.0, 16.0]
+    assert put.said["least_of_copy"] == 0.5
+
+
+def test_tests_that_run_out_of_time_still_count(check: ModuleType, monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_x.py").write_text(
+        "import time, pytest\npytestmark = pytest.mark.gpu\ndef test_a(): ...\n"
+        "def test_b(): assert False\ndef test_c(): time.sleep(60)\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "_installed", lambda package: False)
+    put, clock = Put(), check.Clock(10)
+    with pytest.raises(TimeoutError, match=r"out of time; FAILED tests/test_x.py::test_b"):
+        check.run_tests(put, clock, tmp_path)
+    assert put.said["failures"] == 1
+    assert put.said["failing"][0].startswith("FAILED tests/test_x.py::test_b")
 
 
 def test_the_clock_runs_down(check: ModuleType) -> None:
@@ -60,24 +227,47 @@ def test_the_clock_runs_down(check: ModuleType) -> None:
     assert 90 < check.Clock(100).left() <= 100
 
 
-def test_processes_that_compile_ahead_are_ended_in_time(check: ModuleType, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(check, "WARM", "import time; time.sleep(60)")
-    warmers = check.Warmers(tmp_path)
-    warmers.start()
+def test_processes_that_compile_ahead_are_ended_in_time(check: ModuleType, tmp_path: Path) -> None:
+    commands = {
+        "quick": [sys.executable, "-c", "pass"],
+        "broken": [sys.executable, "-c", "import sys; sys.exit('no compiler')"],
+        "slow": [sys.executable, "-c", "import time; time.sleep(60)"],
+    }
+    heard: dict[str, Any] = {}
     start = time.monotonic()
-    warmers.finish(0.5)
+    warmers = check.Warmers(commands, tmp_path, dict(os.environ))
+    warmers.finish(3, heard.__setitem__)
     assert time.monotonic() - start < 20
-    assert len(warmers._running) == len(check.BATCHES)
-    assert all(process.poll() is not None for process in warmers._running)
-    nothing = check.Warmers(tmp_path / "missing")
-    nothing.start()
-    assert nothing._running == []
+    assert all(process.poll() is not None for process in warmers.processes)
+    assert heard == {"quick": heard["quick"], "broken": "no compiler", "slow": "out of time"}
+    assert 0 < heard["quick"] < 3.5
+
+
+def test_what_is_compiled_ahead(check: ModuleType, monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
+    asked: dict[str, list[str]] = {}
+
+    class Warmers:
+        def __init__(self, commands: dict[str, list[str]], folder: Path, environment: dict[str, str]) -> None:
+            asked.update(commands)
+            (folder / "warm-0.log").write_text("3 kernels")
+            assert environment["TORCHINDUCTOR_CACHE_DIR"] == str(work / "inductor")
+
+        def finish(self, seconds: float, on_end: Any) -> None:
+            for name in asked:
+                on_end(name, 1.5)
+
+    monkeypatch.setattr(check, "Warmers", Warmers)
+    put = Put()
+    check.compile_ahead(put, check.Clock(100), work)
+    assert list(put.said) == ["kernels", *(f"torch.compile, batch {batch}" for batch in (8, 2, 32, 1))]
+    assert asked["kernels"][2:] == [str(work / "quantised.hqc"), "--batch-size", "8,2,32,1", "--kernel-bench"]
+    compile(check.COMPILE_PEER, "peer", "exec")
 
 
 def test_without_diffusers_and_outlines_it_says_what_to_give(check: ModuleType, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(check, "_installed", lambda package: False)
     with pytest.raises(RuntimeError, match=r"diffusers is missing; give --models FOLDER"):
-        check.make_models(None, tmp_path)
+        check.make_models(Put(), None, tmp_path)
 
 
 def test_models_come_from_outlines(check: ModuleType, captured, tmp_path: Path) -> None:
@@ -92,7 +282,11 @@ def test_models_come_from_outlines(check: ModuleType, captured, tmp_path: Path) 
     write_outline(program, tmp_path / "m" / "float")
     student = run_pipeline(program, [SelectLayers(bits="w4a4"), InsertHadamard(), InsertQdq((0.0, 500.0))])
     write_outline(student, tmp_path / "m" / "quantised")
-    check.make_models(tmp_path / "m", tmp_path)
+    put = Put()
+    check.make_models(put, tmp_path / "m", tmp_path)
+    assert "kept" not in put.said
+    check.make_models(put, None, tmp_path)
+    assert put.said["kept"]
     assert load_program(tmp_path / "float.hqc").stage == Stage.CAPTURED
     packed = load_program(tmp_path / "quantised.hqc")
     assert packed.stage == Stage.INTEGER

@@ -1,10 +1,12 @@
 """What the machine is that the figures were measured on."""
 
+import ctypes
 import os
 import platform
 import re
+import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ __all__ = ["available_cores", "describe_gpu", "describe_machine", "has_vnni", "i
 
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 """The flags that decide which integer kernels a runtime takes: x86 names, then Arm's."""
+
+SMI_SECONDS = 10
 
 PACKAGES = ("hqc", "torch", "triton", "onnxruntime", "numpy")
 
@@ -40,20 +44,51 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_gpu() -> dict[str, Any]:
-    """The current CUDA device as JSON data: its name, compute capability, multiprocessors, memory, CUDA and driver."""
+    """The current CUDA device as JSON data; what cannot be found out is None, whatever the reason.
+
+    driver: the version of the display driver, such as "580.65.06"; driver_cuda: the newest CUDA that it serves.
+    """
     import torch
 
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 13000 for CUDA 13.0
+    def properties() -> Any:
+        return torch.cuda.get_device_properties(torch.cuda.current_device())
+
     return {
-        "gpu": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "gpu_memory_bytes": properties.total_memory,
-        "cuda": torch.version.cuda,
-        "driver_cuda": f"{driver // 1000}.{driver % 1000 // 10}",
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "gpu": _found(lambda: str(properties().name)),
+        "compute_capability": _found(lambda: f"{properties().major}.{properties().minor}"),
+        "multiprocessors": _found(lambda: int(properties().multi_processor_count)),
+        "gpu_memory_bytes": _found(lambda: int(properties().total_memory)),
+        "l2_cache_bytes": _found(lambda: int(properties().L2_cache_size)),
+        "cuda": _found(lambda: torch.version.cuda),
+        "driver": _found(_driver),
+        "driver_cuda": _found(_driver_cuda),
+        "cudnn": _found(lambda: torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
     }
+
+
+def _found(find: Callable[[], Any]) -> Any:
+    """A fact, or None: no description is worth the figures that it describes."""
+    try:
+        return find()
+    except Exception:
+        return None
+
+
+def _driver() -> str | None:
+    """As nvidia-smi says it, within a few seconds."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
+    lines = done.stdout.split()
+    return lines[0] if done.returncode == 0 and lines else None
+
+
+def _driver_cuda() -> str | None:
+    """As the driver's own library says it."""
+    number = ctypes.c_int()
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    if library.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        return None
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
 def machine_line(machine: dict[str, Any]) -> str:
@@ -61,7 +96,7 @@ def machine_line(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     isa = " ".join(machine["isa"]) or "no known ISA flags"
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
-    gpu = f"{machine['gpu']}, CUDA {machine['cuda']}; " if "gpu" in machine else ""
+    gpu = f"{machine['gpu'] or 'a GPU'}, CUDA {machine['cuda'] or 'unknown'}; " if "gpu" in machine else ""
     return f"{gpu}{machine['cpu']}, {machine['cores']} cores ({isa}), {memory}, {machine['os']}; {versions}"
 
 
