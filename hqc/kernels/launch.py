@@ -295,9 +295,7 @@ class _Product:
         total = self._sum_options(options.splits)
         statistics = self._blocks(total, out)
         grid = (-(-rows // total.tile_rows), -(-outputs // total.tile_outputs))
-        launch_kernel(
-            self.where, total, grid, (partial, *scales, *extras, rows, outputs, per_sample, out, statistics)
-        )
+        launch_kernel(self.where, total, grid, (partial, *scales, *extras, rows, outputs, per_sample, out, statistics))
         return self.of(out, statistics, total.tile_rows)
 
     def of(self, out: Tensor, statistics: Tensor | None = None, rows: int = 0) -> ColumnStatistics | None:

@@ -350,9 +350,7 @@ class GateOptions:
 def _check_tile(options: LayerNormOptions | GateOptions) -> None:
     check_value("block", options.block, BLOCKS)
     check_bounds(options.low, options.high)
-    check_powers_of_two(
-        tile_rows=options.tile_rows, tile_channels=options.tile_channels, num_warps=options.num_warps
-    )
+    check_powers_of_two(tile_rows=options.tile_rows, tile_channels=options.tile_channels, num_warps=options.num_warps)
     if options.tile_channels % options.block:
         raise ValueError(f"tile_channels is {options.tile_channels}; expected a multiple of the block {options.block}")
 

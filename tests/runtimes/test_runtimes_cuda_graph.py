@@ -25,8 +25,12 @@ CPU = torch.device("cpu")
 BITS = ("w4a4", "w8a8")
 
 
-def built(program, dtype: torch.dtype = torch.float32, *, pack: bool = True) -> fx.GraphModule:
-    return integer_module(program, reference_kernels(), BuildOptions(CPU, dtype, pack=pack))
+# Models of which every float between two products is taken into one: nothing is left to run in half precision.
+ALL_CODES = ("two_sites", "odd_channels", "geometry")
+
+
+def built(program, dtype: torch.dtype = torch.float32, *, pack: bool = True, fuse: bool = True) -> fx.GraphModule:
+    return integer_module(program, reference_kernels(), BuildOptions(CPU, dtype, pack=pack, fuse=fuse))
 
 
 def modules(module: fx.GraphModule, kind: type) -> list:
@@ -60,7 +64,8 @@ def test_it_computes_what_the_integer_program_computes(captured, digits, name: s
     for dtype in (torch.float16, torch.bfloat16):
         half = built(program, dtype)(*inputs)
         assert half.dtype == torch.float32
-        assert relative(half, reference) > 0 or name == "two_sites"  # it did run in half precision
+        # It did run in half precision, where floats lie between products at all.
+        assert relative(half, reference) > 0 or name in ALL_CODES
         # Half precision moves some codes by one step (bfloat16, with 8 bits, many): as far from the float model as
         # before, within a fifth; and what the dtype's own rounding adds, 2^-8 a layer and more, over the layers.
         assert relative(half, wanted) <= 1.2 * quantisation + (0.02 if dtype == torch.float16 else 0.08)
@@ -99,14 +104,14 @@ def test_query_key_and_value_share_one_quantisation(captured) -> None:
     model = captured("shared_input")
     for shared, count in ((True, 1), (False, 3)):
         program = quantised(model, "w4a4", shared=shared)
-        module, inputs = built(program), program.example_inputs(2, seed=1)
+        module, inputs = built(program, fuse=False), program.example_inputs(2, seed=1)
         assert len(modules(module, Quantise)) == count
         assert len(modules(module, IntegerLinear)) == 3
         assert relative(module(*inputs), integer_form(program).module()(*inputs)) <= 1e-6  # float32 rounding
 
 
 def test_all_scales_are_one_look_up(captured) -> None:
-    module = built(quantised(captured("cross_attention"), "w4a4"))
+    module = built(quantised(captured("cross_attention"), "w4a4"), fuse=False)
     look_ups = [n for n in module.graph.nodes if n.target is look_up]
     assert len(look_ups) == 1
     assert not any(is_op(n, aten.index_select.default) for n in module.graph.nodes)
@@ -173,9 +178,9 @@ def calls(module: fx.GraphModule, kind: type) -> list[fx.Node]:
 def test_residuals_and_silu_are_taken_into_products(captured) -> None:
     """Of the UNet: both shortcuts-and-residuals of every block, the attention's, the time embedding's SiLU."""
     program = quantised(captured("cross_attention"), "w4a4")
-    module = built(program)
-    convolutions = [n for n in calls(module, IntegerConv2d) if len(n.args) == 3]
-    linears = [n for n in calls(module, IntegerLinear) if len(n.args) == 3]
+    module = built(program, fuse=False)
+    convolutions = [n for n in calls(module, IntegerConv2d) if "residual" in n.kwargs]
+    linears = [n for n in calls(module, IntegerLinear) if "residual" in n.kwargs]
     resnets = [s.site for s in program.plan.sites if s.site.endswith("conv2")]
     attentions = [s.site for s in program.plan.sites if s.site.endswith("proj_out")]
     assert len(convolutions) == len(resnets) + len(attentions)
@@ -191,11 +196,11 @@ def test_residuals_and_silu_are_taken_into_products(captured) -> None:
 
 def test_what_is_read_elsewhere_is_not_taken_in(captured) -> None:
     """`in_place` adds two products of which both are read once: one takes the other in, and only one."""
-    module = built(quantised(captured("in_place"), "w4a4"))
-    assert sorted(len(n.args) for n in calls(module, IntegerConv2d)) == [2, 3]
+    module = built(quantised(captured("in_place"), "w4a4"), fuse=False)
+    assert sorted(len(n.kwargs) for n in calls(module, IntegerConv2d)) == [0, 1]
     # `shared_weights` has tanh between its layers: nothing to take in.
-    other = built(quantised(captured("shared_weights"), "w4a4"))
-    assert all(len(n.args) == 2 for n in calls(other, (IntegerConv2d, IntegerLinear)))  # type: ignore[arg-type]
+    other = built(quantised(captured("shared_weights"), "w4a4"), fuse=False)
+    assert not any(n.kwargs for n in calls(other, (IntegerConv2d, IntegerLinear)))  # type: ignore[arg-type]
     assert not any(layer.silu for layer in modules(other, IntegerConv2d))
 
 

@@ -22,9 +22,7 @@ def store_statistics(y, inside, count, statistics_ptr, block, c, channels):
 
 
 @triton.jit
-def column_statistics(
-    x_ptr, channels, pixels, statistics_ptr, TILE_ROWS: tl.constexpr, TILE_CHANNELS: tl.constexpr
-):
+def column_statistics(x_ptr, channels, pixels, statistics_ptr, TILE_ROWS: tl.constexpr, TILE_CHANNELS: tl.constexpr):
     """x [N, pixels, channels] -> fp32 [N, ⌈pixels / TILE_ROWS⌉, 2, channels]: mean and squared deviations of a block.
 
     Grid: (⌈channels / TILE_CHANNELS⌉, ⌈pixels / TILE_ROWS⌉, N).

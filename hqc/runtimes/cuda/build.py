@@ -9,9 +9,11 @@ from torch import Tensor, fx, nn
 from hqc.passes.rewriting import Rewriter
 from hqc.program import Program, aten, is_op
 from hqc.runtimes.cuda.forms import integer_form
+from hqc.runtimes.cuda.fusions import fuse
 from hqc.runtimes.cuda.kernel_set import Kernels
 from hqc.runtimes.cuda.place import drop_dead, place_kernels
 from hqc.runtimes.cuda.precision import set_precision
+from hqc.runtimes.cuda.report import build_report
 from hqc.runtimes.cuda.tidy import tidied
 
 __all__ = ["BuildOptions", "float_module", "integer_module"]
@@ -19,11 +21,15 @@ __all__ = ["BuildOptions", "float_module", "integer_module"]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Where the module lives and what its float part runs in. pack: four-bit weights stay packed where they may."""
+    """Where the module lives and what its float part runs in.
+
+    pack: four-bit weights stay packed where they may. fuse: kernels take in what stands before and after them.
+    """
 
     device: torch.device
     dtype: torch.dtype = torch.float16
-    pack: bool = True
+    pack: bool = False
+    fuse: bool = True
 
 
 @torch.no_grad()
@@ -34,7 +40,10 @@ def integer_module(program: Program, kernels: Kernels, options: BuildOptions) ->
         RuntimeMissingError: for a float program. ExportError: for a site that the kernels cannot run.
     """
     placed = place_kernels(tidied(integer_form(program)), kernels, device=options.device, pack=options.pack)
-    return _module(placed.edit, placed.modules, options)
+    records = fuse(placed) if options.fuse else ()
+    module = _module(placed.edit, placed.modules, options)
+    module.meta["report"] = build_report(module, records)
+    return module
 
 
 @torch.no_grad()
@@ -52,8 +61,9 @@ def _module(edit: Rewriter, modules: dict[str, nn.Module], options: BuildOptions
     _retarget(edit.graph, options.device)
     drop_dead(edit.graph)
     root = nn.Module()
-    for name, module in modules.items():
-        root.add_module(name, module)
+    called = {str(node.target) for node in edit.graph.nodes if node.op == "call_module"}
+    for name in called:
+        root.add_module(name, modules[name])
     convolutions = _convolution_weights(edit.graph)
     for i, node in enumerate([n for n in edit.graph.nodes if n.op == "get_attr"]):
         name = f"tensor_{i}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["WARM_UP", "Capture", "Captured", "GraphCache", "capture_cuda_graph"]
+__all__ = ["WARM_UP", "Capture", "Captured", "GraphCache", "Module", "capture_cuda_graph"]
 
 WARM_UP = 3
 """Calls before a capture: they compile kernels, choose algorithms, fill the allocator."""

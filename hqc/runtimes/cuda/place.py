@@ -18,22 +18,15 @@ from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.passes.rewriting import Rewriter, rewrite
 from hqc.program import Program, aten, is_op
 from hqc.runtimes.cuda.forms import site_input, site_rotation
+from hqc.runtimes.cuda.fusions import Placed
 from hqc.runtimes.cuda.kernel_set import Kernels
-from hqc.runtimes.cuda.layers import IntegerConv2d, IntegerLinear, Quantise
+from hqc.runtimes.cuda.layers import Codes, IntegerConv2d, IntegerLinear, Quantise
 from hqc.runtimes.cuda.scales import ScaleBanks, scale_banks
 from hqc.runtimes.cuda.weights import site_weight
 
-__all__ = ["Placed", "drop_dead", "place_kernels"]
+__all__ = ["drop_dead", "place_kernels"]
 
 ops = torch.ops.hqc
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A graph with kernel calls, the modules that it calls, and the tensors that it reads."""
-
-    edit: Rewriter
-    modules: dict[str, nn.Module]
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ def _codes(
     key = (x, inverse, low, high, block, image)
     if key not in quantisers:
         name = f"quantise_{len(quantisers)}"
-        modules[name] = Quantise(kernels, low=low, high=high, block=block, image=image)
+        modules[name] = Quantise(kernels, Codes(low=low, high=high, block=block), image=image)
         with edit.graph.inserting_before(site.quantiser):
             node = edit.graph.call_module(name, (x, inverse))
         node.meta = {"site": site.site, "dtype": "int8", "role": "codes"}
@@ -129,9 +122,9 @@ def _place_product(
     tail = _tail(site.layer)
     name = f"product_{len(modules)}"
     modules[name] = make(tail.silu)
-    arguments = (codes, scale) if tail.residual is None else (codes, scale, tail.residual)
+    rest = {} if tail.residual is None else {"residual": tail.residual}
     with edit.graph.inserting_before(tail.last):
-        node = edit.graph.call_module(name, arguments)
+        node = edit.graph.call_module(name, (codes, scale), rest)
     node.meta = {"shape": site.layer.meta["shape"], "dtype": "float32", "site": site.site, "role": "layer"}
     tail.last.replace_all_uses_with(node)
     for taken in reversed(tail.nodes[1:]):

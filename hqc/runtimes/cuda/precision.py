@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from hqc.passes.rewriting import Rewriter
 from hqc.program import aten, is_op
-from hqc.runtimes.cuda.layers import Quantise, _IntegerLayer
+from hqc.runtimes.cuda.layers import IntegerLayer, KernelCall
 
 __all__ = ["set_precision"]
 
@@ -62,26 +62,31 @@ class _Kinds:
 
     def _module(self, node: fx.Node) -> None:
         module = self._modules[str(node.target)]
-        if isinstance(module, Quantise):
-            if node.args[0] in self._narrow:
+        if isinstance(module, IntegerLayer):
+            if self._depends(node.args[:1]):  # type: ignore[arg-type]
                 self._narrow.add(node)
+                module.dtype = self._dtype
+            if isinstance(node.kwargs.get("residual"), fx.Node):
+                self._fit_residual(node, module)
             return
-        assert isinstance(module, _IntegerLayer)
-        if self._depends(node.args[:1]):  # type: ignore[arg-type]
+        assert isinstance(module, KernelCall)
+        given = [_argument(node, key) for key in module.activations]
+        activations = [argument for argument in given if isinstance(argument, fx.Node)]
+        if self._depends(activations):
             self._narrow.add(node)
-            module.dtype = self._dtype
-        if len(node.args) > 2:
-            self._fit_residual(node, module)
+            for wide in activations:
+                if wide not in self._narrow:
+                    node.replace_input_with(wide, self._copy(wide))
 
-    def _fit_residual(self, node: fx.Node, module: _IntegerLayer) -> None:
+    def _fit_residual(self, node: fx.Node, module: IntegerLayer) -> None:
         """A residual has the product's own dtype; a wide product with a narrow one becomes narrow."""
-        residual = node.args[2]
+        residual = node.kwargs["residual"]
         assert isinstance(residual, fx.Node)
         if residual in self._narrow and node not in self._narrow:
             self._narrow.add(node)
             module.dtype = self._dtype
         if node in self._narrow and residual not in self._narrow:
-            node.update_arg(2, self._copy(residual))
+            node.update_kwarg("residual", self._copy(residual))
 
     def _function(self, node: fx.Node) -> None:
         if not _is_tensor(node):
@@ -102,7 +107,7 @@ class _Kinds:
         if result not in self._narrow or not _is_float(result):
             return
         module = self._modules.get(str(result.target)) if result.op == "call_module" else None
-        if isinstance(module, _IntegerLayer) and len(result.args) == 2 and len(result.users) == 1:
+        if isinstance(module, IntegerLayer) and "residual" not in result.kwargs and len(result.users) == 1:
             module.dtype = torch.float32  # written once, unrounded
             return
         with self._edit.graph.inserting_before(node):
@@ -125,6 +130,12 @@ class _Kinds:
         cast = self._edit.call(before, aten.to.dtype, node, self._dtype, like=node)
         self._narrow.add(cast)
         return cast
+
+
+def _argument(node: fx.Node, key: int | str) -> Any:
+    if isinstance(key, str):
+        return node.kwargs.get(key)
+    return node.args[key] if key < len(node.args) else None
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -1,24 +1,32 @@
 """Sessions on a GPU: the integer one of the `torch-cuda` runtime, and the half-precision one it is timed against."""
 
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from hqc.errors import RuntimeMissingError
+from hqc.kernels.cards import card_of
 from hqc.kernels.guards import require_triton
+from hqc.kernels.tuning import load_tuning, use
 from hqc.program import InputSpec, Program
 from hqc.runtimes.base import inputs_on
 from hqc.runtimes.cuda.build import BuildOptions, float_module, integer_module
 from hqc.runtimes.cuda.forms import NAME, require_quantised
-from hqc.runtimes.cuda.graphs import GraphCache, capture_cuda_graph
+from hqc.runtimes.cuda.graphs import Captured, GraphCache, Module, capture_cuda_graph
 from hqc.runtimes.cuda.kernel_set import triton_kernels
+from hqc.runtimes.cuda.report import BuildReport
 
-__all__ = ["CudaSession", "HalfSession", "Precision", "require_cuda", "require_gpu"]
+__all__ = ["CudaSession", "HalfSession", "Precision", "Weights", "require_cuda", "require_gpu"]
 
 Precision = Literal["fp16", "bf16", "fp32"]
+Weights = Literal["int8", "int4"]
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _OLDEST = (8, 0)
 
@@ -28,9 +36,22 @@ class _GraphSession:
 
     name: str
 
-    def __init__(self, inputs: tuple[InputSpec, ...], module: nn.Module, device: torch.device, graphs: int) -> None:
+    def __init__(
+        self,
+        inputs: tuple[InputSpec, ...],
+        module: nn.Module,
+        device: torch.device,
+        graphs: int,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """around: what a capture runs in; replays need nothing of it."""
         self.inputs, self.module, self.device = inputs, module, device
-        capture = partial(capture_cuda_graph, pool=torch.cuda.graph_pool_handle())
+        pool = torch.cuda.graph_pool_handle()
+
+        def capture(module: Module, inputs: tuple[Tensor, ...]) -> Captured:
+            with around():
+                return capture_cuda_graph(module, inputs, pool=pool)
+
         self._graphs = GraphCache(module, capture, limit=graphs)
         self._turn, self._done = threading.Lock(), torch.cuda.Event()  # type: ignore[no-untyped-call]
 
@@ -58,20 +79,37 @@ class CudaSession(_GraphSession):
     name = "torch-cuda"
 
     def __init__(
-        self, program: Program, *, dtype: Precision = "fp16", pack: bool = True, graphs: int = 4, device: str = "cuda"
+        self,
+        program: Program,
+        *,
+        dtype: Precision = "fp16",
+        weights: Weights = "int8",
+        tune: Literal["auto", "off"] | Path = "auto",
+        graphs: int = 4,
+        device: str = "cuda",
     ) -> None:
-        """dtype: of activations between kernels and of float layers. pack: keep four-bit weights packed.
+        """dtype: of activations between kernels and of float layers.
 
+        weights: "int8" as the kernels multiply them, which is the quickest; "int4" keeps four-bit codes packed, in half
+        the memory, and unpacks and rotates them in every call.
+        tune: "auto" takes the tiles that `hqc tune` has kept for this card, a file those in it, "off" neither; the
+        report says where tiles come from.
         graphs: how many batch sizes keep their CUDA graph.
 
         Raises:
-            RuntimeMissingError: without triton, without a CUDA device of compute capability 8.0; for a float program.
+            RuntimeMissingError: without triton, without a CUDA device of compute capability 8.0; for a float program;
+                for an unknown dtype or form of weights.
             ExportError: for a site that the kernels cannot run.
         """
         require_quantised(program.stage)
         require_gpu()
-        options = BuildOptions(torch.device(device), _dtype(dtype), pack=pack)
-        super().__init__(program.inputs, integer_module(program, triton_kernels(), options), options.device, graphs)
+        if weights not in get_args(Weights):
+            raise RuntimeMissingError(NAME, f"has no weights {weights!r}", f"Use {', '.join(get_args(Weights))}.")
+        options = BuildOptions(torch.device(device), _dtype(dtype), pack=weights == "int4")
+        module = integer_module(program, triton_kernels(), options)
+        table, tiles = load_tuning(tune, card_of(options.device))
+        self.report: BuildReport = replace(module.meta["report"], tiles=tiles)
+        super().__init__(program.inputs, module, options.device, graphs, partial(use, table))
 
 
 class HalfSession(_GraphSession):

@@ -54,7 +54,13 @@ def normed(x: Tensor, norm: GroupNorm) -> Tensor:
 
 
 # samples, height, width, channels, groups, block: tiles that images do not fill, groups across tiles, few groups.
-IMAGES = [(3, 5, 7, 96, 32, 32), (2, 9, 4, 80, 8, 16), (1, 1, 1, 64, 4, 8), (2, 3, 3, 30, 5, 1), (2, 12, 12, 160, 32, 32)]
+IMAGES = [
+    (3, 5, 7, 96, 32, 32),
+    (2, 9, 4, 80, 8, 16),
+    (1, 1, 1, 64, 4, 8),
+    (2, 3, 3, 30, 5, 1),
+    (2, 12, 12, 160, 32, 32),
+]
 
 
 @pytest.mark.parametrize("shape", IMAGES, ids=str)
@@ -62,7 +68,9 @@ IMAGES = [(3, 5, 7, 96, 32, 32), (2, 9, 4, 80, 8, 16), (1, 1, 1, 64, 4, 8), (2, 
 def test_group_norm(shape: tuple[int, ...], silu: bool, affine: bool, dtype: torch.dtype, device: str) -> None:
     n, height, width, channels, groups, block = shape
     x = random(n, height, width, channels, dtype=dtype, mean=3.0)
-    affines = [fenced(random(channels, seed=s, mean=1.0), float("nan"), device) for s in (1, 2)] if affine else [None] * 2
+    affines = (
+        [fenced(random(channels, seed=s, mean=1.0), float("nan"), device) for s in (1, 2)] if affine else [None] * 2
+    )
     norm, how = GroupNorm(groups, 1e-5, *affines, silu=silu), quantiser(n, block, device)
     source = fenced(x, float("nan"), device)
     codes, kept = group_norm_quantize(source, norm, how, keep=True)

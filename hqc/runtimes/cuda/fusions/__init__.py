@@ -1,0 +1,54 @@
+"""Fusions: rewrites of the placed graph after which fewer kernels pass less memory, one a file, in their order.
+
+Each has `find`, which gives matches and misses with reasons, and `apply`, which rewrites one match. `fuse` runs all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hqc.runtimes.cuda.fusions.codes_from_products import CodesFromProducts
+from hqc.runtimes.cuda.fusions.fusion import Fusion, Placed
+from hqc.runtimes.cuda.fusions.merge_products import MergeProducts
+from hqc.runtimes.cuda.fusions.quantise_gate import GateInProduct, QuantiseGate
+from hqc.runtimes.cuda.fusions.quantise_norm import QuantiseGroupNorm, QuantiseLayerNorm
+from hqc.runtimes.cuda.fusions.read_both import ReadBoth
+from hqc.runtimes.cuda.fusions.sink_upsample import SinkUpsample
+from hqc.runtimes.cuda.fusions.statistics_from_products import StatisticsFromProducts
+from hqc.runtimes.cuda.fusions.take_in_shift import TakeInShift
+from hqc.runtimes.cuda.fusions.wide_attention import WideAttention
+
+__all__ = ["FUSIONS", "FusionRecord", "Placed", "fuse"]
+
+FUSIONS: Sequence[Fusion] = (
+    MergeProducts(),
+    SinkUpsample(),
+    TakeInShift(),
+    QuantiseGroupNorm(),
+    ReadBoth(),
+    StatisticsFromProducts(),
+    QuantiseLayerNorm(),
+    QuantiseGate(),
+    GateInProduct(),
+    CodesFromProducts(),
+    WideAttention(),
+)
+
+
+@dataclass(frozen=True)
+class FusionRecord:
+    """What one fusion did: the sites where it applies, and those where it nearly does with the reason why not."""
+
+    name: str
+    sites: tuple[str, ...]
+    misses: tuple[tuple[str, str], ...]
+
+
+def fuse(placed: Placed, fusions: Sequence[Fusion] = FUSIONS) -> tuple[FusionRecord, ...]:
+    """Runs fusions on a placed graph, in place."""
+    records = []
+    for fusion in fusions:
+        found = fusion.find(placed)
+        for match in found.matches:
+            fusion.apply(placed, match)
+        records.append(FusionRecord(fusion.name, tuple(m.site for m in found.matches), tuple(found.misses)))
+    return tuple(records)
