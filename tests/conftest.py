@@ -1,5 +1,6 @@
 """Shared fixtures: one thread, the GPU's state in the header, tiny programs captured once a session."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,25 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` imports nothing but what may hold such a test: a machine with a GPU may lack the packages of others."""
+    if config.option.markexpr.strip() != "gpu":
+        return None
+    return None if may_be_on_gpu(collection_path) else True
+
+
+MARKS_GPU = re.compile(r"^(pytestmark = |@|.*\bmarks=|.*\badd_marker\()pytest\.mark\.gpu\b", re.MULTILINE)
+
+
+@cache
+def may_be_on_gpu(path: Path) -> bool:
+    """Whether a test file, or one in a folder, gives the mark itself or lies beside a conftest that does."""
+    if path.is_dir():
+        return any(map(may_be_on_gpu, path.rglob("test_*.py")))
+    files = (path, path.with_name("conftest.py"))
+    return any(MARKS_GPU.search(file.read_text(encoding="utf-8")) for file in files if file.is_file())
+
+
 def pytest_report_header() -> str:
     if torch.cuda.is_available():
         return f"gpu: {torch.cuda.get_device_name()}, tests marked gpu run"
@@ -41,6 +61,7 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     config.stash[_GPU_TESTS] = [item.nodeid for item in on_gpu]
+    assert all(may_be_on_gpu(item.path) for item in on_gpu), "a mark that MARKS_GPU does not find: see -m gpu"
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: torch finds no CUDA device"))
