@@ -106,6 +106,14 @@ def assert_same(loaded: Program, program: Program) -> None:
         assert torch.equal(loaded.module()(*args), program.module()(*args))
 
 
+def test_records_of_earlier_versions_do_not_say_what_went(artefact: Path, integer: Program) -> None:
+    records = json.loads((artefact / "history.json").read_text())
+    assert all(record.pop("removed") == [] for record in records)
+    (artefact / "history.json").write_text(json.dumps(records))
+    resign(artefact)
+    assert_same(load_program(artefact), integer)
+
+
 def test_a_loaded_program_can_be_rewritten_further(captured: Callable[[str], Program], tmp_path: Path) -> None:
     chain = [SelectLayers(), InsertHadamard(), InsertQdq((0.0,)), AttachLora(rank=2)]
     program = captured("shared_weights")
