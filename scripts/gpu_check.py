@@ -42,6 +42,8 @@ BATCHES, PROFILED = (8, 2, 32, 1), (8, 2)
 PEERS = "torch-fp16-compile,torch-fp16-cudagraph"
 STEPS = ("models", "compile", "unet", "profile", "kernels", "tune", "tests")
 WHOLE_SECONDS, COMPILE_SECONDS, BATCH_SECONDS, PROFILE_SECONDS, KERNEL_SECONDS = 350, 150, 75, 45, 90
+TUNE_RESERVE = 30
+"""Seconds for what a tuning does besides its measurements."""
 AIM_OF_COPY, AIM_SPEEDUP = 0.85, 1.8
 LARGE_MEGABYTES = 8  # below this a copy's own launch is much of its time
 
@@ -326,19 +328,24 @@ def _of_copy(row: Mapping[str, Any]) -> float | None:
 
 
 def run_tune(put: Put, clock: Clock, work: Path, output: Path) -> None:
-    """`hqc tune`: measured tiles of the model's products, as a file beside the report."""
+    """`hqc tune`: measured tiles of the model's products, as a file beside the report; it keeps what it has."""
     _need_models(work)
-    sizes = ",".join(map(str, sorted(BATCHES)))
+    limit = clock.left()
     command = [sys.executable, "-c", "from hqc.cli import main; main()", "tune", str(work / "quantised.hqc")]
-    command += ["--batch-size", sizes, "--output", str(output)]
-    with _ended(command, work / "tune.log", _environment(work)) as process:
+    command += ["--batch-size", ",".join(map(str, sorted(BATCHES))), "--output", str(output)]
+    command += ["--limit-seconds", str(max(1, round(limit - TUNE_RESERVE))), "--json"]
+    log = work / "tune.log"
+    with _ended(command, log, _environment(work)) as process:
         try:
-            code = process.wait(clock.left())
+            code = process.wait(limit)
         except subprocess.TimeoutExpired as error:
-            raise TimeoutError(f"out of time after {error.timeout:.0f} s") from error
+            raise TimeoutError(f"out of time after {limit:.0f} s; {output.name} has what was measured") from error
     if code:
-        raise RuntimeError(_last_line(work / "tune.log"))
-    put(file=output.name)
+        raise RuntimeError(_last_line(log))
+    text = log.read_text(encoding="utf-8", errors="replace")
+    said = json.loads(text[text.index("{") :])
+    put(file=output.name, **{name: said[name] for name in ("measured", "kept", "left", "us_before", "us_after")})
+    put(problems=said["problems"][:20])
 
 
 def run_tests(put: Put, clock: Clock, work: Path) -> None:

@@ -129,13 +129,14 @@ def profile_session(session: Any, inputs: Sequence[torch.Tensor]) -> dict[str, A
             spin_up()
             events = traced(lambda: session.module(*inputs), REPLAYS)
             found = {"of": "the module's own calls", **summary(events, REPLAYS)}
-    return found
+    report = getattr(session, "report", None)
+    return found | ({} if report is None else {"session": report.text().splitlines()})
 
 
 SESSIONS = ("torch-cuda", "torch-fp16-cudagraph", "torch-fp16-compile")
 
 
-def open_session(program: Any, runtime: str, *, pack: bool = True) -> Any:
+def open_session(program: Any, runtime: str, *, weights: str = "int8") -> Any:
     """A session by the runtime's name in `hqc bench`."""
     from hqc.runtimes.cuda.session import CudaSession, HalfSession
 
@@ -143,7 +144,7 @@ def open_session(program: Any, runtime: str, *, pack: bool = True) -> Any:
         from hqc.runtimes.cuda.compiled import CompiledHalfSession
 
         return CompiledHalfSession(program)
-    return CudaSession(program, pack=pack) if runtime == "torch-cuda" else HalfSession(program)
+    return CudaSession(program, weights=weights) if runtime == "torch-cuda" else HalfSession(program)
 
 
 def profile_program(
@@ -151,11 +152,11 @@ def profile_program(
     batches: Sequence[int],
     *,
     runtime: str = "torch-cuda",
-    pack: bool = True,
+    weights: str = "int8",
     on_batch: Callable[[int, dict[str, Any]], None] = lambda batch, found: None,
 ) -> dict[str, Any]:
     """The profile of each batch size; `on_batch` hears of each the moment it is there."""
-    session, profiles = open_session(program, runtime, pack=pack), dict[str, Any]()
+    session, profiles = open_session(program, runtime, weights=weights), dict[str, Any]()
     for batch in batches:
         inputs = [tensor.cuda() for tensor in program.example_inputs(batch)]
         profiles[str(batch)] = profile_session(session, inputs)
@@ -183,7 +184,7 @@ def main() -> int:
     parser.add_argument(
         "--runtime", choices=SESSIONS, default="torch-cuda", help="float PROGRAMs need a torch-fp16 one"
     )
-    parser.add_argument("--no-pack", action="store_true", help="four-bit weights stay in int8")
+    parser.add_argument("--weights", choices=("int8", "int4"), default="int8")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -201,7 +202,7 @@ def main() -> int:
 
     batches = [int(size) for size in arguments.batch_size.split(",")]
     program = load_program(arguments.program)
-    profile_program(program, batches, runtime=arguments.runtime, pack=not arguments.no_pack, on_batch=show)
+    profile_program(program, batches, runtime=arguments.runtime, weights=arguments.weights, on_batch=show)
     return 0
 
 

@@ -118,13 +118,16 @@ def compile_all(launches: Sequence[Launch], capability: int, workers: int) -> li
 
 
 def of_program(folder: Path, batches: Sequence[int]) -> list[Launch]:
-    """Launches of the packed program's session."""
+    """Launches of the program's session."""
+    from hqc.kernels.cards import card_of
+    from hqc.kernels.tuning import load_tuning, use
     from hqc.runtimes.cuda.session import CudaSession
     from hqc.storage import load_program
 
     program = load_program(folder)
     session = CudaSession(program)
-    with recording() as found, torch.no_grad():
+    table, _ = load_tuning("auto", card_of(session.device))  # as the session captures
+    with use(table), recording() as found, torch.no_grad():
         for batch in batches:
             session.module(*(tensor.cuda() for tensor in program.example_inputs(batch)))
             torch.cuda.synchronize()

@@ -204,6 +204,32 @@ def test_kernel_rows_stay_when_time_runs_out(check: ModuleType, monkeypatch: pyt
     assert put.said["least_of_copy"] == 0.5
 
 
+def test_a_tuning_is_summed_up(check: ModuleType, monkeypatch, work: Path) -> None:
+    """The command is a stand-in that prints what `hqc tune --json` prints, after progress."""
+    said = {"file": "x", "measured": 3, "kept": 1, "left": 0, "us_before": 9.0, "us_after": 6.0, "problems": ["p"]}
+    code = f"""
+import json, sys
+open("asked.json", "w").write(json.dumps(sys.argv[2:]))
+print("products 3 of 3")
+print(json.dumps({said}, indent=1))
+"""
+    (work / "tune.py").write_text(code)
+    monkeypatch.setattr(check, "ROOT", work)
+    started = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> Any:
+        assert command[3] == "tune"
+        return started([sys.executable, "tune.py", *command[3:]], **options)
+
+    monkeypatch.setattr(check.subprocess, "Popen", popen)
+    put = Put()
+    check.run_tune(put, check.Clock(100), work, work / "card-tiles.json")
+    assert put.said == {name: said[name] for name in said if name != "file"} | {"file": "card-tiles.json"}
+    asked = json.loads((work / "asked.json").read_text())
+    assert asked[:3] == [str(work / "quantised.hqc"), "--batch-size", "1,2,8,32"]
+    assert asked[asked.index("--limit-seconds") + 1] == "70"
+
+
 def test_tests_that_run_out_of_time_still_count(check: ModuleType, monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_x.py").write_text(
