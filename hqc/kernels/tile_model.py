@@ -10,7 +10,7 @@ from dataclasses import replace
 from hqc.kernels.cards import Card
 from hqc.kernels.products import Product, ProductTile
 
-__all__ = ["fits", "model_candidates", "model_nanoseconds", "shared_bytes", "tile_channels"]
+__all__ = ["deepest", "fits", "model_candidates", "model_nanoseconds", "shared_bytes", "tile_channels"]
 
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _PLAIN = ((128, 128), (64, 128), (128, 64), (64, 64))
@@ -101,22 +101,30 @@ def _in_registers(product: Product, tile: ProductTile) -> bool:
 
 
 def model_candidates(product: Product, card: Card) -> Iterator[ProductTile]:
-    """The tiles among which the model chooses, those that fit a multiprocessor; smaller ones come last."""
+    """The tiles among which the model chooses, those that fit a multiprocessor; smaller ones come last.
+
+    They have three stages if there is a tile that can have them, else two: the model does not know what fewer cost.
+    """
+    tiles = list(_whole_tiles(product, card))
+    least = min(3, max((tile.num_stages for tile in tiles), default=1))
+    for tile in (tile for tile in tiles if tile.num_stages >= least):
+        for splits in _SPLITS:
+            if splits == 1 or _STEPS_A_SPLIT * splits <= product.steps(tile):
+                yield replace(tile, splits=splits)
+
+
+def _whole_tiles(product: Product, card: Card) -> Iterator[ProductTile]:
     for depth in _depths(product):
         for rows, outputs in _shapes(product, depth):
             warps = _warps(product, rows * outputs, depth, card)
-            stages = (
-                2 if depth > 128 else 3 if (rows + outputs * (1 + product.two_digits)) * depth >= _LARGE_STAGE else 4
-            )
-            whole = _deepest(product, ProductTile(rows, outputs, depth, warps, stages), card)
-            if whole is None:
-                continue
-            for splits in _SPLITS:
-                if splits == 1 or _STEPS_A_SPLIT * splits <= product.steps(whole):
-                    yield replace(whole, splits=splits)
+            stage = (rows + outputs * (1 + product.two_digits)) * depth
+            stages = 2 if depth > 128 else 3 if stage >= _LARGE_STAGE else 4
+            tile = deepest(product, ProductTile(rows, outputs, depth, warps, stages), card)
+            if tile is not None:
+                yield tile
 
 
-def _deepest(product: Product, tile: ProductTile, card: Card) -> ProductTile | None:
+def deepest(product: Product, tile: ProductTile, card: Card) -> ProductTile | None:
     """The tile with as many of its stages as the card has room for."""
     tiles = (replace(tile, num_stages=stages) for stages in range(tile.num_stages, 0, -1))
     return next((tile for tile in tiles if fits(product, tile, card)), None)

@@ -1,22 +1,32 @@
 """Which kernels a variant may run: the tactics among which TensorRT picks the fastest on the card.
 
 Large tiles move fewer bytes, small ones fill the card at small batches; which is faster depends on both, and TensorRT
-measures it for the profile's usual batch. So every variant has two or three, and no rule picks one. Tiles depend on the
-channels as little as they can: the fewer kernels, the shorter the export.
+measures it for the profile's usual batch. So every variant has two or three, and no rule picks one. Those of products
+are the tiles that `hqc.kernels.tiles` has for a large, a middle and a small batch within a plugin's shared memory.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hqc.kernels.cards import H100
 from hqc.kernels.options import ConvOptions, GemmOptions, HadamardOptions, KernelOptions
-from hqc.kernels.tiles import tile_channels
+from hqc.kernels.products import Product, ProductTile
+from hqc.kernels.tile_model import deepest
+from hqc.kernels.tiles import product_tile
 from hqc.plugins.hqc_qdp.nodes import ConvVariant, HadamardVariant, LinearVariant, Variant
 
 __all__ = ["Tactic", "tactics"]
 
-_TILES = ((128, 128, 8), (64, 64, 4), (32, 32, 2))
-"""Rows, outputs and warps of a product's tile."""
+_BATCHES = (32, 8, 1)
+"""Samples for which a product's tile is chosen: one batch's tile is a tactic, the large one's the first."""
+_CARD = replace(H100, shared_bytes=48 * 1024)
+"""What tiles are chosen for: shared memory that every launch has; kernels are compiled for older cards as well."""
+_OTHERS = (ProductTile(64, 64, 64, 4, 3), ProductTile(128, 64, 64, 4, 3))
+"""One of them is the second tactic where every batch has the same tile."""
+_IDLE = ProductTile(32, 32, 64, 4, 3)
+"""For a batch of one whose larger tiles leave multiprocessors idle."""
+_MOST = 3
 _WIDTH = 64
 """Channels of a tile, where a block of H is not wider: whole lines of memory at two bytes a value."""
 _ELEMENTS = 4096
@@ -55,9 +65,9 @@ def tactics(variant: Variant, places: Sequence[int]) -> tuple[Tactic, ...]:
     elif isinstance(variant, ConvVariant):
         sizes = {"kernel": variant.kernel, "stride": variant.stride, "padding": variant.padding}
         window: dict[str, Any] = {name: (size, size) for name, size in sizes.items()}
-        found = [Tactic("int_conv2d", variant.dtype, ConvOptions(**p, **window)) for p in _products(variant)]
+        found = [Tactic("int_conv2d", variant.dtype, ConvOptions(**p, **window)) for p in _products(variant, places)]
     elif isinstance(variant, LinearVariant):
-        found = [Tactic("int_gemm", variant.dtype, GemmOptions(**p)) for p in _products(variant)]
+        found = [Tactic("int_gemm", variant.dtype, GemmOptions(**p)) for p in _products(variant, places)]
     else:
         raise TypeError(f"no kernels for {type(variant).__name__}")
     return tuple(dict.fromkeys(found))
@@ -91,22 +101,41 @@ def _hadamard(variant: HadamardVariant, places: Sequence[int]) -> list[Tactic]:
     ]
 
 
-def _products(variant: LinearVariant | ConvVariant) -> list[dict[str, Any]]:
-    depth = max(_WIDTH if variant.channels % _WIDTH == 0 else tile_channels(variant.channels), variant.block)
+def _products(variant: LinearVariant | ConvVariant, places: Sequence[int]) -> list[dict[str, Any]]:
     form = "words" if variant.channels % 8 == 0 else "nibbles"
     return [
         {
             "form": form,
             "rotation": variant.block,
-            "even": form == "words" and variant.channels % depth == 0,
+            "even": form == "words" and variant.channels % tile.channels == 0,
             "aligned": variant.channels % 16 == 0 and variant.outputs % 16 == 0,
-            "tile_rows": rows,
-            "tile_outputs": outputs,
-            "tile_channels": depth,
-            "num_warps": warps,
-            "num_stages": 3 if depth <= _WIDTH else 2,
+            "tile_rows": tile.rows,
+            "tile_outputs": tile.outputs,
+            "tile_channels": tile.channels,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
         }
-        for rows, outputs, warps in _TILES
-        # A wider tile is held by fewer rows: registers and 48 KiB of shared memory.
-        if rows * depth <= 128 * _WIDTH
+        for tile in _tiles(variant, max(places, default=1))
     ]
+
+
+def _tiles(variant: LinearVariant | ConvVariant, places: int) -> list[ProductTile]:
+    """Without splits: the epilogue is the kernel's own."""
+    taps, stride = (variant.kernel**2, variant.stride) if isinstance(variant, ConvVariant) else (1, 1)
+    rows = -(-places // stride**2)
+    form: dict[str, Any] = {"taps": taps, "rotation": variant.block, "card": _CARD, "unsplit": True}
+    found = [product_tile(rows * batch, variant.outputs, variant.channels, **form) for batch in _BATCHES]
+    smallest = found[-1]
+    idle = -(-rows // smallest.rows) * -(-variant.outputs // smallest.outputs) < _CARD.multiprocessors
+    product = Product(rows, variant.outputs, variant.channels, taps, variant.block)
+    depth = max(min(smallest.channels, _WIDTH), variant.block)
+    for tile in (*((_IDLE,) if idle else ()), *_OTHERS):
+        fitting = deepest(product, replace(tile, channels=depth), _CARD)
+        if fitting is not None and (tile is _IDLE or len({_sizes(t) for t in found}) < 2):
+            found.append(fitting)
+    different = {_sizes(tile): tile for tile in reversed(found)}
+    return list(reversed(different.values()))[:_MOST]
+
+
+def _sizes(tile: ProductTile) -> tuple[int, int, int]:
+    return tile.rows, tile.outputs, tile.channels
