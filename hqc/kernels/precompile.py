@@ -7,13 +7,14 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from hqc.memory import available_bytes
 
-__all__ = ["KernelJob", "compile_job", "compilers", "instead_of_launching"]
+__all__ = ["Compilers", "KernelJob", "answer", "compile_job", "compilers", "instead_of_launching"]
 
 _BYTES = 1 << 30
 """Memory that a compiling process is given."""
@@ -92,11 +93,23 @@ class Compilers:
         self._jobs: dict[str, Future[str]] = {}
 
     def submit(self, job: KernelJob) -> "Future[str]":
-        """Begins a kernel if it was not begun before; the future holds `compile_job`'s answer."""
+        """Begins a kernel if it was not begun before; see `answer`."""
         key = job.key()
         if key not in self._jobs:
-            self._jobs[key] = self._pool.submit(compile_job, job)
+            try:
+                self._jobs[key] = self._pool.submit(compile_job, job)
+            except BrokenProcessPool:
+                self._jobs[key] = Future()
+                self._jobs[key].set_result("")
         return self._jobs[key]
+
+
+def answer(begun: "Future[str]") -> str:
+    """What `compile_job` said; nothing if the processes died (of too little memory): the launch compiles then."""
+    try:
+        return begun.result()
+    except BrokenProcessPool:
+        return ""
 
 
 @contextmanager

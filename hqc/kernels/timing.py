@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hqc.errors import HqcError
 from hqc.kernels.calls import Call, Work
-from hqc.kernels.precompile import Compilers, compilers, instead_of_launching
+from hqc.kernels.precompile import Compilers, answer, compilers, instead_of_launching
 from hqc.kernels.products import Product, ProductTile
 from hqc.kernels.tuning import force
 
@@ -63,11 +63,11 @@ class CudaTimer:
             if not reason:
                 usable.append(tile)
         times = iter(self._times(call, usable))
-        return [answer or next(times) for answer in answers]
+        return [reason or next(times) for reason in answers]
 
     def _first_run(self, work: Work, call: Call, tile: ProductTile) -> tuple[str, Any]:
         for future in self._compiled.pop((work.product, tile), ()):
-            if reason := future.result():
+            if reason := answer(future):
                 return reason, None
         try:
             with force(tile):

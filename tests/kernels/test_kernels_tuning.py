@@ -17,7 +17,7 @@ from hqc.kernels.calls import Call, Recorder, Work
 from hqc.kernels.candidates import tuning_candidates
 from hqc.kernels.cards import H100, Card
 from hqc.kernels.measuring import TuningReport, begun_table, tune
-from hqc.kernels.precompile import KernelJob, compile_job, instead_of_launching
+from hqc.kernels.precompile import KernelJob, answer, compile_job, compilers, instead_of_launching
 from hqc.kernels.products import Product, ProductTile
 from hqc.kernels.tile_model import fits
 from hqc.kernels.timing import equal_bits
@@ -341,6 +341,23 @@ def test_what_cannot_be_compiled_is_a_reason(without_a_card: None) -> None:
     assert compile_job(spoiled).startswith("triton cannot compile it: ")
     with pytest.raises(KernelError):
         jobs_of(lambda: int_gemm(*gemm_arguments()), replace(TILE, rows=48))
+
+
+@compiles
+@pytest.mark.slow
+def test_processes_compile_each_kernel_once(without_a_card: None, tmp_path: Path) -> None:
+    (job,) = jobs_of(lambda: int_gemm(*gemm_arguments()), TILE)
+    with compilers() as workers:
+        begun = workers.submit(job)
+        assert workers.submit(job) is begun
+        assert answer(begun) == ""
+        assert answer(workers.submit(replace(job, constants={}))).startswith("triton cannot compile it: ")
+        kept = list((tmp_path / "triton").rglob("*.cubin"))
+        assert len(kept) == 1
+        for process in list(workers._pool._processes.values()):
+            process.kill()
+        assert answer(workers.submit(replace(job, constants={(0,): 0}))) == ""
+        assert answer(workers.submit(replace(job, constants={(0,): 1}))) == "", "the launch will compile it"
 
 
 def test_a_report_without_measurements_is_plain_data() -> None:

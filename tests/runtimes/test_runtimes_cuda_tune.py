@@ -16,14 +16,16 @@ from cuda_programs import quantised
 from hqc.capture import trace
 from hqc.cli import main
 from hqc.kernels.calls import Work
-from hqc.kernels.cards import H100
+from hqc.kernels.cards import H100, card_of
 from hqc.kernels.products import ProductTile
 from hqc.kernels.tuned import read_table
+from hqc.kernels.tuning import load_tuning, use
 from hqc.program import Program
+from hqc.runtimes.cuda import CudaSession
 from hqc.runtimes.cuda import tune as module
 from hqc.runtimes.cuda.build import BuildOptions
 from hqc.runtimes.cuda.kernel_set import triton_kernels
-from hqc.runtimes.cuda.tune import products_of
+from hqc.runtimes.cuda.tune import products_of, tune_program
 from hqc.storage import save_program
 
 CPU = torch.device("cpu")
@@ -155,3 +157,20 @@ def test_what_it_does_not_take(program: Program, tmp_path: Path) -> None:
     done = hqc(tmp_path / "model.hqc", "--batch-size", "0")
     assert done.exit_code == 2
     assert "'0' is not a size" in done.stderr
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_tile_gives_the_same_bits_and_the_session_takes_the_quickest(
+    program: Program, tmp_path: Path
+) -> None:
+    path, inputs = tmp_path / "tiles.json", [tensor.cuda() for tensor in program.example_inputs(2, seed=1)]
+    report = tune_program(program, (2,), output=path)
+    assert report.problems == []
+    assert report.measured
+    assert all(0 < m.best.us <= m.before.us for m in report.measured)
+    table, line = load_tuning(path, card_of(torch.device("cuda")))
+    assert line.startswith("tiles: tuned on this card")
+    usual = CudaSession(program)(*inputs)
+    with use(table):
+        assert torch.equal(CudaSession(program)(*inputs), usual)
+    assert tune_program(program, (2,), output=path).kept == len(report.measured)
