@@ -10,7 +10,7 @@ from hqc.commands.options import json_option, program_argument
 
 if TYPE_CHECKING:
     from hqc.kernels.measuring import TuningReport
-    from hqc.runtimes.cuda.session import Precision
+    from hqc.runtimes.cuda.session import Precision, Weights
 
 __all__ = ["tune"]
 
@@ -26,7 +26,13 @@ __all__ = ["tune"]
     help="Those that the model will run at: one, or several.",
 )
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
-@click.option("--pack", is_flag=True, help="For sessions that keep four-bit weights packed (pack=True).")
+@click.option(
+    "--weights",
+    type=click.Choice(["int8", "int4"]),
+    default="int8",
+    show_default=True,
+    help="As the sessions will have them; int4: kept packed.",
+)
 @click.option(
     "--output",
     "-o",
@@ -45,7 +51,7 @@ def tune(
     program: Path,
     batch_sizes: tuple[int, ...],
     dtype: "Precision",
-    pack: bool,
+    weights: "Weights",
     output: Path | None,
     limit_seconds: float | None,
     as_json: bool,
@@ -67,7 +73,7 @@ def tune(
             loaded,
             batch_sizes,
             dtype=dtype,
-            pack=pack,
+            weights=weights,
             output=output,
             limit_seconds=limit_seconds,
             on_product=advance,

@@ -19,7 +19,7 @@ from hqc.kernels.calls import Work
 from hqc.kernels.cards import H100, card_of
 from hqc.kernels.products import ProductTile
 from hqc.kernels.tuned import read_table
-from hqc.kernels.tuning import load_tuning, use
+from hqc.kernels.tuning import load_tuning
 from hqc.program import Program
 from hqc.runtimes.cuda import CudaSession
 from hqc.runtimes.cuda import tune as module
@@ -170,7 +170,8 @@ def test_on_a_gpu_every_tile_gives_the_same_bits_and_the_session_takes_the_quick
     assert all(0 < m.best.us <= m.before.us for m in report.measured)
     table, line = load_tuning(path, card_of(torch.device("cuda")))
     assert line.startswith("tiles: tuned on this card")
-    usual = CudaSession(program)(*inputs)
-    with use(table):
-        assert torch.equal(CudaSession(program)(*inputs), usual)
+    assert table is not None
+    usual, tuned = (CudaSession(program, tune=tune) for tune in ("off", path))
+    assert tuned.report.tiles == line
+    assert torch.equal(tuned(*inputs), usual(*inputs))
     assert tune_program(program, (2,), output=path).kept == len(report.measured)

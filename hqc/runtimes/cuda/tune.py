@@ -17,7 +17,7 @@ from hqc.program import Program
 from hqc.runtimes.cuda.build import BuildOptions, integer_module
 from hqc.runtimes.cuda.forms import require_quantised
 from hqc.runtimes.cuda.kernel_set import Kernels, triton_kernels
-from hqc.runtimes.cuda.session import Precision, _dtype, require_gpu
+from hqc.runtimes.cuda.session import Precision, Weights, _dtype, require_gpu
 
 __all__ = ["products_of", "tune_program"]
 
@@ -29,14 +29,14 @@ def tune_program(
     batch_sizes: Sequence[int],
     *,
     dtype: Precision = "fp16",
-    pack: bool = False,
+    weights: Weights = "int8",
     output: Path | None = None,
     limit_seconds: float | None = None,
     on_product: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> TuningReport:
     """Measures the tiles of a program's products at some batch sizes, and keeps the quickest for `CudaSession`.
 
-    dtype, pack: as `CudaSession` has them.  output: the file, by default the one that sessions look for.
+    dtype, weights: as `CudaSession` has them.  output: the file, by default the one that sessions look for.
 
     Raises:
         RuntimeMissingError: without triton, without a CUDA device of compute capability 8.0; for a float program.
@@ -45,7 +45,7 @@ def tune_program(
     """
     require_quantised(program.stage)
     require_gpu()
-    options = BuildOptions(torch.device(DEVICE), _dtype(dtype), pack=pack)
+    options = BuildOptions(torch.device(DEVICE), _dtype(dtype), pack=weights == "int4")
     on_product(0, 0, "reading the program")
     works = products_of(program, batch_sizes, triton_kernels(), options)
     card = card_of(options.device)
