@@ -33,17 +33,26 @@ class _Spec:
     dtype: torch.dtype
 
     def empty(self, device: torch.device) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+        return self._base(device).expand(self.shape)
 
     def random(self, device: torch.device, generator: torch.Generator) -> Tensor:
-        tensor = self.empty(device)
+        base = self._base(device)
         if self.dtype == torch.uint8:
             table = torch.tensor(_NIBBLES, dtype=torch.uint8, device=device)
-            return tensor.copy_(table[torch.randint(9, self.shape, generator=generator, device=device)])
-        if self.dtype == torch.int8:
-            return tensor.random_(-7, 8, generator=generator)
-        low = 50.0 if self.name in _LARGE else 0.005
-        return tensor.uniform_(low, 3 * low, generator=generator)
+            base.copy_(table[torch.randint(len(_NIBBLES), base.shape, generator=generator, device=device)])
+        elif self.dtype == torch.int8:
+            base.random_(-7, 8, generator=generator)
+        elif self.dtype.is_floating_point:
+            low = 50.0 if self.name in _LARGE else 0.005
+            base.uniform_(low, 3 * low, generator=generator)
+        else:
+            base.zero_()
+        return base.expand(self.shape)
+
+    def _base(self, device: torch.device) -> Tensor:
+        """Without the axes that only repeat."""
+        shape = [1 if stride == 0 else size for size, stride in zip(self.shape, self.stride, strict=True)]
+        return torch.empty_strided(shape, self.stride, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)

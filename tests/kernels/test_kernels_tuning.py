@@ -244,6 +244,18 @@ def test_calls_are_recorded_without_their_numbers_and_made_again() -> None:
     assert float(made.run()) == float(codes.sum())
 
 
+def test_operands_keep_their_strides() -> None:
+    wide = torch.zeros(4, 96, dtype=torch.float16)
+    operands = {"shift": wide[:, 32:64], "repeated": wide[:1].expand(3, 96), "index": torch.arange(3)}
+    made = Call.of(int_gemm, (), operands).random(CPU).kwargs
+    assert {name: tensor.stride() for name, tensor in made.items()} == {
+        name: tensor.stride() for name, tensor in operands.items()
+    }
+    assert {name: tensor.shape for name, tensor in made.items()} == {n: t.shape for n, t in operands.items()}
+    assert made["shift"].min() > 0
+    assert made["index"].tolist() == [0, 0, 0]
+
+
 def test_packed_weights_are_made_so_that_they_may_be_rotated() -> None:
     weight = Weight(pack_weight(torch.zeros(16, 256, dtype=torch.int8)), torch.ones(16), rotation=256)
     made = Call.of(int_gemm, (torch.ones(1, 256, dtype=torch.int8), weight, torch.ones(1)), {}).random(CPU)
