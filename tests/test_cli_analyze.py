@@ -58,7 +58,7 @@ def test_analyze_writes_a_report_csv_and_json(made: SimpleNamespace, tmp_path: P
     page, table = tmp_path / "report.html", tmp_path / "rows.csv"
     said = ok("analyze", made.program, "-o", page, "--csv", table, *FEW, "--json", "--bits", "W4A3")
     data = json.loads(said.stdout)
-    names = [site for site, _ in load_program(made.program).sites()]
+    names = [site for site, _ in load_program(made.rotated).sites()]  # without attention over one key
     assert [site["plan"]["site"] for site in data["sites"]] == names
     assert data["measured"]["program"] == "program.hqc"
     assert data["measured"]["bits"] == "w4a3"
@@ -114,7 +114,10 @@ SMALL = ("--n-steps", "3", "--batch-size", "1", "--timesteps", "2")
 def test_compare_ranks_the_sites_of_two_programs(made: SimpleNamespace, tmp_path: Path) -> None:
     table = tmp_path / "errors.csv"
     data = json.loads(ok("compare", made.program, made.rotated, *SMALL, "--json", "--csv", table).stdout)
-    names = {site for site, _ in load_program(made.program).sites()}
+    float_names, names = ({s for s, _ in load_program(path).sites()} for path in (made.program, made.rotated))
+    assert set(data["only_a"]) == float_names - names
+    assert data["only_a"]
+    assert data["only_b"] == []
     errors = [site["arrives"]["relative"] for site in data["sites"]]
     assert {site["site"] for site in data["sites"]} == names
     assert errors == sorted(errors, reverse=True)
