@@ -3,6 +3,8 @@
 For several shapes, both layouts and every tactic the kernel runs as the plugin launches it (PTX that the driver
 compiles), as a cubin from triton's own assembler, and through triton's launcher; further tiles show what a difference
 depends on. Each differing code is placed (sample, channel, pixel) with its level's distance from a rounding boundary.
+"F2IP" counts conversions of floats to bytes in the machine code. There should be none: where a code is the lowest byte
+of a float sum's bits, ptxas may convert the sum instead.
 
     gpu_probe_images.py [--json FILE] [--only SUBSTRING]
 
@@ -13,7 +15,10 @@ import argparse
 import hashlib
 import importlib
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -116,6 +121,22 @@ def compiled(tactic: Tactic, arch: str) -> CompiledKernel:
     return compile_kernel(tactic.kernel, tactic.dtype, tactic.plain_options(), arch)
 
 
+@cache
+def conversions(cubin: bytes) -> int | None:
+    """F2IP instructions in machine code; None where triton brings no disassembler."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        try:
+            done = subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+    return len(re.findall(r"\bF2IP\b", done.stdout)) if done.stdout else None
+
+
 # ---- ways to run ---------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +235,7 @@ def _ways(
         "integers": list(launch.integers),
         "ptx_sha256": hashlib.sha256(kernel.ptx.encode()).hexdigest()[:16],
         "variation": note,
+        "F2IP": conversions(kernel.cubin),
         "reference_from_float64": int((wanted != exact).sum()),
     }
     rows = []
@@ -245,6 +267,7 @@ def line(row: Mapping[str, Any]) -> str:
     """One result as a line."""
     what = f"{'×'.join(map(str, row['shape']))} {row['dtype']} block {row['block']} {row['layout']}"
     how = f"tile {row['tile'][0]}×{row['tile'][1]}, {row['num_warps']} warps, {row['way']}"
+    how += f", {row['F2IP']} F2IP" if row["F2IP"] else ""
     if "failed_because" in row:
         return f"{what}, {how}: {row['failed_because']}"
     if not row["differ"]:

@@ -148,11 +148,11 @@ def test_batches_are_measured_one_after_the_other(check: ModuleType, monkeypatch
 
     monkeypatch.setattr(check.subprocess, "run", run)
     put = Put()
-    with pytest.raises(RuntimeError, match="batch 2: out of time after 75 s; batch 1: error: no such model"):
+    with pytest.raises(RuntimeError, match="batch 2: out of time after 110 s; batch 1: error: no such model"):
         check.run_unet(put, check.Clock(1000), work)
     assert [batch for batch, _ in asked] == ["8", "2", "32", "1"]
     assert list(put.said["batches"]) == ["8", "32"]
-    assert put.said["failed"] == {"2": "out of time after 75 s", "1": "error: no such model"}
+    assert put.said["failed"] == {"2": "out of time after 110 s", "1": "error: no such model"}
 
 
 @pytest.mark.parametrize("step", ["compile_ahead", "run_unet", "run_profiles"])
