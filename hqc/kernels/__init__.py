@@ -4,6 +4,7 @@
 not import triton: the kernels themselves, in `jit`, are imported on first use.
 """
 
+from hqc.kernels.attention import wide_attention
 from hqc.kernels.launch import int_conv2d, int_conv2d_statistics, int_gemm, int_gemm_statistics
 from hqc.kernels.operands import ColumnStatistics, Epilogue, Quantiser, Weight
 from hqc.kernels.quantisers import (
@@ -36,4 +37,5 @@ __all__ = [
     "layer_norm_quantize",
     "pack_weight",
     "packed_weight_fits",
+    "wide_attention",
 ]

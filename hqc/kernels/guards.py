@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hqc.errors import KernelError, RuntimeMissingError
 
-__all__ = ["check_devices", "check_rows", "check_tensor", "check_total", "float_name", "require_triton"]
+__all__ = ["check_devices", "check_rows", "check_tensor", "check_total", "float_name", "require_triton", "row_pitch"]
 
 FLOAT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -46,6 +46,21 @@ def check_rows(where: str, name: str, tensor: Tensor, shape: tuple[int, int]) ->
     if tuple(tensor.shape) != shape or tensor.stride(-1) != 1:
         found = f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
         raise KernelError(where, f"{found}, expected {shape} with contiguous rows", "Check the layer's sizes.")
+
+
+def row_pitch(x: Tensor) -> int:
+    """Numbers between the starts of the rows of x […, C], where all lie one pitch apart and are whole; else 0."""
+    if x.ndim < 2 or (x.stride(-1) != 1 and x.shape[-1] > 1):
+        return 0
+    pitch, expected = 0, 0
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if pitch and stride != expected:
+            return 0
+        pitch = pitch or stride
+        expected = stride * size
+    return pitch or x.shape[-1]
 
 
 def check_total(where: str, **tensors: Tensor) -> None:

@@ -245,6 +245,7 @@ class _Product:
             rotation=weight.rotation,
             two_digits=weight.high is not None,
             whole_rows=per_sample if self.statistics else 0,
+            crowded=epilogue.residual is not None,
         )
         form = weight_form(weight, channels)
         # With splits the epilogue comes in `sum_splits`.
@@ -313,7 +314,7 @@ class _Product:
         return torch.empty(shape, dtype=torch.float32, device=out.device)
 
     def _sum_options(self, splits: int) -> SumOptions:
-        rows, _, _, per_sample = self.sizes
+        per_sample = self.sizes[3]
         tall = next((t for t in (32, 16) if per_sample % t == 0), 16) if self.statistics else 16
         block = 1 if self.epilogue.quantiser is None else self.epilogue.quantiser.block
         wide = max(64, 2 * block)

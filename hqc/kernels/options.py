@@ -6,6 +6,7 @@ The launchers and the ahead-of-time compiler read the same options, so both run 
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from hqc.kernels.attention_options import ScoresOptions, ValuesOptions
 from hqc.kernels.parameters import BLOCKS, FLOATS, Parameter, Role
 from hqc.kernels.product_options import ConvOptions, GemmOptions, SumOptions, WeightForm
 from hqc.kernels.quantiser_options import (
@@ -32,8 +33,10 @@ __all__ = [
     "LayerNormOptions",
     "Parameter",
     "Role",
+    "ScoresOptions",
     "StatisticsOptions",
     "SumOptions",
+    "ValuesOptions",
     "WeightForm",
 ]
 
@@ -44,6 +47,8 @@ KernelOptions: TypeAlias = (
     | GroupNormOptions
     | LayerNormOptions
     | GateOptions
+    | ScoresOptions
+    | ValuesOptions
     | GemmOptions
     | ConvOptions
     | SumOptions
@@ -56,6 +61,8 @@ MODULES: Mapping[str, str] = {
     "group_norm_quantize": "group_norm",
     "layer_norm_quantize": "layer_norm",
     "gate_quantize": "gate",
+    "attention_scores": "attention",
+    "attention_values": "attention",
     "int_gemm": "int_gemm",
     "int_conv2d": "int_conv2d",
     "sum_splits": "epilogue",
@@ -68,6 +75,8 @@ KERNELS: Mapping[str, type[KernelOptions]] = {
     "group_norm_quantize": GroupNormOptions,
     "layer_norm_quantize": LayerNormOptions,
     "gate_quantize": GateOptions,
+    "attention_scores": ScoresOptions,
+    "attention_values": ValuesOptions,
     "int_gemm": GemmOptions,
     "int_conv2d": ConvOptions,
     "sum_splits": SumOptions,

@@ -138,19 +138,21 @@ class AffineOptions:
     """`group_norm_affine`: statistics joined to mean, factor and bias of every channel.
 
     group_channels: channels of a group.  affine: weight and bias are there.  second: x is two tensors side by side.
+    most_blocks: blocks of statistics that are read at a time.
     """
 
     group_channels: int = 12
     eps: float = 1e-5
     affine: bool = True
     second: bool = False
+    most_blocks: int = 8
     aligned: bool = True
     tile_channels: int = 64
     num_warps: int = 4
     num_stages: int = 1
 
     def __post_init__(self) -> None:
-        check_powers_of_two(tile_channels=self.tile_channels, num_warps=self.num_warps)
+        check_powers_of_two(most_blocks=self.most_blocks, tile_channels=self.tile_channels, num_warps=self.num_warps)
         if self.group_channels < 1:
             raise ValueError(f"group_channels is {self.group_channels}; expected 1 or more")
 
@@ -172,8 +174,7 @@ class AffineOptions:
             "GROUP_CHANNELS": self.group_channels,
             "GROUPS": self.groups,
             "GROUP_WIDTH": width,
-            # 1024 numbers in flight at a time: what four warps hold beside a tile.
-            "BLOCKS": max(1, min(16, 1024 // (self.groups * width))),
+            "BLOCKS": self.most_blocks,
             "TILE_CHANNELS": self.tile_channels,
         }
         absent = left_out(second_statistics=self.second, weight=self.affine, bias=self.affine)

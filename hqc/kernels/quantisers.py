@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hqc.errors import KernelError
 from hqc.kernels.cards import card_of
-from hqc.kernels.guards import FLOAT_NAMES, check_devices, check_tensor, check_total
+from hqc.kernels.guards import check_devices, check_tensor, check_total, row_pitch
 from hqc.kernels.launching import kernel_options, launch_kernel, output_tensor
 from hqc.kernels.operands import ColumnStatistics, Quantiser, check_quantiser
 from hqc.kernels.options import (
@@ -35,10 +35,15 @@ __all__ = [
     "layer_norm_quantize",
 ]
 
-_FLOATS = tuple(FLOAT_NAMES)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _STATISTICS_TILE = (128, 32)
-_FEW_BLOCKS = 8
-"""Blocks of statistics up to which every tile of a group norm joins them by itself; more are joined beforehand."""
+_FEW_BLOCKS = 4
+"""Blocks of statistics up to which every tile of a group norm joins them by itself; more are joined beforehand.
+
+On an H100 a kernel that joins them costs what four blocks cost in every tile (8×16×16×576), and half of what eight do.
+"""
+_MOST_BLOCKS, _AFFINE_CHANNELS = 32, 32
+"""Blocks that are joined in one go, and channels of a tile that joins them: every load is in flight at once."""
 _WIDEST_ROW = 16384
 """Channels of a layer norm whose row one program holds."""
 
@@ -90,7 +95,7 @@ def hadamard_quantize(
     where = "hadamard_quantize"
     if x.ndim < (3 if nchw else 2):
         raise KernelError(where, f"x has {x.ndim} axes, expected {'[N, C, …]' if nchw else '[N, …, C]'}", "Reshape it.")
-    pitch = 0 if nchw or second is not None else _pitch(x)
+    pitch = 0 if nchw or second is not None or x.is_contiguous() or x.dtype not in _FLOATS else row_pitch(x)
     if not pitch:
         check_tensor(where, "x", x, dtype=_FLOATS, shape=x.shape)
     samples, channels = x.shape[0], x.shape[1 if nchw else -1]
@@ -200,19 +205,22 @@ def group_norm_quantize(
     parts = [statistics or column_statistics(x)]
     if second is not None:
         parts.append(second_statistics or column_statistics(second))
-    joined = any(part.values.shape[1] > _FEW_BLOCKS for part in parts)
     fields = {"group_channels": channels // norm.groups, "eps": norm.eps, "affine": norm.weight is not None}
     fields |= {"second": second is not None}
     block = 1 if quantiser is None else quantiser.block
     tall, wide, warps = _rows_tile(samples * pixels, channels, block, x.device)
     tall = max(1, min(tall, 1 << (pixels - 1).bit_length()))
+    blocks = max(part.values.shape[1] for part in parts)
+    joined = blocks > _FEW_BLOCKS
     sizes = [(part.values.shape[1], part.rows) for part in parts] + [(0, 1)] * (2 - len(parts))
     integers = (channels, first, pixels, *sizes[0], *sizes[1])
     given = (parts[0].values, parts[1].values if len(parts) > 1 else None, norm.weight, norm.bias)
     if joined:
-        affine = torch.empty((samples, 3, channels), dtype=torch.float32, device=x.device)
-        options = kernel_options(where, AffineOptions, tile_channels=64, **fields)
-        launch_kernel(where, options, (-(-channels // 64), samples), (*given, *integers, affine))
+        affine = torch.empty((samples, 2, channels), dtype=torch.float32, device=x.device)
+        few = min(_MOST_BLOCKS, 1 << (blocks - 1).bit_length())
+        options = kernel_options(where, AffineOptions, tile_channels=_AFFINE_CHANNELS, most_blocks=few, **fields)
+        grid: tuple[int, ...] = (-(-channels // _AFFINE_CHANNELS), samples)
+        launch_kernel(where, options, grid, (*given, *integers, affine))
         given = (affine, None, None, None)
     if quantiser is not None:
         fields |= {"block": quantiser.block, "low": quantiser.low, "high": quantiser.high}
@@ -226,6 +234,7 @@ def group_norm_quantize(
         tile_rows=tall,
         tile_channels=wide,
         num_warps=warps,
+        most_blocks=1 << (min(blocks, _FEW_BLOCKS) - 1).bit_length(),
         **fields,
     )
     grid = (-(-channels // wide), -(-pixels // tall), samples)
@@ -328,21 +337,6 @@ def gate_quantize(
 
 def _rows_tile(rows: int, channels: int, block: int, device: torch.device) -> tuple[int, int, int]:
     return hadamard_rows_tile(rows, channels, block, multiprocessors=card_of(device).multiprocessors)
-
-
-def _pitch(x: Tensor) -> int:
-    """Numbers between the starts of rows that lie apart by one pitch; 0 if they lie close, or not so."""
-    if x.is_contiguous() or x.stride(-1) != 1 or x.dtype not in _FLOATS:
-        return 0
-    pitch, expected = 0, 0
-    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
-        if size == 1:
-            continue
-        if pitch and stride != expected:
-            return 0
-        pitch = pitch or stride
-        expected = stride * size
-    return pitch
 
 
 def _check_affine(where: str, weight: Tensor | None, bias: Tensor | None, channels: int) -> None:

@@ -70,6 +70,7 @@ def product_tile(
     card: Card = H100,
     whole_rows: int = 0,
     unsplit: bool = False,
+    crowded: bool = False,
     tuned: Table | None = None,
 ) -> ProductTile:
     """The tile of a product, from the first of these that knows one which fits the product and the card.
@@ -78,10 +79,10 @@ def product_tile(
     model.  Every tile gives the same bits.
 
     whole_rows: rows of a sample where the tile must lie in one; if no tile can, that is left out of account.
-    unsplit: the inner axis must not be split.
+    unsplit: the inner axis must not be split.  crowded: the epilogue holds a second tile; left out likewise.
     """
     product = Product(rows, outputs, channels, taps, rotation, two_digits)
-    return _product_tile(product, card, whole_rows, unsplit, _Identity(tuned))
+    return _product_tile(product, card, whole_rows, unsplit, crowded, _Identity(tuned))
 
 
 class _Identity:
@@ -98,9 +99,11 @@ class _Identity:
 
 
 @lru_cache(maxsize=4096)
-def _product_tile(product: Product, card: Card, whole_rows: int, unsplit: bool, tuned: _Identity) -> ProductTile:
-    for whole in dict.fromkeys((whole_rows, 0)):
-        usable = partial(fits, product, card=card, whole_rows=whole, unsplit=unsplit)
+def _product_tile(
+    product: Product, card: Card, whole_rows: int, unsplit: bool, crowded: bool, tuned: _Identity
+) -> ProductTile:
+    for whole, full in dict.fromkeys(((whole_rows, crowded), (whole_rows, False), (0, False))):
+        usable = partial(fits, product, card=card, whole_rows=whole, unsplit=unsplit, crowded=full)
         found = _measured(product, card, tuned.table, usable) or _modelled(product, card, usable)
         if found is not None:
             return found

@@ -37,6 +37,7 @@ def chosen_tile(
     two_digits: bool = False,
     whole_rows: int = 0,
     unsplit: bool = False,
+    crowded: bool = False,
 ) -> ProductTile:
     """As `product_tile` for the card of a device and the table in use."""
     if (watcher := _WATCHER.get()) is not None:
@@ -44,7 +45,7 @@ def chosen_tile(
     if (forced := _FORCED.get()) is not None:
         return forced
     form: dict[str, Any] = {"taps": taps, "rotation": rotation, "two_digits": two_digits}
-    limits: dict[str, Any] = {"card": card_of(device), "whole_rows": whole_rows, "unsplit": unsplit}
+    limits: dict[str, Any] = {"card": card_of(device), "whole_rows": whole_rows, "unsplit": unsplit, "crowded": crowded}
     return product_tile(rows, outputs, channels, **form, **limits, tuned=_TABLE.get())
 
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from hqc.kernels.jit.codes import to_codes
+from hqc.kernels.jit.gate import activation
 from hqc.kernels.jit.rotation import butterfly
 from hqc.kernels.jit.statistics import group_affine
 
@@ -31,7 +32,7 @@ def group_norm_affine(
     BLOCKS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
 ):
-    """affine [N, 3, channels] = mean, factor, bias of every channel; see `group_affine`.
+    """affine [N, 2, channels] = factor and shift of every channel; see `group_affine`.
 
     For images of many blocks, which each tile of `group_norm_quantize` would else join again.
     Grid: (⌈channels / TILE_CHANNELS⌉, N).
@@ -39,7 +40,7 @@ def group_norm_affine(
     first = tl.program_id(0) * TILE_CHANNELS
     c = first + tl.arange(0, TILE_CHANNELS)
     sample = tl.program_id(1)
-    mean, factor, bias = group_affine(
+    factor, shift = group_affine(
         statistics_ptr,
         second_statistics_ptr,
         weight_ptr,
@@ -60,10 +61,9 @@ def group_norm_affine(
         GROUP_WIDTH,
         BLOCKS,
     )
-    at = affine_ptr + sample * 3 * channels + c
-    tl.store(at, mean, c < channels)
-    tl.store(at + channels, factor, c < channels)
-    tl.store(at + 2 * channels, bias, c < channels)
+    at = affine_ptr + sample * 2 * channels + c
+    tl.store(at, factor, c < channels)
+    tl.store(at + channels, shift, c < channels)
 
 
 @triton.jit
@@ -98,10 +98,10 @@ def group_norm_quantize(
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
 ):
-    """y = (x - mean)·factor + bias, SiLU; codes = clip(round((Ĥ·y)·inverse_scale[n])); x, y, codes [N, pixels, channels].
+    """y = x·factor + shift, SiLU; codes = clip(round((Ĥ·y)·inverse_scale[n])); x, y, codes [N, pixels, channels].
 
     x is one tensor, or two side by side: [N, pixels, first_channels] and the rest in second.  Either output may be
-    left out.  JOINED: statistics is the affine [N, 3, channels] of `group_norm_affine`, else it is joined here.
+    left out.  JOINED: statistics is the affine [N, 2, channels] of `group_norm_affine`, else it is joined here.
     Grid: (⌈channels / TILE_CHANNELS⌉, ⌈pixels / TILE_ROWS⌉, N).
     """
     first = tl.program_id(0) * TILE_CHANNELS
@@ -120,12 +120,11 @@ def group_norm_quantize(
         other = tl.load(second_ptr + at, mask & (c >= first_channels)[None, :], other=0.0)
         x = tl.where(mine, x, other).to(tl.float32)
     if JOINED:
-        at = statistics_ptr + sample * 3 * channels + c
-        mean = tl.load(at, there, other=0.0)
-        factor = tl.load(at + channels, there, other=0.0)
-        bias = tl.load(at + 2 * channels, there, other=0.0)
+        at = statistics_ptr + sample * 2 * channels + c
+        factor = tl.load(at, there, other=0.0)
+        shift = tl.load(at + channels, there, other=0.0)
     else:
-        mean, factor, bias = group_affine(
+        factor, shift = group_affine(
             statistics_ptr,
             second_statistics_ptr,
             weight_ptr,
@@ -146,13 +145,13 @@ def group_norm_quantize(
             GROUP_WIDTH,
             BLOCKS,
         )
-    y = (x - mean[None, :]) * factor[None, :] + bias[None, :]
+    y = tl.fma(x, tl.broadcast_to(factor[None, :], x.shape), tl.broadcast_to(shift[None, :], x.shape))
     if SILU:
-        y = y / (1.0 + tl.exp(-y))
+        y = activation(y, "silu")
     if y_ptr is not None:
         tl.store(y_ptr + row[:, None] * channels + c[None, :], y.to(y_ptr.dtype.element_ty), mask)
     if codes_ptr is not None:
-        inverse = tl.load(inverse_scale_ptr + sample)
-        y = butterfly(tl.where(mask, y, 0.0), TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK)
-        codes = to_codes(y * NORM * inverse, LOW, HIGH)
+        # Channels past the last are blocks of their own, and are not written.
+        y = butterfly(y, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK)
+        codes = to_codes(y * (tl.load(inverse_scale_ptr + sample) * NORM), LOW, HIGH)
         tl.store(codes_ptr + row[:, None] * channels + c[None, :], codes.to(tl.int8), mask)

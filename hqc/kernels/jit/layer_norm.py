@@ -51,5 +51,5 @@ def layer_norm_quantize(
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask)
     inverse = tl.load(inverse_scale_ptr + m // rows_per_sample, m < rows, other=0.0)
     y = butterfly(y, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK)
-    codes = to_codes(y * NORM * inverse[:, None], LOW, HIGH)
+    codes = to_codes(y * (inverse * NORM)[:, None], LOW, HIGH)
     tl.store(codes_ptr + at, codes.to(tl.int8), mask)

@@ -21,8 +21,13 @@ def butterfly(x, SIZE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
         pairs = tl.reshape(x, (SIZE // 2 ** (bit + 1), 2, 2**bit))
         raw = pairs.to(tl.int32, bitcast=True)
         partner = (tl.sum(raw, 1, keep_dims=True) - raw).to(x.dtype, bitcast=True)
-        second = tl.arange(0, 2)[None, :, None] == 1
-        x = tl.reshape(tl.where(second, partner - pairs, partner + pairs), x.shape)
+        second = tl.arange(0, 2)[None, :, None]
+        if x.dtype == tl.float32:
+            # ±x is exact, so this is the sum or the difference, rounded once, in one instruction and without a choice.
+            sign = tl.broadcast_to(1.0 - 2.0 * second, pairs.shape)
+            x = tl.reshape(tl.fma(pairs, sign, partner), x.shape)
+        else:
+            x = tl.reshape(tl.where(second == 1, partner - pairs, partner + pairs), x.shape)
     return x
 
 

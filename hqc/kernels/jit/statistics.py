@@ -83,7 +83,9 @@ def group_affine(
     GROUP_WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """(mean, weight / √(variance + EPS), bias) of the channels c of one sample: y = (x - mean)·factor + bias.
+    """(factor, shift) of the channels c of one sample: y = x·factor + shift is the group norm of x.
+
+    factor = weight / √(variance + EPS), shift = bias - mean·factor.
 
     statistics fp32 [N, blocks, 2, first_channels], each block of `rows` pixels, the last of fewer; second likewise for
     the channels after `first_channels`, where x is two tensors side by side.  c = first … first + TILE - 1.
@@ -135,7 +137,7 @@ def group_affine(
     there = c < channels
     if weight_ptr is not None:
         factor_c *= tl.load(weight_ptr + c, there, other=0.0)
-        bias = tl.load(bias_ptr + c, there, other=0.0)
+        shift = tl.load(bias_ptr + c, there, other=0.0) - mean_c * factor_c
     else:
-        bias = tl.zeros_like(factor_c)
-    return mean_c, factor_c, bias
+        shift = -mean_c * factor_c
+    return factor_c, shift

@@ -14,6 +14,7 @@ from hqc.runtimes.cuda.kernel_set import Kernels
 from hqc.runtimes.cuda.place import drop_dead, place_kernels
 from hqc.runtimes.cuda.precision import set_precision
 from hqc.runtimes.cuda.report import build_report
+from hqc.runtimes.cuda.side_stream import add_side_stream
 from hqc.runtimes.cuda.tidy import tidied
 
 __all__ = ["BuildOptions", "float_module", "integer_module"]
@@ -24,12 +25,14 @@ class BuildOptions:
     """Where the module lives and what its float part runs in.
 
     pack: four-bit weights stay packed where they may. fuse: kernels take in what stands before and after them.
+    side_stream: what does not depend on the image runs on a stream beside it.
     """
 
     device: torch.device
     dtype: torch.dtype = torch.float16
     pack: bool = False
     fuse: bool = True
+    side_stream: bool = True
 
 
 @torch.no_grad()
@@ -41,7 +44,7 @@ def integer_module(program: Program, kernels: Kernels, options: BuildOptions) ->
     """
     placed = place_kernels(tidied(integer_form(program)), kernels, device=options.device, pack=options.pack)
     records = fuse(placed) if options.fuse else ()
-    module = _module(placed.edit, placed.modules, options)
+    module = _module(placed.edit, placed.modules, options, side=options.side_stream)
     module.meta["report"] = build_report(module, records)
     return module
 
@@ -54,12 +57,16 @@ def float_module(program: Program, options: BuildOptions) -> fx.GraphModule:
     return _module(rewrite(tidied(program)), {}, options)
 
 
-def _module(edit: Rewriter, modules: dict[str, nn.Module], options: BuildOptions) -> fx.GraphModule:
+def _module(
+    edit: Rewriter, modules: dict[str, nn.Module], options: BuildOptions, *, side: bool = False
+) -> fx.GraphModule:
     _fold(edit)
     if options.dtype != torch.float32:
         set_precision(edit, modules, options.dtype)
     _retarget(edit.graph, options.device)
     drop_dead(edit.graph)
+    if side:
+        add_side_stream(edit.graph, modules, edit.program.inputs[0].name, options.device)
     root = nn.Module()
     called = {str(node.target) for node in edit.graph.nodes if node.op == "call_module"}
     for name in called:

@@ -20,6 +20,7 @@ class Kernels:
     group_norm_quantize: Callable[..., tuple[Tensor | None, Tensor | None]]
     layer_norm_quantize: Callable[..., tuple[Tensor, Tensor | None]]
     gate_quantize: Callable[..., Tensor]
+    wide_attention: Callable[..., Tensor]
     int_gemm: Callable[..., Tensor]
     int_gemm_statistics: Callable[..., tuple[Tensor, Any]]
     int_conv2d: Callable[..., Tensor]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hqc.kernels import Epilogue, GroupNorm, LayerNorm, Quantiser, Weight
+from hqc.kernels.guards import row_pitch
 from hqc.runtimes.cuda.kernel_set import Kernels
 
 __all__ = [
@@ -265,8 +266,4 @@ class IntegerConv2d(IntegerLayer):
 
 def _close_rows(x: Tensor) -> Tensor:
     """x itself if its rows are whole and one pitch apart, else a copy."""
-    if x.is_contiguous() or (x.ndim == 2 and x.stride(-1) == 1):
-        return x
-    if x.ndim == 3 and x.stride(-1) == 1 and (x.shape[0] == 1 or x.stride(0) == x.stride(1) * x.shape[1]):
-        return x
-    return x.contiguous()
+    return x if x.is_contiguous() or row_pitch(x) else x.contiguous()

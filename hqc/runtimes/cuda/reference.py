@@ -25,6 +25,7 @@ __all__ = [
     "int_gemm_statistics",
     "layer_norm_quantize",
     "weight_values",
+    "wide_attention",
 ]
 
 _EXACT = torch.float64
@@ -96,6 +97,15 @@ def gate_quantize(x: Tensor, quantiser: Quantiser, *, kind: str, gated: bool) ->
         return _codes(_ACTIVATIONS[kind](wide), quantiser)
     a, g = wide.chunk(2, -1)
     return _codes(a * _ACTIVATIONS[kind](g), quantiser)
+
+
+def wide_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, heads: int, scale: float | None = None, quantiser: Quantiser | None = None
+) -> Tensor:
+    """softmax(q·kᵀ·scale)·v for each head in float32, or its codes; see `hqc.kernels`."""
+    parts = [t.to(torch.float32).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
+    y = functional.scaled_dot_product_attention(*parts, scale=scale).transpose(1, 2).flatten(2)
+    return y.to(q.dtype) if quantiser is None else _codes(y.contiguous(), quantiser)
 
 
 def int_gemm(codes: Tensor, weight: Weight, scale: Tensor, epilogue: Epilogue = Epilogue()) -> Tensor:  # noqa: B008  (frozen)

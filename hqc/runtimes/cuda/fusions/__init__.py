@@ -15,7 +15,7 @@ from hqc.runtimes.cuda.fusions.read_both import ReadBoth
 from hqc.runtimes.cuda.fusions.sink_upsample import SinkUpsample
 from hqc.runtimes.cuda.fusions.statistics_from_products import StatisticsFromProducts
 from hqc.runtimes.cuda.fusions.take_in_shift import TakeInShift
-from hqc.runtimes.cuda.fusions.wide_attention import WideAttention
+from hqc.runtimes.cuda.fusions.wide_attention import TakeWideAttention
 
 __all__ = ["FUSIONS", "FusionRecord", "Placed", "fuse"]
 
@@ -30,7 +30,7 @@ FUSIONS: Sequence[Fusion] = (
     QuantiseGate(),
     GateInProduct(),
     CodesFromProducts(),
-    WideAttention(),
+    TakeWideAttention(),
 )
 
 
