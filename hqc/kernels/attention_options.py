@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from hqc.kernels.parameters import (
     BLOCKS,
     Constant,
+    LaunchOptions,
     Parameter,
     check_bounds,
     check_powers_of_two,
@@ -20,7 +21,7 @@ _HALVES = ("fp16", "bf16")
 
 
 @dataclass(frozen=True)
-class ScoresOptions:
+class ScoresOptions(LaunchOptions):
     """`attention_scores`: pitches are the numbers between the starts of rows; scale holds log2 e."""
 
     scale: float = 0.07
@@ -70,7 +71,7 @@ class ScoresOptions:
 
 
 @dataclass(frozen=True)
-class ValuesOptions:
+class ValuesOptions(LaunchOptions):
     """`attention_values`: parts is the number of tiles of keys; codes, block, low, high as in `EpilogueOptions`."""
 
     heads: int = 1

@@ -7,6 +7,7 @@ from hqc.kernels.parameters import (
     BLOCKS,
     FLOATS,
     Constant,
+    LaunchOptions,
     Parameter,
     check_bounds,
     check_powers_of_two,
@@ -23,7 +24,7 @@ WeightForm: TypeAlias = Literal["int8", "nibbles", "words"]
 
 
 @dataclass(frozen=True)
-class EpilogueOptions:
+class EpilogueOptions(LaunchOptions):
     """What follows a product's sums, in the order of `write_outputs`.
 
     shift: a vector a sample is added, rows of it shift_pitch numbers apart.

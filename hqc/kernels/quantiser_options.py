@@ -7,6 +7,7 @@ from hqc.kernels.parameters import (
     BLOCKS,
     FLOATS,
     Constant,
+    LaunchOptions,
     Parameter,
     check_bounds,
     check_powers_of_two,
@@ -30,7 +31,7 @@ ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh")
 
 
 @dataclass(frozen=True)
-class HadamardOptions:
+class HadamardOptions(LaunchOptions):
     """`hadamard_quantize`: block 1 does not rotate; low…high are the codes' bounds; packed stores two codes a byte.
 
     layout: "rows" for [rows, channels] (tokens, NHWC), "nchw" for [N, channels, pixels] into [N, pixels, channels].
@@ -98,7 +99,7 @@ class HadamardOptions:
 
 
 @dataclass(frozen=True)
-class StatisticsOptions:
+class StatisticsOptions(LaunchOptions):
     """`column_statistics`: mean and squared deviations of channels over blocks of tile_rows pixels."""
 
     aligned: bool = True
@@ -134,7 +135,7 @@ _GROUP_SIZES = ("pixels", "blocks", "rows", "second_blocks", "second_rows")
 
 
 @dataclass(frozen=True)
-class AffineOptions:
+class AffineOptions(LaunchOptions):
     """`group_norm_affine`: statistics joined to mean, factor and bias of every channel.
 
     group_channels: channels of a group.  affine: weight and bias are there.  second: x is two tensors side by side.
@@ -260,7 +261,7 @@ class GroupNormOptions(AffineOptions):
 
 
 @dataclass(frozen=True)
-class LayerNormOptions:
+class LayerNormOptions(LaunchOptions):
     """`layer_norm_quantize`: layer norm, rotation and quantisation of rows; a tile holds whole rows.
 
     affine: weight and bias are there.  keep: the floats are written as well.
@@ -305,7 +306,7 @@ class LayerNormOptions:
 
 
 @dataclass(frozen=True)
-class GateOptions:
+class GateOptions(LaunchOptions):
     """`gate_quantize`: an activation, or a gate of two halves, rotation and quantisation.
 
     kind: the activation.  gated: x is [rows, 2·channels], the second half goes through the activation.

@@ -11,11 +11,14 @@ def to_codes(levels, LOW: tl.constexpr, HIGH: tl.constexpr):
     """clip(round half to even) of float32 levels; int32 whose lowest byte is the code.
 
     1.5·2^23 + q has q's two's complement in its lowest bits, rounded half to even by the addition itself: no
-    conversion instruction (a quarter of the rate of an addition) and no libdevice.  Clipping first is the same as
-    clipping last, because the bounds are integers.
+    conversion instruction (a quarter of the rate of an addition) and no libdevice.  What is clipped is the bit pattern,
+    as an integer: floats of one sign are ordered as their bits are, so levels of any size end at a bound.
+
+    It must be an integer operation that makes the last value: from the sum itself, whose register has no type in PTX,
+    ptxas (12.8 to 13.0) stores a single byte by converting a float to u8.
     """
-    levels = tl.minimum(tl.maximum(levels, LOW * 1.0), HIGH * 1.0)
-    return (levels + 12582912.0).to(tl.int32, bitcast=True)
+    raw = (levels + 12582912.0).to(tl.int32, bitcast=True)
+    return tl.minimum(tl.maximum(raw, 0x4B400000 + LOW), 0x4B400000 + HIGH)
 
 
 @triton.jit
