@@ -1,7 +1,7 @@
 """GPU kernels in triton: rotate and quantise, alone or with a norm or gate, integer matrix products and convolutions.
 
-`quantisers` and `launch` run them on torch tensors, `compile` makes PTX and cubins of them without a GPU. Importing this package does
-not import triton: the kernels themselves, in `jit`, are imported on first use.
+`quantisers`, `attention` and `launch` run them on torch tensors, `compile` makes PTX and cubins of them without a GPU.
+Importing this package does not import triton: the kernels themselves, in `jit`, are imported on first use.
 """
 
 from hqc.kernels.attention import wide_attention

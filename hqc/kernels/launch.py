@@ -209,7 +209,7 @@ def _window(
 def _is_pointwise(window: dict[str, Any]) -> bool:
     """Whether a convolution is a product of pixels: one tap, every pixel once."""
     plain = window["kernel"] == window["stride"] == (1, 1) and window["upsample"] == 1
-    return plain and window["padding"] == (0, 0)
+    return bool(plain and window["padding"] == (0, 0))
 
 
 def _rows_of(weight: Weight) -> Weight:

@@ -198,6 +198,7 @@ class GroupNormOptions(AffineOptions):
     """`group_norm_quantize`: group norm, SiLU, rotation and quantisation of channels-last images.
 
     joined: the statistics are those of `group_norm_affine`.  codes, keep: which outputs there are, codes or floats.
+    beside: codes of x itself as well, with a block and bounds of their own.
     """
 
     joined: bool = False
@@ -207,15 +208,22 @@ class GroupNormOptions(AffineOptions):
     block: int = 32
     low: int = -7
     high: int = 7
+    beside: bool = False
+    beside_block: int = 1
+    beside_low: int = -127
+    beside_high: int = 127
     tile_rows: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_value("beside_block", self.beside_block, BLOCKS)
+        check_bounds(self.beside_low, self.beside_high)
         check_value("block", self.block, BLOCKS)
         check_bounds(self.low, self.high)
         check_powers_of_two(tile_rows=self.tile_rows)
-        if self.tile_channels % self.block:
-            raise ValueError(f"tile_channels is {self.tile_channels}; expected a multiple of the block {self.block}")
+        block = max(self.block, self.beside_block)
+        if self.tile_channels % block:
+            raise ValueError(f"tile_channels is {self.tile_channels}; expected a multiple of the block {block}")
         if not (self.codes or self.keep):
             raise ValueError("neither codes nor floats are kept; expected one of them or both")
 
@@ -226,8 +234,10 @@ class GroupNormOptions(AffineOptions):
 
     def constants(self) -> dict[str, Constant]:
         """Compile-time arguments; pointers that are left out are None."""
+        beside = rotation_constants(self.beside_block, self.beside_low, self.beside_high)
         own: dict[str, Constant] = {
             **rotation_constants(self.block, self.low, self.high),
+            **{f"BESIDE_{name}": value for name, value in beside.items()},
             "JOINED": self.joined,
             "SILU": self.silu,
             "TILE_ROWS": self.tile_rows,
@@ -240,8 +250,10 @@ class GroupNormOptions(AffineOptions):
             weight=affine,
             bias=affine,
             inverse_scale=self.codes,
+            beside_scale=self.beside,
             y=self.keep,
             codes=self.codes,
+            beside=self.beside,
         )
         kept = {name: value for name, value in super().constants().items() if not name.endswith("_ptr")}
         return kept | own | absent
@@ -255,8 +267,10 @@ class GroupNormOptions(AffineOptions):
             floats += ["second_statistics"] if self.second else []
             floats += ["weight", "bias"] if self.affine else []
         floats += ["inverse_scale"] if self.codes else []
+        floats += ["beside_scale"] if self.beside else []
         outputs = [Parameter("y", "output", f"*{dtype}")] if self.keep else []
         outputs += [Parameter("codes", "output", "*i8")] if self.codes else []
+        outputs += [Parameter("beside", "output", "*i8")] if self.beside else []
         return (*images, *float_inputs(*floats), *self._integers(), *outputs)
 
 

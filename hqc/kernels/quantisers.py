@@ -170,11 +170,13 @@ def group_norm_quantize(
     statistics: ColumnStatistics | None = None,
     second_statistics: ColumnStatistics | None = None,
     keep: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(codes, y): y = group norm of x along the channels, then SiLU if the norm has it; codes as the quantiser says.
+    beside: Quantiser | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(codes, y, codes of x): y = group norm of x along the channels, then SiLU if the norm has it.
 
     x [N, …, C] channels last; second: the rest of the channels, where x is two tensors side by side.  y is there with
-    `keep`, codes with a quantiser.  Statistics are taken here where they are not given.
+    `keep`, its codes with a quantiser, those of x itself with `beside`.  Statistics are taken here where they are not
+    given.
 
     Raises:
         KernelError: for shapes, dtypes or devices that the kernel does not take.
@@ -191,23 +193,25 @@ def group_norm_quantize(
     if norm.groups < 1 or channels % norm.groups:
         found = f"there are {norm.groups} groups, expected a divisor of {channels}"
         raise KernelError(where, found, "Check the layer's sizes.")
-    if quantiser is not None:
-        check_quantiser(where, quantiser, samples, channels)
+    for how in (quantiser, beside):
+        if how is not None:
+            check_quantiser(where, how, samples, channels)
     shape = (*x.shape[:-1], channels)
     check_total(where, **{"the image": x.new_empty(shape, device="meta")})
-    inverse = None if quantiser is None else quantiser.inverse_scale
-    check_devices(where, x, second, norm.weight, norm.bias, inverse)
+    inverse, beside_scale = (None if how is None else how.inverse_scale for how in (quantiser, beside))
+    check_devices(where, x, second, norm.weight, norm.bias, inverse, beside_scale)
+    other = None if beside is None else torch.empty(shape, dtype=torch.int8, device=x.device)
     codes = None if quantiser is None else torch.empty(shape, dtype=torch.int8, device=x.device)
     y = torch.empty(shape, dtype=x.dtype, device=x.device) if keep or quantiser is None else None
     if not x.numel():
-        return codes, y
+        return codes, y, other
     pixels = x.numel() // (samples * first)
     parts = [statistics or column_statistics(x)]
     if second is not None:
         parts.append(second_statistics or column_statistics(second))
     fields = {"group_channels": channels // norm.groups, "eps": norm.eps, "affine": norm.weight is not None}
     fields |= {"second": second is not None}
-    block = 1 if quantiser is None else quantiser.block
+    block = max(1 if how is None else how.block for how in (quantiser, beside))
     tall, wide, warps = _rows_tile(samples * pixels, channels, block, x.device)
     tall = max(1, min(tall, 1 << (pixels - 1).bit_length()))
     blocks = max(part.values.shape[1] for part in parts)
@@ -224,6 +228,9 @@ def group_norm_quantize(
         given = (affine, None, None, None)
     if quantiser is not None:
         fields |= {"block": quantiser.block, "low": quantiser.low, "high": quantiser.high}
+    if beside is not None:
+        fields |= {"beside": True, "beside_block": beside.block}
+        fields |= {"beside_low": beside.low, "beside_high": beside.high}
     options = kernel_options(
         where,
         GroupNormOptions,
@@ -238,8 +245,8 @@ def group_norm_quantize(
         **fields,
     )
     grid = (-(-channels // wide), -(-pixels // tall), samples)
-    launch_kernel(where, options, grid, (x, second, *given, inverse, *integers, y, codes))
-    return codes, y
+    launch_kernel(where, options, grid, (x, second, *given, inverse, beside_scale, *integers, y, codes, other))
+    return codes, y, other
 
 
 def layer_norm_quantize(

@@ -150,13 +150,13 @@ def test_group_norm_quantize(shape: tuple[int, ...]) -> None:
     affine = [random(shape[1], seed=s, dtype=torch.float32) for s in (1, 2)]
     norm = kernels.GroupNorm(32, 1e-5, *affine, silu=True)
     how = kernels.Quantiser(torch.linspace(1.7, 3.0, shape[0], device="cuda"), -7, 7, 32)
-    wanted, _ = reference.group_norm_quantize(x, norm, how)
-    found, kept = kernels.group_norm_quantize(x, norm, how, keep=True)
+    wanted, _, _ = reference.group_norm_quantize(x, norm, how)
+    found, kept, _ = kernels.group_norm_quantize(x, norm, how, keep=True)
     assert_codes(found, wanted)
     assert float((kept - reference.group_norm_quantize(x, norm, None)[1]).abs().max()) <= 2**-7
     first = shape[1] // 3 // 32 * 32
     parts = [x[..., :first].contiguous(), x[..., first:].contiguous()]
-    both, _ = kernels.group_norm_quantize(parts[0], norm, how, second=parts[1])
+    both, _, _ = kernels.group_norm_quantize(parts[0], norm, how, second=parts[1])
     assert torch.equal(both, found)
     assert all(torch.equal(kernels.group_norm_quantize(x, norm, how)[0], found) for _ in range(3))
 

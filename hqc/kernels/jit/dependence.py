@@ -5,13 +5,14 @@ after it. Needs compute capability 9.0 and a launch that says so.
 """
 
 import triton
+import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["await_inputs"]
 
 
 @triton.jit
-def await_inputs(DEPENDENT: triton.language.constexpr):
+def await_inputs(DEPENDENT: tl.constexpr):
     """Waits until the kernel before has ended and its results can be seen; lets the next kernel start as well.
 
     The next one starts when every program of this one has come here, so that it takes the place of none of them.

@@ -51,10 +51,10 @@ def write_outputs(
     TILE_ROWS: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr,
 ):
-    """y[m, o] = acc·weight_scale[o]·scale[n] + bias[o] + shift[n, o] + residual[m, o], then SiLU; n = m // rows_per_sample.
+    """y[m, o] = acc·weight_scale[o]·scale[n] + bias[o] + shift[n, o] + residual[m, o], then SiLU.
 
-    The same operations in the same order as `hqc::rescale`.  Pointers that are None are left out.  acc is the tile of
-    outputs first … first + TILE_OUTPUTS - 1, its rows the block of that number.
+    n = m // rows_per_sample.  The same operations in the same order as `hqc::rescale`.  Pointers that are None are left
+    out.  acc is the tile of outputs first … first + TILE_OUTPUTS - 1, its rows the block of that number.
     WHOLE: every tile lies in one sample, so that what belongs to samples is read once.
     GATE, if not "none": outputs are pairs (a, g) side by side, and y[m, o/2] = a·GATE(g) is half as wide.
     inverse_scale: y is rotated and quantised, codes int8 instead of floats, LOG_BLOCK, NORM, LOW, HIGH as in
@@ -83,15 +83,13 @@ def write_outputs(
         y += tl.load(residual_ptr + m[:, None] * outputs + o[None, :], mask, other=0.0).to(tl.float32)
     if SILU:
         y = y / (1.0 + tl.exp(-y))
+    WIDE: tl.constexpr = TILE_OUTPUTS if GATE == "none" else TILE_OUTPUTS // 2
+    pitch = outputs
     if GATE != "none":
-        a, g = tl.split(tl.reshape(y, (TILE_ROWS, TILE_OUTPUTS // 2, 2)))
+        a, g = tl.split(tl.reshape(y, (TILE_ROWS, WIDE, 2)))
         y = a * activation(g, GATE)
-        WIDE: tl.constexpr = TILE_OUTPUTS // 2
         o = first // 2 + tl.arange(0, WIDE)
         pitch = outputs // 2
-    else:
-        WIDE: tl.constexpr = TILE_OUTPUTS
-        pitch = outputs
     mask = in_rows[:, None] & (o < pitch)[None, :]
     offsets = m[:, None] * pitch + o[None, :]
     if inverse_scale_ptr is not None:

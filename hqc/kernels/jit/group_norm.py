@@ -78,6 +78,7 @@ def group_norm_quantize(
     weight_ptr,
     bias_ptr,
     inverse_scale_ptr,
+    beside_scale_ptr,
     channels,
     first_channels,
     pixels,
@@ -87,6 +88,7 @@ def group_norm_quantize(
     second_rows,
     y_ptr,
     codes_ptr,
+    beside_ptr,
     EPS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -98,6 +100,10 @@ def group_norm_quantize(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
+    BESIDE_NORM: tl.constexpr,
+    BESIDE_LOW: tl.constexpr,
+    BESIDE_HIGH: tl.constexpr,
+    BESIDE_LOG_BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -105,7 +111,7 @@ def group_norm_quantize(
     """y = x·factor + shift, SiLU; codes = clip(round((Ĥ·y)·inverse_scale[n])); x, y, codes [N, pixels, channels].
 
     x is one tensor, or two side by side: [N, pixels, first_channels] and the rest in second.  Either output may be
-    left out.  JOINED: statistics is the affine [N, 2, channels] of `group_norm_affine`, else it is joined here.
+    left out.  beside: codes of x itself as well, for the shortcut around the norm, with a scale of their own.  JOINED: statistics is the affine [N, 2, channels] of `group_norm_affine`, else it is joined here.
     Grid: (⌈channels / TILE_CHANNELS⌉, ⌈pixels / TILE_ROWS⌉, N).
     """
     await_inputs(DEPENDENT)
@@ -124,6 +130,10 @@ def group_norm_quantize(
         at = row[:, None] * (channels - first_channels) + (c - first_channels)[None, :]
         other = tl.load(second_ptr + at, mask & (c >= first_channels)[None, :], other=0.0)
         x = tl.where(mine, x, other).to(tl.float32)
+    if beside_ptr is not None:
+        z = butterfly(x, TILE_ROWS * TILE_CHANNELS, 0, BESIDE_LOG_BLOCK)
+        beside = to_codes(z * (tl.load(beside_scale_ptr + sample) * BESIDE_NORM), BESIDE_LOW, BESIDE_HIGH)
+        tl.store(beside_ptr + row[:, None] * channels + c[None, :], beside.to(tl.int8), mask)
     if JOINED:
         at = statistics_ptr + sample * 2 * channels + c
         factor = tl.load(at, there, other=0.0)

@@ -15,7 +15,7 @@ __all__ = ["column_statistics", "group_affine", "store_statistics"]
 
 @triton.jit
 def store_statistics(y, inside, count, statistics_ptr, block, c, channels):
-    """statistics[block, 0, c] = mean, [block, 1, c] = Σ (y - mean)² over the rows `inside` of y [R, C], `count` of them."""
+    """statistics[block, 0, c] = mean, [block, 1, c] = Σ (y - mean)² over the `count` rows `inside` of y [R, C]."""
     mean = tl.sum(tl.where(inside[:, None], y, 0.0), 0) / count
     away = tl.where(inside[:, None], y - mean[None, :], 0.0)
     at = statistics_ptr + block * 2 * channels + c

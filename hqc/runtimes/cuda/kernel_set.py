@@ -17,7 +17,7 @@ class Kernels:
     name: str
     hadamard_quantize: Callable[..., Tensor]
     column_statistics: Callable[..., Any]
-    group_norm_quantize: Callable[..., tuple[Tensor | None, Tensor | None]]
+    group_norm_quantize: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
     layer_norm_quantize: Callable[..., tuple[Tensor, Tensor | None]]
     gate_quantize: Callable[..., Tensor]
     wide_attention: Callable[..., Tensor]

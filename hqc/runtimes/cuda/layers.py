@@ -83,7 +83,10 @@ class Quantise(KernelCall):
 
 
 class GroupNormQuantise(KernelCall):
-    """x [N, C, H, W] -> group norm, SiLU, codes [N, H, W, C]; the floats as well, or alone, channels innermost."""
+    """x [N, C, H, W] -> group norm, SiLU, codes [N, H, W, C]; the floats as well, or alone, channels innermost.
+
+    beside: codes of x itself as well, for what reads it around the norm.
+    """
 
     activations = (0, "second")
 
@@ -94,6 +97,13 @@ class GroupNormQuantise(KernelCall):
         self.register_buffer("bias", norm.bias)
         self.groups, self.eps, self.silu = norm.groups, norm.eps, norm.silu
         self.codes, self.keep = codes, keep
+        self.beside: Codes | None = None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What a call gives: a tuple in this order, or what there is alone."""
+        there = {"codes": self.codes is not None, "floats": self.keep or self.codes is None}
+        return tuple(name for name, given in {**there, "beside": self.beside is not None}.items() if given)
 
     def forward(
         self,
@@ -102,10 +112,11 @@ class GroupNormQuantise(KernelCall):
         second: Tensor | None = None,
         statistics: Any = None,
         second_statistics: Any = None,
+        beside_scale: Tensor | None = None,
     ) -> Any:
-        """inverse_scale fp32 [N]; second: the rest of x's channels; statistics: those of x and of second."""
+        """inverse_scale, beside_scale fp32 [N]; second: the rest of x's channels; statistics: of x and of second."""
         norm = GroupNorm(self.groups, self.eps, self.weight, self.bias, self.silu)  # type: ignore[arg-type]
-        codes, y = self.kernels.group_norm_quantize(
+        found = self.kernels.group_norm_quantize(
             x.permute(0, 2, 3, 1).contiguous(),
             norm,
             None if self.codes is None or inverse_scale is None else self.codes.quantiser(inverse_scale),
@@ -113,11 +124,12 @@ class GroupNormQuantise(KernelCall):
             statistics=statistics,
             second_statistics=second_statistics,
             keep=self.keep,
+            beside=None if self.beside is None or beside_scale is None else self.beside.quantiser(beside_scale),
         )
-        image = None if y is None else y.permute(0, 3, 1, 2)
-        if codes is None:
-            return image
-        return (codes, image) if self.keep else codes
+        codes, y, beside = found
+        results = {"codes": codes, "floats": None if y is None else y.permute(0, 3, 1, 2), "beside": beside}
+        given = tuple(results[name] for name in self.outputs)
+        return given if len(given) > 1 else given[0]
 
     def extra_repr(self) -> str:
         """What it prints as."""

@@ -72,14 +72,19 @@ def group_norm_quantize(
     statistics: ColumnStatistics | None = None,
     second_statistics: ColumnStatistics | None = None,
     keep: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(codes, y), y the group norm of x in float32, then SiLU; see `hqc.kernels`. Statistics are taken anew."""
+    beside: Quantiser | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(codes, y, codes of x), y the group norm of x in float32, then SiLU; see `hqc.kernels`.
+
+    Statistics are taken anew.
+    """
     whole = x if second is None else torch.cat([x, second], -1)
     image = whole.to(torch.float32).movedim(-1, 1)
     normed = functional.group_norm(image, norm.groups, norm.weight, norm.bias, norm.eps)
     y = (functional.silu(normed) if norm.silu else normed).movedim(1, -1).contiguous()
     codes = None if quantiser is None else _codes(y, quantiser)
-    return codes, y.to(x.dtype) if keep or quantiser is None else None
+    other = None if beside is None else _codes(whole.to(torch.float32).contiguous(), beside)
+    return codes, y.to(x.dtype) if keep or quantiser is None else None, other
 
 
 def layer_norm_quantize(
@@ -103,8 +108,8 @@ def wide_attention(
     q: Tensor, k: Tensor, v: Tensor, *, heads: int, scale: float | None = None, quantiser: Quantiser | None = None
 ) -> Tensor:
     """softmax(q·kᵀ·scale)·v for each head in float32, or its codes; see `hqc.kernels`."""
-    parts = [t.to(torch.float32).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
-    y = functional.scaled_dot_product_attention(*parts, scale=scale).transpose(1, 2).flatten(2)
+    a, b, c = (t.to(torch.float32).view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+    y = functional.scaled_dot_product_attention(a, b, c, scale=scale).transpose(1, 2).flatten(2)
     return y.to(q.dtype) if quantiser is None else _codes(y.contiguous(), quantiser)
 
 
@@ -182,7 +187,7 @@ def _finished(acc: Tensor, weight: Weight, scale: Tensor, epilogue: Epilogue) ->
     if epilogue.silu:
         y = functional.silu(y)
     if epilogue.gate != "none":
-        a, g = y.unflatten(-1, (-1, 2)).unbind(-1)
+        a, g = y[..., 0::2], y[..., 1::2]
         y = a * _ACTIVATIONS[epilogue.gate](g)
     if epilogue.quantiser is not None:
         return _codes(y.contiguous(), epilogue.quantiser)

@@ -1,4 +1,4 @@
-"""What products do after their sums, against the plain-torch kernels: shift, gate, codes, statistics; with splits too."""
+"""What products do after their sums, against the plain-torch kernels: shift, gate, codes, statistics; also split."""
 
 from dataclasses import replace
 from typing import Any

@@ -73,17 +73,17 @@ def test_group_norm(shape: tuple[int, ...], silu: bool, affine: bool, dtype: tor
     )
     norm, how = GroupNorm(groups, 1e-5, *affines, silu=silu), quantiser(n, block, device)
     source = fenced(x, float("nan"), device)
-    codes, kept = group_norm_quantize(source, norm, how, keep=True)
+    codes, kept, _ = group_norm_quantize(source, norm, how, keep=True)
     wanted = normed(x, norm)
     assert kept is not None
     check(codes, wanted, how)
     assert float((kept.cpu().double() - wanted).abs().max()) <= (2**-10 if dtype == HALF else 2e-5) * (
         1 + float(wanted.abs().max())
     )
-    only, nothing = group_norm_quantize(source, norm, how)
+    only, nothing, _ = group_norm_quantize(source, norm, how)
     assert nothing is None
     assert torch.equal(only, codes)
-    none, floats = group_norm_quantize(source, norm, None)
+    none, floats, _ = group_norm_quantize(source, norm, None)
     assert none is None
     assert torch.equal(floats, kept)
 
@@ -95,8 +95,23 @@ def test_group_norm_of_two_tensors_is_that_of_their_concatenation(
     x, second = random(2, 6, 5, first, dtype=HALF), random(2, 6, 5, rest, seed=3, dtype=HALF, mean=-2.0)
     norm, how = GroupNorm(groups, 1e-6, silu=True), quantiser(2, 16, device)
     sources = [fenced(t, float("nan"), device) for t in (x, second)]
-    codes, _ = group_norm_quantize(sources[0], norm, how, second=sources[1])
+    codes, _, _ = group_norm_quantize(sources[0], norm, how, second=sources[1])
     check(codes, normed(torch.cat([x, second], -1), norm), how)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_codes_of_the_image_itself_come_beside(second: bool, device: str) -> None:
+    """For a shortcut around the norm: another block, other bounds, another scale; the same as quantised alone."""
+    x, norm, how = random(2, 6, 5, 96, dtype=HALF), GroupNorm(8, 1e-5, silu=True), quantiser(2, 32, device)
+    beside = Quantiser(torch.tensor([20.0, 31.0], device=device), -127, 127, 16)
+    parts = [x[..., :64].contiguous().to(device), x[..., 64:].contiguous().to(device)] if second else [x.to(device)]
+    given = {"second": parts[1]} if second else {}
+    codes, nothing, found = group_norm_quantize(parts[0], norm, how, beside=beside, **given)
+    assert nothing is None
+    assert torch.equal(codes, group_norm_quantize(x.to(device), norm, how)[0])
+    alone = hadamard_quantize(x.to(device), beside.inverse_scale, low=-127, high=127, block=16)
+    assert torch.equal(found, alone)  # 1/√16 is a power of two: the two orders of the factors round alike
+    assert len(found.unique()) > 50
 
 
 def blocks_of(x: Tensor, rows: int, device: str) -> ColumnStatistics:
@@ -112,7 +127,7 @@ def test_statistics_may_come_in_blocks_of_any_size(rows: int, device: str) -> No
     x, second = random(2, 6, 10, 64, mean=30.0), random(2, 6, 10, 32, seed=4)
     norm, how = GroupNorm(8, 1e-5), quantiser(2, 32, device)
     given = {"statistics": blocks_of(x, rows, device), "second_statistics": blocks_of(second, 11, device)}
-    codes, _ = group_norm_quantize(x.to(device), norm, how, second=second.to(device), **given)
+    codes, _, _ = group_norm_quantize(x.to(device), norm, how, second=second.to(device), **given)
     check(codes, normed(torch.cat([x, second], -1), norm), how)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hqc.runtimes.cuda.fusions.codes_from_products import CodesFromProducts
 from hqc.runtimes.cuda.fusions.fusion import Fusion, Placed
 from hqc.runtimes.cuda.fusions.merge_products import MergeProducts
+from hqc.runtimes.cuda.fusions.quantise_beside import QuantiseBeside
 from hqc.runtimes.cuda.fusions.quantise_gate import GateInProduct, QuantiseGate
 from hqc.runtimes.cuda.fusions.quantise_norm import QuantiseGroupNorm, QuantiseLayerNorm
 from hqc.runtimes.cuda.fusions.read_both import ReadBoth
@@ -25,6 +26,7 @@ FUSIONS: Sequence[Fusion] = (
     TakeInShift(),
     QuantiseGroupNorm(),
     ReadBoth(),
+    QuantiseBeside(),
     StatisticsFromProducts(),
     QuantiseLayerNorm(),
     QuantiseGate(),
