@@ -122,7 +122,7 @@ def _place_product(
     tail = _tail(site.layer)
     name = f"product_{len(modules)}"
     modules[name] = make(tail.silu)
-    rest = {} if tail.residual is None else {"residual": tail.residual}
+    rest: dict[str, Any] = {} if tail.residual is None else {"residual": tail.residual}
     with edit.graph.inserting_before(tail.last):
         node = edit.graph.call_module(name, (codes, scale), rest)
     node.meta = {"shape": site.layer.meta["shape"], "dtype": "float32", "site": site.site, "role": "layer"}

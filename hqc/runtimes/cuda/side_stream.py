@@ -91,10 +91,10 @@ def add_side_stream(graph: fx.Graph, modules: dict[str, nn.Module], image: str, 
     first = next((n for n in graph.nodes if n.op == "call_module" and n in main), None)
     if first is None:
         return 0
-    early = _needed_by(first, main)
+    early = _needed_by(first, main) | {node for node in graph.nodes if _is_size(node)}
     aside = [n for n in graph.nodes if n.op in ("call_function", "call_module") and n not in main and n not in early]
     groups = [g for g in ([n for n in aside if n not in late], [n for n in aside if n in late]) if g]
-    count = sum(node.op == "call_module" for node in aside)
+    count = len([n for n in aside if n.op == "call_module"])
     if count < _FEWEST:
         return 0
     stream = SideStream(device, len(groups)) if device.type == "cuda" else None
@@ -135,14 +135,19 @@ def _dependants(graph: fx.Graph, image: str) -> tuple[set[fx.Node], set[fx.Node]
     main: set[fx.Node] = set()
     late: set[fx.Node] = set()
     for node in graph.nodes:
-        inputs = node.all_input_nodes
-        if (node.op == "placeholder" and node.target == image) or any(i in main for i in inputs):
+        given, inputs = node.op == "placeholder", node.all_input_nodes
+        if _is_size(node):
+            continue
+        if (given and node.target == image) or any(i in main for i in inputs):
             main.add(node)
-        elif node.op == "placeholder" and node.target != "timestep":
-            late.add(node)
-        elif any(i in late for i in inputs) and not is_op(node, aten.sym_size.int):
+        elif (given and node.target != "timestep") or any(i in late for i in inputs):
             late.add(node)
     return main, late
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node is a size of an input, which is known before anything runs."""
+    return is_op(node, aten.sym_size.int) and all(i.op == "placeholder" for i in node.all_input_nodes)
 
 
 def _needed_by(first: fx.Node, main: set[fx.Node]) -> set[fx.Node]:

@@ -12,7 +12,7 @@ from torch import fx
 
 from hqc.program import aten, is_op
 from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, calls_of, is_reshape, name_of, only_reader
-from hqc.runtimes.cuda.layers import IntegerConv2d, IntegerLayer, Quantise
+from hqc.runtimes.cuda.layers import IntegerConv2d, Quantise
 
 __all__ = ["CodesFromProducts"]
 
@@ -29,14 +29,14 @@ class CodesFromProducts:
             if node.kwargs:
                 continue
             product, reshape = _source(node, module)
-            layer = placed.module(product)
-            if not isinstance(layer, IntegerLayer):
+            layer = placed.layer(product)
+            if layer is None:
                 continue
             if layer.statistics or layer.quantised is not None or "inverse_scale" in product.kwargs:
                 found.miss(name_of(node), "its product gives statistics or codes already")
             elif only_reader(product) is None:
                 found.miss(name_of(node), "something else reads the product")
-            elif (reshape is None) and isinstance(layer, IntegerConv2d) != module.image:
+            elif isinstance(layer, IntegerConv2d) != (module.image and reshape is None):
                 found.miss(name_of(node), "it reads the product's axes in another order")
             else:
                 found.matches.append(Match(name_of(node), (node, product, reshape)))
@@ -45,10 +45,9 @@ class CodesFromProducts:
     def apply(self, placed: Placed, match: Match) -> None:
         """The product stands where the quantiser stood, which its scale and residual come before."""
         node, product, reshape = match.nodes
-        layer, quantise = placed.modules[product.target], placed.modules[node.target]
-        assert isinstance(layer, IntegerLayer)
-        assert isinstance(quantise, Quantise)
-        layer.quantised = quantise.codes
+        layer = placed.layer(product)
+        assert layer is not None
+        layer.quantised = placed.codes_of(node)
         with placed.edit.graph.inserting_before(node):
             moved = placed.edit.graph.call_module(
                 product.target, product.args, {**product.kwargs, "inverse_scale": node.args[1]}

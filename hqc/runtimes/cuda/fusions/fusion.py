@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from hqc.passes.rewriting import Rewriter
 from hqc.program import is_op
-from hqc.runtimes.cuda.layers import KernelCall
+from hqc.runtimes.cuda.kernel_set import Kernels
+from hqc.runtimes.cuda.layers import Codes, IntegerLayer, KernelCall, Quantise
 
 __all__ = ["Found", "Fusion", "Match", "Placed", "calls_of", "is_reshape", "name_of", "only_reader", "readers"]
 
@@ -25,6 +26,22 @@ class Placed:
     def module(self, node: fx.Node | None) -> nn.Module | None:
         """What a node calls, if it calls a module."""
         return self.modules[str(node.target)] if node is not None and node.op == "call_module" else None
+
+    def layer(self, node: fx.Node | None) -> IntegerLayer | None:
+        """The product that a node calls, if it calls one."""
+        module = self.module(node)
+        return module if isinstance(module, IntegerLayer) else None
+
+    def codes_of(self, node: fx.Node) -> Codes:
+        """How a quantiser's node quantises."""
+        module = self.module(node)
+        assert isinstance(module, Quantise)
+        return module.codes
+
+    @property
+    def kernels(self) -> Kernels:
+        """Those that the graph's calls run."""
+        return next(module.kernels for module in self.modules.values() if isinstance(module, KernelCall))
 
     def tensor(self, node: object) -> torch.Tensor | None:
         """A stored tensor in float32, or None for an argument that is left out."""

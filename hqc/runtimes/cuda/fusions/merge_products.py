@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from hqc.kernels import Weight
 from hqc.program import aten
 from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, calls_of, name_of
-from hqc.runtimes.cuda.layers import IntegerLinear
+from hqc.runtimes.cuda.layers import IntegerLayer, IntegerLinear
 
 __all__ = ["MergeProducts"]
 
@@ -28,8 +28,8 @@ class MergeProducts:
         found, groups = Found(), defaultdict[Any, list[fx.Node]](list)
         beside = defaultdict[Any, int](int)
         for node, layer in calls_of(placed, IntegerLinear):
-            beside[node.args] += 1
             if not node.kwargs and layer.gate == "none" and layer.quantised is None:
+                beside[node.args] += 1
                 groups[(node.args, _form(layer))].append(node)
         for (arguments, _), nodes in groups.items():
             if len(nodes) > 1:
@@ -41,9 +41,8 @@ class MergeProducts:
     def apply(self, placed: Placed, match: Match) -> None:
         """The wide product stands where the first of them stood."""
         nodes: tuple[fx.Node, ...] = match.nodes
-        layers = [placed.modules[str(node.target)] for node in nodes]
-        assert all(isinstance(layer, IntegerLinear) for layer in layers)
-        weights = [layer.weight for layer in layers]  # type: ignore[union-attr]
+        layers = [layer for node in nodes if (layer := placed.layer(node)) is not None]
+        weights = [layer.weight for layer in layers]
         highs = [w.high for w in weights if w.high is not None]
         wide = Weight(
             torch.cat([w.codes for w in weights]),
@@ -52,9 +51,7 @@ class MergeProducts:
             weights[0].high_factor,
             weights[0].rotation,
         )
-        first = layers[0]
-        assert isinstance(first, IntegerLinear)
-        module = IntegerLinear(first.kernels, wide, _biases(layers), silu=first.silu)
+        module = IntegerLinear(placed.kernels, wide, _biases(layers), silu=layers[0].silu)
         *places, _ = nodes[0].meta["shape"]
         merged = placed.call(nodes[0], module, nodes[0].args, nodes[0])
         merged.meta["shape"] = (*places, len(wide.scale))
@@ -81,7 +78,7 @@ def _form(layer: IntegerLinear) -> tuple[Any, ...]:
     )
 
 
-def _biases(layers: list[Any]) -> Tensor | None:
+def _biases(layers: list[IntegerLayer]) -> Tensor | None:
     """Side by side, 0 where a layer has none; None where none has."""
     if all(layer.bias is None for layer in layers):
         return None

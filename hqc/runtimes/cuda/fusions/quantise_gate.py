@@ -47,9 +47,7 @@ class QuantiseGate:
     def apply(self, placed: Placed, match: Match) -> None:
         """One call in the place of chunk, activation, product and quantiser."""
         node, x, kind, gated = match.nodes
-        old = placed.modules[node.target]
-        assert isinstance(old, Quantise)
-        module = GateQuantise(old.kernels, old.codes, kind=kind, gated=gated)
+        module = GateQuantise(placed.kernels, placed.codes_of(node), kind=kind, gated=gated)
         call = placed.call(node, module, (x, node.args[1]), node)
         node.replace_all_uses_with(call)
         placed.erase([node])

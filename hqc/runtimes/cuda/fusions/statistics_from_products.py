@@ -13,7 +13,8 @@ from hqc.runtimes.cuda.layers import GroupNormQuantise, IntegerConv2d
 
 __all__ = ["StatisticsFromProducts"]
 
-_INPUTS = {"statistics": 0, "second_statistics": "second"}
+_WRITTEN = ("statistics", "second_statistics")
+"""A group norm's statistics; those of its first argument and of `second`."""
 
 
 class StatisticsFromProducts:
@@ -25,30 +26,36 @@ class StatisticsFromProducts:
         """Norms of what a convolution wrote; a concatenation has two writers."""
         found = Found()
         for node, _ in calls_of(placed, GroupNormQuantise):
-            for keyword, key in _INPUTS.items():
-                x = node.args[key] if isinstance(key, int) else node.kwargs.get(key)
+            for keyword in _WRITTEN:
+                x = _image(node, keyword)
                 if x is None:
                     continue
-                assert isinstance(x, fx.Node)
-                layer = placed.module(x)
+                layer = placed.layer(x)
                 if not isinstance(layer, IntegerConv2d) or layer.quantised is not None:
-                    found.miss(name_of(node), f"{x.name} is not written by an integer convolution")
+                    found.miss(name_of(node), "no integer convolution writes the floats that it reads")
                 else:
-                    found.matches.append(Match(name_of(node), (node, keyword, key)))
+                    found.matches.append(Match(name_of(node), (node, keyword)))
         return found
 
     def apply(self, placed: Placed, match: Match) -> None:
         """Asks the product for them, once for all that read it."""
-        node, keyword, key = match.nodes
-        x = node.args[key] if isinstance(key, int) else node.kwargs[key]
-        layer = placed.module(x)
-        if isinstance(layer, IntegerConv2d):
+        node, keyword = match.nodes
+        x = _image(node, keyword)
+        assert x is not None
+        layer = placed.layer(x)
+        if layer is not None:
             # The first norm that reads this product: from now on it has two outputs.
             layer.statistics = True
             floats = placed.item(x, 0, shape=x.meta["shape"], dtype=x.meta["dtype"])
             x.replace_all_uses_with(floats, delete_user_cb=lambda user: user is not floats)
             statistics = placed.item(x, 1)
         else:
-            product = x.args[0]
+            (product,) = x.all_input_nodes
             statistics = next(user for user in product.users if user.args[1] == 1)
         node.update_kwarg(keyword, statistics)
+
+
+def _image(norm: fx.Node, keyword: str) -> fx.Node | None:
+    """What a group norm reads that some statistics would be of."""
+    x = norm.args[0] if keyword == "statistics" else norm.kwargs.get("second")
+    return x if isinstance(x, fx.Node) else None

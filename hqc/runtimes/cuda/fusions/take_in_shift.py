@@ -25,17 +25,18 @@ class TakeInShift:
         """Additions of a broadcast vector to a product that nobody else reads."""
         found = Found()
         for node in placed.edit.graph.nodes:
-            if not is_op(node, aten.add.Tensor) or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
+            terms = node.all_input_nodes
+            if not is_op(node, aten.add.Tensor) or node.kwargs or len(terms) != 2:
                 continue
-            for product, vector in (node.args, reversed(node.args)):
-                layer = placed.module(product)  # type: ignore[arg-type]
-                if not isinstance(layer, IntegerLayer) or not _is_vector(product, vector):
+            for product, vector in (terms, reversed(terms)):
+                layer = placed.layer(product)
+                if layer is None or not _is_vector(product, vector):
                     continue
-                reason = _reason(layer, product)  # type: ignore[arg-type]
+                reason = _reason(layer, product)
                 if reason:
-                    found.miss(name_of(product), reason)  # type: ignore[arg-type]
+                    found.miss(name_of(product), reason)
                 else:
-                    found.matches.append(Match(name_of(product), (node, product, vector)))  # type: ignore[arg-type]
+                    found.matches.append(Match(name_of(product), (node, product, vector)))
                 break
         return found
 
@@ -48,18 +49,15 @@ class TakeInShift:
         moved.meta = dict(product.meta)
         addition.replace_all_uses_with(moved)
         placed.erase([addition, product])
-        following, layer = only_reader(moved), placed.module(moved)
-        if following is not None and is_op(following, aten.silu.default):
-            assert isinstance(layer, IntegerLayer)
+        following, layer = only_reader(moved), placed.layer(moved)
+        if layer is not None and following is not None and is_op(following, aten.silu.default):
             layer.silu = True
             following.replace_all_uses_with(moved)
             placed.erase([following])
 
 
-def _is_vector(product: object, vector: object) -> bool:
+def _is_vector(product: fx.Node, vector: fx.Node) -> bool:
     """Whether a tensor has one number for each sample and output of a product, and is broadcast over the rest."""
-    assert isinstance(product, fx.Node)
-    assert isinstance(vector, fx.Node)
     whole, part = product.meta.get("shape"), vector.meta.get("shape")
     if whole is None or part is None or len(whole) != len(part) or whole == part or len(whole) < 3:
         return False

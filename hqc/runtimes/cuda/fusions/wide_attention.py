@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from hqc.kernels import Quantiser
+from hqc.kernels.guards import row_pitch
 from hqc.program import aten, is_op
 from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, is_reshape, name_of, only_reader
 from hqc.runtimes.cuda.kernel_set import Kernels
@@ -39,6 +40,7 @@ class WideAttention(KernelCall):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inverse_scale: Tensor | None = None) -> Tensor:
         """inverse_scale fp32 [N] of the codes."""
+        q, k, v = (t if row_pitch(t) else t.contiguous() for t in (q, k, v))
         quantiser = None
         if self.codes is not None and inverse_scale is not None:
             quantiser = self.codes.quantiser(inverse_scale)
@@ -49,8 +51,8 @@ class WideAttention(KernelCall):
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, quantiser: Quantiser | None) -> Tensor:
         """By torch, for float32 and for more scores than memory should hold."""
-        split = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)]
-        y = functional.scaled_dot_product_attention(*split, scale=self.scale).transpose(1, 2).flatten(2).contiguous()
+        a, b, c = (t.view(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in (q, k, v))
+        y = functional.scaled_dot_product_attention(a, b, c, scale=self.scale).transpose(1, 2).flatten(2).contiguous()
         if quantiser is None:
             return y
         how = {"low": quantiser.low, "high": quantiser.high, "block": quantiser.block}
@@ -81,21 +83,20 @@ class TakeWideAttention:
                 found.miss(name, "its heads are no slices of tokens, or something else reads it before they are joined")
             else:
                 quantiser = _quantiser(placed, joined, _width(node))
-                found.matches.append(Match(name_of(quantiser or node), (node, tokens, joined, quantiser)))
+                found.matches.append(Match(name_of(quantiser or node), (node, joined, quantiser)))
         return found
 
     def apply(self, placed: Placed, match: Match) -> None:
         """One call in the place of split heads, attention, joined heads and quantiser."""
-        node, tokens, joined, quantiser = match.nodes
-        width = _width(node)
-        kernels = next(m.kernels for m in placed.modules.values() if isinstance(m, KernelCall))
-        codes = None if quantiser is None else placed.modules[quantiser.target].codes
-        scale = node.kwargs.get("scale") or 1 / math.sqrt(width)
+        node, joined, quantiser = match.nodes
+        tokens = tuple(_tokens(argument) for argument in node.args[:3])
+        codes = None if quantiser is None else placed.codes_of(quantiser)
+        scale = node.kwargs.get("scale") or 1 / math.sqrt(_width(node))
         heads = node.args[0].meta["shape"][1]
-        module = WideAttention(kernels, heads=heads, scale=scale, codes=codes)
+        module = WideAttention(placed.kernels, heads=heads, scale=scale, codes=codes)
         last = joined if quantiser is None else quantiser
         scales = {} if quantiser is None else {"inverse_scale": quantiser.args[1]}
-        call = placed.call(last, module, tuple(tokens), last, **scales)
+        call = placed.call(last, module, tokens, last, **scales)
         last.replace_all_uses_with(call)
         placed.erase([last, joined, joined.args[0], node])
         placed.edit.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output", "call_module"))
@@ -109,7 +110,7 @@ def _width(node: fx.Node) -> int:
 
 def _tokens(heads: Any) -> fx.Node | None:
     """x [N, T, h·d] of transpose(reshape(x, [N, T, h, d]), 1, 2)."""
-    if not is_op(heads, aten.transpose.int) or sorted(heads.args[1:]) != [1, 2] or not is_reshape(heads.args[0]):
+    if not _swaps_heads(heads) or not is_reshape(heads.args[0]):
         return None
     split, x = heads.args[0].meta.get("shape", ()), heads.args[0].args[0]
     shape = x.meta.get("shape", ())
@@ -120,13 +121,19 @@ def _tokens(heads: Any) -> fx.Node | None:
 def _joined(node: fx.Node) -> fx.Node | None:
     """The reshape to [N, T, h·d] behind transpose(attention, 1, 2), each read by the next alone."""
     turned = only_reader(node)
-    if turned is None or not is_op(turned, aten.transpose.int) or sorted(turned.args[1:]) != [1, 2]:  # type: ignore[type-var]
+    if turned is None or not _swaps_heads(turned):
         return None
     joined = only_reader(turned)
-    shape = () if joined is None else joined.meta.get("shape", ())
-    before = turned.meta.get("shape", ())
-    whole = len(shape) == 3 and len(before) == 4 and shape[:2] == before[:2] and shape[2] == before[2] * before[3]
-    return joined if joined is not None and is_reshape(joined) and whole else None
+    if joined is None or not is_reshape(joined):
+        return None
+    before, after = turned.meta.get("shape", ()), joined.meta.get("shape", ())
+    whole = len(before) == 4 and len(after) == 3 and after[:2] == before[:2] and after[2] == before[2] * before[3]
+    return joined if whole else None
+
+
+def _swaps_heads(node: Any) -> bool:
+    """Whether a node swaps tokens and heads."""
+    return is_op(node, aten.transpose.int) and sorted(node.args[1:]) == [1, 2]
 
 
 def _quantiser(placed: Placed, joined: fx.Node, width: int) -> fx.Node | None:
