@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from hqc.kernels.parameters import (
     BLOCKS,
     Constant,
-    LaunchOptions,
     Parameter,
     check_bounds,
     check_powers_of_two,
@@ -21,7 +20,7 @@ _HALVES = ("fp16", "bf16")
 
 
 @dataclass(frozen=True)
-class ScoresOptions(LaunchOptions):
+class ScoresOptions:
     """`attention_scores`: pitches are the numbers between the starts of rows; scale holds log2 e."""
 
     scale: float = 0.07
@@ -71,7 +70,7 @@ class ScoresOptions(LaunchOptions):
 
 
 @dataclass(frozen=True)
-class ValuesOptions(LaunchOptions):
+class ValuesOptions:
     """`attention_values`: parts is the number of tiles of keys; codes, block, low, high as in `EpilogueOptions`."""
 
     heads: int = 1

@@ -17,7 +17,7 @@ from typing import Any
 
 from hqc.errors import ExportError, KernelError
 from hqc.kernels.guards import require_triton
-from hqc.kernels.options import FLOATS, KERNELS, MODULES, KernelOptions, Parameter, compile_time
+from hqc.kernels.options import FLOATS, KERNELS, MODULES, KernelOptions, Parameter
 
 __all__ = ["ARCHITECTURES", "PTX_VERSIONS", "CompiledKernel", "compile_kernel", "kernel_options"]
 
@@ -148,7 +148,7 @@ def _compile(where: str, options: KernelOptions, dtype: str, arch: str) -> Any:
     source = ASTSource(
         fn=function,
         signature={name: given[name].type if name in given else "constexpr" for name in function.arg_names},
-        constexprs=compile_time(options),
+        constexprs=options.constants(),
         attrs={
             (index,): [["tt.divisibility", 16]]
             for index, name in enumerate(function.arg_names)

@@ -1,10 +1,7 @@
 """What every launcher does: options with errors in our words, output tensors, the launch itself."""
 
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,22 +9,11 @@ from torch import Tensor
 
 from hqc.errors import KernelError
 from hqc.kernels.guards import check_tensor
-from hqc.kernels.options import MODULES, KernelOptions, compile_time
+from hqc.kernels.options import MODULES, KernelOptions
 
-__all__ = ["dependent_launches", "kernel_options", "launch_kernel", "output_tensor"]
+__all__ = ["kernel_options", "launch_kernel", "output_tensor"]
 
 _LARGEST_GRID = 65535
-_DEPENDENT: ContextVar[bool] = ContextVar("whether launches are dependent", default=False)
-
-
-@contextmanager
-def dependent_launches(dependent: bool) -> Iterator[None]:
-    """Within it a kernel's programs may start while the one before still runs, on cards from capability 9.0 on."""
-    before = _DEPENDENT.set(dependent)
-    try:
-        yield
-    finally:
-        _DEPENDENT.reset(before)
 
 
 def kernel_options(where: str, kind: type[KernelOptions], /, **fields: Any) -> Any:
@@ -68,16 +54,8 @@ def launch_kernel(
         found = f"the grid is {grid}, expected at most {_LARGEST_GRID} after the first"
         raise KernelError(where, found, "Split the batch.")
     kernel = getattr(importlib.import_module(f"hqc.kernels.jit.{MODULES[options.function]}"), options.function)
-    if _DEPENDENT.get():
-        options = replace(options, dependent=True)
-    constants = {name: value for name, value in compile_time(options).items() if not name.endswith("_ptr")}
-    settings = {"launch_pdl": True} if options.dependent else {}
+    constants = {name: value for name, value in options.constants().items() if not name.endswith("_ptr")}
     # No contraction of a·b + c into one rounding: results are those of the reference, operation by operation.
     kernel[grid](
-        *arguments,
-        **constants,
-        num_warps=options.num_warps,
-        num_stages=options.num_stages,
-        enable_fp_fusion=False,
-        **settings,
+        *arguments, **constants, num_warps=options.num_warps, num_stages=options.num_stages, enable_fp_fusion=False
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 from hqc.kernels.attention_options import ScoresOptions, ValuesOptions
-from hqc.kernels.parameters import BLOCKS, FLOATS, Constant, Parameter, Role
+from hqc.kernels.parameters import BLOCKS, FLOATS, Parameter, Role
 from hqc.kernels.product_options import ConvOptions, GemmOptions, SumOptions, WeightForm
 from hqc.kernels.quantiser_options import (
     AffineOptions,
@@ -38,7 +38,6 @@ __all__ = [
     "SumOptions",
     "ValuesOptions",
     "WeightForm",
-    "compile_time",
 ]
 
 KernelOptions: TypeAlias = (
@@ -83,8 +82,3 @@ KERNELS: Mapping[str, type[KernelOptions]] = {
     "sum_splits": SumOptions,
 }
 """Kernels by name, with the options that each takes."""
-
-
-def compile_time(options: KernelOptions) -> dict[str, Constant]:
-    """Every compile-time argument of a kernel; pointers that are left out are None."""
-    return {**options.constants(), "DEPENDENT": options.dependent}

@@ -8,7 +8,6 @@ __all__ = [
     "BLOCKS",
     "FLOATS",
     "Constant",
-    "LaunchOptions",
     "Parameter",
     "Role",
     "check_bounds",
@@ -37,16 +36,6 @@ class Parameter:
     role: Role
     type: str
     multiple_of_16: bool = False
-
-
-@dataclass(frozen=True)
-class LaunchOptions:
-    """What every kernel's options have.
-
-    dependent: its programs may start while the kernel before still runs; see `hqc.kernels.jit.dependence`.
-    """
-
-    dependent: bool = False
 
 
 def check_value(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -7,7 +7,6 @@ from hqc.kernels.parameters import (
     BLOCKS,
     FLOATS,
     Constant,
-    LaunchOptions,
     Parameter,
     check_bounds,
     check_powers_of_two,
@@ -24,7 +23,7 @@ WeightForm: TypeAlias = Literal["int8", "nibbles", "words"]
 
 
 @dataclass(frozen=True)
-class EpilogueOptions(LaunchOptions):
+class EpilogueOptions:
     """What follows a product's sums, in the order of `write_outputs`.
 
     shift: a vector a sample is added, rows of it shift_pitch numbers apart.

@@ -7,7 +7,6 @@ from hqc.kernels.parameters import (
     BLOCKS,
     FLOATS,
     Constant,
-    LaunchOptions,
     Parameter,
     check_bounds,
     check_powers_of_two,
@@ -31,7 +30,7 @@ ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh")
 
 
 @dataclass(frozen=True)
-class HadamardOptions(LaunchOptions):
+class HadamardOptions:
     """`hadamard_quantize`: block 1 does not rotate; low…high are the codes' bounds; packed stores two codes a byte.
 
     layout: "rows" for [rows, channels] (tokens, NHWC), "nchw" for [N, channels, pixels] into [N, pixels, channels].
@@ -99,7 +98,7 @@ class HadamardOptions(LaunchOptions):
 
 
 @dataclass(frozen=True)
-class StatisticsOptions(LaunchOptions):
+class StatisticsOptions:
     """`column_statistics`: mean and squared deviations of channels over blocks of tile_rows pixels."""
 
     aligned: bool = True
@@ -135,7 +134,7 @@ _GROUP_SIZES = ("pixels", "blocks", "rows", "second_blocks", "second_rows")
 
 
 @dataclass(frozen=True)
-class AffineOptions(LaunchOptions):
+class AffineOptions:
     """`group_norm_affine`: statistics joined to mean, factor and bias of every channel.
 
     group_channels: channels of a group.  affine: weight and bias are there.  second: x is two tensors side by side.
@@ -275,7 +274,7 @@ class GroupNormOptions(AffineOptions):
 
 
 @dataclass(frozen=True)
-class LayerNormOptions(LaunchOptions):
+class LayerNormOptions:
     """`layer_norm_quantize`: layer norm, rotation and quantisation of rows; a tile holds whole rows.
 
     affine: weight and bias are there.  keep: the floats are written as well.
@@ -320,7 +319,7 @@ class LayerNormOptions(LaunchOptions):
 
 
 @dataclass(frozen=True)
-class GateOptions(LaunchOptions):
+class GateOptions:
     """`gate_quantize`: an activation, or a gate of two halves, rotation and quantisation.
 
     kind: the activation.  gated: x is [rows, 2·channels], the second half goes through the activation.

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from hqc.kernels.jit.codes import to_codes
-from hqc.kernels.jit.dependence import await_inputs
 from hqc.kernels.jit.rotation import butterfly
 
 __all__ = ["attention_scores", "attention_values"]
@@ -31,7 +30,6 @@ def attention_scores(
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """p[t, s] = exp2(SCALE·Σ_c q[t, c]·k[s, c] - m[t]), m the maximum of a tile's row; p [N·HEADS, tokens, keys] half.
 
@@ -39,7 +37,6 @@ def attention_scores(
     maxima fp32 [N·HEADS, ⌈keys / TILE_KEYS⌉, 2, tokens]: m, and the sum of p over the tile's row.
     Grid: (⌈keys / TILE_KEYS⌉, ⌈tokens / TILE_ROWS⌉, N·HEADS).
     """
-    await_inputs(DEPENDENT)
     t = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     s = tl.program_id(0) * TILE_KEYS + tl.arange(0, TILE_KEYS)
     head = tl.program_id(2)
@@ -91,7 +88,6 @@ def attention_values(
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """y[t, c] = Σ_s p[t, s]·f(t, s)·v[s, c], f what each of the PARTS tiles of keys lacks to the softmax; see above.
 
@@ -99,7 +95,6 @@ def attention_values(
     TILE_KEYS is that of `attention_scores`; MOST_PARTS is PARTS rounded up to a power of two.
     Grid: (⌈WIDTH / TILE_CHANNELS⌉, ⌈tokens / TILE_ROWS⌉, N·HEADS).
     """
-    await_inputs(DEPENDENT)
     t = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     c = tl.program_id(0) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)
     head = tl.program_id(2)

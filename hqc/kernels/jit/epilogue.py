@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from hqc.kernels.jit.codes import to_codes
-from hqc.kernels.jit.dependence import await_inputs
 from hqc.kernels.jit.gate import activation
 from hqc.kernels.jit.rotation import butterfly
 from hqc.kernels.jit.statistics import store_statistics
@@ -139,13 +138,11 @@ def sum_splits(
     LOG_BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """The end of a product whose inner axis was split: partial int32 [SPLITS, rows, outputs] summed, then the epilogue.
 
     Grid: (⌈rows / TILE_ROWS⌉, ⌈outputs / TILE_OUTPUTS⌉).  Integers, so that the order of the sum does not matter.
     """
-    await_inputs(DEPENDENT)
     m = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     first = tl.program_id(1) * TILE_OUTPUTS
     o = first + tl.arange(0, TILE_OUTPUTS)

@@ -5,7 +5,6 @@ import triton.language as tl
 from triton import knobs
 
 from hqc.kernels.jit.codes import to_codes
-from hqc.kernels.jit.dependence import await_inputs
 from hqc.kernels.jit.rotation import butterfly
 
 __all__ = ["activation", "exponential", "gate_quantize", "reciprocal"]
@@ -72,14 +71,12 @@ def gate_quantize(
     LOG_BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """y = x[:, :channels]·f(x[:, channels:]) if GATED, else f(x); codes = clip(round((Ĥ·y)·inverse_scale[n])).
 
     x [rows, 2·channels] or [rows, channels], codes [rows, channels].
     Grid: (⌈rows / TILE_ROWS⌉, ⌈channels / TILE_CHANNELS⌉).
     """
-    await_inputs(DEPENDENT)
     m = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     c = tl.program_id(1) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)
     mask = (m < rows)[:, None] & (c < channels)[None, :]

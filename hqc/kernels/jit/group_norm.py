@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from hqc.kernels.jit.codes import to_codes
-from hqc.kernels.jit.dependence import await_inputs
 from hqc.kernels.jit.gate import activation
 from hqc.kernels.jit.rotation import butterfly
 from hqc.kernels.jit.statistics import group_affine
@@ -32,14 +31,12 @@ def group_norm_affine(
     GROUP_WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """affine [N, 2, channels] = factor and shift of every channel; see `group_affine`.
 
     For images of many blocks, which each tile of `group_norm_quantize` would else join again.
     Grid: (⌈channels / TILE_CHANNELS⌉, N).
     """
-    await_inputs(DEPENDENT)
     first = tl.program_id(0) * TILE_CHANNELS
     c = first + tl.arange(0, TILE_CHANNELS)
     sample = tl.program_id(1)
@@ -106,15 +103,14 @@ def group_norm_quantize(
     BESIDE_LOG_BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """y = x·factor + shift, SiLU; codes = clip(round((Ĥ·y)·inverse_scale[n])); x, y, codes [N, pixels, channels].
 
     x is one tensor, or two side by side: [N, pixels, first_channels] and the rest in second.  Either output may be
-    left out.  beside: codes of x itself as well, for the shortcut around the norm, with a scale of their own.  JOINED: statistics is the affine [N, 2, channels] of `group_norm_affine`, else it is joined here.
+    left out.  beside: codes of x itself as well, for the shortcut around the norm, with a scale of their own.
+    JOINED: statistics is the affine [N, 2, channels] of `group_norm_affine`, else it is joined here.
     Grid: (⌈channels / TILE_CHANNELS⌉, ⌈pixels / TILE_ROWS⌉, N).
     """
-    await_inputs(DEPENDENT)
     first = tl.program_id(0) * TILE_CHANNELS
     c = first + tl.arange(0, TILE_CHANNELS)
     p = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)

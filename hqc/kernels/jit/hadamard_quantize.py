@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from hqc.kernels.jit.codes import nibbles, to_codes
-from hqc.kernels.jit.dependence import await_inputs
 from hqc.kernels.jit.rotation import butterfly
 
 __all__ = ["hadamard_quantize_nchw", "hadamard_quantize_rows"]
@@ -28,7 +27,6 @@ def hadamard_quantize_rows(
     FIRST: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """q[m, c] = clip(round((Ĥ·x)[m, c]·inverse_scale[m // rows_per_sample])); x, q [rows, channels].
 
@@ -36,7 +34,6 @@ def hadamard_quantize_rows(
     FIRST channels and the rest.
     Grid: (⌈rows / TILE_ROWS⌉, ⌈channels / TILE_CHANNELS⌉).  A tile holds whole blocks, so nothing crosses programs.
     """
-    await_inputs(DEPENDENT)
     m = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     first = tl.program_id(1) * TILE_CHANNELS
     c = first + tl.arange(0, TILE_CHANNELS)
@@ -79,14 +76,12 @@ def hadamard_quantize_nchw(
     TILE_ROWS: tl.constexpr,
     LOG_TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """x [N, channels, pixels] -> q [N, pixels, channels]: the same, transposed on the way.
 
     Grid: (⌈channels / TILE_CHANNELS⌉, ⌈pixels / TILE_ROWS⌉, N); channels run fastest, so that the pieces of an output
     line are written close to each other in time.  TILE_ROWS counts pixels.
     """
-    await_inputs(DEPENDENT)
     first = tl.program_id(0) * TILE_CHANNELS
     c = first + tl.arange(0, TILE_CHANNELS)
     p = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)

@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from hqc.kernels.jit.dependence import await_inputs
 from hqc.kernels.jit.epilogue import tile_of, write_outputs, write_sums
 from hqc.kernels.jit.weights import rotation_tile, weight_tile
 
@@ -56,7 +55,6 @@ def int_conv2d(
     TILE_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """As `int_gemm` with rows = N·out_height·out_width pixels and KERNEL_H·KERNEL_W taps of `channels` each.
 
@@ -65,7 +63,6 @@ def int_conv2d(
     is real 0: codes are symmetric.  UPSAMPLE: the image that is convolved has every pixel of the codes that many times
     along each axis, and is never written.
     """
-    await_inputs(DEPENDENT)
     down, across = tile_of(rows, outputs, TILE_ROWS, TILE_OUTPUTS, GROUP)
     m = down * TILE_ROWS + tl.arange(0, TILE_ROWS)
     o = across * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)

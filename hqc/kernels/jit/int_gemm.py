@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from hqc.kernels.jit.dependence import await_inputs
 from hqc.kernels.jit.epilogue import tile_of, write_outputs, write_sums
 from hqc.kernels.jit.weights import rotation_tile, weight_tile
 
@@ -44,7 +43,6 @@ def int_gemm(
     TILE_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """acc[m, o] = Σ_c codes[m, c]·(w[o, c] + HIGH_FACTOR·w_high[o, c]); y (codes, statistics) from acc as
     `write_outputs` says.
@@ -53,7 +51,6 @@ def int_gemm(
     Grid: (⌈rows / TILE_ROWS⌉·⌈outputs / TILE_OUTPUTS⌉, SPLITS).  With SPLITS > 1 each program sums a part of the
     channels, and y is int32 [SPLITS, rows, outputs] for `sum_splits`.
     """
-    await_inputs(DEPENDENT)
     down, across = tile_of(rows, outputs, TILE_ROWS, TILE_OUTPUTS, GROUP)
     m = down * TILE_ROWS + tl.arange(0, TILE_ROWS)
     o = across * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)

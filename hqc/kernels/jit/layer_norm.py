@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from hqc.kernels.jit.codes import to_codes
-from hqc.kernels.jit.dependence import await_inputs
 from hqc.kernels.jit.rotation import butterfly
 
 __all__ = ["layer_norm_quantize"]
@@ -28,14 +27,12 @@ def layer_norm_quantize(
     LOG_BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """y = (x - mean)/√(variance + EPS)·weight + bias; codes = clip(round((Ĥ·y)·inverse_scale[m // rows_per_sample])).
 
     x, y, codes [rows, channels], weight and bias fp32 [channels]; y is left out where nobody else reads it.
     Grid: (⌈rows / TILE_ROWS⌉,).  TILE_CHANNELS holds a whole row.
     """
-    await_inputs(DEPENDENT)
     m = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     c = tl.arange(0, TILE_CHANNELS)
     there = c < channels

@@ -8,8 +8,6 @@ squares less the squared mean would lose the digits of a channel whose mean is l
 import triton
 import triton.language as tl
 
-from hqc.kernels.jit.dependence import await_inputs
-
 __all__ = ["column_statistics", "group_affine", "store_statistics"]
 
 
@@ -31,13 +29,11 @@ def column_statistics(
     statistics_ptr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """x [N, pixels, channels] -> fp32 [N, ⌈pixels / TILE_ROWS⌉, 2, channels]: mean and squared deviations of a block.
 
     Grid: (⌈channels / TILE_CHANNELS⌉, ⌈pixels / TILE_ROWS⌉, N).
     """
-    await_inputs(DEPENDENT)
     c = tl.program_id(0) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)
     p = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     sample = tl.program_id(2)

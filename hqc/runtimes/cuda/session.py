@@ -1,8 +1,8 @@
 """Sessions on a GPU: the integer one of the `torch-cuda` runtime, and the half-precision one it is timed against."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from hqc.errors import RuntimeMissingError
 from hqc.kernels.cards import card_of
 from hqc.kernels.guards import require_triton
-from hqc.kernels.launching import dependent_launches
-from hqc.kernels.tuned import Table
 from hqc.kernels.tuning import load_tuning, use
 from hqc.program import InputSpec, Program
 from hqc.runtimes.base import inputs_on
@@ -31,7 +29,6 @@ Precision = Literal["fp16", "bf16", "fp32"]
 Weights = Literal["int8", "int4"]
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _OLDEST = (8, 0)
-_OVERLAPPING = (9, 0)
 
 
 class _GraphSession:
@@ -88,7 +85,6 @@ class CudaSession(_GraphSession):
         dtype: Precision = "fp16",
         weights: Weights = "int8",
         tune: Literal["auto", "off"] | Path = "auto",
-        overlap: bool = True,
         graphs: int = 4,
         device: str = "cuda",
     ) -> None:
@@ -98,7 +94,6 @@ class CudaSession(_GraphSession):
         the memory, and unpacks and rotates them in every call.
         tune: "auto" takes the tiles that `hqc tune` has kept for this card, a file those in it, "off" neither; the
         report says where tiles come from.
-        overlap: kernels start while the ones before still run, where the card can (capability 9.0).
         graphs: how many batch sizes keep their CUDA graph.
 
         Raises:
@@ -112,18 +107,9 @@ class CudaSession(_GraphSession):
             raise RuntimeMissingError(NAME, f"has no weights {weights!r}", f"Use {', '.join(get_args(Weights))}.")
         options = BuildOptions(torch.device(device), _dtype(dtype), pack=weights == "int4")
         module = integer_module(program, triton_kernels(), options)
-        card = card_of(options.device)
-        table, tiles = load_tuning(tune, card)
+        table, tiles = load_tuning(tune, card_of(options.device))
         self.report: BuildReport = replace(module.meta["report"], tiles=tiles)
-        overlap = overlap and card.capability >= _OVERLAPPING
-        super().__init__(program.inputs, module, options.device, graphs, partial(_launching, table, overlap))
-
-
-@contextmanager
-def _launching(table: Table | None, overlap: bool) -> Iterator[None]:
-    """What the kernels of a session are launched with."""
-    with use(table), dependent_launches(overlap):
-        yield
+        super().__init__(program.inputs, module, options.device, graphs, partial(use, table))
 
 
 class HalfSession(_GraphSession):

@@ -57,13 +57,13 @@ class QuantiseGroupNorm:
         eps = _argument(node, 4)
         affine = (placed.tensor(_argument(node, 2)), placed.tensor(_argument(node, 3)))
         norm = GroupNorm(node.args[1], 1e-5 if eps is None else eps, *affine, silu=silu)
-        kernels = _kernels(placed)
+        kernels = placed.kernels
         if quantiser is None:
             floats = placed.call(result, GroupNormQuantise(kernels, norm, None, keep=False), node.args[:1], result)
             result.replace_all_uses_with(floats)
         else:
             keep = len(readers(result)) > 1
-            module = GroupNormQuantise(kernels, norm, placed.modules[quantiser.target].codes, keep=keep)
+            module = GroupNormQuantise(kernels, norm, placed.codes_of(quantiser), keep=keep)
             _replace(placed, module, (node.args[0], quantiser.args[1]), result, quantiser)
         placed.erase([result, node])
 
@@ -101,7 +101,7 @@ class QuantiseLayerNorm:
         affine = (placed.tensor(_argument(node, 2)), placed.tensor(_argument(node, 3)))
         norm = LayerNorm(1e-5 if eps is None else eps, *affine)
         keep = len(readers(node)) > 1
-        module = LayerNormQuantise(_kernels(placed), norm, placed.modules[quantiser.target].codes, keep=keep)
+        module = LayerNormQuantise(placed.kernels, norm, placed.codes_of(quantiser), keep=keep)
         _replace(placed, module, (node.args[0], quantiser.args[1]), node, quantiser)
         placed.erase([node])
 
@@ -123,7 +123,8 @@ def _replace(placed: Placed, module: Any, args: tuple[Any, ...], result: fx.Node
 def _place(placed: Placed, result: fx.Node, quantiser: fx.Node) -> fx.Node:
     """The first reader of a norm's result."""
     among = set(readers(result)) | {quantiser}
-    return next(node for node in placed.edit.graph.nodes if node in among)
+    first: fx.Node = next(node for node in placed.edit.graph.nodes if node in among)
+    return first
 
 
 def _scale_in_time(placed: Placed, result: fx.Node, quantiser: fx.Node) -> bool:
@@ -144,8 +145,3 @@ def _quantiser(placed: Placed, node: fx.Node, *, image: bool) -> fx.Node | None:
 
 def _argument(node: fx.Node, index: int) -> Any:
     return node.args[index] if index < len(node.args) else None
-
-
-def _kernels(placed: Placed) -> Any:
-    """Those that the graph's quantisers run."""
-    return next(m.kernels for m in placed.modules.values() if isinstance(m, Quantise))
