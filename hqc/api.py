@@ -146,7 +146,7 @@ def quantise(
     """
     if forward_loop is None:
         task = task or task_of(program)
-        _require_calibration_memory(program, recipe, guided=task.unconditional is not None)
+        _require_calibration_memory(program, recipe, guided=task.doubles(recipe.training.guidance_scale))
         grid = task.timesteps(recipe.training.num_inference_steps)
         run = _sampler_loop(task, recipe)
     else:
@@ -285,7 +285,7 @@ def qat(
             raise ArtefactError("resume", "no work folder was given", "Give the work folder of the run to continue.")
         student, checkpoint = run.load(settings_used)
     else:
-        _require_training_memory(program, found, guided=task.unconditional is not None)
+        _require_training_memory(program, found, guided=task.doubles(found.training.guidance_scale))
         student = quantise(program, found, bits, task=task, forward_loop=forward_loop, keep_float=keep_float)
         student = student.evolve(plan=replace(student.plan, training=settings_used))
         if run is not None:

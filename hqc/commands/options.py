@@ -108,7 +108,13 @@ rules_option = click.option("--rules", help="Layer rules: default, reference or 
 keep_float_option = click.option("--keep-float", multiple=True, metavar="PATTERN", help="Leave matching sites float.")
 sampler_options = options(
     click.option("--num-inference-steps", "--n-steps", type=click.IntRange(1, 1000), default=20, show_default=True),
-    click.option("--guidance-scale", type=click.FloatRange(0, 100), default=1.5, show_default=True),
+    click.option(
+        "--guidance-scale",
+        type=click.FloatRange(0, 100),
+        default=1.5,
+        show_default=True,
+        help="Classifier-free guidance; none up to 1.",
+    ),
     click.option("--eta", type=click.FloatRange(0, 1), default=0.0, show_default=True),
 )
 runtime_option = click.option(

@@ -56,7 +56,7 @@ def measure(
     Raises:
         MemoryShortError: if the calls do not fit the memory that is free.
     """
-    _require_analysis_memory(program, sampler, samples, guided=task.unconditional is not None)
+    _require_analysis_memory(program, sampler, samples, guided=task.doubles(sampler.guidance_scale))
     inputs = fixed_inputs(task, sampler, samples, SENSITIVITY_TIMESTEPS)
     calls = len(task.timesteps(sampler.num_inference_steps)) * -(-sampler.images // sampler.batch_size)
     with phase("observing", calls) as advance:

@@ -33,7 +33,7 @@ class SamplingProtocol:
     Args:
         sampler: class name of the scheduler.
         num_inference_steps: denoising steps an image.
-        guidance_scale: classifier-free guidance; 1 is none.
+        guidance_scale: classifier-free guidance; 1 is none, and stands for everything below.
         eta: noise of DDIM, 0 (deterministic) to 1.
     """
 
@@ -105,7 +105,7 @@ def sample_images(
         labels: N classes.
         seeds: N seeds in 0…2⁶³−1.
         num_inference_steps: denoising steps, at least 1.
-        guidance_scale: classifier-free guidance, at least 0.
+        guidance_scale: classifier-free guidance, at least 0; none up to 1.
         eta: noise of DDIM, 0…1.
         batch_size: images a call of the pipeline, at least 1.
         progress: called with (images done, N) after every batch.
@@ -123,7 +123,7 @@ def sample_images(
             latents.append(latent.float().cpu())
             if progress is not None:
                 progress(min(start + batch_size, len(labels)), len(labels))
-    guidance = 1.0 if _unconditional(pipe) else guidance_scale
+    guidance = 1.0 if _unconditional(pipe) else max(1.0, guidance_scale)
     protocol = SamplingProtocol(type(pipe.scheduler).__name__, num_inference_steps, guidance, eta)
     all_images = torch.cat(images)  # outside inference mode: ordinary tensors
     _check_finite(all_images, labels, seeds)

@@ -112,8 +112,8 @@ class ClassConditionalLDMPipeline(_LatentPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample one image per label.
 
-        With guidance scale g ≠ 1, one UNet call on the batch [unconditional; conditional] gives
-        ε = ε_u + g·(ε_c - ε_u); with g = 1 the unconditional half is left out.
+        With guidance scale g > 1, one UNet call on the batch [unconditional; conditional] gives
+        ε = ε_u + g·(ε_c - ε_u); with g ≤ 1 the unconditional half is left out, as in diffusers' pipelines.
 
         Args:
             class_labels: N labels in 0…num_classes (the last is unconditional), or one.
@@ -133,7 +133,7 @@ class ClassConditionalLDMPipeline(_LatentPipeline):
         device = self._execution_device
         labels = self._checked_labels(class_labels, device)
         latents = self._initial_latents(len(labels), generator, latents, device)
-        guided = guidance_scale != 1.0
+        guided = guidance_scale > 1
         tokens = self._tokens(labels, guided)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents * self.scheduler.init_noise_sigma

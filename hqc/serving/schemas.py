@@ -43,7 +43,7 @@ class GenerationRequest(BaseModel):
     n: int = Field(1, ge=1, description="Number of images.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Image i uses seed + i; random when absent.")
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
-    guidance_scale: float = Field(1.5, ge=0, le=20, description="Classifier-free guidance; 1 is none.")
+    guidance_scale: float = Field(1.5, ge=0, le=20, description="Classifier-free guidance; none up to 1.")
     eta: float = Field(0.0, ge=0, le=1, description="Noise of DDIM; 0 is deterministic.")
     response_format: str = Field("b64_json", description='Only "b64_json".')
     size: str = Field("auto", description='"auto" or the model\'s own size.')

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hqc.errors import TrainingError
 
-__all__ = ["Condition", "Conditions", "Denoise", "Task", "denoiser", "guided", "trajectory"]
+__all__ = ["Condition", "Conditions", "Denoise", "Task", "denoiser", "guided", "guides", "trajectory"]
 
 Denoise = Callable[..., Tensor]
 """(sample [N, …], timestep [N], *conditions in the order of the program's inputs) -> noise [N, …].
@@ -60,6 +60,10 @@ class Task:
             has, lacks = ("draw_conditions", "unconditional")[:: -1 if self.draw_conditions is None else 1]
             raise TrainingError("Task", f"has {has} without {lacks}", "Give both, or neither for an unconditional one.")
 
+    def doubles(self, g: float) -> bool:
+        """Whether a call of the denoiser runs both halves of guidance."""
+        return self.unconditional is not None and guides(g)
+
     def scheduler(self, num_inference_steps: int) -> Any:
         """A fresh scheduler with its timesteps set."""
         scheduler = self.new_scheduler()
@@ -72,6 +76,11 @@ class Task:
         return tuple(sorted({float(t) * self.time_scale for t in times}))
 
 
+def guides(g: float) -> bool:
+    """Whether a guidance scale asks for guidance: as in diffusers, 1 and less is the condition alone."""
+    return g > 1
+
+
 def denoiser(module: nn.Module) -> Denoise:
     """A program's module as a `Denoise`: without the None that an unconditional model is given."""
 
@@ -82,12 +91,12 @@ def denoiser(module: nn.Module) -> Denoise:
 
 
 def guided(denoise: Denoise, sample: Tensor, timestep: float, conditions: Conditions | None, g: float) -> Tensor:
-    """ε = ε_u + g·(ε_c - ε_u), both halves in one call; ε(x) itself where there is no null condition.
+    """ε = ε_u + g·(ε_c - ε_u), both halves in one call; ε_c alone for g ≤ 1 and where there is no null condition.
 
     sample [N, …] -> [N, …]; conditions = (null, wanted). Of a model that predicts a variance too, only ε is returned.
     """
     null, wanted = conditions if conditions is not None else (None, (None,))
-    if null is None or g == 1:  # as pipelines do: the null half has no weight
+    if null is None or not guides(g):
         times = torch.full((len(sample),), timestep)
         return _noise_only(denoise(sample, times, *_each(wanted)), sample)
     times = torch.full((2 * len(sample),), timestep)

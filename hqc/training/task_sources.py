@@ -177,9 +177,13 @@ def synthetic_task(program: Program) -> Task:
     def null(n: int) -> Condition:
         return _bare(tuple(_null(spec, n) for spec in wanted))
 
-    if any(spec.name == "guidance" for spec in wanted):
+    if any(spec.name in _DISTILLED for spec in wanted):
         return Task(**settings, draw_conditions=draw, distilled=True)
     return Task(**settings, draw_conditions=draw, unconditional=null)
+
+
+_DISTILLED = ("guidance", "timestep_cond")
+"""Inputs of Flux and of latent consistency models that carry the guidance scale: there is no null half then."""
 
 
 def _bare(conditions: tuple[Tensor | None, ...]) -> Condition:

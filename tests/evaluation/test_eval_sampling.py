@@ -122,6 +122,12 @@ def test_describe_seeds(seeds: Any, text: str) -> None:
     assert describe_seeds(list(seeds)) == text
 
 
+def test_samples_without_guidance_are_comparable_whatever_the_scale(pipe: Any) -> None:
+    options = [OPTIONS | {"guidance_scale": g} for g in (0.0, 0.5, 1.0)]
+    protocols = {sample_images(pipe, [1], [2], **option).protocol for option in options}
+    assert [protocol.guidance_scale for protocol in protocols] == [1.0]
+
+
 def test_long_seed_lists_that_differ_read_differently() -> None:
     assert describe_seeds([0, *range(2, 20)]) != describe_seeds([1, *range(3, 21)])
 

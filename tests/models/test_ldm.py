@@ -120,7 +120,7 @@ def test_schedulers_run(pipeline, scheduler_class):
     assert images.std() > 0.1  # a digit on a background, not a flat field
 
 
-@pytest.mark.parametrize(("guidance_scale", "batch"), [(1.5, 6), (1.0, 3)])
+@pytest.mark.parametrize(("guidance_scale", "batch"), [(1.5, 6), (1.0, 3), (0.5, 3), (0.0, 3)])
 def test_the_unet_is_replaceable_and_called_once_per_step(pipeline, guidance_scale, batch):
     unet = RecordingUNet()
     pipeline.unet = unet

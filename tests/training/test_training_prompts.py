@@ -80,6 +80,25 @@ def test_conditions_are_those_that_diffusers_gives_its_unet(
         assert not nothing["condition"].any()  # force_zeros_for_empty_prompt
 
 
+@pytest.mark.parametrize("g", [0.0, 0.5, 1.0, 7.5])
+def test_calibration_samples_as_the_pipeline_does(g: float, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Every x_t is the pipeline's own at any guidance scale: up to 1 it runs the prompt's half alone."""
+    program, pipeline, seen = traced("sd15", folders["sd15"]), text_pipeline("sd15", tmp_path), list[Tensor]()
+    task = api.task_of(program, prompts=["a cat"])
+    found = list(trajectory(task, as_denoise(program.module()), 1, 3, g, 0.0, 3))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(
+        "a cat",
+        num_inference_steps=3,
+        guidance_scale=g,
+        latents=found[0].clone(),
+        output_type="latent",
+        callback_on_step_end=lambda _, i, t, kept: seen.append(kept["latents"].clone()) or kept,
+    )
+    for mine, wanted in zip(found[1:], seen, strict=False):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-4)
+
+
 def test_the_empty_prompt_is_encoded_where_the_pipeline_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
     program, pipeline = traced("sdxl", folders["sdxl"]), text_pipeline("sdxl", tmp_path)
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)

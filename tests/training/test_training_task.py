@@ -59,6 +59,22 @@ def test_guidance_combines_null_and_wanted() -> None:
     assert calls == [(4, [40.0] * 4)]
 
 
+@pytest.mark.parametrize("g", [0.0, 0.5, 1.0])
+def test_guidance_up_to_one_runs_the_condition_alone(g: float) -> None:
+    """As diffusers' pipelines, which double the batch for g > 1 only; turbo models are documented with 0."""
+    calls = []
+
+    def denoise(sample: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        calls.append(len(sample))
+        return condition[:, 0, :1, None].expand(len(sample), 1, 1)
+
+    conditions = (torch.full((2, 1, 1), 1.0), torch.full((2, 1, 1), 3.0))
+    assert torch.equal(guided(denoise, torch.zeros(2, 1, 1), 40.0, conditions, g), torch.full((2, 1, 1), 3.0))
+    assert calls == [2]
+    assert not _conditional().doubles(g)
+    assert _conditional().doubles(1.01)
+
+
 def test_an_unconditional_model_is_called_once_without_condition() -> None:
     seen = []
 
