@@ -333,8 +333,11 @@ def test_packed_weights_take_a_fraction_of_the_memory(captured) -> None:
     assert weights(packed) < 0.65 * weights(plain)
     assert packed.report.weight_bytes < plain.report.weight_bytes
     inputs = program.example_inputs(2, seed=3)
-    # The same integers; a code on a rounding boundary of the half-precision part may still flip.
-    assert relative(packed(*inputs), plain(*inputs)) <= 0.05
+    wanted = captured("cross_attention").module()(*inputs)
+    quantisation = relative(integer_form(program).module()(*inputs), wanted)
+    for session in (packed, plain):
+        # Other tiles sum a norm's statistics in other blocks: codes on a boundary flip. The bound of all sessions.
+        assert relative(session(*inputs), wanted) <= 1.2 * quantisation + 0.02
 
 
 @UNETS
