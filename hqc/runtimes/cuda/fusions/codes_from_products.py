@@ -32,9 +32,8 @@ class CodesFromProducts:
             layer = placed.layer(product)
             if layer is None:
                 continue
-            if layer.statistics or layer.quantised is not None or "inverse_scale" in product.kwargs:
-                found.miss(name_of(node), "its product gives statistics or codes already")
-            elif only_reader(product) is None:
+            # One that gives statistics has several readers too, and one that gives codes is read by no quantiser.
+            if only_reader(product) is None:
                 found.miss(name_of(node), "something else reads the product")
             elif isinstance(layer, IntegerConv2d) != (module.image and reshape is None):
                 found.miss(name_of(node), "it reads the product's axes in another order")
