@@ -1,6 +1,7 @@
 """What surrounds the graph of the GPU runtime, without a GPU: captures, inputs on a device, what is refused."""
 
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +12,17 @@ from cuda_programs import quantised
 from hqc.cli import main
 from hqc.errors import EvaluationError, ExportError, RuntimeMissingError
 from hqc.export.prepare import prepare
+from hqc.kernels import tuning
 from hqc.passes import FreezeIntegers, MergeLora, PackInt4
 from hqc.pipeline import run_pipeline
 from hqc.program import InputSpec, Program, copy_graph
 from hqc.runtimes import as_unet, load
 from hqc.runtimes.base import inputs_on
 from hqc.runtimes.cuda import CudaSession, session
+from hqc.runtimes.cuda.build import BuildOptions, integer_module
 from hqc.runtimes.cuda.forms import integer_form
 from hqc.runtimes.cuda.graphs import Captured, GraphCache
+from hqc.runtimes.cuda.kernel_set import reference_kernels
 from hqc.storage import save_program
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -140,6 +144,76 @@ def test_an_unknown_dtype(monkeypatch, captured) -> None:
     _card(monkeypatch)
     with pytest.raises(RuntimeMissingError, match="fp16, bf16, fp32"):
         CudaSession(quantised(captured("two_sites"), "w4a4"), dtype="fp8")  # type: ignore[arg-type]
+
+
+def test_an_unknown_form_of_weights(monkeypatch, captured) -> None:
+    _card(monkeypatch)
+    with pytest.raises(RuntimeMissingError) as caught:
+        CudaSession(quantised(captured("two_sites"), "w4a4"), weights="int2")  # type: ignore[arg-type]
+    assert str(caught.value) == "runtime torch-cuda: has no weights 'int2'. Use int8, int4."
+
+
+# ---- options, with the CPU in the place of a GPU -------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_cpu(monkeypatch) -> SimpleNamespace:
+    """Sessions run plain torch; what they capture with and which tunings they ask for is written down."""
+    _card(monkeypatch)
+    seen = SimpleNamespace(table=object(), asked=[], captured=[])
+
+    def load_tuning(tune, card):
+        seen.asked.append((tune, card))
+        return (None if tune == "off" else seen.table), f"tiles: {tune}"
+
+    def capture(module, inputs, *, pool) -> Captured:
+        seen.captured.append((tuple(inputs[0].shape), tuning._TABLE.get()))
+        return Captures()(module, inputs)
+
+    event = SimpleNamespace(wait=lambda: None, record=lambda: None)
+    for name, stand_in in (("graph_pool_handle", lambda: None), ("Event", lambda: event), ("device", nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(session, "triton_kernels", reference_kernels)
+    monkeypatch.setattr(session, "card_of", lambda device: f"the card of {device}")
+    monkeypatch.setattr(session, "load_tuning", load_tuning)
+    monkeypatch.setattr(session, "capture_cuda_graph", capture)
+    return seen
+
+
+def test_a_session_computes_what_its_module_does(on_cpu, captured) -> None:
+    program = quantised(captured("two_sites"), "w4a4")
+    inputs = program.example_inputs(3, seed=1)
+    found = CudaSession(program, dtype="fp32", device="cpu")(*inputs)
+    options = BuildOptions(torch.device("cpu"), torch.float32)
+    assert torch.equal(found, integer_module(program, reference_kernels(), options)(*inputs))
+    half = session.HalfSession(captured("two_sites"), dtype="fp32", device="cpu")(*inputs)
+    assert torch.allclose(half, captured("two_sites").module()(*inputs), atol=1e-5)
+
+
+def test_weights_are_int8_unless_asked_for(on_cpu, captured) -> None:
+    program = quantised(captured("two_sites"), "w4a4")
+    plain, packed = CudaSession(program, device="cpu"), CudaSession(program, weights="int4", device="cpu")
+    assert plain.report.weights == {"int8": 2}
+    assert packed.report.weights == {"int4": 2}
+    assert packed.report.weight_bytes * 2 == plain.report.weight_bytes
+    inputs = program.example_inputs(2, seed=1)
+    assert torch.equal(plain(*inputs), packed(*inputs))
+
+
+def test_tiles_are_those_of_the_tuning_while_capturing(on_cpu, captured, tmp_path) -> None:
+    """A file is passed on as it is; "off" takes no table; the report ends with where tiles come from."""
+    program = quantised(captured("two_sites"), "w4a4")
+    inputs = [program.example_inputs(batch, seed=1) for batch in (1, 2, 1)]
+    for tune, table in (("auto", on_cpu.table), (tmp_path / "tiles.json", on_cpu.table), ("off", None)):
+        on_cpu.captured.clear()
+        made = CudaSession(program, tune=tune, device="cpu")
+        assert on_cpu.asked[-1] == (tune, "the card of cpu")
+        assert made.report.text().splitlines()[-1] == f"tiles: {tune}"
+        for given in inputs:
+            made(*given)
+            assert tuning._TABLE.get() is None
+        # One capture a batch size, with the table; what replays needs none.
+        assert on_cpu.captured == [((1, 32, 4, 4), table), ((2, 32, 4, 4), table)]
 
 
 def _with_quantisers(program: Program, low: int, high: int) -> Program:
