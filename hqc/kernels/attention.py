@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hqc.errors import KernelError
 from hqc.kernels.attention_options import ScoresOptions, ValuesOptions
+from hqc.kernels.cards import Card, card_of
 from hqc.kernels.guards import check_devices, check_total, row_pitch
 from hqc.kernels.launching import kernel_options, launch_kernel
 from hqc.kernels.operands import Quantiser, check_quantiser
@@ -14,7 +15,8 @@ from hqc.kernels.operands import Quantiser, check_quantiser
 __all__ = ["wide_attention"]
 
 _LOG2_E = 1.4426950408889634
-_MOST_PARTS = 64
+_MOST_PARTS = 128
+"""Tiles of keys of which a program of the second kernel holds the maxima."""
 
 
 def wide_attention(
@@ -46,8 +48,7 @@ def wide_attention(
     if not y.numel():
         return y
     width = channels // heads
-    tall = 128 if tokens > 64 else 64
-    part = 128
+    tall, part, wide, warps = _tile(card_of(q.device), tokens)
     while -(-keys // part) > _MOST_PARTS:
         part *= 2
     parts = -(-keys // part)
@@ -63,7 +64,7 @@ def wide_attention(
         k_pitch=pitches[1],
         tile_rows=tall,
         tile_keys=part,
-        num_warps=8 if tall * part > 8192 else 4,
+        num_warps=warps,
     )
     rows = -(-tokens // tall)
     launch_kernel(where, scores, (parts, rows, samples * heads), (q, k, tokens, keys, p, maxima))
@@ -78,14 +79,23 @@ def wide_attention(
         codes=quantiser is not None,
         tile_rows=tall,
         tile_keys=part,
-        tile_channels=max(128 if tall == 128 else 64, 1 if quantiser is None else quantiser.block),
-        num_warps=8 if tall == 128 else 4,
+        tile_channels=max(wide, 1 if quantiser is None else quantiser.block),
+        num_warps=warps,
         **how,
     )
     inverse = None if quantiser is None else quantiser.inverse_scale
     grid = (-(-width // values.tile_channels), rows, samples * heads)
     launch_kernel(where, values, grid, (p, v, maxima, inverse, tokens, keys, y))
     return y
+
+
+def _tile(card: Card, tokens: int) -> tuple[int, int, int, int]:
+    """(rows, keys, channels of the values, warps) of a tile.
+
+    128×128 in eight warps where there are rows for it and the matrix instructions read shared memory by themselves
+    (capability 9); elsewhere that spills, and does not fit the 99 KiB that most cards have.
+    """
+    return (128, 128, 128, 8) if card.capability[0] == 9 and tokens > 64 else (64, 64, 64, 4)
 
 
 def _row_pitch(where: str, name: str, tensor: Tensor) -> int:
