@@ -664,6 +664,7 @@ def test_version_and_help() -> None:
     text = ok("--help").stdout
     commands = [line.split()[0] for line in text.partition("Commands:\n")[2].splitlines()]
     models = ["sample", "eval", "analyze", "compare", "bench", "serve"]
-    assert commands == ["trace", "explain", "inspect", "ptq", "qat", "export", "build-engine", *models, "doctor"]
+    made = ["trace", "explain", "inspect", "ptq", "qat", "export", "build-engine", "tune"]
+    assert commands == [*made, *models, "doctor"]
     for command in commands:
         assert ok(command, "-h").stdout.startswith(f"Usage: main {command}")
