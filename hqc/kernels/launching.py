@@ -48,7 +48,7 @@ def launch_kernel(
     """Runs a kernel over a grid.
 
     Raises:
-        KernelError: for a grid that CUDA does not take.
+        KernelError: for a grid that CUDA does not take, or a tile that needs more than the card has.
     """
     if max(grid[1:], default=0) > _LARGEST_GRID:
         found = f"the grid is {grid}, expected at most {_LARGEST_GRID} after the first"
@@ -56,6 +56,13 @@ def launch_kernel(
     kernel = getattr(importlib.import_module(f"hqc.kernels.jit.{MODULES[options.function]}"), options.function)
     constants = {name: value for name, value in options.constants().items() if not name.endswith("_ptr")}
     # No contraction of a·b + c into one rounding: results are those of the reference, operation by operation.
-    kernel[grid](
-        *arguments, **constants, num_warps=options.num_warps, num_stages=options.num_stages, enable_fp_fusion=False
-    )
+    settings = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": False}
+    try:
+        kernel[grid](*arguments, **constants, **settings)
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources":  # triton's, which is not imported here
+            raise
+        found = " ".join(str(error).split())
+        raise KernelError(
+            where, f"a tile of {options.function} does not fit the card: {found}", "Report it."
+        ) from error

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,21 @@ from torch import Tensor
 from hqc.errors import KernelError
 from hqc.kernels import (
     Epilogue,
+    GroupNorm,
+    LayerNorm,
+    Quantiser,
     Weight,
     channels_last,
+    gate_quantize,
+    group_norm_quantize,
     hadamard_quantize,
     int_conv2d,
     int_gemm,
+    launching,
+    layer_norm_quantize,
     pack_weight,
     packed_weight_fits,
+    wide_attention,
 )
 from hqc.kernels.cards import H100
 from hqc.kernels.options import GemmOptions, HadamardOptions
@@ -46,6 +55,27 @@ CODES, IMAGE = i8(2, 5, 32), i8(2, 4, 4, 32)
 
 def rotate(x: Tensor = X, scale: Tensor = ONE, **options: Any) -> Tensor:
     return hadamard_quantize(x, scale, **{"low": -7, "high": 7, "block": 32, **options})
+
+
+LAUNCHERS = (
+    "hadamard_quantize",
+    "group_norm_quantize",
+    "layer_norm_quantize",
+    "gate_quantize",
+    "wide_attention",
+    "int_gemm",
+    "int_conv2d",
+)
+HOW, PLAIN = Quantiser(ONE, -7, 7, 32), Quantiser(torch.ones(1), -7, 7)
+
+
+def norm(how: GroupNorm = GroupNorm(4, 1e-5), **options: Any) -> object:  # noqa: B008  (frozen)
+    return group_norm_quantize(X, how, HOW, **options)
+
+
+def attend(**changes: Any) -> Tensor:
+    parts = {name: torch.zeros(2, 5, 32, dtype=torch.float16) for name in "qkv"}
+    return wide_attention(**{**parts, "heads": 1, **changes})
 
 
 REFUSED: list[tuple[Callable[[], object], str]] = [
@@ -92,6 +122,25 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: int_conv2d(IMAGE, weight(4, 3, 3, 32), ONE, stride=(0, 1)), "stride is (0, 1), expected two sizes"),
     (lambda: int_conv2d(IMAGE, weight(4, 3, 3, 32), ONE, padding=(1,)), "padding is (1,), expected two sizes"),
     (lambda: int_conv2d(IMAGE, weight(4, 5, 5, 32), ONE), "an image of [4, 4] gives an output of [0, 0]"),
+    (lambda: norm(GroupNorm(5, 1e-5)), "there are 5 groups, expected a divisor of 32"),
+    (lambda: norm(GroupNorm(4, 1e-5, torch.ones(32))), "a weight or a bias comes alone, expected both or neither"),
+    (lambda: norm(GroupNorm(4, 1e-5, torch.ones(8), torch.ones(8))), "weight has shape 8, expected 32"),
+    (lambda: norm(second=torch.zeros(2, 4, 8)), "second has shape 2×4×8, expected 2×5×any"),
+    (lambda: norm(beside=Quantiser(ONE, -7, 7, 64)), "x has 32 channels, expected a multiple of the block 64"),
+    (lambda: layer_norm_quantize(torch.zeros(1, 32768), LayerNorm(1e-5), PLAIN), "rows have 32768 channels"),
+    (lambda: gate_quantize(torch.zeros(2, 9), HOW, kind="gelu", gated=True), "x has 9 channels, expected two halves"),
+    (
+        lambda: int_gemm(CODES, weight(7, 32), ONE, Epilogue(gate="gelu")),
+        "there are 7 outputs, expected pairs for a gate",
+    ),
+    (lambda: int_gemm(CODES, weight(8, 32), ONE, Epilogue(shift=torch.zeros(2, 7))), "shift has shape (2, 7)"),
+    (lambda: int_gemm(CODES, weight(8, 32), ONE, Epilogue(quantiser=HOW)), "x has 8 channels, expected a multiple"),
+    (lambda: int_conv2d(IMAGE, weight(8, 3, 3, 32), ONE, upsample=0), "upsample is 0, expected 1 or more"),
+    (lambda: attend(k=torch.zeros(2, 5, 64).half()), "for 1 heads"),
+    (lambda: attend(heads=5), "for 5 heads"),
+    (lambda: attend(v=torch.zeros(2, 5, 32)), "expected one half"),
+    (lambda: attend(q=torch.zeros(5, 32).half()), "q has 2 axes, expected [N, T, C]"),
+    (lambda: attend(q=torch.zeros(2, 32, 5).half().mT), "expected rows one pitch apart"),
 ]
 
 
@@ -99,11 +148,29 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
 def test_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(KernelError, match=re.escape(message)) as raised:
         call()
-    assert str(raised.value).startswith(("hadamard_quantize: ", "int_gemm: ", "int_conv2d: "))
+    assert str(raised.value).startswith(tuple(f"{name}: " for name in LAUNCHERS))
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tensors may be on a CUDA device here")
+def test_a_tile_that_does_not_fit_the_card_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfResources(Exception):
+        pass
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*arguments: object, **settings: object) -> None:
+                raise OutOfResources("out of resource: shared memory, Required: 115712, Hardware limit: 101376.")
+
+            return launch
+
+    module = SimpleNamespace(hadamard_quantize_rows=Kernel())
+    monkeypatch.setattr(launching.importlib, "import_module", lambda name: module)
+    with pytest.raises(KernelError, match=r"does not fit the card: .*Required: 115712") as raised:
+        launching.launch_kernel("hadamard_quantize", HadamardOptions(), (1,), ())
+    assert "\n" not in str(raised.value)
+
+
 def test_the_cpu_is_refused_unless_kernels_are_interpreted() -> None:
     pytest.importorskip("triton", reason="triton has no wheel for this platform")
     code = "import torch, hqc.kernels as k; k.hadamard_quantize(torch.ones(1, 8), torch.ones(1), low=-7, high=7)"
