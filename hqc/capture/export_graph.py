@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hqc.capture.finite import require_finite
 from hqc.errors import CaptureError
 from hqc.graph_json import graph_from_json, graph_to_json
 from hqc.program import BATCH, InputSpec, Origin, Program, aten, is_op
@@ -42,16 +43,19 @@ class _Wrapper(nn.Module):
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
-def capture_module(module: nn.Module, inputs: Sequence[InputSpec], origin: Origin | None = None) -> Program:
+def capture_module(
+    module: nn.Module, inputs: Sequence[InputSpec], origin: Origin | None = None, *, prefix: str = ""
+) -> Program:
     """Captures `module(*inputs) -> Tensor` with a dynamic batch and checks graph against module.
 
     Requires: positional inputs as in `inputs`, the first axis of each being the batch; eval mode semantics.
     Ensures: the graph, captured at batch 2, equals the module on fixed inputs at batch 1 and, where the weights are
     below 1 GiB, at batch 3; the largest relative error is kept in
-    `origin.capture_error`.
+    `origin.capture_error`. prefix: what the names of weights in messages go without.
 
     Raises:
-        CaptureError: if torch.export cannot capture it, or the graph does not reproduce the module.
+        CaptureError: if torch.export cannot capture it, a weight is NaN or infinite, or the graph does not reproduce
+            the module.
     """
     module = module.eval().requires_grad_(False)
     example = _examples(inputs, batch=2)
@@ -77,9 +81,17 @@ def capture_module(module: nn.Module, inputs: Sequence[InputSpec], origin: Origi
             f"cannot be written as a graph ({error})",
             "Rename or replace that part of the module.",
         ) from error
+    learnt = {name.removeprefix("model.") for name in exported.graph_signature.inputs_to_parameters.values()}
+    require_finite((origin and origin.source) or type(module).__name__, state, learnt, prefix)
     program = Program(graph=graph, state=state, inputs=tuple(inputs), origin=origin or Origin())
     batches = (1, 3) if program.size_bytes() < _LARGE_MODEL else (1,)
     worst = max(_relative_error(program, module, _examples(inputs, batch, seed=batch)) for batch in batches)
+    if not worst < float("inf"):
+        raise CaptureError(
+            type(module).__name__,
+            "gives NaN or infinity for random inputs, and its weights are finite",
+            "Run it in PyTorch to see where values overflow.",
+        )
     if not worst <= 1e-4:
         raise CaptureError(
             type(module).__name__,

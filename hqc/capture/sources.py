@@ -46,7 +46,7 @@ def trace(
             outliers=outliers,
             revision=revision,
         )
-    program = capture_module(source.module, source.inputs, source.origin)
+    program = capture_module(source.module, source.inputs, source.origin, prefix=source.prefix)
     return _without_prefix(program, source.prefix) if source.prefix else program
 
 

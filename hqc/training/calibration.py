@@ -67,6 +67,7 @@ class _Observer(fx.Interpreter):
 
     def __post_init__(self) -> None:
         super().__init__(self.program.module())
+        self.extra_traceback = False  # errors keep their own words
         self.grid = self.program.state.get(GRID, torch.zeros(1))
 
     def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
@@ -76,6 +77,12 @@ class _Observer(fx.Interpreter):
                 "calibration", "one call mixes timesteps", "Call the model with one timestep at a time."
             )
         self.row = int((times[0] - self.grid).abs().argmin())
+        if not bool(sample.isfinite().all()):
+            raise TrainingError(
+                "calibration",
+                f"the model is given NaN or infinity at timestep {float(times[0]):g}: sampling gave them",
+                "Check the scheduler that the forward loop steps with (prediction_type, rescale_betas_zero_snr).",
+            )
         args = [a for a in (sample, times.expand(len(sample)), *conditions) if a is not None]
         with torch.no_grad():
             return self.run(*args)  # type: ignore[no-any-return]
@@ -92,6 +99,13 @@ class _Observer(fx.Interpreter):
         if role == "activation_quantizer":
             self._observe(n.meta["site"], x, *n.args[2:])  # type: ignore[arg-type]
         return x
+
+    def _cause(self) -> str:
+        """What to do about values that are not finite, by whether the weights are."""
+        damaged = next((name for name, t in self.program.state.items() if bool(t.isnan().any())), None)
+        if damaged is not None:
+            return f"Its weight {damaged} has NaN: trace the model again, from a file that is whole."
+        return "Sample and weights are finite, so the model overflows; --keep-float leaves the site float."
 
     def _original(self, rotation: fx.Node) -> Tensor:
         """What a rotation was applied to, for each of its readers once."""
@@ -112,7 +126,7 @@ class _Observer(fx.Interpreter):
             raise TrainingError(
                 f"calibration at {site}",
                 f"met NaN or infinity at timestep {float(self.grid[self.row]):g}",
-                "Check the checkpoint and its dtype; leave the site float with --keep-float if it is meant to.",
+                self._cause(),
             )
         key = (site, self.row)
         scales = (top / qmax if top > 0 else 1.0) * torch.linspace(1.0 / self.candidates, 1.05, self.candidates)

@@ -166,10 +166,33 @@ def advance(
     carried = sample.shape[axis] - count
     accepted = inspect.signature(scheduler.step).parameters
     options = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
+    _require_finite(noise, scheduler, timestep, "the denoiser gives", "Its inputs are finite: it overflows there.")
     if carried <= 0:
-        return scheduler.step(noise, timestep, sample, **options).prev_sample  # type: ignore[no-any-return]
+        moved = scheduler.step(noise, timestep, sample, **options).prev_sample
+        return _stepped(moved, scheduler, timestep)
     moved = scheduler.step(noise, timestep, sample.narrow(axis, 0, count), **options).prev_sample
-    return torch.cat([moved, sample.narrow(axis, count, carried)], axis)
+    return torch.cat([_stepped(moved, scheduler, timestep), sample.narrow(axis, count, carried)], axis)
+
+
+def _stepped(sample: Tensor, scheduler: Any, timestep: Tensor) -> Tensor:
+    """What a scheduler made of a finite noise, refused where it is not finite."""
+    _require_finite(
+        sample,
+        scheduler,
+        timestep,
+        "the scheduler makes",
+        "The denoiser's noise is finite: check prediction_type and rescale_betas_zero_snr of the scheduler.",
+    )
+    return sample
+
+
+def _require_finite(found: Tensor, scheduler: Any, timestep: Tensor, who: str, do: str) -> None:
+    if bool(found.isfinite().all()):
+        return
+    times = [float(t) for t in scheduler.timesteps]
+    step = times.index(float(timestep)) + 1 if float(timestep) in times else "?"
+    where = f"sampling with {type(scheduler).__name__}, step {step} of {len(times)} (timestep {float(timestep):g})"
+    raise TrainingError(where, f"{who} NaN or infinity", do)
 
 
 @torch.no_grad()

@@ -197,6 +197,40 @@ def test_modules_that_are_no_pure_function_are_refused(kind: type[Base]) -> None
     assert "\n" not in str(caught.value)
 
 
+class HidesItsWeight(Base):
+    """A weight that random inputs may not show: what it gives is masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        hidden = self.body(sample, timestep)
+        weights = torch.softmax(self.mask, 0)
+        return hidden * weights[0] + torch.nan_to_num(self.gain * 2).sum() * weights[1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(value: float) -> None:
+    """An infinite mask is none of them."""
+    module = HidesItsWeight()
+    assert capture_module(module, SPECS).origin.capture_error <= 1e-6
+    with torch.no_grad():
+        module.gain[2] = value
+    with pytest.raises(CaptureError, match=r"NaN or infinite: gain \(1 in the first, at \[2\]\)\. The file is damaged"):
+        capture_module(module, SPECS)
+
+
+def test_a_module_that_overflows_is_not_called_impure() -> None:
+    class Net(Base):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return self.body(sample, timestep).exp().exp().exp().exp()
+
+    with pytest.raises(CaptureError, match="gives NaN or infinity for random inputs, and its weights are finite"):
+        capture_module(Net(), SPECS)
+
+
 def test_a_batch_norm_that_trains_is_captured_in_eval_mode() -> None:
     class Net(Base):
         def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:

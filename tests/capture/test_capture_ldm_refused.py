@@ -60,6 +60,21 @@ def changed(weights: original.Weights, folder: Path, **changes: Any) -> Path:
     return folder / "model.safetensors"
 
 
+# ---- values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("part", ["model.diffusion_model.out.2.bias", "first_stage_model.decoder.conv_in.bias"])
+def test_values_that_are_not_finite_are_named_as_in_the_file(
+    part: str, dtype: torch.dtype, weights: original.Weights, settings: Path, tmp_path: Path
+) -> None:
+    damaged = torch.zeros_like(weights[part], dtype=dtype)
+    damaged[1] = float("inf")
+    path = changed(weights, tmp_path, **{part: damaged})
+    said = refused(tmp_path, path, "--config", settings)
+    assert said.startswith(f"{path}: has weights that are NaN or infinite: {part} (1 in the first, at [1]). ")
+
+
 # ---- keys ----------------------------------------------------------------------------------------------------------
 
 

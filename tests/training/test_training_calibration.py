@@ -165,10 +165,18 @@ def test_nan_names_the_site_and_the_timestep(one_site: Program) -> None:
 
 
 def test_infinity_is_found_too(one_site: Program) -> None:
-    x = _sample(1)
-    x[0, 0, 0, 0] = float("inf")
+    program = _quantised(one_site, "w4a4", rotate=False)
+    program = program.evolve(state=dict(program.state) | {"gain": torch.tensor([float("inf")])})
     with pytest.raises(TrainingError, match="calibration at conv: met NaN or infinity at timestep 0"):
-        calibrate(_quantised(one_site, "w4a4", rotate=False), _loop((x, 0.0)))
+        calibrate(program, _loop((_sample(1), 0.0)))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_loop_that_gives_no_finite_sample_is_not_blamed_on_the_weights(one_site: Program, value: float) -> None:
+    x = _sample(1)
+    x[0, 0, 0, 0] = value
+    with pytest.raises(TrainingError, match="is given NaN or infinity at timestep 250: sampling gave them"):
+        calibrate(_quantised(one_site, "w4a4", rotate=False), _loop((x, 250.0)))
 
 
 def test_a_loop_that_never_calls_the_model_is_refused(one_site: Program) -> None:

@@ -179,6 +179,31 @@ def test_a_task_with_half_of_the_conditions_is_refused(given: str) -> None:
         _task(**{given: options[given]})
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_scheduler_that_makes_nan_is_named_with_its_step(prediction: str) -> None:
+    """Zero terminal SNR with ε as prediction divides by zero in diffusers; with v it does not."""
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    scheduler = DDIMScheduler(num_train_timesteps=100, prediction_type=prediction, **options)
+    task = Task(lambda: DDIMScheduler.from_config(scheduler.config), SHAPE)
+    found = trajectory(task, _noise, 2, 4, 1.0, 0.0, 0)
+    if prediction == "v_prediction":
+        assert all(bool(x.isfinite().all()) for x in found)
+        return
+    with pytest.raises(TrainingError) as caught:
+        list(found)
+    assert str(caught.value).startswith(
+        "sampling with DDIMScheduler, step 1 of 4 (timestep 99): the scheduler makes NaN or infinity. "
+    )
+
+
+def test_a_denoiser_that_overflows_is_not_blamed_on_the_scheduler() -> None:
+    def overflows(sample: Tensor, timestep: Tensor, condition: None) -> Tensor:
+        return sample / (timestep.view(-1, 1, 1, 1) - 50)
+
+    with pytest.raises(TrainingError, match=r"step 2 of 4 \(timestep 50\): the denoiser gives NaN or infinity"):
+        list(trajectory(_task(), overflows, 2, 4, 1.0, 0.0, 0))
+
+
 # ---- class-conditional pipelines -----------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hqc.capture.diffusers_models import unet_source
+from hqc.capture.finite import require_finite
 from hqc.capture.ldm.checkpoint import prefer_ema, read_checkpoint
 from hqc.capture.ldm.config import LdmConfig, read_config
 from hqc.capture.ldm.first_stage import build_embedder, build_scheduler, build_vae, embedder_pieces, vae_pieces
@@ -50,6 +51,8 @@ def from_checkpoint(path: Path, config_path: Path) -> Source:
     require_memory(f"tracing {path}", trace_bytes(parameters, options))
     for module, pieces in parts.values():
         fill(module, pieces, tensors)
+        used = {piece.key: tensors[piece.key] for piece in pieces.values()}
+        require_finite(str(path), used, used)
     folder = _write_pipeline(parts, config)
     length = 1 if config.classes is not None else 0
     source = unet_source(unet, str(path.resolve()), length)
