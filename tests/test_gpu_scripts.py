@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,14 +27,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import kernel_bench
 
     return kernel_bench
-
-
-@pytest.fixture
-def probe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import gpu_probe_images
-
-    return gpu_probe_images
 
 
 def _event(name: str, start: float, took: float, category: str = "kernel", **args: Any) -> dict[str, Any]:
@@ -99,30 +90,6 @@ def test_calls_that_differ_have_no_span(profiler: ModuleType) -> None:
     events = [_event("a", 0, 1), _event("a", 5, 1), _event("a", 9, 1)]
     assert profiler.summary(events, 2)["span_ms"] is None
     assert profiler.summary([], 2)["kernels"] == 0
-
-
-def test_differing_codes_are_placed_and_explained(probe: ModuleType) -> None:
-    x, inverse = torch.randn(2, 64, 9, generator=torch.Generator().manual_seed(1)), torch.tensor([1.0, 2.5])
-    level = probe.levels(x, inverse, 32)
-    wanted = level.round().clamp(-7, 7).to(torch.int8)
-    assert probe.differences(wanted, wanted, level) == {"differ": 0}
-    found = wanted.clone()
-    found[1, 2, 3], found[0, 8, 63] = 77, wanted[0, 8, 63] - 1
-    said = probe.differences(found, wanted, level)
-    assert (said["differ"], said["of"], said["unwritten"]) == (2, 2 * 64 * 9, 1)
-    assert said["by_channel"] == {"3": 1, "63": 1}
-    assert said["first"][0] == said["first"][0] | {"sample": 0, "channel": 63, "pixel": 8}
-    assert probe.explanation(found, level, x, inverse, 32) == []
-
-
-def test_a_stage_left_out_is_recognised(probe: ModuleType) -> None:
-    x, inverse = torch.randn(1, 8, 50, generator=torch.Generator().manual_seed(2)), torch.tensor([2.5])
-    y = x.double().transpose(1, 2).reshape(-1, 8)
-    for bit in (0, 2):
-        pairs = y.view(-1, 8 // 2 ** (bit + 1), 2, 2**bit)
-        y = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).reshape(-1, 8)
-    found = (y.view(1, 50, 8) / 8**0.5 * 2.5).round().clamp(-7, 7).to(torch.int8)
-    assert probe.explanation(found, probe.levels(x, inverse, 8), x, inverse, 8) == ["stage 1 left out"]
 
 
 # ---- kernel_bench --------------------------------------------------------------------------------------------------
