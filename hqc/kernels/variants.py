@@ -6,7 +6,7 @@ from typing import Any
 
 from hqc.kernels.compile import ARCHITECTURES, CompiledKernel, compile_kernel
 
-__all__ = ["VARIANTS", "Variant", "row", "rows", "table"]
+__all__ = ["FUSED", "VARIANTS", "Variant", "row", "rows", "table"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,23 @@ _WIDE = {"block": 128, "packed": True, "tile_rows": 32, "tile_channels": 128}
 _INT4 = {"form": "words", "rotation": 32}
 _DEEP = {"form": "words", "rotation": 128, "tile_channels": 128, "tile_outputs": 64}
 _FEW = {"even": False, "aligned": False, "tile_rows": 64, "tile_outputs": 64, "tile_channels": 32, "num_warps": 4}
+_SMALL = {"tile_rows": 64, "tile_outputs": 64, "num_warps": 4}
+_GEGLU = {"gate": "gelu", "codes": True, "block": 32, **_SMALL}
+_MEASURED = {"residual": True, "statistics": True, "whole": True, **_SMALL}
+_BESIDE = {"second": True, "beside": True, "beside_block": 32}
+_HEADS = {"tile_rows": 64, "tile_keys": 64, "tile_channels": 64, "num_warps": 4}
+FUSED: Sequence[Variant] = (
+    Variant("group norm, SiLU, rotate 32", "group_norm_quantize", {}),
+    Variant("the same of two images, and codes of them", "group_norm_quantize", _BESIDE),
+    Variant("statistics of two images, joined", "group_norm_affine", {"second": True}),
+    Variant("layer norm, rotate 32", "layer_norm_quantize", {}),
+    Variant("GEGLU, rotate 32", "gate_quantize", {}),
+    Variant("GEMM, int8 weight, GEGLU, rotate 32", "int_gemm", _GEGLU),
+    Variant("conv 3×3, int8 weight, residual, statistics", "int_conv2d", _MEASURED),
+    Variant("attention: scores of heads of 384", "attention_scores", _HEADS),
+    Variant("attention: values, rotate 32", "attention_values", {"codes": True, "block": 32, **_HEADS}),
+)
+"""Kernels that take in what stands before or after a product."""
 VARIANTS: Sequence[Variant] = (
     Variant("rotate 32, rows, fp16 to int8", "hadamard_quantize", {}),
     Variant("rotate 32, NCHW, fp16 to int8", "hadamard_quantize", _NCHW),
@@ -41,6 +58,7 @@ VARIANTS: Sequence[Variant] = (
     Variant("conv 3×3, int8 weight, 4 channels", "int_conv2d", _FEW),
     Variant("conv 3×3, int8 weight, a part of 8", "int_conv2d", {"splits": 8, "bias": False, "tile_outputs": 64}),
     Variant("sum of 8 parts, SiLU", "sum_splits", {"splits": 8, "silu": True}),
+    *FUSED,
 )
 
 

@@ -12,6 +12,7 @@ import pytest
 from hqc.errors import ExportError, HqcError, KernelError
 from hqc.kernels.compile import ARCHITECTURES, PTX_VERSIONS, CompiledKernel, compile_kernel, kernel_options
 from hqc.kernels.options import ConvOptions
+from hqc.kernels.variants import FUSED, Variant
 
 triton = pytest.importorskip("triton", reason="triton has no wheel for this platform")
 pytestmark = pytest.mark.skipif(
@@ -28,6 +29,18 @@ PRODUCTS = {
     "sm_100": {"mma.sync", "tcgen05"},  # triton 3.7 writes the first, 3.9 the second
     "sm_120": {"mma.sync"},
 }
+OUTPUTS = {
+    ("group_norm_quantize", False): (["codes"], []),
+    ("group_norm_quantize", True): (["codes", "beside"], []),
+    ("group_norm_affine", True): ([], ["affine"]),
+    ("layer_norm_quantize", False): (["codes"], []),
+    ("gate_quantize", False): (["codes"], []),
+    ("int_gemm", False): (["y"], []),
+    ("int_conv2d", False): ([], ["y", "statistics"]),
+    ("attention_scores", False): ([], ["p", "maxima"]),
+    ("attention_values", False): (["y"], []),
+}
+"""(int8, floating-point) outputs of the variants, by kernel and whether they read two images."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,6 +89,18 @@ def test_hadamard_quantize_stays_in_registers(arch: str) -> None:
     assert re.search(r"ld\.global[\w.:]*\.v4\.b32", compiled.ptx)
     assert re.search(r"st\.global[\w.:]*\.v4\.b32", compiled.ptx)
     assert "shfl.sync.bfly" in compiled.ptx
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("variant", FUSED, ids=lambda variant: variant.name)
+def test_kernels_with_what_stands_around_them(variant: Variant, arch: str) -> None:
+    """Nothing is spilled, integer products are still the int8 instruction, and the others have none."""
+    compiled = variant.compile(arch)
+    check(compiled, arch)
+    assert compiled.instruction in (PRODUCTS[arch] if variant.kernel.startswith("int_") else {""})
+    codes = [p.name for p in compiled.params if p.role == "output" and p.type == "*i8"]
+    floats = [p.name for p in compiled.params if p.role == "output" and p.type != "*i8"]
+    assert (codes, floats) == OUTPUTS[variant.kernel, bool(variant.options.get("second"))]
 
 
 def test_parameters_are_inputs_integers_outputs_and_two_null_pointers() -> None:
