@@ -1,20 +1,23 @@
-"""`scripts/kernel_warm.py` without a GPU: what is written down, and that the real launch finds it compiled."""
+"""`scripts/kernel_warm.py` without a GPU: its command line, and that the real launch finds what it compiled."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+
+from hqc.kernels.precompile import KernelJob
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("triton")
 
 CODE = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 
 import kernel_warm
@@ -22,8 +25,24 @@ import torch
 
 from hqc.kernels.launching import launch_kernel
 from hqc.kernels.options import HadamardOptions
+from hqc.kernels.precompile import instead_of_launching
 
 if __name__ == "__main__":
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Pretended:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    driver.set_active(Pretended())
     cache, x = Path(sys.argv[1]), torch.zeros(64, 64, dtype=torch.float16)
     inverse, codes = torch.ones(1), torch.zeros(64, 64, dtype=torch.int8)
 
@@ -33,24 +52,23 @@ if __name__ == "__main__":
     def compiled():
         return sorted(str(path.relative_to(cache)) for path in cache.rglob("*.cubin"))
 
-    with kernel_warm.recording() as found:
+    with instead_of_launching() as jobs:
         for rows in (64, 128, 63, 61):
             launch(rows)
-    failed = kernel_warm.compile_all(list(found), 90, 1)
+    different = list({job.key(): job for job in jobs}.values())
+    failed = kernel_warm.compile_all([*different, replace(jobs[0], constants={})], 1)
     before = compiled()
     # As the launch itself would ask for it, which is not run.
-    kernel_warm.start_worker(90)
-    from triton.runtime.jit import JITFunction
     run = JITFunction.run
     JITFunction.run = lambda self, *a, grid, warmup, **settings: run(self, *a, grid=grid, warmup=True, **settings)
     for rows in (64, 63):
         launch(rows)
-    print(json.dumps([len(found), failed, before, compiled()]))
+    print(json.dumps([len(different), failed, before, compiled()]))
 """
 
 
 def test_what_is_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:
-    """Two different launches of four; the cache holds what the launches ask for."""
+    """Two different launches of four; the cache holds what the launches ask for; what does not compile has a reason."""
     script = tmp_path / "warm.py"
     script.write_text(CODE)
     cache = tmp_path / "cache"
@@ -60,28 +78,37 @@ def test_what_is_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     count, failed, before, after = json.loads(done.stdout)
-    assert (count, failed) == (2, [])
+    assert count == 2
     assert len(before) == 2
     assert after == before
+    assert len(failed) == 1
+    assert failed[0].startswith("hadamard_quantize_rows: triton cannot compile it: ")
 
 
-@pytest.fixture
-def warm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal kernels are counted once; what went wrong is said, and is no failure: the launch will compile it."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import kernel_warm
 
-    return kernel_warm
+    job = KernelJob("m", "f", {}, {}, {}, {}, ("cuda", 90, 32))
+    asked: list[object] = []
+    monkeypatch.setattr(sys, "argv", ["kernel_warm.py", "q.hqc", "--batch-size", "8,2", "--workers", "3"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_warm, "of_program", lambda *given: asked.append(given) or [job, replace(job), job])
+    monkeypatch.setattr(kernel_warm, "compile_all", lambda *given: asked.append(given) or ["f: no"])
+    assert kernel_warm.main() == 0
+    said = capsys.readouterr()
+    assert asked == [(Path("q.hqc"), [8, 2]), ([job], 3)]
+    assert said.out.startswith("1 kernels, 1 failed, ")
+    assert said.out.endswith(" to compile, 3 processes\n")
+    assert said.err == "f: no\n"
 
 
-def test_only_what_decides_the_code_is_kept(warm: ModuleType) -> None:
-    x = torch.zeros(32, dtype=torch.float16)
-    launch = warm.described("m", "f", (x, None, 48, 7, 1, 2**31, True), {"TILE": 48, "num_warps": 4})
-    assert launch.arguments == (torch.float16, None, 16, 3, 1, 2**31, True)
-    assert launch.settings == (("TILE", 48), ("num_warps", 4))
-    assert launch == warm.described("m", "f", (x + 1, None, 64, 9, 1, 2**31, True), {"TILE": 48, "num_warps": 4})
-    assert warm.described("m", "f", (x[1:],), {}) is None  # not aligned as the compiler supposes
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import kernel_warm
 
-
-def test_one_that_does_not_compile_is_said(warm: ModuleType) -> None:
-    said = warm.compile_launch(warm.Launch("hqc.kernels.jit.hadamard_quantize", "no_such_kernel", (), ()))
-    assert said.startswith("no_such_kernel: AttributeError")
+    monkeypatch.setattr(sys, "argv", ["kernel_warm.py", "q.hqc"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        kernel_warm.main()

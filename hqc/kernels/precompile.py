@@ -113,12 +113,15 @@ def answer(begun: "Future[str]") -> str:
 
 
 @contextmanager
-def compilers() -> Iterator[Compilers]:
-    """As many processes as there are cores, less one for the process that measures, and memory for."""
+def compilers(processes: int | None = None) -> Iterator[Compilers]:
+    """As many processes as there is memory for, at most `processes`.
+
+    processes: by default as many as there are cores, less one for the process that measures.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = available_bytes()
     room = _MOST if memory is None else memory // _BYTES
-    count = max(1, min(cores - 1, room, _MOST))
+    count = max(1, min(cores - 1 if processes is None else processes, room, _MOST))
     pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_polite)
     try:
         yield Compilers(pool)
