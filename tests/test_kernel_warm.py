@@ -17,32 +17,21 @@ pytest.importorskip("triton")
 
 CODE = """
 import json, sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import kernel_warm
 import torch
+from pretended_card import pretended_card
 
 from hqc.kernels.launching import launch_kernel
 from hqc.kernels.options import HadamardOptions
 from hqc.kernels.precompile import instead_of_launching
 
 if __name__ == "__main__":
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    class Pretended:
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device):
-            return 0
-
-    driver.set_active(Pretended())
     cache, x = Path(sys.argv[1]), torch.zeros(64, 64, dtype=torch.float16)
     inverse, codes = torch.ones(1), torch.zeros(64, 64, dtype=torch.int8)
 
@@ -52,6 +41,8 @@ if __name__ == "__main__":
     def compiled():
         return sorted(str(path.relative_to(cache)) for path in cache.rglob("*.cubin"))
 
+    stack = ExitStack()
+    stack.enter_context(pretended_card())
     with instead_of_launching() as jobs:
         for rows in (64, 128, 63, 61):
             launch(rows)
@@ -73,7 +64,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:
     script.write_text(CODE)
     cache = tmp_path / "cache"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}:{ROOT / 'tests'}"}
     command = [sys.executable, str(script), str(cache)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -68,7 +68,6 @@ def wide_attention(
     )
     rows = -(-tokens // tall)
     launch_kernel(where, scores, (parts, rows, samples * heads), (q, k, tokens, keys, p, maxima))
-    how = {} if quantiser is None else {"block": quantiser.block, "low": quantiser.low, "high": quantiser.high}
     values = kernel_options(
         where,
         ValuesOptions,
@@ -81,7 +80,7 @@ def wide_attention(
         tile_keys=part,
         tile_channels=max(wide, 1 if quantiser is None else quantiser.block),
         num_warps=warps,
-        **how,
+        **({} if quantiser is None else quantiser.form),
     )
     inverse = None if quantiser is None else quantiser.inverse_scale
     grid = (-(-width // values.tile_channels), rows, samples * heads)

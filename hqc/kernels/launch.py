@@ -343,5 +343,5 @@ class _Product:
             "statistics": self.statistics and whole,
         }
         if quantiser is not None:
-            fields |= {"codes": True, "block": quantiser.block, "low": quantiser.low, "high": quantiser.high}
+            fields |= {"codes": True, **quantiser.form}
         return fields

@@ -55,6 +55,11 @@ class Quantiser:
     high: int
     block: int = 1
 
+    @property
+    def form(self) -> dict[str, int]:
+        """What kernels are compiled for of it: block and bounds."""
+        return {"block": self.block, "low": self.low, "high": self.high}
+
 
 @dataclass(frozen=True)
 class Epilogue:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from pretended_card import pretended_card
 
 from hqc.errors import ArtefactError, KernelError
 from hqc.kernels import Epilogue, Weight, int_conv2d, int_gemm, pack_weight
@@ -279,27 +280,12 @@ compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason=
 @pytest.fixture
 def without_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """triton believes that there is an H100; nothing can be launched on it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    class Pretended:
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr("hqc.kernels.launch.check_devices", lambda *_: None)
-    before = driver._active
-    driver.set_active(cast(Any, Pretended()))
     try:
-        yield
+        with pretended_card():
+            yield
     finally:
-        driver._active = before
         for name in ("int_gemm", "int_conv2d", "epilogue"):
             module = importlib.import_module(f"hqc.kernels.jit.{name}")
             function = getattr(module, name, None) or module.sum_splits

@@ -5,13 +5,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
 import zoo
 from click.testing import CliRunner, Result
 from cuda_programs import quantised
+from pretended_card import pretended_card
 
 from hqc.capture import trace
 from hqc.cli import main
@@ -48,25 +49,10 @@ def without_a_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     pytest.importorskip("triton", reason="triton has no wheel for this platform")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this process interprets kernels")
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    class Pretended:
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
     for name in ("launch", "quantisers"):
         monkeypatch.setattr(f"hqc.kernels.{name}.check_devices", lambda *_: None)
-    before = driver._active
-    driver.set_active(cast(Any, Pretended()))
-    yield
-    driver._active = before
+    with pretended_card():
+        yield
 
 
 @pytest.mark.usefixtures("without_a_card")

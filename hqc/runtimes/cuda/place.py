@@ -19,6 +19,7 @@ from hqc.passes.rewriting import Rewriter, rewrite
 from hqc.program import Program, aten, is_op
 from hqc.runtimes.cuda.forms import site_input, site_rotation
 from hqc.runtimes.cuda.fusions import Placed
+from hqc.runtimes.cuda.fusions.fusion import only_reader
 from hqc.runtimes.cuda.kernel_set import Kernels
 from hqc.runtimes.cuda.layers import Codes, IntegerConv2d, IntegerLinear, Quantise
 from hqc.runtimes.cuda.scales import ScaleBanks, scale_banks
@@ -134,18 +135,14 @@ def _place_product(
 def _tail(layer: fx.Node) -> _Tail:
     """The addition and the SiLU that directly follow a layer."""
     nodes, residual, silu = [layer], None, False
-    following = _only_reader(layer)
+    following = only_reader(layer)
     if following is not None and (other := _residual(following, layer)) is not None:
         nodes.append(following)
-        residual, following = other, _only_reader(following)
+        residual, following = other, only_reader(following)
     if following is not None and is_op(following, aten.silu.default):
         nodes.append(following)
         silu = True
     return _Tail(tuple(nodes), residual, silu)
-
-
-def _only_reader(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _residual(addition: fx.Node, layer: fx.Node) -> fx.Node | None:

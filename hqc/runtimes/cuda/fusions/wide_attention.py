@@ -55,8 +55,7 @@ class WideAttention(KernelCall):
         y = functional.scaled_dot_product_attention(a, b, c, scale=self.scale).transpose(1, 2).flatten(2).contiguous()
         if quantiser is None:
             return y
-        how = {"low": quantiser.low, "high": quantiser.high, "block": quantiser.block}
-        return self.kernels.hadamard_quantize(y, quantiser.inverse_scale, **how)
+        return self.kernels.hadamard_quantize(y, quantiser.inverse_scale, **quantiser.form)
 
     def extra_repr(self) -> str:
         """What it prints as."""
