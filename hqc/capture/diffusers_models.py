@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hqc.capture.averages import Weights
 from hqc.capture.families import FAMILIES, call_arguments, family_of
 from hqc.capture.fit import check_folder, empty_module
 from hqc.capture.source import Source, versions
@@ -36,10 +37,14 @@ _LEGACY = ("Transformer2DModel",)
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """What a source leaves open: tokens of the condition, side of the latents; None takes the model's own."""
+    """What a source leaves open: tokens of the condition, side of the latents, which of two sets of weights.
+
+    None takes the model's own, and of raw and averaged weights the averaged ones.
+    """
 
     condition_length: int | None = None
     latent_size: int | None = None
+    weights: Weights | None = None
 
 
 class Denoiser(nn.Module):

@@ -1,4 +1,6 @@
-"""One .safetensors file as a source: the original layout of Stable Diffusion 1 to 3 and Flux, read by diffusers.
+"""One checkpoint file as a source: the original layout of Stable Diffusion 1 to 3 and Flux, or diffusers' own names.
+
+Raw or averaged weights are chosen here, and what they are called is left to diffusers. No code of a pickle runs.
 
 The shapes come from a diffusers `config.json` (--config), else from what diffusers infers, whose configuration is
 fetched from the hub or found in the local cache.
@@ -7,14 +9,21 @@ fetched from the hub or found in the local cache.
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from hqc.capture.averages import AVERAGED, choose_weights, flat_name
 from hqc.capture.diffusers_models import CaptureOptions, denoiser_source
 from hqc.capture.families import FAMILIES
-from hqc.capture.fit import check_module, empty_module, read_shapes
+from hqc.capture.fit import check_module, empty_module
+from hqc.capture.ldm.checkpoint import read_checkpoint
+from hqc.capture.ldm.names import unet_name
+from hqc.capture.ldm.unet import UNET_PREFIX
 from hqc.capture.source import Source
 from hqc.errors import CaptureError
 from hqc.memory import require_memory, trace_bytes
@@ -37,20 +46,36 @@ def from_single_file(path: Path, config: Path | None, options: CaptureOptions) -
         CaptureError: if it cannot be read, holds no denoiser of the configured class, or its configuration is missing.
         MemoryShortError: if it does not fit the memory that is free.
     """
-    if path.suffix != ".safetensors":
-        raise CaptureError(
-            str(path),
-            f"is a {path.suffix} file, which may hold code",
-            "Give its YAML file, or convert to .safetensors.",
-        )
-    if not path.is_file():
-        raise CaptureError(str(path), "no such file", "Check the path.")
-    kind = _class_of(path, config)
+    tensors = read_checkpoint(path)
+    kind = _class_of(tensors, config)
     if config is not None:
-        _check_weights(path, kind, config)
+        plain, module = _empty(path, kind, config)
+        parameters = sum(tensor.numel() for tensor in module.state_dict().values())
+        require_memory(f"tracing {path}", trace_bytes(parameters, plain))
+        tensors, taken = choose_weights(path, tensors, _names(tensors, module, plain), options.weights)
+        _check_weights(path, kind, config, plain, module, tensors)
+    else:
+        tensors, taken = choose_weights(path, tensors, _names(tensors, None, {}), options.weights)
     with tempfile.TemporaryDirectory() as folder:
-        model = _read(path, kind, _config_folder(config, Path(folder)))
-    return denoiser_source(model, str(path.resolve()), options.condition_length, options.latent_size)
+        model = _read(path, tensors, kind, _config_folder(config, Path(folder)))
+    source = denoiser_source(model, str(path.resolve()), options.condition_length, options.latent_size)
+    return replace(source, notes={"weights": taken})
+
+
+def _names(tensors: Mapping[str, Tensor], module: nn.Module | None, config: Mapping[str, Any]) -> list[str]:
+    """What the denoiser's raw tensors are called: as in the file, or where it has averages alone, as they would be."""
+    found = [name for name in tensors if name.startswith(UNET_PREFIX)]
+    if found or module is None:
+        return found
+    own = list(module.state_dict())
+    if not {flat_name(name) for name in tensors if name.startswith(AVERAGED)} or tensors.keys() & set(own):
+        return own
+    attended = ["Attn" in block for block in config.get("down_block_types", ())]
+    try:
+        original = [UNET_PREFIX + unet_name(name, int(config["layers_per_block"]), attended) for name in own]
+    except (KeyError, TypeError, ValueError):  # no UNet of the original code
+        return own
+    return [*original, *own]
 
 
 def _config_folder(config: Path | None, folder: Path) -> str | None:
@@ -61,10 +86,10 @@ def _config_folder(config: Path | None, folder: Path) -> str | None:
     return str(folder)
 
 
-def _class_of(path: Path, config: Path | None) -> str:
+def _class_of(tensors: Mapping[str, Tensor], config: Path | None) -> str:
     """The class that the configuration names, or that diffusers infers from the names of the weights."""
     if config is None:
-        return _inferred(path)[0]
+        return _inferred(tensors)[0]
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
@@ -76,11 +101,11 @@ def _class_of(path: Path, config: Path | None) -> str:
     return str(kind)
 
 
-def _inferred(path: Path) -> tuple[str, str]:
+def _inferred(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     """(class, repository of its configuration), from the names and shapes of the tensors."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
 
-    shapes = read_shapes([path])
+    shapes = _shapes(tensors)
     kind = str(infer_diffusers_model_type(shapes))
     repository = str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
     if kind.startswith(("sd3", "flux")):
@@ -88,42 +113,52 @@ def _inferred(path: Path) -> tuple[str, str]:
     return _READABLE[0], repository
 
 
-def _check_weights(path: Path, kind: str, config: Path) -> None:
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without their data."""
+    return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+
+
+def _empty(path: Path, kind: str, config: Path) -> tuple[dict[str, Any], nn.Module]:
+    """The configuration, and its module without weights."""
+    options = json.loads(config.read_text(encoding="utf-8"))
+    with quiet_libraries():
+        try:
+            return options, empty_module(kind, options)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise _misfit(path, kind, error) from error
+
+
+def _check_weights(
+    path: Path, kind: str, config: Path, options: dict[str, Any], module: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
     """Refuses weights that are not the configuration's: diffusers drops what it does not know.
 
     Names are compared as diffusers has them, after its own conversion where the file is in the original layout.
     """
     from diffusers.loaders import single_file_utils
 
-    options = json.loads(config.read_text(encoding="utf-8"))
-    with quiet_libraries():
+    shapes = _shapes(tensors)
+    if not shapes.keys() & module.state_dict().keys():
         try:
-            module = empty_module(kind, options)
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise _misfit(path, kind, error) from error
-        shapes = read_shapes([path])
-        if not shapes.keys() & module.state_dict().keys():
-            try:
+            with quiet_libraries():
                 shapes = getattr(single_file_utils, _CONVERSIONS[kind])(checkpoint=shapes, config=options)
-            except Exception as error:  # diffusers' converters raise whatever a missing name makes them raise
-                raise _misfit(path, kind, error) from error
+        except Exception as error:  # diffusers' converters raise whatever a missing name makes them raise
+            raise _misfit(path, kind, error) from error
     check_module(path, config, module, shapes)
-    parameters = sum(tensor.numel() for tensor in module.state_dict().values())
-    require_memory(f"tracing {path}", trace_bytes(parameters, options))
 
 
-def _read(path: Path, kind: str, config: str | None) -> Any:
+def _read(path: Path, tensors: Mapping[str, Tensor], kind: str, config: str | None) -> Any:
     import diffusers
 
     assert kind in FAMILIES
     options = {"config": config, "local_files_only": True} if config is not None else {}
     try:
         with quiet_libraries():
-            return getattr(diffusers, kind).from_single_file(str(path), torch_dtype=torch.float32, **options)
+            return getattr(diffusers, kind).from_single_file(dict(tensors), torch_dtype=torch.float32, **options)
     except Exception as error:  # as above
         first = " ".join(str(error).split())[:200] or type(error).__name__
         if config is None:
-            repository = _inferred(path)[1]
+            repository = _inferred(tensors)[1]
             raise CaptureError(
                 str(path),
                 f"needs the configuration of {repository}, as far as diffusers can tell ({first})",

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hqc.capture.architectures import ARCHITECTURE, from_architecture
+from hqc.capture.averages import Weights
 from hqc.capture.diffusers_models import CaptureOptions, from_folder, from_pipeline
 from hqc.capture.export_graph import capture_module
 from hqc.capture.hub import fetch_snapshot, is_hub_id
@@ -31,6 +32,7 @@ def trace(
     config: Path | str | None = None,
     outliers: bool = False,
     revision: str | None = None,
+    weights: Weights | None = None,
 ) -> Program:
     """Captures a source into a Program; `source` and the options as `find_source` takes them, or a `Source`.
 
@@ -45,6 +47,7 @@ def trace(
             config=config,
             outliers=outliers,
             revision=revision,
+            weights=weights,
         )
     program = capture_module(source.module, source.inputs, source.origin, prefix=source.prefix)
     return _without_prefix(program, source.prefix) if source.prefix else program
@@ -68,12 +71,14 @@ def find_source(
     config: Path | str | None = None,
     outliers: bool = False,
     revision: str | None = None,
+    weights: Weights | None = None,
 ) -> Source:
     """Resolves what the user typed; see the module's first lines.
 
     condition_length: tokens of the condition. latent_size: side of the latents. None takes the source's own.
     config: of a checkpoint file alone: the YAML file of the original code, or the config.json of diffusers. outliers:
-    of a named architecture. revision: branch, tag or commit of a hub id.
+    of a named architecture. revision: branch, tag or commit of a hub id. weights: of a checkpoint file that has both,
+    the averaged ones without it.
 
     Raises:
         CaptureError: if it is none of these, or an option does not belong to it.
@@ -82,7 +87,9 @@ def find_source(
     _check_options(source, config is not None, is_checkpoint, outliers)
     if revision is not None and (not is_hub_id(source) or Path(source).exists()):
         raise CaptureError(f"source {source!r}", "takes no --revision", "Leave it out; it belongs to a hub id.")
-    options = CaptureOptions(condition_length, latent_size)
+    if weights is not None and (not is_checkpoint or Path(source).is_dir()):
+        raise CaptureError(f"source {source!r}", "takes no --weights", "Leave it out; it belongs to a checkpoint file.")
+    options = CaptureOptions(condition_length, latent_size, weights)
     if source == "digits":
         from hqc.models import digits_path
 
@@ -96,7 +103,7 @@ def find_source(
     if is_checkpoint and config is not None:
         from hqc.capture.ldm import from_checkpoint
 
-        return from_checkpoint(Path(source), Path(config))
+        return from_checkpoint(Path(source), Path(config), options)
     folder = Path(source)
     if (folder / "model_index.json").is_file():
         return from_pipeline(folder, str(folder.resolve()), options)

@@ -20,6 +20,7 @@ from hqc.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from hqc.capture.averages import Weights
     from hqc.export import Target
     from hqc.export.tensorrt.options import Dtype, Plugins, TensorRtOptions
 
@@ -38,6 +39,11 @@ __all__ = ["explain", "export", "inspect", "trace"]
     type=click.Path(path_type=Path),
     help="The configuration of a checkpoint file, SOURCE: YAML of the original code, or diffusers' config.json.",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["raw", "ema"]),
+    help="Of a checkpoint file that has both raw and averaged weights (default: ema).",
+)
 @click.option("--revision", help="Branch, tag or commit of a hub id, SOURCE.")
 @click.option("--outliers", is_flag=True, help="Heavy-tailed activations in a named architecture, arch:NAME.")
 @force_option
@@ -48,6 +54,7 @@ def trace(
     condition_length: int | None,
     latent_size: int | None,
     config: Path | None,
+    weights: "Weights | None",
     revision: str | None,
     outliers: bool,
     force: bool,
@@ -74,6 +81,7 @@ def trace(
         config=config,
         outliers=outliers,
         revision=revision,
+        weights=weights,
     )
     program = capture(found)
     save_program(program, output, force=force, pipeline=found.pipeline)

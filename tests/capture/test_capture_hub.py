@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,59 @@ def test_the_original_names_of_stable_diffusion(tmp_path) -> None:
     args = (torch.randn(2, 4, 8, 8), torch.tensor([3.0, 900.0]), torch.randn(2, 3, 32))
     with torch.no_grad():
         _equal(source.module(*args), unet(*args, return_dict=False)[0])
+
+
+def _both(unet: torch.nn.Module, form: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A state_dict in the original or in diffusers' names, and its average: everything twice as large."""
+    names = {n: n for n in unet.state_dict()}
+    if form != "diffusers":
+        names = {n: f"model.diffusion_model.{unet_name(n, 2, [True, True, True, False])}" for n in names}
+    raw = {names[n]: tensor.clone() for n, tensor in unet.state_dict().items()}
+    return raw, {name: 2 * tensor for name, tensor in raw.items()}
+
+
+def _flat(name: str) -> str:
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
+@pytest.mark.parametrize("asked", [None, "raw", "ema"])
+@pytest.mark.parametrize(
+    "form", ["original.safetensors", "original.ckpt", "diffusers.safetensors", "dotted.safetensors", "sets.ckpt"]
+)
+def test_the_averaged_weights_are_taken_unless_the_raw_ones_are_asked_for(form: str, asked: Any, tmp_path) -> None:
+    unet, _, config = _saved_as_one_file(tmp_path)
+    raw, average = _both(unet, form.split(".")[0])
+    file = tmp_path / form
+    named = {"ema." + n if form.startswith("dotted") else _flat(n): t for n, t in average.items()}
+    if form == "sets.ckpt":
+        torch.save({"model": raw, "ema": average, "opt": {"state": {}, "step": 3}}, file)
+    elif form.endswith("ckpt"):
+        torch.save({"state_dict": {**raw, **named, "model_ema.decay": torch.tensor(0.99)}}, file)
+    else:
+        save_file({**raw, **named, "model_ema.num_updates": torch.tensor(7)}, file)
+    source = find_source(str(file), config=config, condition_length=3, weights=asked)
+    assert source.notes["weights"] == ("model" if asked == "raw" else "model_ema")
+    factor = 1 if asked == "raw" else 2
+    assert torch.equal(source.module.unet.conv_in.weight, factor * unet.conv_in.weight)
+
+
+def test_one_set_of_weights(tmp_path) -> None:
+    """Averages alone are enough, whatever names they had; the set that is not there is refused."""
+    unet, _, config = _saved_as_one_file(tmp_path)
+    file, options = tmp_path / "one.safetensors", {"config": config, "condition_length": 3}
+    for form in ("original", "diffusers"):
+        raw, average = _both(unet, form)
+        save_file({_flat(name): tensor for name, tensor in average.items()}, file)
+        source = find_source(str(file), **options)
+        assert source.notes["weights"] == "model_ema"
+        assert torch.equal(source.module.unet.conv_in.weight, 2 * unet.conv_in.weight)
+        with pytest.raises(CaptureError, match="has averaged weights alone"):
+            find_source(str(file), weights="raw", **options)
+    save_file(raw, file)
+    with pytest.raises(CaptureError, match="has no averaged weights"):
+        find_source(str(file), weights="ema", **options)
+    with pytest.raises(CaptureError, match="takes no --weights"):
+        find_source("digits", weights="ema")
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
@@ -302,12 +356,12 @@ def test_a_single_file_is_counted_before_it_is_loaded(tmp_path, monkeypatch: pyt
 def test_files_that_are_none(tmp_path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"no tensors")
     (tmp_path / "c.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    with pytest.raises(CaptureError, match="is not a safetensors file"):
+    with pytest.raises(CaptureError, match="is truncated or no checkpoint"):
         find_source(str(tmp_path / "x.safetensors"))
     with pytest.raises(CaptureError, match="no such file"):
         find_source(str(tmp_path / "y.safetensors"))
     (tmp_path / "x.ckpt").write_bytes(b"")
-    with pytest.raises(CaptureError, match="which may hold code"):
+    with pytest.raises(CaptureError, match="is truncated or no checkpoint"):
         find_source(str(tmp_path / "x.ckpt"), config=tmp_path / "c.json")
 
 

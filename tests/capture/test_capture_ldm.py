@@ -100,6 +100,9 @@ def test_averaged_weights_are_preferred(kind: str, tmp_path: Path) -> None:
     assert source.notes["weights"] == "model_ema"
     assert denoiser_error(source, config, averaged(weights)) < EQUAL
     assert denoiser_error(source, config, weights) > 0.1
+    raw = find_source(str(tmp_path / "model.safetensors"), config=tmp_path / "config.yaml", weights="raw")
+    assert raw.notes["weights"] == "model"
+    assert denoiser_error(raw, config, weights) < EQUAL
 
 
 def test_averaged_weights_alone_are_enough(tmp_path: Path) -> None:

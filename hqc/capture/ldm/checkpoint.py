@@ -17,11 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hqc.capture.averages import AVERAGED, flat_name
 from hqc.errors import CaptureError
 
-__all__ = ["prefer_ema", "read_checkpoint"]
+__all__ = ["read_checkpoint"]
 
-UNET, EMA = "model.", "model_ema."
+# Where training keeps both sets apart instead of in the names.
+_SETS, _AVERAGED_SETS = ("state_dict", "model", "unet"), ("state_dict_ema", "ema", "model_ema", "ema_state_dict")
 _HARMLESS = re.compile(r"(pytorch_)?lightning(\.pytorch)?\.callbacks\.[\w.]+")
 
 
@@ -100,25 +102,21 @@ def _damaged(path: Path, error: Exception) -> CaptureError:
 
 
 def _named_tensors(path: Path, data: Any) -> dict[str, Tensor]:
-    state = data.get("state_dict", data) if isinstance(data, Mapping) else data
+    """The tensors of a state_dict, and those of its average as if one file had both."""
+    state, average = data, None
+    if isinstance(data, Mapping):
+        average = next((data[key] for key in _AVERAGED_SETS if isinstance(data.get(key), Mapping)), None)
+        sets = [data[key] for key in _SETS if key in data and (key == "state_dict" or isinstance(data[key], Mapping))]
+        state = sets[0] if sets else data
     if not isinstance(state, Mapping):
         raise CaptureError(str(path), f"holds a {type(state).__name__}; expected a state_dict", "Give a checkpoint.")
-    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    tensors = _tensors(state)
+    if average is not None:
+        tensors |= {AVERAGED + flat_name(name): tensor for name, tensor in _tensors(average).items()}
     if not tensors:
         raise CaptureError(str(path), "holds no named tensors", "Give a checkpoint with a state_dict.")
     return tensors
 
 
-def prefer_ema(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[dict[str, Tensor], bool]:
-    """The checkpoint with the denoiser's weights replaced by their moving averages, and whether there are any.
-
-    The average of `model.diffusion_model.out.2.weight` is kept as `model_ema.diffusion_modelout2weight`: the name
-    below `model.` without its dots. `names` are the denoiser's parameters below `model.`.
-    """
-    averages = {EMA + name.removeprefix(UNET).replace(".", ""): name for name in names}
-    found = {averages[key]: tensor for key, tensor in tensors.items() if key in averages}
-    others = {key: tensor for key, tensor in tensors.items() if not key.startswith(EMA)}
-    if not found:
-        return others, False
-    raw = {key for key in others if key.startswith(UNET)} - set(names)
-    return {key: t for key, t in others.items() if not key.startswith(UNET) or key in raw} | found, True
+def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}

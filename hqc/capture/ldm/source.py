@@ -12,9 +12,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hqc.capture.diffusers_models import unet_source
+from hqc.capture.averages import choose_weights
+from hqc.capture.diffusers_models import CaptureOptions, denoiser_source
 from hqc.capture.finite import require_finite
-from hqc.capture.ldm.checkpoint import prefer_ema, read_checkpoint
+from hqc.capture.ldm.checkpoint import read_checkpoint
 from hqc.capture.ldm.config import LdmConfig, read_config
 from hqc.capture.ldm.first_stage import build_embedder, build_scheduler, build_vae, embedder_pieces, vae_pieces
 from hqc.capture.ldm.unet import build_unet, fill, unet_pieces
@@ -29,11 +30,12 @@ _SCHEDULE_TOLERANCE = 5e-3  # ᾱ in 0…1; weights may be stored in bfloat16
 Parts = dict[str, tuple[nn.Module, dict[str, Piece]]]
 
 
-def from_checkpoint(path: Path, config_path: Path) -> Source:
+def from_checkpoint(path: Path, config_path: Path, options: CaptureOptions) -> Source:
     """An original latent-diffusion checkpoint with its configuration as a source.
 
-    The averaged weights (`model_ema.`) are taken where the checkpoint has them. `pipeline` is a temporary folder with
-    autoencoder, scheduler and class embedder, which lives as long as the source: save the program while you hold it.
+    The averaged weights (`model_ema.`) are taken where the checkpoint has them, unless the options ask for the raw
+    ones. `pipeline` is a temporary folder with autoencoder, scheduler and class embedder, which lives as long as the
+    source: save the program while you hold it.
 
     Raises:
         CaptureError: if either file cannot be read or they do not fit each other.
@@ -43,20 +45,20 @@ def from_checkpoint(path: Path, config_path: Path) -> Source:
     tensors = read_checkpoint(path)
     parts = _parts(config, _scale_factor(path, config, tensors))
     unet, unet_from = parts["unet"]
-    tensors, averaged = prefer_ema(tensors, [piece.key for piece in unet_from.values()])
+    tensors, taken = choose_weights(path, tensors, [piece.key for piece in unet_from.values()], options.weights)
     check_fit(path, config_path, [piece for _, pieces in parts.values() for piece in pieces.values()], tensors)
     _check_schedule(path, config_path, config, tensors)
     parameters = sum(parameter.numel() for module, _ in parts.values() for parameter in module.parameters())
-    options: Any = unet.config
-    require_memory(f"tracing {path}", trace_bytes(parameters, options))
+    model: Any = unet
+    require_memory(f"tracing {path}", trace_bytes(parameters, model.config))
     for module, pieces in parts.values():
         fill(module, pieces, tensors)
         used = {piece.key: tensors[piece.key] for piece in pieces.values()}
         require_finite(str(path), used, used)
     folder = _write_pipeline(parts, config)
     length = 1 if config.classes is not None else 0
-    source = unet_source(unet, str(path.resolve()), length)
-    notes = {"weights": "model_ema" if averaged else "model", "config": str(config_path)}
+    source = denoiser_source(unet, str(path.resolve()), length, options.latent_size)
+    notes = {"weights": taken, "config": str(config_path)}
     source = replace(source, pipeline=folder, notes=notes)
     weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
     return source
