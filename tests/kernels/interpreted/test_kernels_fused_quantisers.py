@@ -55,11 +55,11 @@ def normed(x: Tensor, norm: GroupNorm) -> Tensor:
 
 # samples, height, width, channels, groups, block: tiles that images do not fill, groups across tiles, few groups.
 IMAGES = [
-    (3, 5, 7, 96, 32, 32),
+    (3, 5, 3, 96, 32, 32),
     (2, 9, 4, 80, 8, 16),
     (1, 1, 1, 64, 4, 8),
     (2, 3, 3, 30, 5, 1),
-    (2, 12, 12, 160, 32, 32),
+    (2, 12, 12, 48, 16, 16),
 ]
 
 
@@ -102,7 +102,7 @@ def test_group_norm_of_two_tensors_is_that_of_their_concatenation(
 @pytest.mark.parametrize("second", [False, True])
 def test_codes_of_the_image_itself_come_beside(second: bool, device: str) -> None:
     """For a shortcut around the norm: another block, other bounds, another scale; the same as quantised alone."""
-    x, norm, how = random(2, 6, 5, 96, dtype=HALF), GroupNorm(8, 1e-5, silu=True), quantiser(2, 32, device)
+    x, norm, how = random(2, 4, 3, 96, dtype=HALF), GroupNorm(8, 1e-5, silu=True), quantiser(2, 32, device)
     beside = Quantiser(torch.tensor([20.0, 31.0], device=device), -127, 127, 16)
     parts = [x[..., :64].contiguous().to(device), x[..., 64:].contiguous().to(device)] if second else [x.to(device)]
     given = {"second": parts[1]} if second else {}
@@ -144,7 +144,7 @@ def test_statistics_of_a_large_mean(device: str) -> None:
         assert torch.allclose(away[:, i].double(), deviations, rtol=1e-4)  # float32 at 1000: 6e-5 of a deviation of 1
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 96), (3, 7, 160), (1, 1, 64), (2, 3, 40), (2, 33, 384)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 96), (3, 7, 160), (1, 1, 64), (2, 3, 40), (2, 9, 384)], ids=str)
 @pytest.mark.parametrize(("affine", "dtype"), [(True, HALF), (False, SINGLE)])
 def test_layer_norm(shape: tuple[int, ...], affine: bool, dtype: torch.dtype, device: str) -> None:
     channels, block = shape[-1], 8 if shape[-1] == 40 else 32

@@ -27,7 +27,7 @@ DTYPES = [torch.float16, torch.float32]
 
 
 def same_in_every_tile(product: Product, run: Callable[[], Tensor]) -> None:
-    """Forced, and from a table."""
+    """Forced; from a table too, of which the first will do."""
     usual = run()
     tried = 0
     for tile in TILES:
@@ -35,8 +35,9 @@ def same_in_every_tile(product: Product, run: Callable[[], Tensor]) -> None:
             continue
         with force(tile):
             assert torch.equal(run().view(torch.uint8), usual.view(torch.uint8)), tile
-        with use(Table(card_of(usual.device), {product: (Timed(1.0, tile),)})):
-            assert torch.equal(run().view(torch.uint8), usual.view(torch.uint8)), tile
+        if not tried:
+            with use(Table(card_of(usual.device), {product: (Timed(1.0, tile),)})):
+                assert torch.equal(run().view(torch.uint8), usual.view(torch.uint8)), tile
         tried += 1
     assert tried >= 3
 
