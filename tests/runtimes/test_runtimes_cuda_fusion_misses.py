@@ -15,11 +15,13 @@ from hqc.program import aten, is_op
 from hqc.runtimes.cuda.build import BuildOptions, integer_module
 from hqc.runtimes.cuda.forms import integer_form
 from hqc.runtimes.cuda.fusions import FUSIONS, Placed, fuse
+from hqc.runtimes.cuda.fusions.codes_from_products import CodesFromProducts
 from hqc.runtimes.cuda.fusions.quantise_beside import QuantiseBeside
+from hqc.runtimes.cuda.fusions.quantise_gate import GateInProduct
 from hqc.runtimes.cuda.fusions.quantise_norm import QuantiseGroupNorm, QuantiseLayerNorm
 from hqc.runtimes.cuda.fusions.sink_upsample import SinkUpsample
 from hqc.runtimes.cuda.kernel_set import reference_kernels
-from hqc.runtimes.cuda.layers import IntegerConv2d, Quantise
+from hqc.runtimes.cuda.layers import GateQuantise, IntegerConv2d, Quantise
 from hqc.runtimes.cuda.place import place_kernels
 from hqc.runtimes.cuda.tidy import tidied
 
@@ -104,6 +106,8 @@ BY_HAND = (
     "something else than convolutions reads the codes",
     "its scale is computed after another reader of the norm",
     "its scale is computed after the norm that reads the same image",
+    "its rotation is wider than half a tile of 128 outputs",
+    "its rotation is wider than a tile of 128 outputs",
 )
 """Reasons that no captured model gives: their graphs are edited below."""
 
@@ -209,6 +213,22 @@ def test_a_scale_that_comes_after_the_norm_beside() -> None:
     fuse(placed, FUSIONS[: [fusion.name for fusion in FUSIONS].index("quantise_beside")])
     found = QuantiseBeside().find(placed)
     assert (found.matches, found.misses) == ([], [("shortcut", BY_HAND[2])])
+
+
+@pytest.mark.parametrize(
+    ("name", "fusion", "widest", "reason"),
+    [("gated", GateInProduct, 64, BY_HAND[3]), ("shift_of_image", CodesFromProducts, 128, BY_HAND[4])],
+)
+def test_a_rotation_that_no_tile_holds(name: str, fusion: type, widest: int, reason: str) -> None:
+    placed = placed_of(name)
+    fuse(placed, FUSIONS[: [f.name for f in FUSIONS].index(fusion.name)])
+    codes = [m.codes for m in placed.modules.values() if isinstance(m, Quantise | GateQuantise)]
+    for block, misses in ((widest, []), (2 * widest, [("last", reason)])):
+        for module in codes:
+            module.block = block
+        found = fusion().find(placed)
+        assert found.misses == misses
+        assert [m.site for m in found.matches] == ([] if misses else ["last"])
 
 
 def test_linears_beside_one_that_adds_a_residual_are_no_miss() -> None:

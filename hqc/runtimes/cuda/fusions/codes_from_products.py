@@ -14,7 +14,10 @@ from hqc.program import aten, is_op
 from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, calls_of, is_reshape, name_of, only_reader
 from hqc.runtimes.cuda.layers import IntegerConv2d, Quantise
 
-__all__ = ["CodesFromProducts"]
+__all__ = ["WIDEST_BLOCK", "CodesFromProducts"]
+
+WIDEST_BLOCK = 128
+"""A product's tile holds whole blocks of the rotation of its outputs, and no more outputs than this."""
 
 
 class CodesFromProducts:
@@ -37,6 +40,8 @@ class CodesFromProducts:
                 found.miss(name_of(node), "something else reads the product")
             elif isinstance(layer, IntegerConv2d) != (module.image and reshape is None):
                 found.miss(name_of(node), "it reads the product's axes in another order")
+            elif module.codes.block > WIDEST_BLOCK:
+                found.miss(name_of(node), f"its rotation is wider than a tile of {WIDEST_BLOCK} outputs")
             else:
                 found.matches.append(Match(name_of(node), (node, product, reshape)))
         return found

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from hqc.kernels import Weight
 from hqc.program import aten, is_op
+from hqc.runtimes.cuda.fusions.codes_from_products import WIDEST_BLOCK
 from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, calls_of, name_of, only_reader
 from hqc.runtimes.cuda.layers import GateQuantise, IntegerLinear, Quantise
 
@@ -73,6 +74,8 @@ class GateInProduct:
                 found.miss(name_of(node), "its halves are not written by one linear for it alone")
             elif layer.silu or product.kwargs:
                 found.miss(name_of(node), "its linear has another epilogue already")
+            elif module.codes.block > WIDEST_BLOCK // 2:
+                found.miss(name_of(node), f"its rotation is wider than half a tile of {WIDEST_BLOCK} outputs")
             else:
                 found.matches.append(Match(name_of(node), (node, product)))
         return found
