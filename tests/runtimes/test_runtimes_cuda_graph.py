@@ -282,11 +282,18 @@ warnings.simplefilter("ignore")
 import torch, zoo
 torch.set_num_threads(1)
 from cuda_programs import quantised
+from fusion_models import model
 from hqc.capture import trace
 from hqc.runtimes.cuda.build import BuildOptions, integer_module
 from hqc.runtimes.cuda.kernel_set import reference_kernels, triton_kernels
-for name, bits in (("two_sites", "w4a4"), ("geometry", "w8a8")):
-    program = quantised(trace(zoo.ZOO[name]()), bits)
+FUSED = (
+    "three_products", "upsampled", "shift_of_image", "shift_of_tokens", "norm_read_by_two", "norm_kept",
+    "norm_before_float", "skip", "rows_normed_and_kept", "gated", "activated", "gate_of_floats", "chain",
+    "one_wide_head", "two_wide_heads",
+)
+models = [(name, trace(zoo.ZOO[name]()), bits) for name, bits in (("two_sites", "w4a4"), ("geometry", "w8a8"))]
+for name, captured, bits in [*models, *((name, model(name), "w4a4") for name in FUSED)]:
+    program = quantised(captured, bits)
     inputs = program.example_inputs(2, seed=7)
     for dtype in (torch.float32, torch.float16):
         options = BuildOptions(torch.device("cpu"), dtype)
@@ -296,7 +303,10 @@ for name, bits in (("two_sites", "w4a4"), ("geometry", "w8a8")):
 
 
 def test_the_same_graph_over_interpreted_kernels() -> None:
-    """The smallest models over triton's own interpreter; a process of its own, since triton decides when imported."""
+    """The smallest models, and one for each fusion, over triton's own interpreter.
+
+    In a process of its own, since triton decides when it is imported.
+    """
     pytest.importorskip("triton", reason="triton has no wheel for this platform")
     here = Path(__file__).parent
     done = subprocess.run(
@@ -307,8 +317,9 @@ def test_the_same_graph_over_interpreted_kernels() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 4
-    for *_, error, spread in lines:
+    assert len(lines) == 2 * (2 + 15)
+    for name, _, dtype, error, spread in lines:
         # Integer sums are exact; the epilogue's additions are in the same order: at most a last bit of the output.
-        assert float(error) <= 1e-3
+        # Attention's probabilities are rounded to half precision by the kernel alone, which may move a code by a step.
+        assert float(error) <= (0.03 if name.endswith("_heads") and dtype == "torch.float16" else 1e-3), name
         assert float(spread) > 0.01
