@@ -1,5 +1,6 @@
 """Documentation that can be wrong: the command reference, every relative link, and the commands of the README."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -21,6 +22,21 @@ def test_the_command_reference_is_what_the_commands_say() -> None:
     wanted = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert wanted == done.stdout, "docs/cli.md is out of date: run make docs"
     assert "## hqc serve" in wanted
+
+
+def test_the_table_of_kernels_is_what_was_measured() -> None:
+    """`python scripts/kernel_table.py` writes the data and prints the table."""
+    from hqc.kernels.variants import VARIANTS, table
+
+    found = json.loads((ROOT / "docs" / "measurements" / "kernels.json").read_text(encoding="utf-8"))["kernels"]
+    assert {line["variant"] for line in found} == {variant.name for variant in VARIANTS}
+    assert not any(line["spills"] for line in found)
+    wanted = table(found)
+    assert wanted in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = [line for line in readme.splitlines() if re.match(r"\| (GEMM|conv|rotate|group norm)", line)]
+    assert len(shown) >= 5
+    assert set(shown) <= set(wanted.splitlines())
 
 
 # ---- links ---------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ _BESIDE = {"second": True, "beside": True, "beside_block": 32}
 _HEADS = {"tile_rows": 64, "tile_keys": 64, "tile_channels": 64, "num_warps": 4}
 FUSED: Sequence[Variant] = (
     Variant("group norm, SiLU, rotate 32", "group_norm_quantize", {}),
-    Variant("the same of two images, and codes of them", "group_norm_quantize", _BESIDE),
+    Variant("group norm of two images, and their own codes", "group_norm_quantize", _BESIDE),
     Variant("statistics of two images, joined", "group_norm_affine", {"second": True}),
     Variant("layer norm, rotate 32", "layer_norm_quantize", {}),
     Variant("GEGLU, rotate 32", "gate_quantize", {}),
@@ -92,7 +92,7 @@ def table(found: Sequence[Mapping[str, str | int]]) -> str:
     for name in names:
         across = [cells[name, arch] for arch in archs]
         sizes = sorted(int(line["shared"]) for line in across)
-        shared = " – ".join(f"{n / 1024:g}" for n in dict.fromkeys((sizes[0], sizes[-1])))
+        shared = " – ".join(f"{round(n / 1024, 1):g}" for n in dict.fromkeys((sizes[0], sizes[-1])))
         lines.append(" | ".join((name, *map(_cell, across), shared)))
     return "\n".join(f"| {line} |" for line in lines)
 
