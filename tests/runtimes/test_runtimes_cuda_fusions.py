@@ -330,3 +330,13 @@ def test_wide_heads_in_a_model() -> None:
     assert module.codes is None
     # The same codes of the tokens; torch's attention rounds in half precision, the plain one does not.
     assert 0 < relative(fused(*inputs), built(program, torch.float16, fuse=False)(*inputs)) <= 2e-3
+
+
+def test_a_rotation_wider_than_a_tile_stays_with_its_quantiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide_attention, "WIDEST_BLOCK", 16)
+    program = quantised(model("one_wide_head"), "w4a4")
+    fused, inputs = built(program), program.example_inputs(2, seed=3)
+    (module,) = modules(fused, WideAttention)
+    assert module.codes is None
+    assert len(modules(fused, Quantise)) == 2
+    assert torch.equal(fused(*inputs), built(program, fuse=False)(*inputs))

@@ -17,6 +17,7 @@ from torch.nn import functional
 from hqc.kernels import Quantiser
 from hqc.kernels.guards import row_pitch
 from hqc.program import aten, is_op
+from hqc.runtimes.cuda.fusions.codes_from_products import WIDEST_BLOCK
 from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, is_reshape, name_of, only_reader
 from hqc.runtimes.cuda.kernel_set import Kernels
 from hqc.runtimes.cuda.layers import Codes, KernelCall, Quantise
@@ -136,8 +137,10 @@ def _swaps_heads(node: Any) -> bool:
 
 
 def _quantiser(placed: Placed, joined: fx.Node, width: int) -> fx.Node | None:
-    """The quantiser of tokens that alone reads an attention, with blocks that lie in one head."""
+    """The quantiser of tokens that alone reads an attention, with blocks that lie in one head and in one tile."""
     reader = only_reader(joined)
     module = placed.module(reader)
-    fits = isinstance(module, Quantise) and not module.image and width % module.codes.block == 0
-    return reader if fits else None
+    if not isinstance(module, Quantise) or module.image:
+        return None
+    block = module.codes.block
+    return reader if width % block == 0 and block <= WIDEST_BLOCK else None
