@@ -16,7 +16,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from hqc.capture.diffusers_models import unet_source
+from hqc.capture.diffusers_models import denoiser_source
 from hqc.capture.ldm.unet import set_heads
 from hqc.capture.source import Source
 from hqc.errors import CaptureError
@@ -111,7 +111,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-def from_architecture(source: str, *, condition_length: int | None = None, outliers: bool = False) -> Source:
+def from_architecture(
+    source: str, *, condition_length: int | None = None, latent_size: int | None = None, outliers: bool = False
+) -> Source:
     """`arch:NAME` as a source.
 
     Raises:
@@ -126,7 +128,7 @@ def from_architecture(source: str, *, condition_length: int | None = None, outli
             f"There are {', '.join(ARCHITECTURE + known for known in ARCHITECTURES)}.",
         )
     length = condition_length or ARCHITECTURES[name].condition_length
-    return unet_source(build_architecture(name, outliers=outliers), source, length)
+    return denoiser_source(build_architecture(name, outliers=outliers), source, length, latent_size)
 
 
 def build_architecture(name: str, *, seed: int = 0, outliers: bool = False) -> nn.Module:

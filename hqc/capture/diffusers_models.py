@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hqc.capture.averages import Weights
-from hqc.capture.families import FAMILIES, call_arguments, family_of
+from hqc.capture.families import FAMILIES, PACKED, call_arguments, family_of
 from hqc.capture.fit import check_folder, empty_module
 from hqc.capture.source import Source, versions
 from hqc.errors import CaptureError
@@ -85,6 +85,10 @@ def from_pipeline(folder: Path, name: str, options: CaptureOptions) -> Source:
             str(folder),
             "the pipeline has no unet/ folder and no transformer/ folder",
             "Give a pipeline with one of them.",
+        )
+    if options.condition_length not in (None, 1) and (folder / "class_embedder").is_dir():
+        raise CaptureError(
+            str(folder), "takes no --condition-length: its class embedder gives one token", "Leave it out."
         )
     length = options.condition_length or _condition_length(folder, read_class(folder / part))
     return from_folder(folder / part, name, CaptureOptions(length, options.latent_size), folder)
@@ -182,11 +186,13 @@ def denoiser_source(
     kind = type(model).__name__
     family = family_of(kind)
     inputs: tuple[InputSpec, ...] = family.inputs(model.config, condition_length or family.length, latent_size)
+    # What is read from the configuration later, the side of new latents, is what was traced.
+    own_size = {} if latent_size is None or kind in PACKED else {"sample_size": latent_size}
     origin = Origin(
         source=name,
         kind=kind,
         pipeline=str(pipeline.resolve()) if pipeline is not None and name != "digits" else name if pipeline else "",
-        unet_config={**_plain_config(model.config), "_class_name": kind},
+        unet_config={**_plain_config(model.config), **own_size, "_class_name": kind},
         versions=versions(),
     )
     return Source(Denoiser(model, [spec.name for spec in inputs]), inputs, origin, pipeline, prefix="unet.")

@@ -11,10 +11,13 @@ from typing import Any
 from hqc.errors import CaptureError
 from hqc.program import BATCH, InputSpec
 
-__all__ = ["ADDED", "FAMILIES", "Family", "call_arguments", "family_of", "plain_arguments"]
+__all__ = ["ADDED", "FAMILIES", "PACKED", "Family", "call_arguments", "family_of", "plain_arguments"]
 
 ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 """Inputs that diffusers takes inside `added_cond_kwargs`."""
+
+PACKED = ("FluxTransformer2DModel",)
+"""Classes whose latents come as tokens, so that no input shows their side."""
 
 _OURS = {"hidden_states": "sample", "encoder_hidden_states": "condition"}
 _TIME_STEPS = 1000
@@ -98,7 +101,28 @@ def _image(config: Any, size: int | None) -> list[InputSpec]:
     if side is None:
         raise CaptureError("sample_size", "is not in the model's configuration", "Give --latent-size.")
     height, width = (side, side) if isinstance(side, int) else side
+    _check_patches(config, height, width)
     return [InputSpec("sample", (BATCH, config.in_channels, height, width)), InputSpec("timestep", (BATCH,))]
+
+
+def _check_patches(config: Any, height: int, width: int) -> None:
+    """Refuses sides that a transformer's patches do not divide, or with more patches than it has places for."""
+    patch, places = config.get("patch_size"), config.get("pos_embed_max_size")
+    if not isinstance(patch, int):
+        return
+    if height % patch or width % patch:
+        near = max(patch, height - height % patch)
+        raise CaptureError(
+            f"latents of {height}×{width}",
+            f"are not divided by the model's patches of {patch}",
+            f"Give for example --latent-size {near} or {near + patch}.",
+        )
+    if isinstance(places, int) and max(height, width) > places * patch:
+        raise CaptureError(
+            f"latents of {height}×{width}",
+            f"have more patches a side than the model's {places} places",
+            f"Give a --latent-size of at most {places * patch}.",
+        )
 
 
 def _labels(config: Any) -> list[InputSpec]:
@@ -201,6 +225,7 @@ def _sd3(config: Any, length: int, size: int | None) -> tuple[InputSpec, ...]:
 
 def _flux(config: Any, length: int, size: int | None) -> tuple[InputSpec, ...]:
     """Packed latents [N, L', C], timestep in 0…1, condition, pooled_projections, the places of all tokens, guidance."""
+    _check_patches({"patch_size": _FLUX_PACKING}, size or _FLUX_LATENT, size or _FLUX_LATENT)
     side = (size or _FLUX_LATENT) // _FLUX_PACKING
     axes = len(config.axes_dims_rope)
     specs = [

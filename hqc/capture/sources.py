@@ -7,8 +7,10 @@ from pathlib import Path
 
 from hqc.capture.architectures import ARCHITECTURE, from_architecture
 from hqc.capture.averages import Weights
+from hqc.capture.constants import fold_grids
 from hqc.capture.diffusers_models import CaptureOptions, from_folder, from_pipeline
 from hqc.capture.export_graph import capture_module
+from hqc.capture.families import PACKED
 from hqc.capture.hub import fetch_snapshot, is_hub_id
 from hqc.capture.source import Source
 from hqc.capture.user_callable import from_callable
@@ -49,7 +51,7 @@ def trace(
             revision=revision,
             weights=weights,
         )
-    program = capture_module(source.module, source.inputs, source.origin, prefix=source.prefix)
+    program = fold_grids(capture_module(source.module, source.inputs, source.origin, prefix=source.prefix))
     return _without_prefix(program, source.prefix) if source.prefix else program
 
 
@@ -61,6 +63,28 @@ def _without_prefix(program: Program, prefix: str) -> Program:
         if "site" in node.meta:
             node.meta["site"] = node.meta["site"].removeprefix(prefix)
     return program.evolve(state={k.removeprefix(prefix): v for k, v in program.state.items()})
+
+
+def _applied(source: Source, name: str, options: CaptureOptions) -> Source:
+    """The source, if it took the sizes that were asked for.
+
+    Raises:
+        CaptureError: if it has no such size.
+    """
+    shapes = {spec.name: spec.shape for spec in source.inputs}
+    length, size = options.condition_length, options.latent_size
+    if length is not None and ("condition" not in shapes or shapes["condition"][1] != length):
+        has = f"its condition has {shapes['condition'][1]} token" if "condition" in shapes else "it has no condition"
+        raise CaptureError(f"source {name!r}", f"takes no --condition-length: {has}", "Leave it out.")
+    sample = shapes.get("sample", ())
+    taken = sample[-2:] == (size, size) or (source.origin.kind in PACKED and size is not None)
+    if size is not None and not taken:
+        raise CaptureError(
+            f"source {name!r}",
+            f"takes no --latent-size: its sample is {list(sample[1:])}",
+            "Leave it out; `module:callable` gives the sizes itself.",
+        )
+    return source
 
 
 def find_source(
@@ -90,12 +114,24 @@ def find_source(
     if weights is not None and (not is_checkpoint or Path(source).is_dir()):
         raise CaptureError(f"source {source!r}", "takes no --weights", "Leave it out; it belongs to a checkpoint file.")
     options = CaptureOptions(condition_length, latent_size, weights)
+    return _applied(_found(source, config, outliers, revision, options), source, options)
+
+
+def _found(
+    source: str, config: Path | str | None, outliers: bool, revision: str | None, options: CaptureOptions
+) -> Source:
+    is_checkpoint = Path(source).suffix in CHECKPOINTS
     if source == "digits":
         from hqc.models import digits_path
 
         return from_pipeline(digits_path(), "digits", options)
     if source.startswith(ARCHITECTURE):
-        return from_architecture(source, condition_length=condition_length, outliers=outliers)
+        return from_architecture(
+            source,
+            condition_length=options.condition_length,
+            latent_size=options.latent_size,
+            outliers=outliers,
+        )
     if is_checkpoint and not Path(source).is_dir() and (config is None or Path(config).suffix == ".json"):
         from hqc.capture.single_file import from_single_file
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hqc.errors import EvaluationError
+from hqc.training.task import require_steps
 
 __all__ = ["MAX_SEED", "Samples", "SamplingPipeline", "SamplingProtocol", "describe_seeds", "sample_images"]
 
@@ -114,6 +115,8 @@ def sample_images(
         EvaluationError: lengths that differ, values out of range, or a model that gives non-finite images.
     """
     _check_request(labels, seeds, num_inference_steps, guidance_scale, eta, batch_size)
+    if hasattr(pipe.scheduler, "set_timesteps"):
+        require_steps(pipe.scheduler, num_inference_steps)
     images, latents = [], []
     with torch.inference_mode(), _quiet(pipe):
         for start in range(0, len(labels), batch_size):

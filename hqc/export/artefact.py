@@ -30,7 +30,7 @@ from hqc.kernels.guards import require_triton
 from hqc.memory import export_bytes, require_memory
 from hqc.plan import QuantPlan
 from hqc.plugins.writing import OnKernel, write_plugins
-from hqc.program import Program
+from hqc.program import Program, Stage
 from hqc.storage import atomic_folder, copy_pipeline, write_manifest
 
 __all__ = ["EXPORT_KIND", "OPSETS", "ExportReport", "export_program"]
@@ -69,6 +69,18 @@ class ExportReport:
         if self.twin is not None:
             lines.append(f"twin     float32, network with equal codes {self.twin.network.forced_error:.1e}")
         return "\n".join((*lines, str(self.verification)))
+
+
+def _require_same_model(program: Program, float_program: Program) -> None:
+    """Refuses a measure of the quantisation error that is not the captured program of the same model."""
+    shapes = [{spec.name: spec.shape for spec in p.inputs} for p in (program, float_program)]
+    if shapes[0] != shapes[1]:
+        mine, other = (", ".join(f"{name} {list(shape)}" for name, shape in found.items()) for found in shapes)
+        raise ExportError("--against", f"takes {other}; the program takes {mine}", "Give the Program it was made from.")
+    if float_program.stage != Stage.CAPTURED:
+        raise ExportError(
+            "--against", f"is {float_program.stage}; expected a captured Program", "Give what trace wrote."
+        )
 
 
 def export_program(
@@ -113,6 +125,8 @@ def export_program(
         raise ExportError(f"opset {opset}", f"expected {OPSETS.start}…{OPSETS.stop - 1}", "Use 21 unless you must.")
     if tensorrt is not None and target != "tensorrt":
         raise ExportError(f"target {target}", "takes no options of TensorRT", "Use target tensorrt, or leave them out.")
+    if float_program is not None:
+        _require_same_model(program, float_program)
     if target == "tensorrt":
         graphsurgeon()
         if _has_kernels(tensorrt):

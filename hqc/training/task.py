@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hqc.errors import TrainingError
 
-__all__ = ["Condition", "Conditions", "Denoise", "Task", "denoiser", "guided", "guides", "trajectory"]
+__all__ = ["Condition", "Conditions", "Denoise", "Task", "denoiser", "guided", "guides", "require_steps", "trajectory"]
 
 Denoise = Callable[..., Tensor]
 """(sample [N, …], timestep [N], *conditions in the order of the program's inputs) -> noise [N, …].
@@ -22,6 +22,34 @@ Condition = Tensor | tuple[Tensor | None, ...]
 
 Conditions = tuple[Condition | None, Condition]
 """What guidance combines: (null, wanted)."""
+
+
+def _refused_steps(scheduler: Any, steps: int, error: Exception) -> TrainingError:
+    """A scheduler's own refusal in one line."""
+    said = " ".join(str(error).split())[:120] or type(error).__name__
+    trained = getattr(scheduler, "config", {}).get("num_train_timesteps")
+    return TrainingError(
+        f"--num-inference-steps {steps}",
+        f"{type(scheduler).__name__} cannot take them ({said})",
+        f"Give fewer steps{f'; it was trained on {trained}' if trained else ''}.",
+    )
+
+
+def require_steps(scheduler: Any, steps: int) -> None:
+    """Refuses a number of steps that a diffusers scheduler cannot take, before anything is sampled.
+
+    Its first step is tried on zeros: it has the largest timestep, where tables end.
+
+    Raises:
+        TrainingError: with the scheduler's own words.
+    """
+    tried = type(scheduler).from_config(scheduler.config)
+    x = torch.zeros(1, 1, 8, 8)
+    try:
+        tried.set_timesteps(steps)
+        tried.step(x, tried.timesteps[0], x)
+    except Exception as error:  # as above
+        raise _refused_steps(scheduler, steps, error) from error
 
 
 def _set_timesteps(scheduler: Any, steps: int) -> None:
@@ -65,9 +93,16 @@ class Task:
         return self.unconditional is not None and guides(g)
 
     def scheduler(self, num_inference_steps: int) -> Any:
-        """A fresh scheduler with its timesteps set."""
+        """A fresh scheduler with its timesteps set.
+
+        Raises:
+            TrainingError: if it refuses so many steps.
+        """
         scheduler = self.new_scheduler()
-        self.set_timesteps(scheduler, num_inference_steps)
+        try:
+            self.set_timesteps(scheduler, num_inference_steps)
+        except Exception as error:  # schedulers say in many ways that they cannot
+            raise _refused_steps(scheduler, num_inference_steps, error) from error
         return scheduler
 
     def timesteps(self, num_inference_steps: int) -> tuple[float, ...]:
@@ -166,12 +201,20 @@ def advance(
     carried = sample.shape[axis] - count
     accepted = inspect.signature(scheduler.step).parameters
     options = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
-    _require_finite(noise, scheduler, timestep, "the denoiser gives", "Its inputs are finite: it overflows there.")
+
+    def step(x: Tensor) -> Tensor:
+        try:
+            found: Tensor = scheduler.step(noise, timestep, x, **options).prev_sample
+        except Exception as error:  # schedulers say in many ways that they cannot
+            raise _refused_steps(scheduler, len(scheduler.timesteps), error) from error
+        return _stepped(found, scheduler, timestep)
+
+    _require_finite(
+        noise, scheduler, timestep, "the denoiser gives", "Its inputs are finite: its weights are not, or it overflows."
+    )
     if carried <= 0:
-        moved = scheduler.step(noise, timestep, sample, **options).prev_sample
-        return _stepped(moved, scheduler, timestep)
-    moved = scheduler.step(noise, timestep, sample.narrow(axis, 0, count), **options).prev_sample
-    return torch.cat([_stepped(moved, scheduler, timestep), sample.narrow(axis, count, carried)], axis)
+        return step(sample)
+    return torch.cat([step(sample.narrow(axis, 0, count)), sample.narrow(axis, count, carried)], axis)
 
 
 def _stepped(sample: Tensor, scheduler: Any, timestep: Tensor) -> Tensor:

@@ -1,0 +1,159 @@
+"""Sizes and options of a source: obeyed by what comes after, or refused in one line, and never dropped."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ldm_original as original
+import pytest
+import torch
+from denoisers import denoiser
+from diffusers import UNet2DModel
+from safetensors.torch import save_file
+from tiny_pipeline import save_tiny_pipeline
+from torch import Tensor, nn
+
+from hqc.api import task_of
+from hqc.capture import find_source, trace
+from hqc.capture.architectures import ARCHITECTURES
+from hqc.errors import CaptureError, ExportError, TrainingError
+from hqc.export import export_program
+from hqc.program import InputSpec, aten, is_op
+from hqc.training.task import Task, require_steps, trajectory
+from hqc.training.task import denoiser as as_denoise
+
+
+class Mine(nn.Module):
+    """A user's own module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.conv(sample) + timestep[:, None, None, None]
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """By kind, what `find_source` is given."""
+    module: Any = ModuleType("mine")
+    module.build = lambda: (Mine(), {"sample": torch.zeros(2, 3, 8, 8), "timestep": torch.zeros(2)})
+    monkeypatch.setitem(sys.modules, "mine", module)
+    config = original.tiny_config("bedroom")
+    save_file(dict(original.make_checkpoint(config)), tmp_path / "ldm.safetensors")
+    for name in ("dit", "sd3"):
+        denoiser(name).save_pretrained(tmp_path / name)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **blocks
+    ).save_pretrained(tmp_path / "plain")
+    return {
+        "callable": {"source": "mine:build"},
+        "original": {
+            "source": str(tmp_path / "ldm.safetensors"),
+            "config": original.save_config(config, tmp_path / "ldm.yaml"),
+        },
+        "classes": {"source": str(save_tiny_pipeline(tmp_path / "classes"))},
+        **{name: {"source": str(tmp_path / name)} for name in ("dit", "sd3", "plain")},
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("callable", {"latent_size": 16}, "takes no --latent-size: its sample is [3, 8, 8]"),
+        ("callable", {"condition_length": 3}, "takes no --condition-length: it has no condition"),
+        ("original", {"condition_length": 3}, "takes no --condition-length: it has no condition"),
+        ("plain", {"condition_length": 3}, "takes no --condition-length: it has no condition"),
+        ("dit", {"condition_length": 3}, "takes no --condition-length: it has no condition"),
+        ("classes", {"condition_length": 3}, "takes no --condition-length: its class embedder gives one token"),
+        (
+            "dit",
+            {"latent_size": 9},
+            "are not divided by the model's patches of 2. Give for example --latent-size 8 or 10",
+        ),
+        ("sd3", {"latent_size": 9}, "are not divided by the model's patches of 2"),
+        ("sd3", {"latent_size": 4096}, "have more patches a side than the model's"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(
+    kind: str, options: dict[str, int], said: str, sources: dict[str, dict[str, Any]]
+) -> None:
+    with pytest.raises(CaptureError) as caught:
+        find_source(**sources[kind], **options)
+    assert said in str(caught.value)
+    assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize("kind", ["original", "classes", "plain"])
+def test_the_side_that_was_asked_for_is_sampled(kind: str, sources: dict[str, dict[str, Any]]) -> None:
+    source = find_source(**sources[kind], latent_size=16)
+    program = trace(source)
+    assert program.inputs[0].shape[2:] == (16, 16)
+    assert program.origin.unet_config["sample_size"] == 16
+    if kind != "classes":
+        return
+    task = task_of(program, folder=source.pipeline)
+    assert task.latent_shape == (4, 16, 16)
+    assert all(x.shape == (2, 4, 16, 16) for x in trajectory(task, as_denoise(program.module()), 2, 2, 1.5, 0.0, 0))
+
+
+def test_a_named_architecture_takes_a_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**dict(denoiser("sd15").config), "sample_size": 8}
+    tiny = type(ARCHITECTURES["sd15"])("UNet2DConditionModel", {k: v for k, v in options.items() if k[0] != "_"})
+    monkeypatch.setattr("hqc.capture.architectures.ARCHITECTURES", {"tiny": tiny})
+    assert find_source("arch:tiny", latent_size=12).inputs[0].shape == ("N", 4, 12, 12)
+
+
+def test_a_transformer_at_another_size_has_its_places_as_a_tensor(
+    sources: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Grids of places have no ONNX operator; what they give depends on the size alone."""
+    source = find_source(**sources["dit"], latent_size=12)
+    program = trace(source)
+    assert not any(is_op(node, aten.meshgrid.indexing) for node in program.graph.nodes)
+    assert [name for name in program.state if name.startswith("grid_")] == ["grid_0"]
+    args = program.example_inputs(3)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(*args), source.module(*args), rtol=0, atol=1e-5)
+    assert export_program(program, "portable", tmp_path / "dit.onnx").nodes
+
+
+def test_an_export_is_measured_against_its_own_program(sources: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    plain, dit = (trace(find_source(**sources[kind])) for kind in ("plain", "dit"))
+    with pytest.raises(ExportError, match=r"--against: takes sample .*class_labels .*; the program takes sample "):
+        export_program(plain, "portable", tmp_path / "x", float_program=dit)
+
+
+# ---- steps ---------------------------------------------------------------------------------------------------------
+
+
+def _ddim(**options: Any) -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(num_train_timesteps=100, clip_sample=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"), [({}, 200), ({"steps_offset": 1}, 100)], ids=["too many", "past the end"]
+)
+def test_steps_that_a_scheduler_refuses(options: dict[str, Any], steps: int) -> None:
+    scheduler = _ddim(**options)
+    task = Task(lambda: type(scheduler).from_config(scheduler.config), (3, 4, 4))
+    wanted = rf"--num-inference-steps {steps}: DDIMScheduler cannot take them \(.*\)\. Give fewer steps; .* on 100\."
+    with pytest.raises(TrainingError, match=wanted):
+        list(trajectory(task, lambda sample, timestep, condition: sample, 2, steps, 1.0, 0.0, 0))
+    with pytest.raises(TrainingError, match=wanted):
+        require_steps(scheduler, steps)
+    require_steps(scheduler, steps // 2 - 1)
+
+
+def test_input_specs_are_as_before() -> None:
+    """Sizes that divide are taken as they are."""
+    from hqc.capture.families import family_of
+
+    assert family_of("DiTTransformer2DModel").inputs(denoiser("dit").config, 1, 10)[0] == InputSpec(
+        "sample", ("N", denoiser("dit").config.in_channels, 10, 10)
+    )
