@@ -5,6 +5,8 @@ from functools import cache
 from typing import Any
 
 import torch
+from fusion_norm_models import NORM_MODELS
+from tiny_layers import CHANNELS, Tiny, conv, rows_of, vector_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,56 +16,12 @@ from hqc.program import InputSpec, Origin, Program
 
 __all__ = ["MODELS", "model"]
 
-CHANNELS = 32
-
-
-class Tiny(nn.Module):
-    """Layers by name, and what is computed with them from an image that depends on the timestep."""
-
-    def __init__(self, run: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self._run = run
-
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return self._run(self, sample + (timestep / 1000).view(-1, 1, 1, 1))
-
-
-def _conv(channels: int = CHANNELS, outputs: int = CHANNELS, kernel: int = 3) -> nn.Conv2d:
-    return nn.Conv2d(channels, outputs, kernel, padding=kernel // 2)
-
-
-def _norm(channels: int = CHANNELS) -> nn.GroupNorm:
-    """With a weight and a bias that matter."""
-    return _random(nn.GroupNorm(8, channels))
-
-
-def _random(norm: Any) -> Any:
-    nn.init.normal_(norm.weight, 1.0, 0.3)
-    nn.init.normal_(norm.bias, 0.0, 0.3)
-    return norm
-
-
-def _layer_norm(*shape: int) -> nn.LayerNorm:
-    return _random(nn.LayerNorm(shape))
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, H·W, C]."""
-    return x.flatten(2).transpose(1, 2)
-
-
-def _vector(x: Tensor) -> Tensor:
-    """[N, C] of an image."""
-    return x.mean((2, 3))
-
 
 # ---- products that read the same codes -----------------------------------------------------------------------------
 
 
 def _attend(m: Any, x: Tensor) -> Tensor:
-    tokens = _tokens(x)
+    tokens = rows_of(x)
     return functional.scaled_dot_product_attention(m.to_q(tokens), m.to_k(tokens), m.to_v(tokens))
 
 
@@ -85,12 +43,12 @@ def another_form() -> nn.Module:
 
 def upsampled() -> nn.Module:
     """Twice as large, between two convolutions."""
-    return Tiny(lambda m, x: m.up(functional.interpolate(m.before(x), scale_factor=2.0)), before=_conv(), up=_conv())
+    return Tiny(lambda m, x: m.up(functional.interpolate(m.before(x), scale_factor=2.0)), before=conv(), up=conv())
 
 
 def upsampled_unevenly() -> nn.Module:
     """From 4×4 to 6×6."""
-    return Tiny(lambda m, x: m.up(functional.interpolate(m.before(x), size=(6, 6))), before=_conv(), up=_conv())
+    return Tiny(lambda m, x: m.up(functional.interpolate(m.before(x), size=(6, 6))), before=conv(), up=conv())
 
 
 # ---- vectors that are added ----------------------------------------------------------------------------------------
@@ -100,17 +58,17 @@ def shift_of_image() -> nn.Module:
     """The time embedding of a ResNet block, here of the image's mean; then SiLU."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        return m.last(functional.silu(m.conv(x) + m.vector(_vector(x))[:, :, None, None]))
+        return m.last(functional.silu(m.conv(x) + m.vector(vector_of(x))[:, :, None, None]))
 
-    return Tiny(run, conv=_conv(), vector=nn.Linear(32, 32), last=_conv())
+    return Tiny(run, conv=conv(), vector=nn.Linear(32, 32), last=conv())
 
 
 def shift_of_tokens() -> nn.Module:
     """A token that is added to all, with a residual before it."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        tokens = _tokens(x)
-        return m.last(torch.tanh(tokens + m.linear(torch.tanh(tokens)) + m.vector(_vector(x)).unsqueeze(1)))
+        tokens = rows_of(x)
+        return m.last(torch.tanh(tokens + m.linear(torch.tanh(tokens)) + m.vector(vector_of(x)).unsqueeze(1)))
 
     return Tiny(run, linear=nn.Linear(32, 32), vector=nn.Linear(32, 32), last=nn.Linear(32, 8))
 
@@ -120,188 +78,28 @@ def shift_read_before() -> nn.Module:
 
     def run(m: Any, x: Tensor) -> Tensor:
         y = m.conv(x)
-        return torch.tanh(y) * (y + m.vector(_vector(x))[:, :, None, None])
+        return torch.tanh(y) * (y + m.vector(vector_of(x))[:, :, None, None])
 
-    return Tiny(run, conv=_conv(), vector=nn.Linear(32, 32))
+    return Tiny(run, conv=conv(), vector=nn.Linear(32, 32))
 
 
 def shift_after_silu() -> nn.Module:
     """SiLU comes first."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        return torch.tanh(functional.silu(m.conv(x)) + m.vector(_vector(x))[:, :, None, None])
+        return torch.tanh(functional.silu(m.conv(x)) + m.vector(vector_of(x))[:, :, None, None])
 
-    return Tiny(run, conv=_conv(), vector=nn.Linear(32, 32))
+    return Tiny(run, conv=conv(), vector=nn.Linear(32, 32))
 
 
 def shift_of_rows() -> nn.Module:
     """A linear of [N, H, W, C], to which a number for each row H is added."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        rows = m.vector(_vector(x))[:, :, None, None]  # [N, 4, 1, 1]
+        rows = m.vector(vector_of(x))[:, :, None, None]  # [N, 4, 1, 1]
         return torch.tanh(m.linear(torch.tanh(x.permute(0, 2, 3, 1))) + rows)
 
     return Tiny(run, linear=nn.Linear(32, 32), vector=nn.Linear(32, 4))
-
-
-# ---- group norms ---------------------------------------------------------------------------------------------------
-
-
-def norm_alone() -> nn.Module:
-    """Group norm and SiLU between two convolutions."""
-    return Tiny(lambda m, x: m.last(functional.silu(m.norm(m.conv(x)))), conv=_conv(), norm=_norm(), last=_conv())
-
-
-def norm_read_by_two() -> nn.Module:
-    """Two convolutions read one norm, without SiLU."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        y = m.norm(m.conv(x))
-        return m.left(y) * torch.tanh(m.right(y))
-
-    return Tiny(run, conv=_conv(), norm=_norm(), left=_conv(), right=_conv(kernel=1))
-
-
-def norm_kept() -> nn.Module:
-    """The floats of a norm are added to what a convolution makes of it."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        y = functional.silu(m.norm(m.conv(x)))
-        return m.last(y) + torch.tanh(y)
-
-    return Tiny(run, conv=_conv(), norm=_norm(), last=_conv())
-
-
-def norm_of_tokens() -> nn.Module:
-    """[N, C, T]: diffusers' older attention."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.last(m.norm(m.conv(x).flatten(2)).unflatten(2, (4, 4)))
-
-    return Tiny(run, conv=_conv(), norm=_norm(), last=_conv())
-
-
-def norm_with_computed_weight() -> nn.Module:
-    """Half its weight."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.last(functional.group_norm(m.conv(x), 8, m.norm.weight * 0.5, m.norm.bias))
-
-    return Tiny(run, conv=_conv(), norm=_norm(), last=_conv())
-
-
-def norm_with_weight_alone() -> nn.Module:
-    """No bias."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.last(functional.group_norm(m.conv(x), 8, m.norm.weight))
-
-    return Tiny(run, conv=_conv(), norm=_norm(), last=_conv())
-
-
-def norm_before_float() -> nn.Module:
-    """A grouped convolution reads it, which nothing quantises."""
-    grouped = nn.Conv2d(32, 32, 3, padding=1, groups=4)
-    return Tiny(lambda m, x: m.grouped(functional.silu(m.norm(m.conv(x)))), conv=_conv(), norm=_norm(), grouped=grouped)
-
-
-def norm_of_float() -> nn.Module:
-    """No convolution writes what it reads."""
-    return Tiny(lambda m, x: m.last(m.norm(torch.tanh(x))), norm=_norm(), last=_conv())
-
-
-# ---- two images side by side ---------------------------------------------------------------------------------------
-
-
-def skip() -> nn.Module:
-    """The first half of a ResNet block that reads a skip connection, and its shortcut."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        both = torch.cat([m.left(x), m.right(x)], 1)
-        return m.last(functional.silu(m.norm(both))) + torch.tanh(m.shortcut(both))
-
-    layers = {"left": _conv(), "right": _conv(outputs=16, kernel=1), "norm": _norm(48)}
-    return Tiny(run, **layers, last=_conv(48), shortcut=_conv(48, kernel=1))
-
-
-def three_parts() -> nn.Module:
-    """A concatenation of three."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        y = m.conv(x)
-        return m.last(torch.cat([y, torch.tanh(y), torch.sin(y)], 1))
-
-    return Tiny(run, conv=_conv(), last=_conv(96))
-
-
-def parts_read_elsewhere() -> nn.Module:
-    """The concatenation is read by something else than quantisers too."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        both = torch.cat([m.conv(x), torch.tanh(x)], 1)
-        return m.last(both) * both.mean(1, keepdim=True)
-
-    return Tiny(run, conv=_conv(), last=_conv(64))
-
-
-def beside_before() -> nn.Module:
-    """The shortcut's convolution stands before the norm."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        y = m.conv(x)
-        return torch.tanh(m.shortcut(y)) + m.last(functional.silu(m.norm(y)))
-
-    return Tiny(run, conv=_conv(), shortcut=_conv(kernel=1), norm=_norm(), last=_conv())
-
-
-# ---- layer norms ---------------------------------------------------------------------------------------------------
-
-
-def rows_normed() -> nn.Module:
-    """Layer norm before a linear."""
-    return Tiny(lambda m, x: m.last(m.norm(_tokens(x))), norm=_layer_norm(32), last=nn.Linear(32, 16))
-
-
-def rows_normed_and_kept() -> nn.Module:
-    """The floats are read too."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        y = m.norm(_tokens(x))
-        return m.last(y) + torch.tanh(y)
-
-    return Tiny(run, norm=_layer_norm(32), last=nn.Linear(32, 32))
-
-
-def rows_modulated() -> nn.Module:
-    """A transformer's norm, which its modulation reads."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.last(m.norm(_tokens(x)) * (1 + m.vector(_vector(x)).unsqueeze(1)))
-
-    return Tiny(run, norm=_layer_norm(32), vector=nn.Linear(32, 32), last=nn.Linear(32, 16))
-
-
-def rows_normed_over_two_axes() -> nn.Module:
-    """Over tokens and channels."""
-    return Tiny(lambda m, x: m.last(m.norm(_tokens(x))), norm=_layer_norm(16, 32), last=nn.Linear(32, 16))
-
-
-def rows_normed_with_computed_weight() -> nn.Module:
-    """Half its weight."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.last(functional.layer_norm(_tokens(x), (32,), m.norm.weight * 0.5, m.norm.bias))
-
-    return Tiny(run, norm=_layer_norm(32), last=nn.Linear(32, 16))
-
-
-def rows_normed_with_weight_alone() -> nn.Module:
-    """No bias."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.last(functional.layer_norm(_tokens(x), (32,), m.norm.weight))
-
-    return Tiny(run, norm=_layer_norm(32), last=nn.Linear(32, 16))
 
 
 # ---- gates ---------------------------------------------------------------------------------------------------------
@@ -311,7 +109,7 @@ def gated() -> nn.Module:
     """GEGLU."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        a, g = m.wide(_tokens(x)).chunk(2, -1)
+        a, g = m.wide(rows_of(x)).chunk(2, -1)
         return m.last(a * functional.gelu(g))
 
     return Tiny(run, wide=nn.Linear(32, 128), last=nn.Linear(64, 16))
@@ -321,7 +119,7 @@ def gated_first_half() -> nn.Module:
     """SwiGLU as LLaMA has it: SiLU of the first half."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        g, a = m.wide(_tokens(x)).chunk(2, -1)
+        g, a = m.wide(rows_of(x)).chunk(2, -1)
         return m.last(functional.silu(g) * a)
 
     return Tiny(run, wide=nn.Linear(32, 128), last=nn.Linear(64, 16))
@@ -331,7 +129,7 @@ def activated() -> nn.Module:
     """An MLP with the approximate GELU."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        return m.last(functional.gelu(m.wide(_tokens(x)), approximate="tanh"))
+        return m.last(functional.gelu(m.wide(rows_of(x)), approximate="tanh"))
 
     return Tiny(run, wide=nn.Linear(32, 64), last=nn.Linear(64, 16))
 
@@ -340,7 +138,7 @@ def activation_read_twice() -> nn.Module:
     """Its floats are read too."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        y = functional.gelu(m.wide(_tokens(x)))
+        y = functional.gelu(m.wide(rows_of(x)))
         return m.last(y) + torch.tanh(y)
 
     return Tiny(run, wide=nn.Linear(32, 32), last=nn.Linear(32, 32))
@@ -350,7 +148,7 @@ def gate_with_halves_read_elsewhere() -> nn.Module:
     """One half is read again."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        a, g = m.wide(_tokens(x)).chunk(2, -1)
+        a, g = m.wide(rows_of(x)).chunk(2, -1)
         return m.last(a * functional.gelu(g)) + torch.tanh(a)
 
     return Tiny(run, wide=nn.Linear(32, 64), last=nn.Linear(32, 32))
@@ -360,7 +158,7 @@ def gate_of_floats() -> nn.Module:
     """No product writes the halves."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        a, g = torch.tanh(m.wide(_tokens(x))).chunk(2, -1)
+        a, g = torch.tanh(m.wide(rows_of(x))).chunk(2, -1)
         return m.last(a * functional.gelu(g))
 
     return Tiny(run, wide=nn.Linear(32, 64), last=nn.Linear(32, 16))
@@ -370,7 +168,7 @@ def gate_behind_residual() -> nn.Module:
     """The product of the halves adds a residual."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        tokens = _tokens(x)
+        tokens = rows_of(x)
         a, g = (m.wide(tokens) + torch.cat([tokens, tokens], -1)).chunk(2, -1)
         return m.last(a * functional.gelu(g))
 
@@ -384,12 +182,12 @@ def chain() -> nn.Module:
     """Two convolutions with a SiLU between them, then tokens into an image before a 1×1 convolution."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        y = _tokens(torch.tanh(m.second(functional.silu(m.first(x)))))
+        y = rows_of(torch.tanh(m.second(functional.silu(m.first(x)))))
         image = m.linear(y).reshape(x.shape[0], 4, 4, 32).permute(0, 3, 1, 2)
         return m.last(image)
 
-    layers = {"first": _conv(outputs=64), "second": _conv(64), "linear": nn.Linear(32, 32)}
-    return Tiny(run, **layers, last=_conv(kernel=1))
+    layers = {"first": conv(outputs=64), "second": conv(64), "linear": nn.Linear(32, 32)}
+    return Tiny(run, **layers, last=conv(kernel=1))
 
 
 def product_read_by_two() -> nn.Module:
@@ -399,12 +197,12 @@ def product_read_by_two() -> nn.Module:
         y = m.first(x)
         return m.last(y) * torch.tanh(y)
 
-    return Tiny(run, first=_conv(), last=_conv())
+    return Tiny(run, first=conv(), last=conv())
 
 
 def other_axes() -> nn.Module:
     """A linear over the columns of a convolution's image."""
-    return Tiny(lambda m, x: m.last(m.first(x)), first=_conv(), last=nn.Linear(4, 8))
+    return Tiny(lambda m, x: m.last(m.first(x)), first=conv(), last=nn.Linear(4, 8))
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------
@@ -412,7 +210,7 @@ def other_axes() -> nn.Module:
 
 def _wide_attention(heads: int, width: int, attend: Callable[..., Tensor]) -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
-        tokens = _tokens(x)
+        tokens = rows_of(x)
         q, k, v = (f(tokens).view(x.shape[0], -1, heads, width).transpose(1, 2) for f in (m.to_q, m.to_k, m.to_v))
         return m.to_out(attend(q, k, v).transpose(1, 2).reshape(x.shape[0], -1, heads * width))
 
@@ -450,7 +248,7 @@ def wide_head_read_before_it_is_joined() -> nn.Module:
     """Its result is read with its heads apart."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        tokens = _tokens(x)
+        tokens = rows_of(x)
         q, k, v = (f(tokens).view(x.shape[0], -1, 1, 320).transpose(1, 2) for f in (m.to_q, m.to_k, m.to_v))
         return m.to_out(functional.scaled_dot_product_attention(q, k, v).mean(1))
 
@@ -459,51 +257,36 @@ def wide_head_read_before_it_is_joined() -> nn.Module:
 
 
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
-    f.__name__: f
-    for f in (
-        three_products,
-        another_form,
-        upsampled,
-        upsampled_unevenly,
-        shift_of_image,
-        shift_of_tokens,
-        shift_read_before,
-        shift_after_silu,
-        shift_of_rows,
-        norm_alone,
-        norm_read_by_two,
-        norm_kept,
-        norm_of_tokens,
-        norm_with_computed_weight,
-        norm_with_weight_alone,
-        norm_before_float,
-        norm_of_float,
-        skip,
-        three_parts,
-        parts_read_elsewhere,
-        beside_before,
-        rows_normed,
-        rows_normed_and_kept,
-        rows_modulated,
-        rows_normed_over_two_axes,
-        rows_normed_with_computed_weight,
-        rows_normed_with_weight_alone,
-        gated,
-        gated_first_half,
-        activated,
-        activation_read_twice,
-        gate_with_halves_read_elsewhere,
-        gate_of_floats,
-        gate_behind_residual,
-        chain,
-        product_read_by_two,
-        other_axes,
-        one_wide_head,
-        two_wide_heads,
-        narrow_heads,
-        wide_head_with_a_mask,
-        wide_head_read_before_it_is_joined,
-    )
+    **NORM_MODELS,
+    **{
+        f.__name__: f
+        for f in (
+            three_products,
+            another_form,
+            upsampled,
+            upsampled_unevenly,
+            shift_of_image,
+            shift_of_tokens,
+            shift_read_before,
+            shift_after_silu,
+            shift_of_rows,
+            gated,
+            gated_first_half,
+            activated,
+            activation_read_twice,
+            gate_with_halves_read_elsewhere,
+            gate_of_floats,
+            gate_behind_residual,
+            chain,
+            product_read_by_two,
+            other_axes,
+            one_wide_head,
+            two_wide_heads,
+            narrow_heads,
+            wide_head_with_a_mask,
+            wide_head_read_before_it_is_joined,
+        )
+    },
 }
 
 
