@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hqc.capture.architectures import empty_architecture
 from hqc.capture.averages import AVERAGED, choose_weights, flat_name
 from hqc.capture.diffusers_models import CaptureOptions, denoiser_source
 from hqc.capture.families import FAMILIES
@@ -151,6 +152,8 @@ def _read(path: Path, tensors: Mapping[str, Tensor], kind: str, config: str | No
     import diffusers
 
     assert kind in FAMILIES
+    if config is None and (known := _known_architecture(tensors, kind)) is not None:
+        return known
     options = {"config": config, "local_files_only": True} if config is not None else {}
     try:
         with quiet_libraries():
@@ -162,9 +165,28 @@ def _read(path: Path, tensors: Mapping[str, Tensor], kind: str, config: str | No
             raise CaptureError(
                 str(path),
                 f"needs the configuration of {repository}, as far as diffusers can tell ({first})",
-                "Give it with --config: the config.json of that repository's unet/ or transformer/ folder.",
+                "Give it with --config: config.json of its unet/ or transformer/ folder, or the original YAML.",
             ) from error
         raise _misfit(path, kind, error) from error
+
+
+def _known_architecture(tensors: Mapping[str, Tensor], kind: str) -> Any | None:
+    """A UNet of Stable Diffusion 1 or XL, whose published sizes need no configuration; None where it is none."""
+    from diffusers.loaders import single_file_utils
+
+    for name in ("sd15", "sdxl"):
+        module: Any = empty_architecture(name)
+        if type(module).__name__ != kind:
+            continue
+        try:
+            found = single_file_utils.convert_ldm_unet_checkpoint(dict(tensors), dict(module.config))
+        except Exception:  # as above
+            continue
+        wanted = {key: tensor.shape for key, tensor in module.state_dict().items()}
+        if {key: tensor.shape for key, tensor in found.items()} == wanted:
+            module.load_state_dict({key: tensor.float() for key, tensor in found.items()}, assign=True)
+            return module.eval().requires_grad_(False)
+    return None
 
 
 def _misfit(path: Path, kind: str, error: Exception) -> CaptureError:

@@ -163,12 +163,6 @@ def _from_hub(name: str, revision: str | None, options: CaptureOptions) -> Sourc
 
 
 def _check_options(source: str, has_config: bool, is_checkpoint: bool, outliers: bool) -> None:
-    if Path(source).suffix == ".ckpt" and not has_config and not Path(source).is_dir():
-        raise CaptureError(
-            f"source {source!r}",
-            "is a checkpoint without a configuration",
-            "Give its YAML file with --config.",
-        )
     if has_config and not is_checkpoint:
         raise CaptureError(
             f"source {source!r}", "takes no --config", "Leave it out; it belongs to a .ckpt or .safetensors file."

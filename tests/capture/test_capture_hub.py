@@ -227,6 +227,20 @@ def test_a_file_without_configuration_says_whose_it_needs(tmp_path, cache: Path)
         find_source(str(file))
 
 
+@pytest.mark.parametrize("form", ["ckpt", "safetensors"])
+def test_published_sizes_need_no_configuration(form: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stable Diffusion 1 and XL are known by their shapes: neither a YAML nor the hub is asked."""
+    unet, _, _ = _saved_as_one_file(tmp_path)
+    monkeypatch.setattr("hqc.capture.single_file.empty_architecture", lambda name: type(unet)(**CONFIG).to("meta"))
+    raw, average = _both(unet, "original")
+    tensors = {**raw, **{_flat(name): tensor for name, tensor in average.items()}, "first_stage_model.x": torch.ones(1)}
+    file = tmp_path / f"sd.{form}"
+    save_file(tensors, file) if form == "safetensors" else torch.save({"state_dict": tensors}, file)
+    source = find_source(str(file), condition_length=3)
+    assert source.notes["weights"] == "model_ema"
+    assert torch.equal(source.module.unet.conv_in.weight, 2 * unet.conv_in.weight)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

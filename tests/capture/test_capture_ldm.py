@@ -105,6 +105,26 @@ def test_averaged_weights_are_preferred(kind: str, tmp_path: Path) -> None:
     assert denoiser_error(raw, config, weights) < EQUAL
 
 
+@pytest.mark.parametrize("encoder", ["FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"])
+def test_the_denoiser_of_a_model_with_a_text_encoder(encoder: str, tmp_path: Path) -> None:
+    """Stable Diffusion 1 and 2: the text encoder's weights are of no use here, and of any name."""
+    config = original.tiny_config("imagenet")
+    weights = original.make_checkpoint(config, ema=True)
+    average = averaged(weights)
+    weights["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(7)[None]
+    params = config["model"]["params"]
+    params["cond_stage_config"] = {"target": f"ldm.modules.encoders.modules.{encoder}", "params": {"freeze": True}}
+    params["parameterization"] = "v" if "Open" in encoder else "eps"
+    source = traced(config, weights, tmp_path)
+    width = params["unet_config"]["params"]["context_dim"]
+    assert [spec.shape for spec in source.inputs][2] == ("N", 77, width)
+    assert source.pipeline is None
+    assert source.notes["weights"] == "model_ema"
+    wanted = traced(original.tiny_config("imagenet"), average, tmp_path, "other.ckpt")
+    for mine, other in zip(source.module.parameters(), wanted.module.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_averaged_weights_alone_are_enough(tmp_path: Path) -> None:
     config = original.tiny_config("bedroom")
     weights = original.make_checkpoint(config, ema=True)

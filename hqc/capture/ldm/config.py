@@ -3,7 +3,7 @@
     model.params                          the noise schedule, the latents' scale
     model.params.unet_config.params       the denoiser
     model.params.first_stage_config       the autoencoder, KL or VQ
-    model.params.cond_stage_config        a class embedder, or `__is_unconditional__`
+    model.params.cond_stage_config        a class embedder, a text encoder, or `__is_unconditional__`
 
 Other sections (data, lightning, learning rates) are ignored. A file is hostile until it is read: its size and its
 nesting are bounded, aliases and tags of Python objects are refused.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from hqc.errors import CaptureError
 
@@ -22,7 +22,7 @@ __all__ = ["ClassParams", "DecoderParams", "FirstStage", "LdmConfig", "UNetParam
 
 _LARGEST_FILE = 256 * 2**10
 _DEEPEST = 32
-_UNCONDITIONAL_BRANCH = "literal['__is_unconditional__']"
+_FORMS = ("class", "text", "none")  # that cond_stage_config may have
 
 Size = Annotated[int, Field(ge=1, le=65_536, strict=True)]
 Few = Annotated[int, Field(ge=1, le=16, strict=True)]
@@ -60,6 +60,7 @@ class UNetParams(_Params):
     use_checkpoint: bool = False
     use_fp16: bool = False
     legacy: bool = True
+    use_linear_in_transformer: bool = False
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -165,14 +166,58 @@ class ClassParams(_Params):
     key: str = "class"
 
 
+_TEXT_ENCODERS = ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder")
+
+
+def _named(target: str, *names: str) -> str:
+    """The path of a class, if its name is one of these."""
+    if target.rpartition(".")[2] not in names:
+        raise ValueError(f"{target!r:.60}; expected {' or '.join(names)}")
+    return target
+
+
 class _ClassStage(_Params):
-    target: Annotated[str, Field(pattern=r"(^|\.)ClassEmbedder$")]
+    target: str
     params: ClassParams
+
+    @field_validator("target")
+    @classmethod
+    def _known(cls, target: str) -> str:
+        return _named(target, "ClassEmbedder", *_TEXT_ENCODERS)
+
+
+class _TextStage(_Params):
+    """A text encoder, which stays in the file: Stable Diffusion 1 and 2."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    target: str
+
+    @field_validator("target")
+    @classmethod
+    def _known(cls, target: str) -> str:
+        return _named(target, *_TEXT_ENCODERS)
 
 
 class _UNetStage(_Params):
-    target: Annotated[str, Field(pattern=r"(^|\.)UNetModel$")]
+    target: str
     params: UNetParams
+
+    @field_validator("target")
+    @classmethod
+    def _known(cls, target: str) -> str:
+        return _named(target, "UNetModel")
+
+
+_Unconditional = Literal["__is_unconditional__"]
+
+
+def _condition_kind(value: Any) -> str:
+    """Which of the three a condition is, so that what is said of it is said of one of them."""
+    if isinstance(value, str) and value == "__is_unconditional__":
+        return "none"
+    target = str(value.get("target", "")) if isinstance(value, dict) else ""
+    return "text" if target.rpartition(".")[2] in _TEXT_ENCODERS else "class"
 
 
 class LdmConfig(_Params):
@@ -182,12 +227,17 @@ class LdmConfig(_Params):
 
     unet_config: _UNetStage
     first_stage_config: FirstStage
-    cond_stage_config: _ClassStage | Literal["__is_unconditional__"]
+    cond_stage_config: Annotated[
+        Annotated[_ClassStage, Tag(_FORMS[0])]
+        | Annotated[_TextStage, Tag(_FORMS[1])]
+        | Annotated[_Unconditional, Tag(_FORMS[2])],
+        Discriminator(_condition_kind),
+    ]
     linear_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     linear_end: Annotated[float, Field(gt=0, lt=1)] = 2e-2
     timesteps: Annotated[int, Field(ge=1, le=100_000, strict=True)] = 1000
     beta_schedule: Literal["linear"] = "linear"
-    parameterization: Literal["eps"] = "eps"
+    parameterization: Literal["eps", "v"] = "eps"
     scale_factor: Annotated[float, Field(gt=0, lt=1e6)] = 1.0
     scale_by_std: bool = False
 
@@ -201,8 +251,19 @@ class LdmConfig(_Params):
         """The class embedder's options; None for an unconditional model."""
         return self.cond_stage_config.params if isinstance(self.cond_stage_config, _ClassStage) else None
 
+    @property
+    def text(self) -> bool:
+        """Whether a text encoder gives the condition."""
+        return isinstance(self.cond_stage_config, _TextStage)
+
     @model_validator(mode="after")
     def _consistent(self) -> "LdmConfig":
+        if self.text:
+            if not self.unet.use_spatial_transformer:
+                raise ValueError("a text encoder and use_spatial_transformer go together")
+            return self
+        if self.parameterization == "v":
+            raise ValueError("parameterization v is converted with a text encoder alone")
         if (self.classes is not None) != self.unet.use_spatial_transformer:
             raise ValueError("a class embedder and use_spatial_transformer go together")
         if self.classes is not None and self.classes.embed_dim != self.unet.context_dim:
@@ -271,10 +332,9 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
 
 def _first_problem(error: ValidationError) -> str:
     """The first problem in one line, with its place and, for an unknown option, the nearest known one."""
-    # Of the two forms that cond_stage_config may have, the mapping is the one that has something to say.
-    found = [problem for problem in error.errors(include_url=False) if _UNCONDITIONAL_BRANCH not in problem["loc"]]
-    first = (found or error.errors(include_url=False))[0]
-    steps = [str(step) for step in first["loc"] if step not in (_ClassStage.__name__, _UNCONDITIONAL_BRANCH)]
+    found = error.errors(include_url=False)
+    first = found[0]
+    steps = [str(step) for step in first["loc"] if step not in _FORMS]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = f"hqc does not know this option{_nearest_option(steps)}"

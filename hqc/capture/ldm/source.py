@@ -27,6 +27,8 @@ from hqc.memory import require_memory, trace_bytes
 __all__ = ["from_checkpoint"]
 
 _SCHEDULE_TOLERANCE = 5e-3  # ᾱ in 0…1; weights may be stored in bfloat16
+_AROUND = ("cond_stage_model.", "first_stage_model.")
+_TEXT_TOKENS = 77  # of CLIP
 Parts = dict[str, tuple[nn.Module, dict[str, Piece]]]
 
 
@@ -43,11 +45,17 @@ def from_checkpoint(path: Path, config_path: Path, options: CaptureOptions) -> S
     """
     config = read_config(config_path)
     tensors = read_checkpoint(path)
-    parts = _parts(config, _scale_factor(path, config, tensors))
+    if config.text:  # the text encoder and the autoencoder stay in the file
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(_AROUND)}
+        unet = build_unet(config.unet)
+        parts: Parts = {"unet": (unet, unet_pieces(unet, config.unet))}
+    else:
+        parts = _parts(config, _scale_factor(path, config, tensors))
     unet, unet_from = parts["unet"]
     tensors, taken = choose_weights(path, tensors, [piece.key for piece in unet_from.values()], options.weights)
     check_fit(path, config_path, [piece for _, pieces in parts.values() for piece in pieces.values()], tensors)
-    _check_schedule(path, config_path, config, tensors)
+    if not config.text:
+        _check_schedule(path, config_path, config, tensors)
     parameters = sum(parameter.numel() for module, _ in parts.values() for parameter in module.parameters())
     model: Any = unet
     require_memory(f"tracing {path}", trace_bytes(parameters, model.config))
@@ -55,10 +63,14 @@ def from_checkpoint(path: Path, config_path: Path, options: CaptureOptions) -> S
         fill(module, pieces, tensors)
         used = {piece.key: tensors[piece.key] for piece in pieces.values()}
         require_finite(str(path), used, used)
+    notes = {"weights": taken, "config": str(config_path)}
+    if config.text:
+        length = options.condition_length or _TEXT_TOKENS
+        source = denoiser_source(unet, str(path.resolve()), length, options.latent_size)
+        return replace(source, notes={**notes, "pipeline": "none: text encoder and autoencoder stay in the file"})
     folder = _write_pipeline(parts, config)
     length = 1 if config.classes is not None else 0
     source = denoiser_source(unet, str(path.resolve()), length, options.latent_size)
-    notes = {"weights": taken, "config": str(config_path)}
     source = replace(source, pipeline=folder, notes=notes)
     weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
     return source

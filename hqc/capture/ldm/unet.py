@@ -48,6 +48,7 @@ def _conditional(params: UNetParams) -> dict[str, Any]:
         "up_block_types": tuple(up),
         "cross_attention_dim": params.context_dim,
         "transformer_layers_per_block": params.transformer_depth,
+        "use_linear_projection": params.use_linear_in_transformer,
         # diffusers reads attention_head_dim as the number of heads here.
         "attention_head_dim": tuple(params.heads(channels) for channels in params.channels),
     }
