@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hqc.operators import ADMITTED
 from hqc.program import ALLOWED_FUNCTIONS
 
 __all__ = ["graph_from_json", "graph_to_json"]
@@ -51,7 +52,9 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
     if kind == "float":
         return float(data)
     if kind == "device":
-        return torch.device(data)
+        if data != "cpu":
+            raise ValueError(f"device {str(data)[:40]!r} is not the cpu, on which every graph is captured")
+        return torch.device("cpu")
     expected = _ENUMS[kind]
     found = getattr(torch, data)
     if not isinstance(found, expected):
@@ -79,6 +82,9 @@ def _find_target(name: str) -> Any:
         raise ValueError(f"{name!r} is not an operator")
     if target._schema.is_mutable or match[2] in _REFUSED:
         raise ValueError(f"operator {name!r} changes its arguments or touches files")
+    if name not in ADMITTED:
+        draws = " (it draws random numbers)" if torch.Tag.nondeterministic_seeded in target.tags else ""
+        raise ValueError(f"operator {name!r} is not one that a Program may hold{draws}")
     return target
 
 
@@ -105,6 +111,13 @@ def _check_node(item: Mapping[str, Any]) -> None:
         raise ValueError(f"node {name!r} has an argument whose name is not an identifier")
     if not isinstance(item["args"], list):
         raise ValueError(f"node {name!r} has no list of arguments")
+    shape, role, dtype = (
+        item["meta"].get(key, default) for key, default in (("shape", []), ("role", ""), ("dtype", ""))
+    )
+    if not isinstance(shape, (list, tuple)) or not all(type(d) in (int, str) for d in shape):
+        raise ValueError(f"node {name!r} has a shape that is no list of sizes")
+    if not isinstance(role, str) or not isinstance(dtype, str):
+        raise ValueError(f"node {name!r} has a role or a dtype that is no text")
 
 
 _META = ("site", "role", "shape", "dtype")
@@ -126,7 +139,7 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
 
 
 def graph_from_json(data: list[dict[str, Any]]) -> fx.Graph:
-    """Builds the graph; only ATen and hqc operators without side effects and size arithmetic are admitted."""
+    """Builds the graph; only the operators of `hqc.operators` and arithmetic on sizes are admitted."""
     graph, nodes = fx.Graph(), dict[str, fx.Node]()
     for item in data:
         _check_node(item)

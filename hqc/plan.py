@@ -1,6 +1,7 @@
 """What is quantised and how: bits, layer rules, and one `SitePlan` for each weighted layer of a program."""
 
 import fnmatch
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -196,16 +197,38 @@ class QuantPlan:
             PlanError: if a field is missing, unknown, or of the wrong type.
         """
         try:
-            sites = tuple(_site_plan(site) for site in data["sites"])
-            return QuantPlan(
-                recipe=str(data["recipe"]),
-                bits=str(data["bits"]),
-                sites=sites,
+            plan = QuantPlan(
+                recipe=data["recipe"],
+                bits=data["bits"],
+                sites=tuple(_site_plan(site) for site in data["sites"]),
                 timesteps=tuple(float(t) for t in data["timesteps"]),
                 training=dict(data.get("training", {})),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError("plan.json", f"not a quantisation plan ({error})", "Write the artefact again.") from error
+            _check_fields(plan)
+            return plan
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, PlanError) as error:
+            found = " ".join(str(error).split())[:120]
+            raise PlanError("plan.json", f"not a quantisation plan ({found})", "Write the artefact again.") from error
+
+
+def _check_fields(plan: QuantPlan) -> None:
+    """The fields of a plan that are not a site's.
+
+    Raises:
+        ValueError, PlanError: if one makes no sense.
+    """
+    if not isinstance(plan.recipe, str) or not isinstance(plan.bits, str):
+        raise ValueError("the recipe and the bits are texts")
+    if plan.bits:
+        parse_bits(plan.bits)
+    if not all(math.isfinite(t) for t in plan.timesteps):
+        raise ValueError("a timestep is not finite")
+    if len(set(plan.timesteps)) != len(plan.timesteps):
+        raise ValueError("a timestep stands there twice")
+
+
+_KINDS = ("conv2d", "linear")
+_BLOCKS = (0, 8, 16, 32, 64, 128)
 
 
 def _site_plan(data: Mapping[str, Any]) -> SitePlan:
@@ -220,6 +243,8 @@ def _site_plan(data: Mapping[str, Any]) -> SitePlan:
     quantised = all(type(b) is int and LOWEST_BITS <= b <= HIGHEST_BITS for b in widths)
     if not quantised and widths != (None, None):
         raise ValueError(f"site {plan.site!r} has widths {widths}")
+    if plan.kind not in _KINDS or plan.block not in _BLOCKS:
+        raise ValueError(f"site {plan.site!r} is a {plan.kind} with block {plan.block}")
     return plan
 
 

@@ -24,6 +24,7 @@ __all__ = ["InputSpec", "Origin", "PassRecord", "Program", "Stage", "is_op"]
 
 BATCH = "N"
 INPUT_DTYPES = ("float32", "int64")
+_LARGEST = 2**31
 aten = torch.ops.aten
 
 
@@ -75,17 +76,19 @@ class InputSpec:
         Raises:
             KeyError, TypeError, ValueError: if it is not an input that a program may have.
         """
-        shape, dtype, span = tuple(data["shape"]), data["dtype"], data.get("span")
-        if not shape or not all(d == BATCH or (type(d) is int and d > 0) for d in shape):
+        name, shape, dtype, span = data["name"], tuple(data["shape"]), data["dtype"], data.get("span")
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"an input is called {str(name)[:40]!r}")
+        if not 0 < len(shape) <= 8 or not all(d == BATCH or (type(d) is int and 0 < d < _LARGEST) for d in shape):
             raise ValueError(f"input {data['name']!r} has shape {list(shape)}")
         if dtype not in INPUT_DTYPES:
             raise ValueError(f"input {data['name']!r} is {dtype!r}; expected {' or '.join(INPUT_DTYPES)}")
         if span is not None:
             low, high = (float(v) for v in span)
-            if not -math.inf < low < high < math.inf:
+            if not -_LARGEST < low < high < _LARGEST or (dtype == "int64" and not int(low) < int(high)):
                 raise ValueError(f"input {data['name']!r} has span {list(span)}")
             span = (low, high)
-        return InputSpec(str(data["name"]), shape, dtype, span)
+        return InputSpec(name, shape, dtype, span)
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,41 @@ class Origin:
     unet_config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     capture_error: float = 0.0
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "Origin":
+        """Reads what `dataclasses.asdict` gives.
+
+        Raises:
+            TypeError, ValueError: if a field is unknown or of the wrong type.
+        """
+        origin = Origin(**data)
+        texts = (origin.source, origin.revision, origin.kind, origin.pipeline)
+        if not all(isinstance(text, str) and "\0" not in text for text in texts):
+            raise ValueError("a field of the origin is no text")
+        if not isinstance(origin.versions, dict) or not all(isinstance(v, str) for v in origin.versions.values()):
+            raise ValueError("the origin's versions are no texts")
+        if not isinstance(origin.capture_error, (int, float)) or not math.isfinite(origin.capture_error):
+            raise ValueError("the origin's capture_error is no number")
+        if not isinstance(origin.unet_config, dict):
+            raise ValueError("the origin's unet_config is no mapping")
+        if wrong := [key for key in _SIZES if not _are_sizes(origin.unet_config.get(key))]:
+            raise ValueError(f"the origin's unet_config has no size as {wrong[0]}")
+        return origin
+
+
+# What is computed with, of the many fields that a denoiser's configuration has.
+_SIZES = (
+    *("sample_size", "in_channels", "out_channels", "patch_size", "block_out_channels", "layers_per_block"),
+    *("projection_class_embeddings_input_dim", "num_class_embeds", "num_embeds_ada_norm", "cross_attention_dim"),
+)
+_LARGEST_SIZE = 2**20
+
+
+def _are_sizes(value: Any) -> bool:
+    """A positive number, some of them, or nothing."""
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    return value is None or all(type(number) is int and 0 < number < _LARGEST_SIZE for number in numbers)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ torch's own `.pt2` archive is not used: `torch.export.load` unpickles and evalua
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -26,10 +27,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hqc.errors import ArtefactError, HqcError
+from hqc.checking import check_calls
+from hqc.errors import ArtefactError, HqcError, MemoryShortError, PassError
 from hqc.graph_json import graph_from_json, graph_to_json
 from hqc.plan import QuantPlan
 from hqc.program import InputSpec, Origin, PassRecord, Program, Stage
+from hqc.structure import site_problems
 from hqc.verify import verify
 
 __all__ = ["FORMAT_VERSION", "atomic_folder", "check_manifest", "load_program", "save_program", "write_manifest"]
@@ -175,11 +178,13 @@ def check_manifest(folder: Path, kind: str) -> dict[str, Any]:
     manifest = _read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format") != kind:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ArtefactError(str(folder), f"holds {found!r}; expected {kind!r}", "Give the other kind of artefact.")
+        raise ArtefactError(
+            str(folder), f"holds {_short(found)}; expected {kind!r}", "Give the other kind of artefact."
+        )
     if manifest.get("version") != FORMAT_VERSION:
         raise ArtefactError(
             str(folder),
-            f"has format version {manifest.get('version')!r}; this hqc reads {FORMAT_VERSION}",
+            f"has format version {_short(manifest.get('version'))}; this hqc reads {FORMAT_VERSION}",
             "Write it again with this version of hqc.",
         )
     files = manifest.get("files")
@@ -189,14 +194,33 @@ def check_manifest(folder: Path, kind: str) -> dict[str, Any]:
         try:
             _check_file(folder, name, expected)
         except (OSError, ValueError) as error:
-            raise ArtefactError(str(folder), f"cannot read {name!r} ({error})", "Do not use this artefact.") from error
+            found = f"cannot read {_short(name)} ({_first_words(error)[:80]})"
+            raise ArtefactError(str(folder), found, "Do not use this artefact.") from error
+    _refuse_links(folder / "pipeline")
     return manifest
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuses anything but files and folders: whoever copies or reads a link reads what lies elsewhere.
+
+    Raises:
+        ArtefactError: naming the link.
+    """
+    for path in (folder, *sorted(folder.rglob("*"))):
+        if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+            raise ArtefactError(str(path), "is a link, or no plain file", "Do not use this artefact.")
+
+
+def _short(value: Any) -> str:
+    """A value from a file in part of a line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _check_file(folder: Path, name: str, expected: Any) -> None:
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(expected, dict):
-        raise ArtefactError(str(folder), f"names {name!r}, outside itself", "Do not use this artefact.")
+        raise ArtefactError(str(folder), f"names {_short(name)}, outside itself", "Do not use this artefact.")
     if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
         raise ArtefactError(str(path), "is a link", "Do not use this artefact.")
     if not path.is_file():
@@ -204,7 +228,7 @@ def _check_file(folder: Path, name: str, expected: Any) -> None:
     if path.stat().st_size != expected.get("size"):
         raise ArtefactError(
             str(path),
-            f"is truncated or changed: {path.stat().st_size} bytes, the manifest says {expected.get('size')}",
+            f"is truncated or changed: {path.stat().st_size} bytes, the manifest says {_short(expected.get('size'))}",
             "Copy the whole folder again.",
         )
     if _sha256(path) != expected.get("sha256"):
@@ -251,7 +275,15 @@ def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def copy_pipeline(source: Path, target: Path) -> None:
-    """Copies a diffusers-layout folder without its denoiser and without links."""
+    """Copies a diffusers-layout folder without its denoiser; links are followed, but for those inside an artefact.
+
+    The cache of the hub is made of links, and a user's own folder may be; an artefact of hqc has none.
+
+    Raises:
+        ArtefactError: for a link in the pipeline of an artefact.
+    """
+    if is_artefact(source.parent):
+        _refuse_links(source)
     shutil.copytree(
         source,
         target,
@@ -266,7 +298,12 @@ def _dump(path: Path, data: Any) -> None:
 def _record(data: Any) -> PassRecord:
     missed = tuple((site, reason) for site, reason in data["missed"])
     # Programs of earlier versions have records without the sites that went.
-    return PassRecord(data["text"], tuple(data["touched"]), missed, data["seconds"], tuple(data.get("removed", ())))
+    removed = tuple(data.get("removed", ()))
+    record = PassRecord(data["text"], tuple(data["touched"]), missed, float(data["seconds"]), removed)
+    texts = (record.text, *record.touched, *removed, *(part for pair in missed for part in pair))
+    if not all(isinstance(text, str) for text in texts) or not math.isfinite(record.seconds):
+        raise ValueError("a record of history.json has a field of the wrong type")
+    return record
 
 
 _PARTS = ("graph.json", "weights.safetensors", "plan.json", "history.json")
@@ -295,9 +332,23 @@ def load_program(folder: Path | str) -> Program:
             stage=Stage(manifest["stage"]),
             plan=QuantPlan.from_dict(_read_json(folder / "plan.json")),
             history=tuple(_record(r) for r in _read_json(folder / "history.json")),
-            origin=Origin(**manifest["origin"]),
+            origin=Origin.from_dict(manifest["origin"]),
         )
         verify(program, after="load")
+        if problems := site_problems(program):
+            raise ValueError("; ".join(problems))
+        check_calls(program)
         return program
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError, HqcError) as error:
-        raise ArtefactError(str(folder), f"is not a program ({error})", "Write it again with `hqc trace`.") from error
+    except MemoryShortError:
+        raise
+    except (LookupError, ArithmeticError, *_DATA_ERRORS) as error:
+        found = _first_words(error) if not isinstance(error, PassError) else error.found[:180]
+        raise ArtefactError(str(folder), f"is not a program ({found})", "Write it again with `hqc trace`.") from error
+
+
+_DATA_ERRORS = (TypeError, ValueError, AttributeError, RuntimeError, AssertionError, SafetensorError, HqcError)
+
+
+def _first_words(error: Exception) -> str:
+    """An error in part of a line: a file may hold texts of any length."""
+    return " ".join(str(error).split())[:180] or type(error).__name__

@@ -6,6 +6,7 @@ import torch
 
 import hqc.ops  # noqa: F401  (registers the operators)
 from hqc.errors import PassError
+from hqc.operators import admitted_name
 from hqc.program import ALLOWED_FUNCTIONS, Program, Stage
 
 __all__ = ["verify"]
@@ -61,7 +62,7 @@ def _check_graph(program: Program) -> list[str]:
 
 def _allowed(target: object) -> bool:
     if isinstance(target, torch._ops.OpOverload):
-        return target.namespace in ("aten", "hqc")
+        return admitted_name(target)
     return any(target is function for function in ALLOWED_FUNCTIONS.values())
 
 

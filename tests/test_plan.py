@@ -33,9 +33,9 @@ def site_plans(draw: st.DrawFn) -> SitePlan:
 plans = st.builds(
     QuantPlan,
     recipe=st.text(max_size=5),
-    bits=st.text(max_size=5),
+    bits=st.sampled_from(["", "w4a3", "w8a8"]),
     sites=st.lists(site_plans(), max_size=4).map(tuple),
-    timesteps=st.lists(st.floats(0, 1000), max_size=4).map(tuple),
+    timesteps=st.lists(st.floats(0, 1000), max_size=4, unique=True).map(tuple),
     training=st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
 )
 

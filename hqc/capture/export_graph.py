@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hqc.capture.finite import require_finite
+from hqc.checking import check_calls
 from hqc.errors import CaptureError
 from hqc.graph_json import graph_from_json, graph_to_json
 from hqc.program import BATCH, InputSpec, Origin, Program, aten, is_op
@@ -84,6 +85,7 @@ def capture_module(
     learnt = {name.removeprefix("model.") for name in exported.graph_signature.inputs_to_parameters.values()}
     require_finite((origin and origin.source) or type(module).__name__, state, learnt, prefix)
     program = Program(graph=graph, state=state, inputs=tuple(inputs), origin=origin or Origin())
+    _check_loadable(program, module)
     batches = (1, 3) if program.size_bytes() < _LARGE_MODEL else (1,)
     worst = max(_relative_error(program, module, _examples(inputs, batch, seed=batch)) for batch in batches)
     if not worst < float("inf"):
@@ -99,6 +101,18 @@ def capture_module(
             "The module depends on something besides its inputs (a counter, random numbers): make it a pure function.",
         )
     return program.evolve(origin=Origin(**{**vars(program.origin), "capture_error": worst}))
+
+
+def _check_loadable(program: Program, module: nn.Module) -> None:
+    """What is traced can be loaded: the same checks as there."""
+    try:
+        check_calls(program)
+    except ValueError as error:
+        raise CaptureError(
+            type(module).__name__,
+            f"cannot be a Program ({error})",
+            "Rewrite that part of the module with the operators of hqc/operators.py.",
+        ) from error
 
 
 def _check_pure(exported: torch.export.ExportedProgram, module: nn.Module) -> None:

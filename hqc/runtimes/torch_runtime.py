@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from hqc.capture.diffusers_models import denoiser_source
+from hqc.errors import EvaluationError
 from hqc.program import Program
 from hqc.runtimes.base import named_inputs
 
@@ -25,7 +26,12 @@ class TorchSession:
     ) -> Tensor:
         """See `Session`."""
         given = named_inputs(self.inputs, sample, timestep, *conditions, **named)
-        return self._module(*given.values())  # type: ignore[no-any-return]
+        try:
+            return self._module(*given.values())  # type: ignore[no-any-return]
+        except IndexError as error:  # an embedding has fewer rows: shapes are checked before
+            raise EvaluationError(
+                "denoiser", f"an input is out of range ({error})", "Give labels that the model was trained on."
+            ) from error
 
 
 class ModuleSession:

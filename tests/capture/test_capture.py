@@ -177,7 +177,10 @@ REFUSED = {
     CountsInPython: ("differs from the module by", PURE),
     CountsInABuffer: ("changes count when it is called", "Make it a pure function of its inputs"),
     OverwritesItsInput: ("when it is called", "Make it a pure function of its inputs"),
-    DrawsNoise: ("differs from the module by", PURE),
+    DrawsNoise: (
+        "aten.randn_like.default' is not one that a Program may hold (it draws random numbers)",
+        "Rename or replace",
+    ),
     BranchesOnValues: ("torch.export could not capture it", "Run torch.export.draft_export"),
     FixesTheBatch: ("torch.export could not capture it", "Run torch.export.draft_export"),
     ReturnsTwo: ("returns 2 values; expected one tensor", "Wrap it in a module"),

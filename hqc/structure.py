@@ -1,0 +1,223 @@
+"""What passes, calibration and exports rely on at the sites of a program: roles, operators, and the plan's numbers.
+
+A program that hqc made always satisfies this; one from elsewhere may not, and is refused when it is loaded.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+import hqc.ops  # noqa: F401  (registers the operators)
+from hqc.plan import SitePlan, activation_range, weight_range
+from hqc.program import Program, Stage, aten, is_op
+
+__all__ = ["site_problems"]
+
+ops = torch.ops.hqc
+_CONV, _LINEAR, _RESCALE = aten.conv2d.default, aten.linear.default, ops.rescale.default
+_PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
+_ROLES: Mapping[str, tuple[Any, ...]] = {
+    "layer": (_CONV, _LINEAR, _RESCALE),
+    "activation_quantizer": (ops.fake_quantize.default,),
+    "weight_quantizer": (ops.fake_quantize.default,),
+    "rotation": (ops.hadamard.default,),
+    "rotation_back": (ops.hadamard.default,),
+    "lora": (aten.add.Tensor,),
+    "row": (ops.nearest_timestep.default,),
+    "codes": (ops.quantize.default,),
+    "activation": (ops.dequantize.default,),
+    "product": _PRODUCTS,
+    "weight": (
+        *(ops.dequantize.default, ops.rotate_codes.default, ops.unpack_int4.default),
+        *(ops.digit.default, ops.half.default, aten.to.dtype),
+    ),
+}
+_WITH_SITE = ("layer", "activation_quantizer", "weight_quantizer", "rotation_back", "lora", "codes", "product")
+
+
+def site_problems(program: Program) -> list[str]:
+    """What is wrong with the roles in the graph and the plan's entries; at most a few of each kind."""
+    problems = [text for node in program.graph.nodes if (text := _role_problem(node))]
+    if problems:
+        return problems[:3]
+    live = _live(program)
+    if dead := [site for site, layer in program.sites() if layer not in live]:
+        return [f"nothing reads site {dead[0]}"]
+    names = Counter(site for site, _ in program.sites())
+    if problems := [f"two layers are called {name}" for name, count in names.items() if count > 1]:
+        return problems[:3]
+    layers = dict(program.sites())
+    planned = [plan.site for plan in program.plan.sites]
+    if len(set(planned)) != len(planned):
+        return ["the plan names a site twice"]
+    for plan in program.plan.sites:
+        if plan.site in layers:
+            problems += [f"site {plan.site}: {text}" for text in _plan_problems(program, plan, layers[plan.site])]
+    problems += [
+        f"{node.name} ({role}) belongs to a site that the plan does not quantise"
+        for node in program.graph.nodes
+        if (role := node.meta.get("role")) in ("activation_quantizer", "weight_quantizer", "lora", "codes", "product")
+        and not (node.meta["site"] in program.plan and program.plan[node.meta["site"]].quantised)
+    ]
+    return problems[:3]
+
+
+def _live(program: Program) -> set[fx.Node]:
+    """What the output depends on."""
+    live: set[fx.Node] = set()
+    for node in reversed(program.graph.nodes):
+        if node.op == "output" or node in live:
+            live.update(node.all_input_nodes)
+    return live
+
+
+def _role_problem(node: fx.Node) -> str:
+    """A role is one of those that passes give, on one of the operators that it stands for, with its arguments."""
+    role = node.meta.get("role")
+    if role is None:
+        return ""
+    if role not in _ROLES or not is_op(node, *_ROLES[role]):
+        return f"{node.name} ({node.target}) has the role {role!r}"
+    if role in _WITH_SITE and not isinstance(node.meta.get("site"), str):
+        return f"{node.name} is a {role} without a site"
+    if role != "layer" and node.kwargs:
+        return f"{node.name} is a {role} with arguments by name"
+    if not all(isinstance(given, fx.Node) for given in node.args[: _operands(node)]):
+        return f"{node.name} is a {role} of something besides values"
+    if role == "layer" and (node.kwargs or len(node.args) < 2):
+        return f"{node.name} is a layer with arguments by name"
+    if is_op(node, _CONV) and not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in node.args[3:6]):
+        return f"{node.name} is a layer whose stride, padding and dilation are no pairs"
+    return ""
+
+
+def _operands(node: fx.Node) -> int:
+    """How many of the first arguments are values."""
+    if is_op(node, _RESCALE):
+        return 3
+    if is_op(node, aten.to.dtype, ops.hadamard.default, ops.rotate_codes.default, ops.unpack_int4.default):
+        return 1
+    return 1 if is_op(node, ops.digit.default, ops.half.default) else 2
+
+
+# ---- a site of the plan ----------------------------------------------------------------------------------------------
+
+
+def _plan_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator[str]:
+    kind = "linear" if is_op(layer, _LINEAR) or _is_linear_product(layer) else "conv2d"
+    if plan.kind != kind:
+        yield f"the plan says {plan.kind}; the graph has a {kind}"
+    weight = _stored_shape(program, plan, layer)
+    if weight is not None and weight[:2] != (plan.out_channels, plan.in_channels):
+        yield f"the plan says {plan.in_channels} to {plan.out_channels} channels; its weight is {list(weight)}"
+    if plan.block and plan.in_channels % plan.block:
+        yield f"its block {plan.block} does not divide its {plan.in_channels} channels"
+    if plan.lora_rank and (not plan.quantised or program.stage not in (Stage.QUANTISED, Stage.TRAINED)):
+        yield "has a LoRA that no pass could have put there"
+    if program.stage == Stage.CAPTURED:
+        if bool(plan.block) != _has_role(layer.args[0], "rotation_back"):
+            yield "the plan and the graph do not agree about its rotation"
+        return
+    if not plan.quantised:
+        if is_op(layer, _RESCALE) or _has_role(layer.args[1], "weight_quantizer", "weight"):
+            yield "the plan leaves it float; the graph does not"
+        return
+    yield from (
+        _integer_problems(program, plan, layer)
+        if program.stage == Stage.INTEGER
+        else _training_problems(program, plan, layer)
+    )
+
+
+def _is_linear_product(layer: fx.Node) -> bool:
+    """Whether an integer layer's accumulator has its channels last."""
+    return is_op(layer, _RESCALE) and len(layer.args) > 4 and bool(layer.args[4] == -1)
+
+
+def _stored_shape(program: Program, plan: SitePlan, layer: fx.Node) -> tuple[int, ...] | None:
+    weight: Any = layer.args[1]
+    if is_op(layer, _RESCALE):
+        codes = program.state.get(f"{plan.site}.weight_codes")
+        return None if codes is None else tuple(codes.shape)
+    shape = (
+        tuple(weight.meta.get("shape", ()))
+        if weight.op != "get_attr"
+        else tuple(program.state[str(weight.target)].shape)
+    )
+    return shape if len(shape) >= 2 else None
+
+
+def _has_role(node: Any, *roles: str) -> bool:
+    return isinstance(node, fx.Node) and node.meta.get("role") in roles
+
+
+def _of_site(node: Any, plan: SitePlan, *roles: str) -> bool:
+    return _has_role(node, *roles) and node.meta.get("site") == plan.site
+
+
+def _rotated(plan: SitePlan, layer: fx.Node) -> tuple[Any, str]:
+    """What stands in front of a layer's rotation back, and what is wrong with that rotation."""
+    x: Any = layer.args[0]
+    if not plan.block:
+        return x, "is rotated back; the plan says nothing of it" if _has_role(x, "rotation_back") else ""
+    if not _of_site(x, plan, "rotation_back") or x.args[1] != plan.block:
+        return x, f"lacks its rotation back in blocks of {plan.block}"
+    return x.args[0], ""
+
+
+def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator[str]:
+    real, problem = _rotated(plan, layer)
+    weight: Any = layer.args[1]
+    if problem:
+        yield problem
+    elif not _of_site(real, plan, "activation_quantizer") or not _of_site(weight, plan, "weight_quantizer"):
+        yield "lacks one of its quantisers"
+    elif real.args[2:] != activation_range(plan.activation_bits or 8):
+        yield f"its activation's codes are not those of {plan.activation_bits} bits"
+    elif weight.args[2:] != weight_range(plan.weight_bits or 8):
+        yield f"its weight's codes are not those of {plan.weight_bits} bits"
+    elif f"{plan.site}.activation_scale_table" not in program.state:
+        yield "has no table of scales"
+    elif weight.args[1].op != "get_attr":
+        yield "its weight's scale is computed"
+    elif bool(plan.lora_rank) != _of_site(weight.args[0], plan, "lora"):
+        yield "the plan and the graph do not agree about its LoRA"
+    else:
+        stored = weight.args[0].args[0] if plan.lora_rank else weight.args[0]
+        parts = [f"{plan.site}.lora_a", f"{plan.site}.lora_b"] if plan.lora_rank else []
+        if stored.op != "get_attr" or any(part not in program.state for part in parts):
+            yield "its weight is not stored"
+        elif plan.lora_rank and program.state[parts[0]].shape[0] != plan.lora_rank:
+            yield f"its LoRA has another rank than {plan.lora_rank}"
+
+
+def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator[str]:
+    names = [f"{plan.site}.weight_codes", f"{plan.site}.weight_packed"]
+    if not any(name in program.state for name in names):
+        yield "has no stored codes"
+    elif is_op(layer, _RESCALE):
+        products = list(_products(layer.args[0]))
+        if not products or not all(_of_site(product, plan, "product") for product in products):
+            yield "rescales something besides its own products"
+        elif not all(_has_role(product.args[0], "codes") for product in products):
+            yield "multiplies something besides codes"
+    else:
+        real, problem = _rotated(plan, layer)
+        if problem:
+            yield problem
+        elif not _has_role(real, "activation") or not _has_role(real.args[0], "codes"):
+            yield "lacks its quantiser"
+        elif not _of_site(layer.args[1], plan, "weight"):
+            yield "its weight is not made of its codes"
+
+
+def _products(accumulator: Any) -> Iterator[Any]:
+    """One product, or the two that a sum adds, the second perhaps times a number."""
+    if is_op(accumulator, *_PRODUCTS):
+        yield accumulator
+    elif is_op(accumulator, aten.add.Tensor):
+        for part in accumulator.args[:2]:
+            yield part.args[0] if is_op(part, aten.mul.Scalar) else part

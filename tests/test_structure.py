@@ -1,0 +1,89 @@
+"""What stands at the sites: every program that the passes make is right, and what does not fit the plan is refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from zoo import ZOO
+
+from hqc.checking import check_calls
+from hqc.passes import (
+    AttachLora,
+    DropSingleKeyAttention,
+    FreezeIntegers,
+    InsertHadamard,
+    InsertQdq,
+    MergeLora,
+    PackInt4,
+    RotateWeights,
+    SelectLayers,
+    SplitDigits,
+)
+from hqc.pipeline import run_pass, run_pipeline
+from hqc.plan import SitePlan
+from hqc.program import Program, copy_graph
+from hqc.structure import site_problems
+
+PASSES = (
+    *(DropSingleKeyAttention(), SelectLayers(rules="reference"), InsertHadamard(tokens=False), InsertQdq((0.0, 9.0))),
+    *(AttachLora(rank=2), MergeLora(), FreezeIntegers(), RotateWeights(), SplitDigits(), PackInt4()),
+)
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_what_the_passes_make_is_right(model: str, captured: Callable[[str], Program]) -> None:
+    program = captured(model)
+    for one in PASSES:
+        program = run_pass(program, one)
+        assert site_problems(program) == []
+        check_calls(program)
+
+
+@pytest.fixture(scope="session")
+def quantised(captured: Callable[[str], Program]) -> Program:
+    chain = [SelectLayers(), InsertHadamard(block=8), InsertQdq((0.0, 9.0)), AttachLora(rank=2)]
+    return run_pipeline(captured("two_sites"), chain)
+
+
+PLANS: dict[str, tuple[dict[str, Any], str]] = {
+    "kind": ({"kind": "linear"}, "the plan says linear; the graph has a conv2d"),
+    "channels": ({"in_channels": 64}, "the plan says 64 to 16 channels"),
+    "block": ({"block": 16}, "lacks its rotation back in blocks of 16"),
+    "no block": ({"block": 0}, "is rotated back; the plan says nothing of it"),
+    "float": ({"weight_bits": None, "activation_bits": None, "lora_rank": 0}, "the plan leaves it float"),
+    "weight": ({"weight_bits": 8}, "its weight's codes are not those of 8 bits"),
+    "activation": ({"activation_bits": 8}, "its activation's codes are not those of 8 bits"),
+    "no LoRA": ({"lora_rank": 0}, "do not agree about its LoRA"),
+    "rank": ({"lora_rank": 3}, "its LoRA has another rank than 3"),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_plan_that_does_not_fit_the_graph(case: str, quantised: Program) -> None:
+    fields, message = PLANS[case]
+    changed: SitePlan = replace(quantised.plan["conv"], **fields)
+    problems = site_problems(quantised.evolve(plan=quantised.plan.with_sites({"conv": changed})))
+    assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("name", "meta", "message"),
+    [
+        ("silu", {"role": "layer", "site": "silu"}, "silu (aten.silu.default) has the role 'layer'"),
+        ("silu", {"role": "none"}, "has the role 'none'"),
+        ("conv2d", {"site": 5}, "is a layer without a site"),
+        ("conv2d", {"site": "head"}, "two layers are called head"),
+    ],
+)
+def test_a_role_that_does_not_fit_its_node(name: str, meta: dict[str, Any], message: str, quantised: Program) -> None:
+    graph = copy_graph(quantised.graph)
+    next(node for node in graph.nodes if node.name == name).meta |= meta
+    assert any(message in problem for problem in site_problems(quantised.evolve(graph=graph)))
+
+
+def test_a_site_that_nothing_reads(quantised: Program) -> None:
+    graph = copy_graph(quantised.graph)
+    output = next(node for node in graph.nodes if node.op == "output")
+    output.args = (next(node for node in graph.nodes if node.op == "placeholder"),)
+    assert site_problems(quantised.evolve(graph=graph)) == ["nothing reads site conv"]
