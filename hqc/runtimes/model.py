@@ -15,6 +15,7 @@ from hqc.plan import QuantPlan
 from hqc.program import Program
 from hqc.runtimes.base import Session
 from hqc.runtimes.ort_runtime import OrtSession
+from hqc.runtimes.pipeline_files import check_pipeline
 from hqc.runtimes.torch_runtime import ModuleSession, TorchSession
 from hqc.runtimes.unet import SessionUNet, as_unet
 from hqc.storage import load_program
@@ -240,15 +241,16 @@ def _pipeline_folder(folder: Path, reference: str) -> Path | None:
 
 
 def _load_pipeline(folder: Path, denoiser: SessionUNet) -> Any:
-    index = _model_index(folder)
+    index = check_pipeline(folder)
     kind, part = _pipeline_class(folder, index), "transformer" if "transformer" in index else "unet"
     try:
         with _no_progress_bar():
             # diffusers checks the class of a module that it is handed; one that is set afterwards it takes as it is.
             pipeline = kind.from_pretrained(folder, **{part: None}, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever a configuration makes diffusers raise
+        found = " ".join(str(error).split())[:160] or type(error).__name__
         raise ArtefactError(
-            str(folder), f"diffusers could not load the pipeline ({error})", "Check the folder."
+            str(folder), f"diffusers could not load the pipeline ({found})", "Check the folder."
         ) from error
     setattr(pipeline, part, denoiser)
     return pipeline
@@ -265,14 +267,6 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
-
-
-def _model_index(folder: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        return {"_class_name": str(index["_class_name"]), **index}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(str(folder), f"has no readable model_index.json ({error})", "Check the folder.") from error
 
 
 def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:

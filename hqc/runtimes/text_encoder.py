@@ -9,7 +9,8 @@ from typing import Any
 from hqc.errors import ArtefactError, TrainingError
 from hqc.memory import require_memory, stored_parameters
 from hqc.quiet import quiet_libraries
-from hqc.runtimes.model import _model_index, _pipeline_class
+from hqc.runtimes.model import _pipeline_class
+from hqc.runtimes.pipeline_files import check_pipeline, read_index
 
 __all__ = ["load_text_pipeline"]
 
@@ -23,7 +24,7 @@ def load_text_pipeline(folder: Path) -> Any:
         TrainingError: if it has no text encoder. ArtefactError: if the folder cannot be loaded, or asks for code of
         its own. MemoryShortError: if it does not fit the memory that is free.
     """
-    index = _model_index(folder)
+    index = read_index(folder)
     parts = {n: v for n, v in index.items() if isinstance(v, list) and len(v) == 2 and v != [None, None]}
     kept = {name: v for name, v in parts.items() if _role(name) in _LIBRARIES}
     encoders = [name for name in kept if name.startswith("text_encoder")]
@@ -34,6 +35,7 @@ def load_text_pipeline(folder: Path) -> Any:
         )
     for name, (library, class_name) in kept.items():
         _check_library(folder, name, library, class_name)
+    check_pipeline(folder, kept)
     require_memory(f"loading the text encoders of {folder}", _bytes(folder, encoders))
     options: dict[str, Any] = {name: None for name in parts if name not in kept}
     if "requires_safety_checker" in inspect.signature(kind.__init__).parameters:
