@@ -64,7 +64,7 @@ MISSES: Mapping[str, tuple[str, str, str]] = {
     "rows_normed_over_two_axes": (
         "quantise_layer_norm",
         "last",
-        "the norm is over [16, 32], not over one axis of 16384",
+        "the norm is over [16, 32], not over one axis of at most 16384",
     ),
     "rows_normed_with_computed_weight": (
         "quantise_layer_norm",
