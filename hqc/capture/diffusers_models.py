@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from hqc.capture.averages import Weights
 from hqc.capture.families import FAMILIES, PACKED, call_arguments, family_of
-from hqc.capture.fit import check_folder, empty_module
+from hqc.capture.fit import check_folder, choose_variant, empty_module
 from hqc.capture.source import Source, versions
-from hqc.errors import CaptureError
+from hqc.configurations import check_configuration
+from hqc.errors import CaptureError, HqcError
 from hqc.memory import require_memory, stored_parameters, trace_bytes
 from hqc.program import InputSpec, Origin
 from hqc.quiet import quiet_libraries
@@ -39,12 +40,13 @@ _LEGACY = ("Transformer2DModel",)
 class CaptureOptions:
     """What a source leaves open: tokens of the condition, side of the latents, which of two sets of weights.
 
-    None takes the model's own, and of raw and averaged weights the averaged ones.
+    None takes the model's own, and of raw and averaged weights the averaged ones. variant: of a folder's weights.
     """
 
     condition_length: int | None = None
     latent_size: int | None = None
     weights: Weights | None = None
+    variant: str | None = None
 
 
 class Denoiser(nn.Module):
@@ -91,7 +93,7 @@ def from_pipeline(folder: Path, name: str, options: CaptureOptions) -> Source:
             str(folder), "takes no --condition-length: its class embedder gives one token", "Leave it out."
         )
     length = options.condition_length or _condition_length(folder, read_class(folder / part))
-    return from_folder(folder / part, name, CaptureOptions(length, options.latent_size), folder)
+    return from_folder(folder / part, name, replace(options, condition_length=length), folder)
 
 
 def _condition_length(folder: Path, kind: str) -> int:
@@ -118,8 +120,10 @@ def from_folder(folder: Path, name: str, options: CaptureOptions, pipeline: Path
         raise CaptureError(
             str(folder), f"holds a {kind}; expected {' or '.join(FAMILIES)}", "Give the denoiser's own folder."
         )
-    model = load_denoiser(folder, kind)
-    return denoiser_source(model, name, options.condition_length, options.latent_size, pipeline)
+    variant = choose_variant(folder, options.variant)
+    model = load_denoiser(folder, kind, variant)
+    source = denoiser_source(model, name, options.condition_length, options.latent_size, pipeline)
+    return source if variant is None else replace(source, notes={"variant": variant})
 
 
 def read_class(folder: Path) -> str:
@@ -131,11 +135,12 @@ def read_class(folder: Path) -> str:
     path = folder / "config.json"
     try:
         return str(json.loads(path.read_text(encoding="utf-8")).get("_class_name"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise CaptureError(str(path), f"is not JSON ({error})", "Check the file.") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        found = " ".join(str(error).split())[:150]
+        raise CaptureError(str(path), f"is not JSON ({found})", "Check the file.") from error
 
 
-def load_denoiser(folder: Path, kind: str) -> nn.Module:
+def load_denoiser(folder: Path, kind: str, variant: str | None = None) -> nn.Module:
     """The module of a folder, in float32; weights are read from safetensors alone.
 
     Raises:
@@ -143,32 +148,42 @@ def load_denoiser(folder: Path, kind: str) -> nn.Module:
     """
     import diffusers
 
+    check_configuration(folder / "config.json")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        require_memory(f"tracing {folder}", trace_bytes(stored_parameters(folder), config))
+        stem = "diffusion_pytorch_model" + (rf"\.{variant}" if variant else "")
+        require_memory(f"tracing {folder}", trace_bytes(stored_parameters(folder, stem), config))
         with quiet_libraries():
             model, found = getattr(diffusers, kind).from_pretrained(
-                folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+                folder,
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                variant=variant,
             )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        _check_weights(folder, kind)
-        raise CaptureError(str(folder), f"diffusers could not load it ({error})", "Check the folder.") from error
+    except HqcError:
+        raise
+    except Exception as error:  # whatever a configuration makes diffusers raise
+        _check_weights(folder, kind, variant)
+        first = " ".join(str(error).split())[:150] or type(error).__name__
+        raise CaptureError(str(folder), f"diffusers could not load it ({first})", "Check the folder.") from error
     if found["missing_keys"] or found["unexpected_keys"]:  # diffusers makes up the one and drops the other
-        _check_weights(folder, kind)
+        _check_weights(folder, kind, variant)
         names = ", ".join(sorted([*found["missing_keys"], *found["unexpected_keys"]])[:3])
         raise CaptureError(str(folder), f"its weights are not those of its config.json ({names})", "Check the folder.")
     return model  # type: ignore[no-any-return]
 
 
-def _check_weights(folder: Path, kind: str) -> None:
+def _check_weights(folder: Path, kind: str, variant: str | None) -> None:
     """Says which weights do not fit, where that is what is wrong."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with quiet_libraries():
             module = empty_module(kind, config)
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError):
+    except Exception:
         return  # the configuration itself is wrong, and diffusers has said how
-    check_folder(folder, module)
+    check_folder(folder, module, variant)
 
 
 def denoiser_source(

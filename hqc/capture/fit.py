@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from hqc.capture.matching import Piece, check_fit
 from hqc.errors import CaptureError
 
-__all__ = ["check_folder", "check_module", "empty_module", "read_shapes"]
+__all__ = ["check_folder", "check_module", "choose_variant", "empty_module", "read_shapes"]
 
-_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
 # diffusers renames these of early attention blocks itself.
 _EARLY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -36,6 +36,34 @@ def read_shapes(paths: Iterable[Path]) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
+def choose_variant(folder: Path, wanted: str | None) -> str | None:
+    """The variant of a folder's weights to read (fp16, non_ema), None for the ones without a name.
+
+    wanted: None takes the ones without a name, else the only variant there is.
+
+    Raises:
+        CaptureError: if it is not there, several are and none is the plain one, or all weights are pickles.
+    """
+    found = {match["variant"] for path in folder.glob("*.safetensors") if (match := _WEIGHTS.fullmatch(path.name))}
+    named = sorted(variant for variant in found if variant is not None)
+    if wanted is not None and wanted not in named:
+        there = f"it has {', '.join(named)}" if named else "it has no variant"
+        raise CaptureError(str(folder), f"has no safetensors weights of variant {wanted}; {there}", "Check --variant.")
+    if wanted is not None or None in found:
+        return wanted
+    if len(named) > 1:
+        raise CaptureError(str(folder), f"has its weights as {', '.join(named)} only", f"Give --variant {named[0]}.")
+    if named:
+        return named[0]
+    if pickled := sorted(folder.glob("*.bin")):
+        raise CaptureError(
+            str(folder),
+            f"has its weights as {pickled[0].name} only, a pickle; hqc reads safetensors",
+            "Convert them: load the model in diffusers and save_pretrained() it.",
+        )
+    return None
+
+
 def empty_module(kind: str, config: Mapping[str, Any]) -> nn.Module:
     """The module that a configuration describes, without weights."""
     import diffusers
@@ -55,17 +83,18 @@ def check_module(where: Path, config: Path, module: nn.Module, tensors: Mapping[
     check_fit(where, config, pieces, tensors)
 
 
-def check_folder(folder: Path, module: nn.Module) -> None:
+def check_folder(folder: Path, module: nn.Module, variant: str | None = None) -> None:
     """The same of the folder of a diffusers model, if it has safetensors files.
 
     Raises:
         CaptureError: if the weights do not fit, or a file cannot be read.
     """
-    tensors = read_shapes(path for path in sorted(folder.glob("*.safetensors")) if _WEIGHTS.fullmatch(path.name))
+    named = [(path, _WEIGHTS.fullmatch(path.name)) for path in sorted(folder.glob("*.safetensors"))]
+    tensors = read_shapes(path for path, match in named if match and match["variant"] == variant)
     if not tensors:
         return
-    named = {re.sub(rf"\.({'|'.join(_EARLY)})\.(?=weight$|bias$)", _renamed, name): t for name, t in tensors.items()}
-    check_module(folder, folder / "config.json", module, named)
+    renamed = {re.sub(rf"\.({'|'.join(_EARLY)})\.(?=weight$|bias$)", _renamed, name): t for name, t in tensors.items()}
+    check_module(folder, folder / "config.json", module, renamed)
 
 
 def _renamed(found: re.Match[str]) -> str:

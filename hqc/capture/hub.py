@@ -13,6 +13,7 @@ from hqc.errors import CaptureError
 __all__ = ["fetch_snapshot", "is_hub_id"]
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DENOISER = ("unet/*.safetensors", "transformer/*.safetensors", "*.safetensors")
 _INDEX, _CONFIG = "model_index.json", "config.json"
 _KINDS = ("*.json", "*.safetensors", "*.txt", "*.model")
 # Other precisions and other averages of the same weights.
@@ -24,7 +25,7 @@ def is_hub_id(source: str) -> bool:
     return _ID.fullmatch(source) is not None
 
 
-def fetch_snapshot(name: str, revision: str | None) -> tuple[Path, str]:
+def fetch_snapshot(name: str, revision: str | None, variant: str | None = None) -> tuple[Path, str]:
     """The local folder of a hub repository, and the commit that it is.
 
     Raises:
@@ -44,9 +45,11 @@ def fetch_snapshot(name: str, revision: str | None) -> tuple[Path, str]:
         except EntryNotFoundError:
             hf_hub_download(name, _CONFIG, revision=revision)
             patterns = [_CONFIG, "*.safetensors", "*.safetensors.index.json"]
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=list(_VARIANTS))
-        )
+        left_out = [pattern for pattern in _VARIANTS if variant is None or variant not in pattern]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=left_out))
+        if not any(folder.glob(weights) for weights in _DENOISER):  # in half precision alone
+            parts = [f"{part}*.safetensors" for part in ("unet/", "transformer/", "")]
+            snapshot_download(name, revision=revision, allow_patterns=parts, ignore_patterns=["*non_ema*"])
     except Exception as error:  # the hub's errors have no common base
         found, do = _explained(error, name, revision)
         raise CaptureError(f"source {name!r}", found, do) from error

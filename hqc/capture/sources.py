@@ -35,6 +35,7 @@ def trace(
     outliers: bool = False,
     revision: str | None = None,
     weights: Weights | None = None,
+    variant: str | None = None,
 ) -> Program:
     """Captures a source into a Program; `source` and the options as `find_source` takes them, or a `Source`.
 
@@ -50,6 +51,7 @@ def trace(
             outliers=outliers,
             revision=revision,
             weights=weights,
+            variant=variant,
         )
     program = fold_grids(capture_module(source.module, source.inputs, source.origin, prefix=source.prefix))
     return _without_prefix(program, source.prefix) if source.prefix else program
@@ -96,13 +98,14 @@ def find_source(
     outliers: bool = False,
     revision: str | None = None,
     weights: Weights | None = None,
+    variant: str | None = None,
 ) -> Source:
     """Resolves what the user typed; see the module's first lines.
 
     condition_length: tokens of the condition. latent_size: side of the latents. None takes the source's own.
     config: of a checkpoint file alone: the YAML file of the original code, or the config.json of diffusers. outliers:
     of a named architecture. revision: branch, tag or commit of a hub id. weights: of a checkpoint file that has both,
-    the averaged ones without it.
+    the averaged ones without it. variant: of the weights in a diffusers folder or hub id.
 
     Raises:
         CaptureError: if it is none of these, or an option does not belong to it.
@@ -113,7 +116,11 @@ def find_source(
         raise CaptureError(f"source {source!r}", "takes no --revision", "Leave it out; it belongs to a hub id.")
     if weights is not None and (not is_checkpoint or Path(source).is_dir()):
         raise CaptureError(f"source {source!r}", "takes no --weights", "Leave it out; it belongs to a checkpoint file.")
-    options = CaptureOptions(condition_length, latent_size, weights)
+    if variant is not None and (source == "digits" or not (Path(source).is_dir() or is_hub_id(source))):
+        raise CaptureError(
+            f"source {source!r}", "takes no --variant", "Leave it out; it belongs to a folder or hub id."
+        )
+    options = CaptureOptions(condition_length, latent_size, weights, variant)
     return _applied(_found(source, config, outliers, revision, options), source, options)
 
 
@@ -154,7 +161,7 @@ def _found(
 
 
 def _from_hub(name: str, revision: str | None, options: CaptureOptions) -> Source:
-    folder, commit = fetch_snapshot(name, revision)
+    folder, commit = fetch_snapshot(name, revision, options.variant)
     if (folder / "model_index.json").is_file():
         found = from_pipeline(folder, name, options)
     else:

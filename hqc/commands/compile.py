@@ -44,6 +44,7 @@ __all__ = ["explain", "export", "inspect", "trace"]
     type=click.Choice(["raw", "ema"]),
     help="Of a checkpoint file that has both raw and averaged weights (default: ema).",
 )
+@click.option("--variant", help="Of the weights in a diffusers folder or hub id, for example fp16 or non_ema.")
 @click.option("--revision", help="Branch, tag or commit of a hub id, SOURCE.")
 @click.option("--outliers", is_flag=True, help="Heavy-tailed activations in a named architecture, arch:NAME.")
 @force_option
@@ -55,6 +56,7 @@ def trace(
     latent_size: int | None,
     config: Path | None,
     weights: "Weights | None",
+    variant: str | None,
     revision: str | None,
     outliers: bool,
     force: bool,
@@ -82,6 +84,7 @@ def trace(
         outliers=outliers,
         revision=revision,
         weights=weights,
+        variant=variant,
     )
     program = capture(found)
     save_program(program, output, force=force, pipeline=found.pipeline)

@@ -86,8 +86,29 @@ def test_pickled_weights_are_not_taken(cache: Path) -> None:
     folder = _put(cache, "tiny/pickled")
     denoiser("sd15").save_pretrained(folder, safe_serialization=False)
     assert list(folder.glob("*.bin"))
-    with pytest.raises(CaptureError, match="diffusers could not load it"):
+    with pytest.raises(CaptureError, match=r"has its weights as diffusion_pytorch_model\.bin only, a pickle.*Convert"):
         find_source("tiny/pickled")
+
+
+def test_variants_of_weights(tmp_path) -> None:
+    """The plain weights, else the only variant, else the one that is asked for."""
+    unet = denoiser("sd15")
+    unet.save_pretrained(tmp_path, variant="fp16")
+    assert find_source(str(tmp_path)).notes == {"variant": "fp16"}
+    twice = denoiser("sd15")
+    with torch.no_grad():
+        twice.conv_in.bias.fill_(2)
+    twice.save_pretrained(tmp_path, variant="non_ema")
+    with pytest.raises(CaptureError, match="has its weights as fp16, non_ema only"):
+        find_source(str(tmp_path))
+    found = find_source(str(tmp_path), variant="non_ema")
+    assert float(found.module.unet.conv_in.bias.detach().min()) == 2
+    unet.save_pretrained(tmp_path)
+    assert find_source(str(tmp_path)).notes == {}
+    with pytest.raises(CaptureError, match="has no safetensors weights of variant bf16; it has fp16, non_ema"):
+        find_source(str(tmp_path), variant="bf16")
+    with pytest.raises(CaptureError, match="takes no --variant"):
+        find_source("digits", variant="fp16")
 
 
 def test_a_revision_belongs_to_an_id(tmp_path) -> None:
