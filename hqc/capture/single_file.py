@@ -26,6 +26,7 @@ from hqc.capture.ldm.checkpoint import read_checkpoint
 from hqc.capture.ldm.names import unet_name
 from hqc.capture.ldm.unet import UNET_PREFIX
 from hqc.capture.source import Source
+from hqc.configurations import check_configuration
 from hqc.errors import CaptureError
 from hqc.memory import require_memory, trace_bytes
 from hqc.quiet import quiet_libraries
@@ -93,12 +94,14 @@ def _class_of(tensors: Mapping[str, Tensor], config: Path | None) -> str:
         return _inferred(tensors)[0]
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CaptureError(str(config), f"is no diffusers configuration ({error})", "Give a config.json.") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        found = " ".join(str(error).split())[:150]
+        raise CaptureError(str(config), f"is no diffusers configuration ({found})", "Give a config.json.") from error
     if kind not in _READABLE:
         raise CaptureError(
             str(config), f"configures a {kind}; expected {' or '.join(_READABLE)}", "Give the denoiser's config.json."
         )
+    check_configuration(config)
     return str(kind)
 
 
@@ -125,7 +128,7 @@ def _empty(path: Path, kind: str, config: Path) -> tuple[dict[str, Any], nn.Modu
     with quiet_libraries():
         try:
             return options, empty_module(kind, options)
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # whatever a configuration makes diffusers raise
             raise _misfit(path, kind, error) from error
 
 
@@ -159,7 +162,7 @@ def _read(path: Path, tensors: Mapping[str, Tensor], kind: str, config: str | No
         with quiet_libraries():
             return getattr(diffusers, kind).from_single_file(dict(tensors), torch_dtype=torch.float32, **options)
     except Exception as error:  # as above
-        first = " ".join(str(error).split())[:200] or type(error).__name__
+        first = " ".join(str(error).split())[:120] or type(error).__name__
         if config is None:
             repository = _inferred(tensors)[1]
             raise CaptureError(
@@ -190,7 +193,7 @@ def _known_architecture(tensors: Mapping[str, Tensor], kind: str) -> Any | None:
 
 
 def _misfit(path: Path, kind: str, error: Exception) -> CaptureError:
-    first = " ".join(str(error).split())[:200] or type(error).__name__
+    first = " ".join(str(error).split())[:120] or type(error).__name__
     return CaptureError(
         str(path), f"does not fit the configuration of a {kind} ({first})", "Give the config.json of this file."
     )

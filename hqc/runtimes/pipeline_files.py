@@ -6,13 +6,12 @@
 diffusers up to 0.37 imports a Python file that lies in the folder of a part whose library has its name.
 """
 
-import json
-import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from hqc.configurations import CLASS_NAME, check_configuration, read_configuration
 from hqc.errors import ArtefactError, RuntimeMissingError
 
 __all__ = ["check_pipeline", "read_index"]
@@ -20,19 +19,8 @@ __all__ = ["check_pipeline", "read_index"]
 INDEX = "model_index.json"
 OWN_LIBRARY = "hqc.models.ldm"
 _OLDEST_DIFFUSERS = (0, 38)
-_LARGEST_FILE = 2**20
-_DEEPEST = 16
 _PART = re.compile(r"[A-Za-z]\w{0,63}")
 _LIBRARY = re.compile(r"[a-z]\w{0,63}")
-_CLASS = re.compile(r"[A-Z][A-Za-z0-9_]{0,99}")
-# Keys with which a configuration asks for code of its own.
-_CODE = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "custom_revision")
-# Numbers that say how many layers, channels or steps are built, by how their names end.
-_COUNTS = re.compile(r".*(layers|layers_per_block|num_\w*|\w*_channels|\w*_size|dim|depth)")
-_LARGEST_COUNT = 2**20
-_LAYERS = re.compile(r".*(num_\w*layers|layers_per_block|num_\w*blocks|depth)")
-_MOST_LAYERS = 1024
-_MOST_ENTRIES = 2**16
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -41,9 +29,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     Raises:
         ArtefactError: if it cannot be read, or is no index.
     """
-    index = _read(folder / INDEX)
+    index = read_configuration(folder / INDEX)
     name = index.get("_class_name")
-    if not isinstance(name, str) or not _CLASS.fullmatch(name):
+    if not isinstance(name, str) or not CLASS_NAME.fullmatch(name):
         raise ArtefactError(str(folder / INDEX), f"names the class {str(name)[:40]!r}", "Check the folder.")
     return index
 
@@ -67,7 +55,7 @@ def check_pipeline(folder: Path, loaded: Collection[str] | None = None) -> dict[
     for name, value in index.items():
         if isinstance(value, list) and value != [None, None] and (loaded is None or name in loaded):
             for path in sorted((folder / name).glob("*config*.json")):
-                _check_config(path)
+                check_configuration(path)
     return index
 
 
@@ -92,7 +80,7 @@ def _check_part(folder: Path, name: str, value: list[Any], *, used: bool) -> Non
     if not used or (library is None and class_name is None):
         return
     texts = isinstance(library, str) and isinstance(class_name, str)
-    if not texts or not _CLASS.fullmatch(class_name) or not _is_known(library, class_name):
+    if not texts or not CLASS_NAME.fullmatch(class_name) or not _is_known(library, class_name):
         raise ArtefactError(
             where,
             f"its {name} is {str(library)[:40]}.{str(class_name)[:40]}; expected a class of diffusers, transformers or "
@@ -117,60 +105,3 @@ def _is_known(library: str, class_name: str) -> bool:
     if library == "transformers":
         return not class_name.startswith("Auto")
     return _LIBRARY.fullmatch(library) is not None and library in dir(pipelines)
-
-
-def _check_config(path: Path) -> None:
-    for key, value in _entries(_read(path)):
-        problem = _entry_problem(key, value)
-        if problem:
-            raise ArtefactError(str(path), problem, "Do not use this folder.")
-
-
-def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value with the key that it stands under, at any depth."""
-    yield key, value
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _entries(inner, str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _entries(inner, key)
-
-
-def _entry_problem(key: str, value: Any) -> str:
-    if key in _CODE and value not in (None, False, {}, [], ""):
-        return f"asks for code of its own ({key})"
-    if key == "_class_name" and not (isinstance(value, str) and _CLASS.fullmatch(value)):
-        return f"names the class {str(value)[:40]!r}"
-    if isinstance(value, list) and len(value) > _MOST_ENTRIES:
-        return f"has {len(value)} entries in {key[:40]!r}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return ""
-    if isinstance(value, float):
-        return "" if math.isfinite(value) else f"has {value} as {key[:40]!r}"
-    bound = _MOST_LAYERS if _LAYERS.fullmatch(key) else _LARGEST_COUNT if _COUNTS.fullmatch(key) else None
-    if bound is not None and not -1 <= value <= bound:
-        return f"has {str(value)[:20]} as {key[:40]!r}; expected at most {bound}"
-    return ""
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ValueError(f"it has more than {_LARGEST_FILE} bytes")
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError(f"it is a {type(data).__name__}")
-        if _depth(data) > _DEEPEST:
-            raise ValueError(f"it is nested more than {_DEEPEST} deep")
-    except (OSError, ValueError, RecursionError) as error:
-        found = " ".join(str(error).split())[:120]
-        raise ArtefactError(str(path), f"is no configuration ({found})", "Check the folder.") from error
-    return data
-
-
-def _depth(value: Any, depth: int = 1) -> int:
-    if depth > _DEEPEST or not isinstance(value, (dict, list)):
-        return depth
-    inner: Mapping[str, Any] | list[Any] = value
-    return max((_depth(v, depth + 1) for v in (inner.values() if isinstance(inner, dict) else inner)), default=depth)

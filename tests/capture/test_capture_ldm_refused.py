@@ -3,8 +3,10 @@
 import io
 import os
 import pickle
+import random
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -432,3 +434,18 @@ def test_the_temporary_pipeline_does_not_outlive_a_failure(
     said = refused(tmp_path, changed(weights, tmp_path), "--config", settings)
     assert "could not be written" in said
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+def test_damaged_bytes_are_a_line(zipped: bool, tmp_path: Path) -> None:
+    """torch's readers raise whatever a changed byte makes them raise (struct.error, AssertionError, BadZipFile)."""
+    state = {"state_dict": {f"model.a{i}.weight": torch.ones(4, 3) for i in range(4)}, "epoch": 3}
+    torch.save(state, tmp_path / "whole.ckpt", _use_new_zipfile_serialization=zipped)
+    whole, path, draw = (tmp_path / "whole.ckpt").read_bytes(), tmp_path / "damaged.ckpt", random.Random(7)
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(draw.choice((1, 2, 8))):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(data if draw.random() < 0.8 else data[: draw.randrange(len(data))])
+        with suppress(CaptureError):
+            read_checkpoint(path)

@@ -79,7 +79,7 @@ CONFIGS: dict[str, tuple[str, Callable[[Any], object], str]] = {
     "entries": ("vae/config.json", lambda c: c.update(a=[0] * 70_000), "has 70000 entries"),
     "infinite": ("vae/config.json", lambda c: c.update(scaling_factor=float("inf")), "has inf as 'scaling_factor'"),
     "deep": ("vae/config.json", lambda c: c.update(a=json.loads("[" * 30 + "]" * 30)), "is nested more than"),
-    "large": ("vae/config.json", lambda c: c.update(a="x" * 2**21), "has more than 1048576 bytes"),
+    "large": ("vae/config.json", lambda c: c.update(a="x" * 2**24), "has more than 16777216 bytes"),
 }
 
 

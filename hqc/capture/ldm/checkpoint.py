@@ -52,7 +52,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_ckpt(path: Path) -> dict[str, Tensor]:
-    zipped = zipfile.is_zipfile(path)
+    zipped = _is_zipped(path)
     stubs = _stubs(path) if zipped else []
     try:
         with torch.serialization.safe_globals(stubs), warnings.catch_warnings():
@@ -62,9 +62,18 @@ def _read_ckpt(path: Path) -> dict[str, Tensor]:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise _has_code(path, [found[1]]) from error
         raise _damaged(path, error) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch's readers raise whatever a damaged byte makes them raise
         raise _damaged(path, error) from error
     return _named_tensors(path, data)
+
+
+def _is_zipped(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:  # a directory that names another disk
+        raise _damaged(path, error) from error
 
 
 def _stubs(path: Path) -> list[Any]:
@@ -79,7 +88,9 @@ def _stubs(path: Path) -> list[Any]:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise CaptureError(str(path), "has compressed members, unlike what torch.save writes", "Save it again.")
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, IndexError, pickle.UnpicklingError) as error:
+    except (OSError, CaptureError):
+        raise
+    except Exception as error:  # as in `_read_ckpt`
         raise _damaged(path, error) from error
     if code := sorted(name for name in unsafe if not _HARMLESS.fullmatch(name)):
         raise _has_code(path, code)
