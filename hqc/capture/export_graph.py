@@ -1,5 +1,6 @@
 """From an `nn.Module` to a Program's graph: torch.export, then weights as named attributes and shapes as plain data."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,9 @@ _CHECKS = (
 # diffusers' upsamplers branch on a batch of 64; the branch only changes the memory layout.
 _CAPTURE_BATCH = torch.export.Dim("batch", min=1, max=63)
 
+
+# How torch speaks of a batch that is not free: in its own symbols.
+_SYMBOLS = re.compile(r"\bs\d+\b|Expected op to be|Constraints violated|\bbatch [<>=]")
 
 _LARGE_MODEL = 2**30
 
@@ -65,9 +69,15 @@ def capture_module(
         exported = torch.export.export(_Wrapper(module), example, dynamic_shapes=(shapes,))
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if _SYMBOLS.search(first):
+            raise CaptureError(
+                type(module).__name__,
+                "works for some batch sizes only: it branches on the batch, or folds another axis (frames) into it",
+                "Make every size but the first axis a plain number, and let no code depend on the batch.",
+            ) from error
         raise CaptureError(
             type(module).__name__,
-            f"torch.export could not capture it ({first})",
+            f"torch.export could not capture it ({first[:160]})",
             "Run torch.export.draft_export on the module to see where, and make that part exportable.",
         ) from error
     if any(_mutates(node) for node in exported.graph.nodes):
@@ -193,8 +203,6 @@ def _shape_meta(node: fx.Node) -> dict[str, Any]:
 
 def _batch_name(expression: str) -> str:
     """torch's symbol for the batch (s77, …) written as N, also inside expressions such as 4*N."""
-    import re
-
     return re.sub(r"\bs\d+\b", BATCH, expression)
 
 

@@ -157,6 +157,15 @@ class FixesTheBatch(Base):
         return self.body(sample, timestep) + torch.zeros(2, 4, 4, 4)
 
 
+class BranchesOnTheBatch(Base):
+    """As upsamplers of video models do, whose frames multiply the batch."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        frames = sample.repeat(3, 1, 1, 1)
+        frames = frames.contiguous() if len(frames) >= 64 else frames
+        return self.body(frames.view(3, -1, 4, 4, 4).mean(0), timestep)
+
+
 class ReturnsTwo(Base):
     def forward(self, sample: Tensor, timestep: Tensor) -> Any:
         return {"a": self.body(sample, timestep), "b": sample}
@@ -182,7 +191,8 @@ REFUSED = {
         "Rename or replace",
     ),
     BranchesOnValues: ("torch.export could not capture it", "Run torch.export.draft_export"),
-    FixesTheBatch: ("torch.export could not capture it", "Run torch.export.draft_export"),
+    FixesTheBatch: ("works for some batch sizes only", "Make every size but the first axis a plain number"),
+    BranchesOnTheBatch: ("works for some batch sizes only", "Make every size but the first axis a plain number"),
     ReturnsTwo: ("returns 2 values; expected one tensor", "Wrap it in a module"),
     ReturnsNothing: ("expected one tensor", "Wrap it in a module"),
     Raises: ("torch.export could not capture it (no weights were loaded", "Run torch.export.draft_export"),
