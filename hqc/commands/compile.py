@@ -72,6 +72,7 @@ def trace(
     from hqc import console as out
     from hqc.capture import find_source
     from hqc.capture import trace as capture
+    from hqc.capture.unreached import left_out
     from hqc.storage import save_program
 
     check_output(output, force=force)
@@ -97,6 +98,7 @@ def trace(
         "graph_equals_module_relative_error": program.origin.capture_error,
         "seconds": round(time.perf_counter() - start, 2),
         **found.notes,
+        **left_out(found.module, program, found.pipeline, found.prefix),
     }
     out.print_json(summary) if as_json else out.fields(f"traced {source}", summary)
 
