@@ -83,7 +83,8 @@ class QuantiseLayerNorm:
             if quantiser is None:
                 found.miss(name_of(node), "nothing quantises the norm's result as it is")
             elif len(node.args[1]) != 1 or int(node.args[1][0]) > _WIDEST_ROW:  # type: ignore[arg-type, index]
-                found.miss(name_of(quantiser), f"the norm is over {node.args[1]}, not over one axis of at most {_WIDEST_ROW}")
+                wanted = f"not over one axis of at most {_WIDEST_ROW}"
+                found.miss(name_of(quantiser), f"the norm is over {node.args[1]}, {wanted}")
             elif not placed.is_stored(*node.args[2:4]):
                 found.miss(name_of(quantiser), "its weight or bias is computed, not stored")
             elif (_argument(node, 2) is None) != (_argument(node, 3) is None):
