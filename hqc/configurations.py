@@ -22,6 +22,8 @@ _LARGEST_COUNT = 2**20
 _LAYERS = re.compile(r".*(num_\w*layers|layers_per_block|num_\w*blocks|depth)")
 _MOST_LAYERS = 1024
 _MOST_ENTRIES = 2**16
+# Where infinity means "no bound": lambda_min_clipped of DPM-Solver is -inf unless it is set.
+_BOUNDS = re.compile(r"\w*(min|max|clip)\w*")
 
 
 def check_configuration(path: Path) -> None:
@@ -57,7 +59,8 @@ def _entry_problem(key: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return ""
     if isinstance(value, float):
-        return "" if math.isfinite(value) else f"has {value} as {key[:40]!r}"
+        endless = math.isinf(value) and _BOUNDS.fullmatch(key)
+        return "" if math.isfinite(value) or endless else f"has {value} as {key[:40]!r}"
     bound = _MOST_LAYERS if _LAYERS.fullmatch(key) else _LARGEST_COUNT if _COUNTS.fullmatch(key) else None
     if bound is not None and not -1 <= value <= bound:
         return f"has {str(value)[:20]} as {key[:40]!r}; expected at most {bound}"

@@ -91,6 +91,21 @@ def test_a_configuration_without_bounds_is_refused(case: str, folder: Path) -> N
         check_pipeline(folder)
 
 
+def test_the_usual_schedulers_configurations_are_taken(folder: Path) -> None:
+    """Karras and DPM-Solver have -inf where they cut nothing off; NaN is nowhere right."""
+    classes = (
+        diffusers.DPMSolverMultistepScheduler,
+        diffusers.EulerDiscreteScheduler,
+        diffusers.UniPCMultistepScheduler,
+    )
+    for scheduler in (kind() for kind in classes):
+        scheduler.save_pretrained(folder / "scheduler")
+        check_pipeline(folder)
+    edit(folder / "scheduler/scheduler_config.json", lambda c: c.update(lambda_min_clipped=float("nan")))
+    with pytest.raises(ArtefactError, match="has nan as 'lambda_min_clipped'"):
+        check_pipeline(folder)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "\xff", "5"], ids=lambda text: text[:3])
 @pytest.mark.parametrize("name", ["model_index.json", "vae/config.json"])
 def test_what_is_no_json_is_refused(name: str, text: str, folder: Path) -> None:
