@@ -31,8 +31,8 @@ lint: install ## ruff
 types: install ## mypy, strict
 	$(BIN)/mypy
 
-tests: install ## pytest
-	$(BIN)/python -m pytest
+tests: install ## pytest, a file at a time on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 figures: install ## measure again what the README shows (about two hours on two cores)
 	$(BIN)/python scripts/figures.py
