@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from hqc.cli import main
+from hqc.console import console
 from hqc.storage import load_program, save_program
 
 STEPS = ("--num-inference-steps", "4")
@@ -236,7 +237,8 @@ def test_eval(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 5 < said["psnr_db"] < 80
     assert 0 < said["latent_cosine"] < 1
     assert said["protocol"]["num_inference_steps"] == 4
-    monkeypatch.setenv("COLUMNS", "120")
+    # Not by COLUMNS: where that is set already when the program starts, the console keeps it.
+    monkeypatch.setattr(console, "width", 120)
     text = ok("eval", made.program, "--against", made.program, *common).stdout
     assert "PSNR (dB)" in text
     assert "\n program.hqc  " in text

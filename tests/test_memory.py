@@ -216,7 +216,8 @@ def test_looking_into_a_program_says_what_it_needs(
 
     save_program(captured("cross_attention"), tmp_path / "p.hqc")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    # Enough to load the program and call it once, which says what it needs by itself.
+    monkeypatch.setattr(memory, "available_bytes", lambda: 150_000)
     name, *options = ("p.hqc" if word == "SAME" else word for word in command)
     more = ["--synthetic"] if name == "analyze" else []
     result = CliRunner(catch_exceptions=False).invoke(main, [name, "p.hqc", *options, *more])
