@@ -11,6 +11,7 @@ from hqc.kernels.parameters import (
     check_value,
     float_inputs,
     left_out,
+    power_of_two,
     rotation_constants,
 )
 
@@ -111,7 +112,7 @@ class ValuesOptions:
             "WIDTH": self.width,
             "V_PITCH": self.v_pitch,
             "PARTS": self.parts,
-            "MOST_PARTS": 1 << (self.parts - 1).bit_length(),
+            "MOST_PARTS": power_of_two(self.parts),
             **rotation_constants(self.block, self.low, self.high),
             "TILE_ROWS": self.tile_rows,
             "TILE_KEYS": self.tile_keys,

@@ -15,6 +15,7 @@ __all__ = [
     "check_value",
     "float_inputs",
     "left_out",
+    "power_of_two",
     "rotation_constants",
 ]
 
@@ -82,3 +83,12 @@ def float_inputs(*names: str) -> list[Parameter]:
 def rotation_constants(block: int, low: int, high: int) -> dict[str, Constant]:
     """Compile-time arguments of a rotation and a quantisation: 1/√b, log2 b, bounds."""
     return {"NORM": 1 / math.sqrt(block), "LOW": low, "HIGH": high, "LOG_BLOCK": block.bit_length() - 1}
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not below value.
+
+    >>> power_of_two(1), power_of_two(48), power_of_two(64)
+    (1, 64, 64)
+    """
+    return 1 << (value - 1).bit_length()

@@ -13,6 +13,7 @@ from hqc.kernels.parameters import (
     check_value,
     float_inputs,
     left_out,
+    power_of_two,
     rotation_constants,
 )
 
@@ -164,11 +165,11 @@ class AffineOptions:
     @property
     def groups(self) -> int:
         """Groups that a tile may touch, rounded up to a power of two."""
-        return _power_of_two((self.tile_channels + self.group_channels - 2) // self.group_channels + 1)
+        return power_of_two((self.tile_channels + self.group_channels - 2) // self.group_channels + 1)
 
     def constants(self) -> dict[str, Constant]:
         """Compile-time arguments; pointers that are left out are None."""
-        width = _power_of_two(self.group_channels)
+        width = power_of_two(self.group_channels)
         constants: dict[str, Constant] = {
             "EPS": self.eps,
             "GROUP_CHANNELS": self.group_channels,
@@ -376,8 +377,3 @@ def _row_integers(aligned: bool) -> tuple[Parameter, ...]:
         Parameter("channels", "int32", "i32", aligned),
         Parameter("rows_per_sample", "int32", "i32"),
     )
-
-
-def _power_of_two(value: int) -> int:
-    """The smallest power of two that is not below value."""
-    return 1 << (value - 1).bit_length()

@@ -23,6 +23,7 @@ from hqc.kernels.options import (
     LayerNormOptions,
     StatisticsOptions,
 )
+from hqc.kernels.parameters import power_of_two
 from hqc.kernels.tiles import hadamard_nchw_tile, hadamard_rows_tile
 
 __all__ = [
@@ -213,7 +214,7 @@ def group_norm_quantize(
     fields |= {"second": second is not None}
     block = max(1 if how is None else how.block for how in (quantiser, beside))
     tall, wide, warps = _rows_tile(samples * pixels, channels, block, x.device)
-    tall = max(1, min(tall, 1 << (pixels - 1).bit_length()))
+    tall = max(1, min(tall, power_of_two(pixels)))
     blocks = max(part.values.shape[1] for part in parts)
     joined = blocks > _FEW_BLOCKS
     sizes = [(part.values.shape[1], part.rows) for part in parts] + [(0, 1)] * (2 - len(parts))
@@ -221,13 +222,13 @@ def group_norm_quantize(
     given = (parts[0].values, parts[1].values if len(parts) > 1 else None, norm.weight, norm.bias)
     if joined:
         affine = torch.empty((samples, 2, channels), dtype=torch.float32, device=x.device)
-        few = min(_MOST_BLOCKS, 1 << (blocks - 1).bit_length())
+        few = min(_MOST_BLOCKS, power_of_two(blocks))
         options = kernel_options(where, AffineOptions, tile_channels=_AFFINE_CHANNELS, most_blocks=few, **fields)
         grid: tuple[int, ...] = (-(-channels // _AFFINE_CHANNELS), samples)
         launch_kernel(where, options, grid, (*given, *integers, affine))
         given = (affine, None, None, None)
     if quantiser is not None:
-        fields |= {"block": quantiser.block, "low": quantiser.low, "high": quantiser.high}
+        fields |= quantiser.form
     if beside is not None:
         fields |= {"beside": True, "beside_block": beside.block}
         fields |= {"beside_low": beside.low, "beside_high": beside.high}
@@ -241,7 +242,7 @@ def group_norm_quantize(
         tile_rows=tall,
         tile_channels=wide,
         num_warps=warps,
-        most_blocks=1 << (min(blocks, _FEW_BLOCKS) - 1).bit_length(),
+        most_blocks=power_of_two(min(blocks, _FEW_BLOCKS)),
         **fields,
     )
     grid = (-(-channels // wide), -(-pixels // tall), samples)
@@ -274,8 +275,8 @@ def layer_norm_quantize(
     if not x.numel():
         return codes, y
     rows = x.numel() // channels
-    wide = max(16, 1 << (channels - 1).bit_length(), quantiser.block)
-    tall = max(1, min(4096 // wide, 1 << (rows - 1).bit_length()))
+    wide = max(16, power_of_two(channels), quantiser.block)
+    tall = max(1, min(4096 // wide, power_of_two(rows)))
     while tall > 1 and -(-rows // tall) < 2 * card_of(x.device).multiprocessors:
         tall //= 2
     options = kernel_options(

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 
 from hqc.errors import KernelError
 from hqc.kernels.cards import H100, Card
+from hqc.kernels.parameters import power_of_two
 from hqc.kernels.products import Product, ProductTile
 from hqc.kernels.tile_model import fits, model_candidates, model_nanoseconds, tile_channels
 from hqc.kernels.tuned import Table, shipped_table
@@ -16,15 +17,6 @@ __all__ = ["ProductTile", "hadamard_nchw_tile", "hadamard_rows_tile", "product_t
 
 _HADAMARD_ELEMENTS = 4096
 """Of a tile: 32 a thread, which four warps hold in registers with room for several programs a multiprocessor."""
-
-
-def _power_of_two(value: int) -> int:
-    """The smallest power of two that is not below value.
-
-    >>> _power_of_two(1), _power_of_two(48), _power_of_two(64)
-    (1, 64, 64)
-    """
-    return 1 << (value - 1).bit_length()
 
 
 def hadamard_rows_tile(
@@ -38,9 +30,9 @@ def hadamard_rows_tile(
     >>> hadamard_rows_tile(8192, 320, 32)
     (64, 64, 4)
     """
-    wide = next((width for width in (256, 128, 64) if channels % width == 0), min(64, _power_of_two(channels)))
+    wide = next((width for width in (256, 128, 64) if channels % width == 0), min(64, power_of_two(channels)))
     wide = max(wide, block, 16)
-    tall = max(1, min(_HADAMARD_ELEMENTS // wide, _power_of_two(rows)))
+    tall = max(1, min(_HADAMARD_ELEMENTS // wide, power_of_two(rows)))
     columns = -(-channels // wide)
     while tall > 8 and -(-rows // tall) * columns < 4 * multiprocessors:
         tall //= 2
@@ -56,7 +48,7 @@ def hadamard_nchw_tile(pixels: int, block: int) -> tuple[int, int, int]:
     ((64, 32, 1), (32, 128, 1), (16, 32, 1))
     """
     wide = max(32, block)
-    return min((2048 if wide <= 64 else 4096) // wide, _power_of_two(pixels)), wide, 1
+    return min((2048 if wide <= 64 else 4096) // wide, power_of_two(pixels)), wide, 1
 
 
 def product_tile(

@@ -1,9 +1,11 @@
 """The `torch-cuda` runtime: an integer program on an NVIDIA GPU, its products in int8 through hqc's kernels.
 
 In the order in which data meets it: `forms` brings a program into rotated integers, `tidy` takes out what does nothing,
-`weights` packs the codes, `place` puts kernel calls (`layers`) in the places of sites, `precision` casts the rest to
-half, `build` does all of that, `graphs` captures one CUDA graph a batch size, `session` runs them. `reference` has the
-kernels in plain torch, so that all but the last two run on a CPU.
+`weights` holds the codes, `place` puts kernel calls (`layers`) in the places of sites, `fusions` let them take in what
+stands around them, `precision` casts the rest to half, `side_stream` orders what does not depend on the image, `build`
+does all of that and writes a `report`, `graphs` captures one CUDA graph a batch size, `session` runs them; `compiled`
+is the strongest float peer, `tune` measures tiles. `reference` has the
+kernels in plain torch, so that all but graphs and sessions run on a CPU.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -72,7 +72,7 @@ class _GraphSession:
 class CudaSession(_GraphSession):
     """Runs a quantised Program on a CUDA device: integer products in hqc's kernels, the rest in half precision.
 
-    Weights are prepared once, on the device: packed four-bit codes where |w_q·H| ≤ 127, else int8, else two digits.
+    Weights are prepared once, on the device: int8, else two digits; with weights="int4" packed where |w_q·H| ≤ 127.
     Calls of one batch size replay one CUDA graph, whatever their timesteps.
     """
 
