@@ -218,6 +218,7 @@ def inspect(program: Path, graph: bool, as_json: bool) -> None:
     help="The captured Program that the quantisation error is measured from (default: PROGRAM without quantisers).",
 )
 @click.option("--one-timestep", is_flag=True, help="One timestep a call, as samplers give it: quicker.")
+@click.option("--functions", is_flag=True, help="portable: a rotation as one node, hqc::Hadamard, with its body.")
 @engine_options(None)
 @force_option
 @json_option
@@ -232,6 +233,7 @@ def export(
     opset: int,
     against: Path | None,
     one_timestep: bool,
+    functions: bool,
     engine: EngineArguments | None,
     force: bool,
     as_json: bool,
@@ -259,6 +261,7 @@ def export(
             float_program=load_program(against) if against is not None else None,
             pipeline=pipeline_folder(program),
             one_timestep=one_timestep,
+            functions=functions,
             tensorrt=tensorrt,
             on_kernel=on_kernel,
         )

@@ -44,6 +44,15 @@ _OTHER_LAYOUT = "has another layout in the graph"
 
 
 @dataclass(frozen=True)
+class _Made:
+    """How an export says that it was made."""
+
+    target: str
+    opset: int
+    functions: bool
+
+
+@dataclass(frozen=True)
 class _Listening:
     """Where to listen: outputs by site; inputs of quantised sites where the graph is the program's own."""
 
@@ -61,12 +70,12 @@ def compare_export(program: Program, folder: Path, args: Sequence[Tensor]) -> Co
     manifest = check_manifest(folder, EXPORT_KIND)
     try:
         inputs = tuple(InputSpec.from_dict(spec) for spec in manifest["inputs"])
-        target, opset = str(manifest["target"]), int(manifest["opset"])
+        made = _Made(str(manifest["target"]), int(manifest["opset"]), manifest.get("functions") is True)
     except (KeyError, TypeError, ValueError) as error:
         raise ComparisonError(str(folder), f"has an incomplete manifest ({error})", "Export it again.") from error
     check_inputs(program.inputs, inputs)
     with _copied(folder) as model:
-        listening = _listening(program, model, target, opset)
+        listening = _listening(program, model, made)
         if not listening.outputs:
             raise ComparisonError(str(folder), "shows no site of the program", "Give an export of the same source.")
         return _compare(program, model, listening, args)
@@ -144,12 +153,12 @@ def _laid_out(listen: Listen, values: Mapping[str, Any], like: Tensor) -> Tensor
 # ---- where to listen -----------------------------------------------------------------------------------------------
 
 
-def _listening(program: Program, model: Path, target: str, opset: int) -> _Listening:
+def _listening(program: Program, model: Path, made: _Made) -> _Listening:
     names = _value_names(onnx.load(str(model), load_external_data=False).graph)
     outputs = {site: Listen(site) for site, _ in program.sites() if site in names}
     # The network's output keeps its own name, also where it is a site's.
     outputs |= {site: Listen(OUTPUT) for site, layer in program.sites() if any(u.op == "output" for u in layer.users)}
-    taps = _own_taps(program, names, target, opset)
+    taps = _own_taps(program, names, made)
     if taps is None:
         return _Listening(outputs, own=False)
     return _Listening(outputs | {s: t.output for s, t in taps.items()}, {s: t.input for s, t in taps.items()})
@@ -159,11 +168,11 @@ def _value_names(graph: Any) -> set[str]:
     return {name for node in graph.node for name in node.output if name} | {value.name for value in graph.input}
 
 
-def _own_taps(program: Program, names: set[str], target: str, opset: int) -> Mapping[str, Tap] | None:
+def _own_taps(program: Program, names: set[str], made: _Made) -> Mapping[str, Tap] | None:
     """Where the program's own lowering listens, if that gives the graph of the file, value by value."""
     try:
-        prepared = prepare(program, target)  # type: ignore[arg-type]
-        model, taps = onnx_from_program(prepared, target, opset)  # type: ignore[arg-type]
+        prepared = prepare(program, made.target)  # type: ignore[arg-type]
+        model, taps = onnx_from_program(prepared, made.target, made.opset, functions=made.functions)  # type: ignore[arg-type]
     except HqcError:
         return None  # the file came from another program, whose sites are found by their names
     values = {str(v.name) for node in model.graph for v in node.outputs} | {str(v.name) for v in model.graph.inputs}

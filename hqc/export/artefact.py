@@ -44,7 +44,8 @@ OPSETS = range(21, 26)
 class ExportReport:
     """What an export wrote and measured.
 
-    For TensorRT: `options`, the form of every layer, and what was measured of the float32 `twin`.
+    For TensorRT: `options`, the form of every layer, and what was measured of the float32 `twin`. `functions`: whether
+    rotations are nodes of a function in the file.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class ExportReport:
     options: TensorRtOptions | None = None
     layers: tuple[LayerForm, ...] = ()
     twin: Verification | None = None
+    functions: bool = False
 
     def __str__(self) -> str:
         head = (
@@ -93,6 +95,7 @@ def export_program(
     float_program: Program | None = None,
     pipeline: Path | None = None,
     one_timestep: bool = False,
+    functions: bool = False,
     verify_batch: int | None = None,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
     tensorrt: TensorRtOptions | None = None,
@@ -110,6 +113,8 @@ def export_program(
         pipeline: a diffusers-layout folder whose parts (all but the UNet) go with the export.
         one_timestep: the model takes one timestep a call, as every sampler gives it, and saves two passes over every
             activation; a batch of several timesteps is then run once for each.
+        functions: for `portable`, a rotation is one node `hqc::Hadamard` with its body in the file, for tools that have
+            a kernel of their own for it; without it the file holds standard operators only.
         verify_batch: samples in the verification batch, whose timesteps differ; None: 8, or for models
             above 256 MiB 2, or 1 with one timestep.
         external_data_bytes: weights beyond this go into a file beside the model.
@@ -125,6 +130,8 @@ def export_program(
         raise ExportError(f"opset {opset}", f"expected {OPSETS.start}…{OPSETS.stop - 1}", "Use 21 unless you must.")
     if tensorrt is not None and target != "tensorrt":
         raise ExportError(f"target {target}", "takes no options of TensorRT", "Use target tensorrt, or leave them out.")
+    if functions and target != "portable":
+        raise ExportError(f"target {target}", "takes no functions", "Leave --functions out, or use target portable.")
     if float_program is not None:
         _require_same_model(program, float_program)
     if target == "tensorrt":
@@ -134,7 +141,7 @@ def export_program(
     start = time.perf_counter()
     samples = verify_batch or _verification_batch(program, one_timestep=one_timestep)
     require_memory(f"exporting to {folder}", export_bytes(program, samples))
-    settings = _Settings(opset, one_timestep, external_data_bytes, samples, float_program, on_kernel)
+    settings = _Settings(opset, one_timestep, functions, external_data_bytes, samples, float_program, on_kernel)
     with atomic_folder(folder, force=force) as temporary:
         if target == "tensorrt":
             made = _make_tensorrt(program, temporary, settings, tensorrt or TensorRtOptions())
@@ -143,7 +150,17 @@ def export_program(
         size = sum((temporary / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (temporary / name).exists())
         seconds = round(time.perf_counter() - start, 3)
         report = ExportReport(
-            folder, target, opset, made.nodes, size, seconds, made.verification, made.options, made.layers, made.twin
+            folder,
+            target,
+            opset,
+            made.nodes,
+            size,
+            seconds,
+            made.verification,
+            made.options,
+            made.layers,
+            made.twin,
+            functions,
         )
         (temporary / "plan.json").write_text(json.dumps(made.plan.to_dict(), indent=1) + "\n", encoding="utf-8")
         if report.options is not None:
@@ -160,6 +177,7 @@ class _Settings:
 
     opset: int
     one_timestep: bool
+    functions: bool
     external_data_bytes: int
     samples: int
     float_program: Program | None
@@ -191,7 +209,9 @@ def _write_model(
 ) -> tuple[Mapping[str, Tap], int, QuantPlan]:
     """Writes the model; what lowering has made in memory is gone when verification starts."""
     prepared = prepare(program, target)
-    model, taps = onnx_from_program(prepared, target, settings.opset, one_timestep=settings.one_timestep)
+    model, taps = onnx_from_program(
+        prepared, target, settings.opset, one_timestep=settings.one_timestep, functions=settings.functions
+    )
     save_model(model, folder, external_data_bytes=settings.external_data_bytes)
     return taps, len(model.graph), prepared.plan
 
@@ -230,6 +250,7 @@ def _fields(program: Program, report: ExportReport) -> dict[str, Any]:
     return {
         "target": report.target,
         "opset": report.opset,
+        "functions": report.functions,
         **own,
         "stage": str(program.stage),
         "origin": asdict(program.origin),

@@ -23,8 +23,6 @@ EXTERNAL_DATA_BYTES = 2**28
 
 _SMALL_TENSOR = 2**14
 
-_LOWER = {"portable": lower_portable, "onnxruntime": lower_onnxruntime}
-
 
 def onnx_from_program(
     prepared: Program,
@@ -32,11 +30,13 @@ def onnx_from_program(
     opset: int,
     *,
     one_timestep: bool = False,
+    functions: bool = False,
     tensorrt: TensorRtOptions | None = None,
 ) -> tuple[ir.Model, Mapping[str, Tap]]:
     """The model and, for every quantised site, where verification listens.
 
     one_timestep: the input `timestep` is [1] and serves the whole batch.
+    functions: for `portable`, rotations as nodes of the model-local function `hqc::Hadamard`.
     tensorrt: the options of that target.
     Requires: a program as `prepare(program, target)` gives it.
     """
@@ -45,7 +45,10 @@ def onnx_from_program(
         options = tensorrt or TensorRtOptions()
         found, tensorrt_lowering = lower_tensorrt(prepared, opset, options, one_timestep=one_timestep)
         return found, tensorrt_lowering.taps
-    model, lowering = _LOWER[target](prepared, opset, one_timestep=one_timestep)
+    if target == "onnxruntime":
+        model, lowering = lower_onnxruntime(prepared, opset, one_timestep=one_timestep)
+        return model, lowering.taps
+    model, lowering = lower_portable(prepared, opset, one_timestep=one_timestep, functions=functions)
     if any(node.op_type == "Hadamard" for node in model.graph):
         function = hadamard_function(opset)
         model.functions[function.identifier()] = function

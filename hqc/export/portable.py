@@ -1,6 +1,7 @@
 """The `portable` target: fake-quant semantics in standard operators, for any runtime, and the oracle of the others.
 
-    activation  Hadamard → Mul(1/s) → Clip(qmin, qmax) → QuantizeLinear(1) → DequantizeLinear(1) → Mul(s) → Hadamard
+    rotation    Reshape → MatMul with a constant ±H → Reshape → Mul(1/√b), in the order of the torch reference
+    activation  rotation → Mul(1/s) → Clip(qmin, qmax) → QuantizeLinear(1) → DequantizeLinear(1) → Mul(s) → rotation
     weight      INT4 or INT8 initialiser → DequantizeLinear(s_w, axis 0)
     layer       Conv, Gemm, MatMul in floating point
 
@@ -8,8 +9,12 @@ The scale per sample cannot be a QuantizeLinear scale (those are constants for s
 so it multiplies outside and the quantiser's own scale is 1. QuantizeLinear has no zero point and names its
 `output_dtype`: with an INT8 zero point onnxruntime 1.27 to 1.32 refuses the graph when a Reshape or a Transpose
 follows. ONNX's INT8 saturates at -128, the method's range is narrow: hence the Clip.
+
+There is no function and no operator on bits: OpenVINO 2025.2 to 2026.4 refuse the first and compute the second wrongly.
+With `functions=True` a rotation is one node `hqc::Hadamard` with its body, for tools that have their own kernel for it.
 """
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import fx
@@ -18,7 +23,7 @@ from hqc.export.aten_math import MATH
 from hqc.export.aten_shapes import SHAPES
 from hqc.export.builder import HQC_DOMAIN, typed
 from hqc.export.lowering import Lowering, Translations
-from hqc.export.shared import int4_weight, nearest_timestep, per_sample
+from hqc.export.shared import int4_weight, nearest_timestep, per_sample, signed_sums
 from hqc.program import Program, is_op
 
 __all__ = ["lower_portable"]
@@ -26,13 +31,24 @@ __all__ = ["lower_portable"]
 ops = torch.ops.hqc
 
 
-def lower_portable(program: Program, opset: int, *, one_timestep: bool = False) -> tuple[ir.Model, Lowering]:
-    """Requires: a captured program, or a frozen one (`freeze_integers`, optionally `pack_int4`)."""
-    lowering = Lowering(program, _TRANSLATIONS, opset, one_timestep=one_timestep)
+def lower_portable(
+    program: Program, opset: int, *, one_timestep: bool = False, functions: bool = False
+) -> tuple[ir.Model, Lowering]:
+    """functions: rotations are `hqc::Hadamard` nodes; the model still lacks the function.
+
+    Requires: a captured program, or a frozen one (`freeze_integers`, optionally `pack_int4`).
+    """
+    translations = {**_TRANSLATIONS, ops.hadamard.default: _hadamard_call} if functions else _TRANSLATIONS
+    lowering = Lowering(program, translations, opset, one_timestep=one_timestep)
     return lowering.run(), lowering
 
 
 def _hadamard(lo: Lowering, node: fx.Node) -> ir.Value:
+    factor = lo.builder.scalar(float(np.float32(int(node.args[1]) ** -0.5)))  # type: ignore[arg-type]
+    return lo.builder.op("Mul", signed_sums(lo, node, node.name), factor, name=node.name)
+
+
+def _hadamard_call(lo: Lowering, node: fx.Node) -> ir.Value:
     x, block, axis = node.args
     return lo.builder.op("Hadamard", lo.value(x), domain=HQC_DOMAIN, block=int(block), axis=int(axis), name=node.name)  # type: ignore[arg-type]
 

@@ -1,14 +1,19 @@
-"""ONNX translations that both targets share: the timestep's row, packed weights, per-sample scales."""
+"""ONNX translations that targets share: the timestep's row, packed weights, per-sample scales, rotations."""
 
 import math
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from torch import fx
 
 from hqc.export.builder import typed
 from hqc.export.lowering import Lowering
+from hqc.ops import sylvester
 
-__all__ = ["int4_weight", "nearest_timestep", "per_sample"]
+__all__ = ["int4_weight", "nearest_timestep", "per_sample", "signed_sums", "signs"]
+
+FLOAT = ir.DataType.FLOAT
 
 
 def nearest_timestep(lo: Lowering, node: fx.Node) -> ir.Value:
@@ -32,3 +37,28 @@ def int4_weight(lo: Lowering, node: fx.Node) -> ir.Value:
 def per_sample(lo: Lowering, scale: ir.Value, rank: int) -> ir.Value:
     """scale [N] -> [N, 1, …] of the given rank."""
     return lo.builder.reshape(scale, [-1] + [1] * (rank - 1))
+
+
+def signs(block: int) -> NDArray[np.float32]:
+    """H of some order: ±1, exact in every float type."""
+    return sylvester(block).numpy().astype(np.float32)
+
+
+def signed_sums(lo: Lowering, rotation: fx.Node, name: str) -> ir.Value:
+    """±H·x along the rotated axis, without the factor 1/√b, in torch's layout.
+
+    Any axis before the last:  [N, C, …] -> [N, C/b, b, …] -> H @ it -> [N, C, …]
+    The last one:              [N, …, C] -> [N, …, C/b, b] -> it @ H -> [N, …, C]
+
+    Reshape is of x itself: the builder's would start at what x was reshaped from, and leave nothing to listen to.
+    """
+    b = lo.builder
+    block, shape = int(rotation.args[1]), lo.static_shape(rotation)  # type: ignore[arg-type]
+    axis = int(rotation.args[2]) % len(shape)  # type: ignore[arg-type]
+    matrix, split = b.constant(signs(block), f"hadamard_{block}"), [shape[axis] // block, block]
+    last = axis == len(shape) - 1
+    inner = [] if last else [math.prod(shape[axis + 1 :])]
+    groups = typed(b.op("Reshape", lo.value(rotation.args[0]), b.ints(*shape[:axis], *split, *inner)), FLOAT)
+    operands = (groups, matrix) if last else (matrix, groups)
+    sums = typed(b.op("MatMul", *operands, name=f"{name}.rotated"), FLOAT)
+    return typed(b.op("Reshape", sums, b.ints(*shape)), FLOAT)

@@ -1,8 +1,7 @@
-"""The same file under other implementations: ONNX's reference evaluator, onnxruntime's four levels, the inliner."""
+"""The same file under other implementations: ONNX's reference evaluator, onnxruntime's four levels."""
 
 import numpy as np
 import onnx
-import onnx.inliner
 import pytest
 import torch
 from integer_oracle import MatMulIntegerToFloat
@@ -65,21 +64,6 @@ def test_optimisation_levels_agree(exported, target) -> None:
         errors = sorted(relative(a, b) for a, b in zip(found, wanted, strict=True))
         assert errors[len(errors) // 2] <= EQUAL_CODES, level
         assert errors[-1] <= PARTED * step, level
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("model", ["cross_attention", "geometry"])
-def test_inlined_functions_equal_the_function_model(exported, tmp_path, model, target) -> None:
-    program, folder, _ = exported(model, "w4a4", target)
-    inlined = onnx.inliner.inline_local_functions(onnx.load(str(folder / "model.onnx")))
-    assert not inlined.functions
-    assert all(node.domain != "hqc" for node in inlined.graph.node)
-    onnx.save(inlined, str(tmp_path / "inlined.onnx"))
-    _, feeds = inputs(program)
-    outputs = [
-        open_session(p, threads=1).run(None, feeds)[0] for p in (folder / "model.onnx", tmp_path / "inlined.onnx")
-    ]
-    assert relative(outputs[1], outputs[0]) <= EQUAL_CODES
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -8,6 +8,7 @@ import pytest
 from zoo import PLAIN, UNETS
 
 from hqc.export.lowering import OUTPUT
+from hqc.ops import sylvester
 
 TARGETS = ("portable", "onnxruntime")
 # float32 sums of at most 288 terms in another order, through at most 40 layers; given the codes nothing else differs.
@@ -103,11 +104,18 @@ def test_portable_quantisers_avoid_the_zero_point_trap(exported) -> None:
     assert all(producers[n.input[0]].op_type == "Clip" for n in quantisers)
 
 
-def test_portable_uses_standard_operators_and_the_function_only(exported) -> None:
-    _, folder, _ = exported("cross_attention", "w4a4", "portable")
+@pytest.mark.parametrize(("model", "bits"), [("cross_attention", "w4a4"), ("two_sites", "w8a8"), ("geometry", None)])
+def test_portable_uses_standard_operators_only(exported, model, bits) -> None:
+    """No function, no operator on bits (OpenVINO computes those wrongly), and H as a constant of ±1."""
+    _, folder, _ = exported(model, bits, "portable")
     proto = onnx.load(str(folder / "model.onnx"))
-    assert {(n.domain, n.op_type) for n in proto.graph.node if n.domain} == {("hqc", "Hadamard")}
-    assert [(f.domain, f.name) for f in proto.functions] == [("hqc", "Hadamard")]
+    assert not proto.functions
+    assert {o.domain for o in proto.opset_import} == {""}
+    assert not any(n.domain or n.op_type.startswith("Bit") for n in proto.graph.node)
+    matrices = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if "hadamard" in t.name}
+    assert bool(matrices) == (bits is not None)
+    for name, matrix in matrices.items():
+        np.testing.assert_array_equal(matrix, sylvester(int(name.removeprefix("hadamard_"))).numpy())
 
 
 def test_rotations_are_shared_by_sites_that_read_one_tensor(exported) -> None:

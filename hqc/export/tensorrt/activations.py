@@ -12,7 +12,6 @@ A range that is not symmetric is only another Clip: codes q − z of an asymmetr
 at 0 and need no zero point.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,9 @@ from torch import fx
 
 from hqc.export.builder import HQC_DOMAIN, typed
 from hqc.export.lowering import Lowering, batch_dims
+from hqc.export.shared import signed_sums, signs
 from hqc.export.tensorrt.forms import LayerForm, scale_table
 from hqc.export.tensorrt.options import TensorRtOptions
-from hqc.ops import sylvester
 from hqc.program import BATCH, is_op
 
 __all__ = ["TensorRtState", "dequantized", "hadamard", "int8_pair", "looked_up", "quantize"]
@@ -89,11 +88,10 @@ def _rotated(lo: TensorRtState, rotation: fx.Node, name: str) -> ir.Value:
     x, block = lo.value(rotation.args[0]), int(rotation.args[1])  # type: ignore[arg-type]
     shape = lo.static_shape(rotation)
     image = len(shape) == 4 and int(rotation.args[2]) % 4 == 1  # type: ignore[arg-type]
+    if (lo.options.image_rotation if image else lo.options.token_rotation) == "matmul":
+        return signed_sums(lo, rotation, name)
     if image:
-        by_conv = lo.options.image_rotation == "conv"
-        return _conv(lo, x, block, shape[1], name) if by_conv else _image_product(lo, x, block, shape, name)
-    if lo.options.token_rotation == "matmul":
-        return _token_product(lo, x, block, shape, name)
+        return _conv(lo, x, block, shape[1], name)
     # One pixel a token: [N·…, C, 1, 1].
     pixels = _reshaped(lo, x, [-1, shape[-1], 1, 1])
     return _reshaped(lo, _conv(lo, pixels, block, shape[-1], name), shape)
@@ -104,33 +102,11 @@ def _reshaped(lo: TensorRtState, x: ir.Value, shape: list[int]) -> ir.Value:
     return typed(lo.builder.op("Reshape", x, lo.builder.ints(*shape)), FLOAT)
 
 
-def _matrix(block: int) -> NDArray[np.float32]:
-    return sylvester(block).numpy().astype(np.float32)
-
-
 def _conv(lo: TensorRtState, x: ir.Value, block: int, channels: int, name: str) -> ir.Value:
     groups = channels // block
-    tiled = np.tile(_matrix(block), (groups, 1)).reshape(channels, block, 1, 1)
+    tiled = np.tile(signs(block), (groups, 1)).reshape(channels, block, 1, 1)
     weight = lo.builder.constant(tiled, f"hadamard_{channels}_{block}")
     return typed(lo.builder.op("Conv", x, weight, group=groups, kernel_shape=[1, 1], name=f"{name}.rotated"), FLOAT)
-
-
-def _image_product(lo: TensorRtState, x: ir.Value, block: int, shape: list[int], name: str) -> ir.Value:
-    b = lo.builder
-    groups = _reshaped(lo, x, [-1, shape[1] // block, block, math.prod(shape[2:])])
-    rotated = typed(
-        b.op("MatMul", b.constant(_matrix(block), f"hadamard_{block}"), groups, name=f"{name}.rotated"), FLOAT
-    )
-    return _reshaped(lo, rotated, shape)
-
-
-def _token_product(lo: TensorRtState, x: ir.Value, block: int, shape: list[int], name: str) -> ir.Value:
-    b = lo.builder
-    groups = _reshaped(lo, x, [*shape[:-1], shape[-1] // block, block])
-    rotated = typed(
-        b.op("MatMul", groups, b.constant(_matrix(block), f"hadamard_{block}"), name=f"{name}.rotated"), FLOAT
-    )
-    return _reshaped(lo, rotated, shape)
 
 
 # ---- quantiser -----------------------------------------------------------------------------------------------------
