@@ -374,6 +374,7 @@ class _Run:
                 str(self.folder),
                 f"belongs to a run with other settings ({_difference(saved, settings)})",
                 "Resume with the same program and options, or start again without --resume.",
+                lists=True,
             )
         checkpoint = load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
         self._truncate_log(checkpoint.step if checkpoint else 0)

@@ -1,5 +1,9 @@
 """The command line: parse, call, print. Every command is a thin layer over the Python API."""
 
+import os
+import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,25 +18,40 @@ from hqc.commands.engine import build_engine
 from hqc.commands.models import evaluate, sample, serve
 from hqc.commands.quantise import ptq, qat
 from hqc.commands.tune import tune
-from hqc.errors import HqcError
+from hqc.errors import LONGEST_LINE, HqcError
+from hqc.wording import first_words, shortened
 
 __all__ = ["main"]
 
 
 class _Commands(click.Group):
-    """Turns errors that the user can act on into one line and exit status 2."""
+    """Turns errors that the user can act on into one line and exit status 2, and bugs into one and status 1."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            return super().main(*args, **extra)
+        except Exception as error:
+            if not extra.get("standalone_mode", True) or os.environ.get("HQC_TRACEBACK"):
+                raise
+            click.echo(f"hqc: {_bug(error)}", err=True)
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except HqcError as error:
-            raise _UserError(str(error)) from error
+            raise _UserError(error.line) from error
+        except click.ClickException as error:
+            vars(error).update(message=shortened(error.message, LONGEST_LINE))  # it may quote what was typed
+            raise
         except BrokenPipeError:
             raise  # the reader has seen enough: click ends quietly
         except OSError as error:
-            raise _UserError(
-                f"{error.filename or 'file system'}: {error.strerror or error}. Check the path."
-            ) from error
+            raise _UserError(_of_the_system(error).line) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _is_memory(error):
+                raise
+            raise _UserError(_NO_MEMORY.line) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -42,7 +61,27 @@ class _UserError(click.ClickException):
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"hqc: {' '.join(self.format_message().split())}", err=True)
+        click.echo(f"hqc: {self.format_message()}", err=True)
+
+
+_NO_MEMORY = HqcError("memory", "there is not enough of it", "Close other programs, or ask for less at once.")
+
+
+def _is_memory(error: Exception) -> bool:
+    """torch has words of its own for it, on the CPU and on a GPU."""
+    return isinstance(error, MemoryError) or any(w in str(error) for w in ("can't allocate memory", "out of memory"))
+
+
+def _of_the_system(error: OSError) -> HqcError:
+    return HqcError(str(error.filename or "file system"), error.strerror or first_words(error), "Check the path.")
+
+
+def _bug(error: Exception) -> str:
+    """An error that no user can act on: what and where, in one line."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}hqc{os.sep}" in f.filename]
+    place = f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    found = f"{type(error).__name__}: {first_words(error)}{place}"
+    return HqcError("internal error", found, "Report a bug; with HQC_TRACEBACK=1 it says more.").line
 
 
 @click.group(

@@ -1,4 +1,9 @@
-"""One tree of errors; every message says where, what was found, what was expected, what to do."""
+"""One tree of errors; every message says where, what was found, what was expected, what to do.
+
+`HqcError.line` is what a user reads: one line of printable characters, of bounded length.
+"""
+
+from hqc.wording import printable, shortened
 
 __all__ = [
     "ArtefactError",
@@ -9,12 +14,18 @@ __all__ = [
     "HqcError",
     "KernelError",
     "MemoryShortError",
+    "OptionError",
     "PassError",
     "PipelineTextError",
     "PlanError",
     "RuntimeMissingError",
     "TrainingError",
 ]
+
+LONGEST_LINE = 300
+LONGEST_LIST = 900
+_LONGEST_PLACE = 100
+_LEAST_FOUND = 80
 
 
 class HqcError(Exception):
@@ -24,11 +35,28 @@ class HqcError(Exception):
         where: the thing at fault (file, pass, site, option).
         found: what was found there, and what was expected.
         do: what to do about it.
+        lists: whether `found` names many things, and may be longer for it.
     """
 
-    def __init__(self, where: str, found: str, do: str) -> None:
-        self.where, self.found, self.do = where, found, do
-        super().__init__(f"{where}: {found}. {do}" if not found.endswith(".") else f"{where}: {found} {do}")
+    def __init__(self, where: str, found: str, do: str, *, lists: bool = False) -> None:
+        self.where, self.found, self.do, self.lists = where, found, do, lists
+        super().__init__(_joined(where, found, do))
+
+    @property
+    def line(self) -> str:
+        """The message as one line: at most 300 characters, 900 for a list; too long a middle ends in "…"."""
+        where, found, do = (printable(text) for text in (self.where, self.found, self.do))
+        longest = LONGEST_LIST if self.lists else LONGEST_LINE
+        if len(line := _joined(where, found, do)) <= longest:
+            return line
+        if len(where) > _LONGEST_PLACE:
+            where = f"…{where[1 - _LONGEST_PLACE :]}"  # the end of a path says the most
+        do = shortened(do, longest - len(where) - _LEAST_FOUND)
+        return _joined(where, shortened(found, longest - len(_joined(where, "", do))), do)
+
+
+def _joined(where: str, found: str, do: str) -> str:
+    return f"{where}: {found} {do}" if found.endswith((".", "…")) else f"{where}: {found}. {do}"
 
 
 class CaptureError(HqcError):
@@ -49,6 +77,10 @@ class PlanError(HqcError):
 
 class PipelineTextError(HqcError):
     """The text form of a pass pipeline could not be parsed."""
+
+
+class OptionError(HqcError):
+    """An option has no effect together with the others, or on the model that was given."""
 
 
 class PassError(HqcError):

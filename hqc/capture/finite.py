@@ -5,10 +5,9 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from hqc.errors import CaptureError
+from hqc.wording import listed
 
 __all__ = ["require_finite"]
-
-_LISTED = 3
 
 
 def require_finite(where: str, tensors: Mapping[str, Tensor], learnt: Collection[str], prefix: str = "") -> None:
@@ -25,11 +24,10 @@ def require_finite(where: str, tensors: Mapping[str, Tensor], learnt: Collection
     tensor = tensors[damaged[0]]
     bad = tensor.isnan() if bool(tensor.isnan().any()) else ~tensor.isfinite()
     place, count = bad.nonzero()[0].tolist(), int(bad.sum())
-    names = ", ".join(name.removeprefix(prefix) for name in damaged[:_LISTED])
-    more = f" and {len(damaged) - _LISTED} more tensors" if len(damaged) > _LISTED else ""
+    names = listed([name.removeprefix(prefix) for name in damaged])
     raise CaptureError(
         where,
-        f"has weights that are NaN or infinite: {names}{more} ({count} in the first, at {place})",
+        f"has weights that are NaN or infinite: {names} ({count} in the first, at {place})",
         "The file is damaged or was converted badly: take another copy.",
     )
 

@@ -55,6 +55,7 @@ def check_fit(path: Path, config: Path, pieces: Sequence[Piece], tensors: Mappin
             str(path),
             f"does not fit {config}: {found}",
             "Give the configuration that belongs to it.",
+            lists=True,
         )
 
 
@@ -67,7 +68,7 @@ def _listed(what: str, keys: Sequence[str], note: Callable[[str], str]) -> str:
     if not keys:
         return ""
     shown = ", ".join(_printed(key) + note(key) for key in keys[:_LISTED])
-    more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+    more = f" … ({len(keys) - _LISTED} more)" if len(keys) > _LISTED else ""
     return f"{len(keys)} {'key' if len(keys) == 1 else 'keys'} {what}: {shown}{more}"
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from hqc.commands.applies import Command, asked, check_sampler, option_name
 from hqc.commands.options import (
     bits_option,
     calib_size_option,
@@ -19,6 +20,7 @@ from hqc.commands.options import (
     rules_option,
     sampler_options,
 )
+from hqc.errors import OptionError
 
 __all__ = ["analyze"]
 
@@ -36,7 +38,7 @@ _plan_options = options(
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @program_argument
 @click.option("-o", "--output", type=_FILE, default=Path("report.html"), show_default=True, help="The report.")
 @click.option("--csv", "csv_file", type=_FILE, help="Also one row a site and timestep.")
@@ -54,8 +56,7 @@ _plan_options = options(
 @click.option("--sensitivity-samples", type=click.IntRange(1, 64), default=2, show_default=True, help="At a timestep.")
 @force_option
 @json_option
-@click.pass_context
-def analyze(context: click.Context, /, program: Path, output: Path, csv_file: Path | None, **given: Any) -> None:
+def analyze(program: Path, output: Path, csv_file: Path | None, **given: Any) -> None:
     """Measure PROGRAM per site and timestep: outliers, SNR before and after rotation, sensitivity; an HTML report.
 
     A captured PROGRAM is measured with the plan that a recipe would make; a quantised one with its own.
@@ -75,10 +76,12 @@ def analyze(context: click.Context, /, program: Path, output: Path, csv_file: Pa
         check_writable(file)
     conditions = conditions_asked(given)
     loaded = load_program(program)
-    _only_for_captured(context, loaded.stage == Stage.CAPTURED)
+    if loaded.stage != Stage.CAPTURED:
+        _refuse_plan(given["block"])
     block = None if given["block"] is None else int(given["block"])
     recipe = api.configure(given["recipe"], rules=given["rules"], block=block)
     task = api.task_of(loaded, folder=pipeline_folder(program), **conditions)
+    check_sampler(task, given)
     sampler = Sampler(
         given["calib_size"],
         given["batch_size"],
@@ -129,18 +132,14 @@ def analyze(context: click.Context, /, program: Path, output: Path, csv_file: Pa
         click.echo(f"wrote {file}")
 
 
-def _only_for_captured(context: click.Context, captured: bool) -> None:
-    """A quantised program has a plan of its own: options that would make another one are refused."""
-    from click.core import ParameterSource
+def _refuse_plan(block: str | None) -> None:
+    """A quantised program has a plan of its own: options that would make another one are refused.
 
-    from hqc.errors import PlanError
-
-    if captured:
-        return
-    for name in ("recipe", "bits", "rules", "keep_float"):
-        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
-            option = "--" + name.replace("_", "-")
-            raise PlanError(option, "PROGRAM is quantised and has a plan of its own", "Give the captured Program.")
+    An order is tried at the sites that it does not rotate; 0 tries none.
+    """
+    names = [name for name in ("recipe", "bits", "rules", "keep_float") if asked(name)]
+    if options := [*map(option_name, names), *(["--block 0"] if block == "0" else [])]:
+        raise OptionError(options[0], "PROGRAM is quantised and has a plan of its own", "Give the captured Program.")
 
 
 def _lines(data: dict[str, Any], note: str) -> dict[str, str]:

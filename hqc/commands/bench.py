@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hqc.commands.applies import Command, asked, option_name
 from hqc.commands.options import check_writable, force_option, json_option, rules_option
 
 if TYPE_CHECKING:
     from hqc.evaluation.bench.workspace import Workspace
 
 __all__ = ["bench"]
+
+
+_CALIBRATION = ("calib_size", "num_inference_steps")
 
 
 class _BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
@@ -31,7 +35,7 @@ class _BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic in newe
         return tuple(dict.fromkeys(int(size) for size in sizes))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
 @click.option(
     "--against",
@@ -105,6 +109,8 @@ def bench(
         _check_one_batch(batch_sizes)
         check_chart(chart, force=force)
         check_writable(chart)
+    chosen = tuple(option_name(n) for n in ("bits", "no_hadamard", "rules", *_CALIBRATION) if asked(n))
+    quantisation = Quantisation(bits, not no_hadamard, rules, calib_size, num_inference_steps, chosen)
     results = []
     with (
         out.progress("rounds", (runs + warm_up) * len(batch_sizes)) as advance,
@@ -116,7 +122,7 @@ def bench(
                 peers,
                 space,
                 float_model=float_model,
-                quantisation=Quantisation(bits, not no_hadamard, rules, calib_size, num_inference_steps),
+                quantisation=quantisation,
                 timing=Timing(batch_size, threads, runs, warm_up),
                 runtime=runtime,
                 on_round=lambda done, past=before * (runs + warm_up): advance(past + done, "timing"),  # type: ignore[misc]

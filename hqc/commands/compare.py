@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hqc.commands.applies import Command, check_sampler
 from hqc.commands.options import check_writable, force_option, json_option, sampler_options
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ __all__ = ["compare"]
 _NUMBERS = ("relative", "cosine", "max_abs", "sqnr_db")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--batch-size", type=click.IntRange(1, 256), default=2, show_default=True, help="Samples at a timestep.")
@@ -113,6 +114,7 @@ def _inputs(program: "Program", folder: Path, given: dict[str, Any]) -> "tuple[T
         task = api.task_of(program, folder=pipeline_folder(folder))
     except TrainingError as error:
         raise ComparisonError(error.where, error.found, "Give --inputs noise.") from error
+    check_sampler(task, given)
     return trajectory_inputs(program, task, sampler, given["timesteps"])
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hqc.commands.applies import Command
 from hqc.commands.engine import EngineArguments, engine_options
 from hqc.commands.options import (
     bits_option,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["explain", "export", "inspect", "trace"]
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source")
 @output_option
 @click.option(
@@ -103,7 +104,7 @@ def trace(
     out.print_json(summary) if as_json else out.fields(f"traced {source}", summary)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("program", type=click.Path(path_type=Path))
 @click.option("--recipe", default="hq-dm", show_default=True)
 @bits_option
@@ -152,7 +153,7 @@ def explain(
         out.console.print(str(record), markup=False, highlight=False)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("program", type=click.Path(path_type=Path))
 @click.option("--graph/--no-graph", default=True, show_default=True, help="Print the graph's text.")
 @json_option
@@ -188,7 +189,7 @@ def inspect(program: Path, graph: bool, as_json: bool) -> None:
     out.fields(str(program), summary)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("program", type=click.Path(path_type=Path))
 @output_option
 @click.option(

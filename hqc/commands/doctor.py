@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hqc.commands.applies import Command
 from hqc.commands.options import json_option
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["doctor"]
 
 
-@click.command()
+@click.command(cls=Command)
 @json_option
 def doctor(as_json: bool) -> None:
     """Show what can be exported, built and run on this machine, what is missing, and how to install it."""

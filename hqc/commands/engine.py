@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hqc.commands.applies import Command
 from hqc.commands.options import Decorator, json_option, options
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _arguments(
     return EngineArguments(builder, archs, BuildOptions(profile, workspace_bytes, tf32 is not False), cache)
 
 
-@click.command("build-engine")
+@click.command("build-engine", cls=Command)
 @click.argument("folder", type=click.Path(path_type=Path))
 @engine_options("rtx")
 @click.option("--force", is_flag=True, help="Build again what is there.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hqc.commands.applies import Command, check_runtime
 from hqc.commands.options import (
     check_writable,
     force_option,
@@ -48,7 +49,7 @@ def _sample(
         return sample_images(pipe, labels, seeds, **sampler, progress=lambda done, _: advance(done, ""))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True)
 @runtime_option
@@ -90,7 +91,7 @@ def sample(
     click.echo(f"wrote {output}")
 
 
-@click.command("eval")
+@click.command("eval", cls=Command)
 @click.argument("model")
 @click.option("--against", required=True, metavar="FLOAT", help="The float model: `digits` or a captured Program.")
 @runtime_option
@@ -128,7 +129,7 @@ def evaluate(
         out.console.print(terminal_report([ReportRow(Path(model).name, metrics)]))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
 @runtime_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Loopback by default.")
@@ -160,6 +161,7 @@ def serve(
     from hqc.serving.server import serve as run
 
     loaded = load(model, runtime=runtime, threads=threads, cache=cache_dir)
+    check_runtime(loaded.runtime)
     limits = Limits(max_images=max_images)
     app = create_app(loaded.pipeline(), model_name=loaded.name, limits=limits, runtime=loaded.runtime)
     run(app, host=host, port=port)

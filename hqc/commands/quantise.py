@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hqc.commands.applies import Command, check_sampler
 from hqc.commands.options import (
     check_output,
     conditions_asked,
@@ -37,7 +38,7 @@ _training_options = options(
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @program_argument
 @output_option
 @click.option("--recipe", default="rtn", show_default=True)
@@ -62,7 +63,7 @@ def ptq(program: Path, output: Path, hadamard: bool, force: bool, as_json: bool,
     _finish(job, result, {}, f"quantised {program}", as_json=as_json)
 
 
-@click.command()
+@click.command(cls=Command)
 @program_argument
 @output_option
 @click.option("--recipe", default="hq-dm", show_default=True)
@@ -149,10 +150,12 @@ def _job(program: Path, output: Path, given: dict[str, Any], *, force: bool, rot
     recipe = api.configure(given.pop("recipe"), rules=given.pop("rules"))
     block = rotation_order(given.pop("block"), rotated=bool(recipe.block) if rotated is None else rotated)
     bits, keep_float = given.pop("bits").lower(), given.pop("keep_float")
+    sampler = {name: given[name] for name in ("guidance_scale", "eta")}
     calibration = recipe.calibration.model_copy(update={"samples": given.pop("calib_size")})
     recipe = recipe.model_copy(update={"calibration": calibration, "training": _training(recipe.training, given)})
     captured, pipeline = load_program(program), pipeline_folder(program)
     task = api.task_of(captured, folder=pipeline, **conditions)
+    check_sampler(task, sampler)
     return _Job(captured, recipe, block, bits, keep_float, task, output, pipeline, force)
 
 

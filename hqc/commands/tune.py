@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hqc.commands.applies import Command
 from hqc.commands.bench import _BatchSizes
 from hqc.commands.options import json_option, program_argument
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["tune"]
 
 
-@click.command()
+@click.command(cls=Command)
 @program_argument
 @click.option(
     "--batch-size",

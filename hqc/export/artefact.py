@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hqc.errors import ExportError
+from hqc.errors import ExportError, OptionError
 from hqc.export.lowering import Tap
 from hqc.export.model import DATA_FILE, EXTERNAL_DATA_BYTES, MODEL_FILE, onnx_from_program, save_model
 from hqc.export.prepare import Target, prepare
@@ -75,6 +75,8 @@ class ExportReport:
 
 def _require_same_model(program: Program, float_program: Program) -> None:
     """Refuses a measure of the quantisation error that is not the captured program of the same model."""
+    if program.stage == Stage.CAPTURED:
+        raise OptionError("--against", "the program is captured: it has no quantisation error", "Leave it out.")
     shapes = [{spec.name: spec.shape for spec in p.inputs} for p in (program, float_program)]
     if shapes[0] != shapes[1]:
         mine, other = (", ".join(f"{name} {list(shape)}" for name, shape in found.items()) for found in shapes)

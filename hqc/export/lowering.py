@@ -12,6 +12,7 @@ from hqc.errors import ExportError
 from hqc.export.builder import GraphBuilder, typed
 from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.program import BATCH, Program, is_op
+from hqc.wording import listed
 
 __all__ = ["OUTPUT", "Listen", "Lowering", "Tap", "Translation", "Translations", "onnx_dtype"]
 
@@ -106,8 +107,9 @@ class Lowering:
         if unknown:
             raise ExportError(
                 "export",
-                f"no ONNX translation for {', '.join(sorted(unknown))}",
+                f"no ONNX translation for {listed(sorted(unknown), 8)}",
                 "Use other layers, or the torch runtime.",
+                lists=True,
             )
 
     def _translate(self, node: fx.Node) -> None:

@@ -16,6 +16,7 @@ from hqc.errors import (
     ArtefactError,
     CaptureError,
     ComparisonError,
+    OptionError,
     PlanError,
     RuntimeMissingError,
     TrainingError,
@@ -40,7 +41,7 @@ DEFAULT_BITS = "w4a4"
 class Quantisation:
     """How a float model is quantised for the benchmark: round-to-nearest, calibrated on a short float trajectory.
 
-    bits: None is w4a4, and the only choice for a model that is quantised already.
+    bits: None is w4a4. asked: the options that were typed, which a model that is quantised already does not take.
     """
 
     bits: str | None = None
@@ -48,6 +49,7 @@ class Quantisation:
     rules: str | None = None
     calib_size: int = 1
     n_steps: int = 4
+    asked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _from_float(captured: Path, wanted: Quantisation, space: Workspace, runtime:
 def _from_quantised(
     folder: Path, float_model: str | None, wanted: Quantisation, space: Workspace, runtime: str
 ) -> Models:
-    _refuse_bits(folder, wanted)
+    _refuse_choices(folder, wanted)
     program = load_program(folder)
     plan, inputs, source = program.plan, program.inputs, program.origin.source
     del program
@@ -147,7 +149,7 @@ def _from_quantised(
 
 
 def _from_export(folder: Path, float_model: str | None, wanted: Quantisation, space: Workspace) -> Models:
-    _refuse_bits(folder, wanted)
+    _refuse_choices(folder, wanted)
     manifest = check_manifest(folder, EXPORT_KIND)
     inputs = _inputs(manifest, folder)
     if MODEL_FILE not in manifest["files"]:
@@ -168,9 +170,11 @@ def _inputs(manifest: Mapping[str, Any], folder: Path) -> tuple[InputSpec, ...]:
         raise ArtefactError(str(folder), f"has a manifest without inputs ({error})", "Write it again.") from error
 
 
-def _refuse_bits(folder: Path, wanted: Quantisation) -> None:
+def _refuse_choices(folder: Path, wanted: Quantisation) -> None:
     if wanted.bits is not None:
         raise PlanError(f"--bits {wanted.bits}", f"{folder} is quantised already", "Leave --bits out.")
+    if wanted.asked:
+        raise OptionError(wanted.asked[0], f"{folder} is quantised already", "Leave it out.")
 
 
 def _float_side(

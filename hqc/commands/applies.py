@@ -1,0 +1,112 @@
+"""Which options have an effect only together with others, by command; and whether an option was typed at all.
+
+What depends on the model is refused where the model is known: by `trace` for its source, by `check_sampler` and
+`check_runtime`, and by the Python API for a target or a program's stage.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from hqc.errors import OptionError
+
+if TYPE_CHECKING:
+    from hqc.training import Task
+
+__all__ = ["RULES", "Command", "Rule", "asked", "check_runtime", "check_sampler", "option_name"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An option that has an effect only where the other parameters are as `where` says."""
+
+    parameter: str
+    where: Callable[[Mapping[str, Any]], bool]
+    found: str
+    do: str = "Leave it out."
+
+
+def _sampled(parameters: Mapping[str, Any]) -> bool:
+    return bool(parameters["kind"] == "trajectory")
+
+
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "qat": (Rule("epochs", lambda p: p["steps"] is None, "and --steps exclude each other", "Give one of them."),),
+    "analyze": (
+        Rule("sensitivity_samples", lambda p: p["sensitivity"] is not False, "is for what --no-sensitivity leaves out"),
+    ),
+    "compare": (
+        Rule("num_inference_steps", _sampled, "is for a sampler, and --inputs noise has none"),
+        Rule("guidance_scale", _sampled, "is for a sampler, and --inputs noise has none"),
+        Rule("eta", _sampled, "is for a sampler, and --inputs noise has none"),
+        Rule("top", lambda p: not p["as_json"], "is for the printed table, and --json gives every site"),
+        Rule("force", lambda p: p["csv_file"] is not None, "replaces the file of --csv, and none is asked for"),
+    ),
+    "bench": (
+        Rule(
+            "force",
+            lambda p: p["chart"] is not None or p["work_dir"] is not None,
+            "replaces what --chart and --work-dir name, and neither is asked for",
+        ),
+    ),
+}
+
+
+class Command(click.Command):
+    """A command that refuses options without an effect before it begins."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for rule in RULES.get(self.name or "", ()):
+            if asked(rule.parameter, ctx) and not rule.where(ctx.params):
+                raise OptionError(option_name(rule.parameter, ctx), rule.found, rule.do)
+        return super().invoke(ctx)
+
+
+def asked(parameter: str, context: click.Context | None = None) -> bool:
+    """Whether an option was typed, with whatever value."""
+    context = context or click.get_current_context()
+    return context.get_parameter_source(parameter) == ParameterSource.COMMANDLINE
+
+
+def option_name(parameter: str, context: click.Context | None = None) -> str:
+    """The option as it is typed: `--csv` for csv_file."""
+    context = context or click.get_current_context()
+    return next(p.opts[0] for p in context.command.params if p.name == parameter)
+
+
+_RUNTIMES: Mapping[str, tuple[str, ...]] = {"threads": ("onnxruntime",), "cache_dir": ("onnxruntime", "tensorrt")}
+"""The runtimes that have what an option sets."""
+
+
+def check_runtime(runtime: str) -> None:
+    """Refuses options of other runtimes that were typed.
+
+    Raises:
+        OptionError: naming the option.
+    """
+    for parameter, takers in _RUNTIMES.items():
+        if asked(parameter) and runtime not in takers:
+            found = f"is for {' and '.join(takers)}, and {runtime} runs this model"
+            raise OptionError(option_name(parameter), found, "Leave it out.")
+
+
+def check_sampler(task: "Task", given: Mapping[str, Any]) -> None:
+    """Refuses a guidance and a noise that were typed and that what is sampled does not have.
+
+    Raises:
+        OptionError: naming the option.
+    """
+    import inspect
+
+    from hqc.training.task import guides
+
+    guidance, eta = given["guidance_scale"], given["eta"]
+    if asked("guidance_scale") and guides(guidance) and task.unconditional is None:
+        kind = "takes its guidance as an input" if task.distilled else "has no condition"
+        raise OptionError(f"--guidance-scale {guidance:g}", f"the model {kind}", "Leave it out.")
+    scheduler = task.new_scheduler()
+    if asked("eta") and eta > 0 and "eta" not in inspect.signature(scheduler.step).parameters:
+        raise OptionError(f"--eta {eta:g}", f"{type(scheduler).__name__} has none", "Leave it out.")

@@ -1,0 +1,176 @@
+"""Options that have no effect are refused, over the whole table of commands: whoever adds one says when it applies."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_pipeline
+import torch
+from click import Option
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from test_cli import ok, refused
+
+from hqc.capture import trace
+from hqc.cli import main
+from hqc.commands.applies import RULES
+from hqc.storage import load_program, save_program
+
+QUICK = "--n-steps 2 --calib-size 1"
+
+# One command line of each kind of misuse, and the option that the refusal begins with.
+# {captured}: of a class-conditional pipeline. {plain}: of a model without conditions, with a scheduler without eta.
+MISUSED = [
+    ("trace digits -o x --config c.yaml", "source 'digits'"),
+    ("trace digits -o x --outliers", "source 'digits'"),
+    ("trace digits -o x --revision main", "source 'digits'"),
+    ("trace digits -o x --weights ema", "source 'digits'"),
+    ("trace digits -o x --variant fp16", "source 'digits'"),
+    ("trace mine:build -o x --latent-size 16", "source 'mine:build'"),
+    ("trace mine:build -o x --condition-length 4", "source 'mine:build'"),
+    ("explain {captured} --recipe rtn --block 16", "--block 16"),
+    ("ptq {captured} -o x --block 16", "--block 16"),
+    ("ptq {plain} -o x --synthetic --guidance-scale 3", "--guidance-scale 3"),
+    ("ptq {plain} -o x --eta 0.5", "--eta 0.5"),
+    ("ptq {captured} -o x --prompts {words} --synthetic", "--prompts"),
+    ("ptq {plain} -o x --prompts {words}", "program from"),
+    ("qat {captured} -o x --no-hadamard --block 16", "--block 16"),
+    ("qat {captured} -o x --epochs 1 --steps 1", "--epochs"),
+    ("qat {plain} -o x --guidance-scale 3", "--guidance-scale 3"),
+    ("qat {plain} -o x --eta 1", "--eta 1"),
+    ("qat {captured} -o x --prompts {words} --synthetic", "--prompts"),
+    ("export {quantised} -o x --dtype fp16", "--dtype fp16"),
+    ("export {quantised} -o x --plugins none", "--plugins none"),
+    ("export {quantised} -o x --weight-only *", "--weight-only *"),
+    ("export {quantised} -o x --target tensorrt --plugin-arch sm_80", "--plugin-arch sm_80"),
+    ("export {captured} -o x --against {captured}", "--against"),
+    ("export {quantised} -o x --arch sm_80", "--arch"),
+    ("export {quantised} -o x --min-batch 1", "--min-batch"),
+    ("export {quantised} -o x --opt-batch 1", "--opt-batch"),
+    ("export {quantised} -o x --max-batch 1", "--max-batch"),
+    ("export {quantised} -o x --workspace 1", "--workspace"),
+    ("export {quantised} -o x --no-tf32", "--tf32/--no-tf32"),
+    ("export {quantised} -o x --cache c", "--cache"),
+    ("export {quantised} -o x --engine rtx", "--engine rtx"),
+    ("analyze {quantised} --recipe hq-dm -o x.html", "--recipe"),
+    ("analyze {quantised} --bits w4a4 -o x.html", "--bits"),
+    ("analyze {quantised} --rules all -o x.html", "--rules"),
+    ("analyze {quantised} --keep-float conv_in -o x.html", "--keep-float"),
+    ("analyze {quantised} --block 0 -o x.html", "--block 0"),
+    ("analyze {captured} --no-sensitivity --sensitivity-samples 2 -o x.html", "--sensitivity-samples"),
+    ("analyze {plain} --guidance-scale 3 -o x.html", "--guidance-scale 3"),
+    ("analyze {plain} --eta 1 -o x.html", "--eta 1"),
+    ("analyze {captured} --prompts {words} --synthetic -o x.html", "--prompts"),
+    ("compare {captured} {captured} --inputs noise --n-steps 2", "--num-inference-steps"),
+    ("compare {captured} {captured} --inputs noise --guidance-scale 1", "--guidance-scale"),
+    ("compare {captured} {captured} --inputs noise --eta 0", "--eta"),
+    ("compare {plain} {plain} --guidance-scale 3", "--guidance-scale 3"),
+    ("compare {plain} {plain} --eta 1", "--eta 1"),
+    ("compare {captured} {captured} --json --top 3", "--top"),
+    ("compare {captured} {captured} --force", "--force"),
+    ("bench {quantised} --bits w4a4", "--bits w4a4"),
+    ("bench {quantised} --no-hadamard", "--no-hadamard"),
+    ("bench {quantised} --rules all", "--rules"),
+    ("bench {quantised} --calib-size 1", "--calib-size"),
+    ("bench {quantised} --n-steps 4", "--num-inference-steps"),
+    ("bench {captured} --float {captured}", "--float"),
+    ("bench {captured} --batch-size 1,2 --chart x.png", "--chart"),
+    ("bench {captured} --force", "--force"),
+    ("serve {captured} --threads 2", "--threads"),
+    ("serve {captured} --cache-dir c", "--cache-dir"),
+]
+
+# Options that have an effect whatever else is asked for, or are refused with the value (bits, recipe, runtime, labels).
+ALWAYS = {
+    "trace": "output force as_json",
+    "explain": "recipe bits rules no_hadamard keep_float as_json",
+    "inspect": "graph as_json",
+    "ptq": "output recipe hadamard bits rules keep_float calib_size synthetic num_inference_steps force as_json",
+    "qat": "output recipe no_hadamard bits rules keep_float calib_size synthetic num_inference_steps batch_size seed "
+    "lr_lora lr_weight_scale lr_activation_scale checkpoint_every work_dir resume steps force as_json",
+    "export": "output target opset one_timestep force as_json",
+    "build-engine": "builder arch min_batch opt_batch max_batch workspace tf32 cache force as_json",
+    "tune": "batch_sizes dtype weights output limit_seconds as_json",
+    "sample": "output runtime compare_with labels per_class seed batch_size num_inference_steps guidance_scale eta "
+    "force",
+    "eval": "against runtime images seed batch_size num_inference_steps guidance_scale eta as_json",
+    "analyze": "output csv_file calib_size synthetic batch_size num_inference_steps seed sensitivity force as_json",
+    "compare": "batch_size timesteps kind seed by csv_file as_json",
+    "bench": "against runtime batch_sizes threads runs warm_up work_dir as_json",
+    "serve": "runtime host port max_images",
+    "doctor": "as_json",
+}
+
+
+def options() -> Iterator[tuple[str, Option]]:
+    """Every option of every command."""
+    for name, command in main.commands.items():
+        yield from ((name, parameter) for parameter in command.params if isinstance(parameter, Option))
+
+
+def misused(command: str, option: Option) -> bool:
+    """Whether a line above misuses it."""
+    spelled = {*option.opts, *option.secondary_opts}
+    lines = [line.split() for line, _ in MISUSED if line.split()[0] == command]
+    return any(spelled & set(words) for words in lines)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    work = tmp_path_factory.mktemp("options")
+    source = tiny_pipeline.save_tiny_pipeline(work / "pipeline")
+    captured, quantised, plain = (work / f"{name}.hqc" for name in ("captured", "quantised", "plain"))
+    save_program(trace(str(source)), captured, pipeline=source)
+    ok("ptq", captured, "-o", quantised, *QUICK.split())
+    torch.manual_seed(5)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16,),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100)).save_pretrained(work / "ddpm")
+    save_program(trace(str(work / "ddpm")), plain, pipeline=work / "ddpm")
+    words = work / "words.txt"
+    words.write_text("a cat\n")
+    (work / "mine.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Module):\n    def forward(self, sample, timestep):\n"
+        "        return sample * timestep[:, None]\n\n\ndef build():\n"
+        "    return Net(), {'sample': torch.randn(2, 3), 'timestep': torch.zeros(2)}\n"
+    )
+    return SimpleNamespace(work=work, captured=captured, quantised=quantised, plain=plain, words=words)
+
+
+@pytest.mark.parametrize(("line", "named"), MISUSED, ids=[line for line, _ in MISUSED])
+def test_an_option_without_an_effect_is_refused(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(made.work)
+    arguments = [word.format(**vars(made)) for word in line.split()]
+    said = refused(tmp_path, *arguments)
+    assert said.startswith(named), said
+    assert len(said) <= 300
+
+
+def test_every_option_is_misused_above_or_always_has_an_effect() -> None:
+    always = {(name, option) for name, text in ALWAYS.items() for option in text.split()}
+    there = {(name, str(option.name)): misused(name, option) for name, option in options()}
+    undecided = {key for key, tried in there.items() if not tried and key not in always}
+    assert undecided == set(), "say in ALWAYS that they apply whatever else is asked for, or misuse them in MISUSED"
+    assert always <= there.keys()
+
+
+@pytest.mark.parametrize("command", RULES)
+def test_rules_are_of_options_that_there_are_and_are_tried(command: str) -> None:
+    there = {str(o.name): o for name, o in options() if name == command}
+    for rule in RULES[command]:
+        assert misused(command, there[rule.parameter]), rule.parameter
+
+
+def test_the_defaults_never_misuse_anything(made: SimpleNamespace, tmp_path: Path) -> None:
+    """A model without conditions and a scheduler without eta take the default guidance of 1.5."""
+    ok("ptq", made.plain, "-o", tmp_path / "x.hqc", "--calib-size", "1", "--n-steps", "2", "--eta", "0")
+    assert load_program(tmp_path / "x.hqc").plan.quantised
