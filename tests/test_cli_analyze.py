@@ -133,19 +133,8 @@ def test_compare_ranks_the_sites_of_two_programs(made: SimpleNamespace, tmp_path
 
 
 def test_compare_takes_an_export(made: SimpleNamespace) -> None:
-    said = ok(
-        "compare",
-        made.rotated,
-        made.integer,
-        "--batch-size",
-        "1",
-        "--timesteps",
-        "2",
-        "--top",
-        "3",
-        "--inputs",
-        "noise",
-    ).stdout
+    noise = ("--inputs", "noise", *SMALL[2:])
+    said = ok("compare", made.rotated, made.integer, *noise, "--top", "3").stdout
     lines = said.splitlines()
     assert lines[0] == "integer against rotated.hqc, worst site first"
     assert lines[2].split() == [*("relative", "cosine", "max", "abs", "SQNR,", "dB", "relative", "SQNR,", "dB", "site")]
