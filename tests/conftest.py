@@ -98,7 +98,7 @@ def captured_program(name: str) -> Program:
     """The zoo's model of this name, captured once a session; never change it in place."""
     import zoo  # this folder is on the path while its tests run
 
-    return trace(zoo.ZOO[name]())
+    return trace({**zoo.ZOO, **zoo.SHAPES}[name]())
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from hqc.capture.source import Source
 from hqc.program import InputSpec, Origin, Program
 from hqc.text import graph_text
 
-__all__ = ["PLAIN", "UNETS", "ZOO", "fingerprint"]
+__all__ = ["PLAIN", "SHAPES", "UNETS", "ZOO", "fingerprint"]
 
 
 def _source(name: str, module: nn.Module, channels: int = 32, size: int = 4) -> Source:
@@ -291,6 +291,59 @@ def in_place() -> Source:
     return _source("in_place", _InPlace())
 
 
+class _Unconditioned(nn.Module):
+    """diffusers' conditional UNet, where nothing reads the condition."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.unet(sample, timestep, encoder_hidden_states=None, return_dict=False)[0]
+
+
+def _convolutions(name: str, height: int, width: int, levels: int) -> Source:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(11)
+    unet = UNet2DConditionModel(
+        sample_size=(height, width),
+        block_out_channels=(32,) * levels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D",) * levels,
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=("UpBlock2D",) * levels,
+    )
+    inputs = (InputSpec("sample", ("N", 4, height, width)), InputSpec("timestep", ("N",)))
+    return Source(_Unconditioned(unet), inputs, Origin(source=name), prefix="unet.")
+
+
+def seamless() -> Source:
+    """Every convolution of more than one pixel wraps around the image's edges, as for tiles."""
+    source = _convolutions("seamless", 8, 6, levels=2)
+    for conv in source.module.modules():
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size != (1, 1):
+            conv.padding_mode = "circular"
+    return source
+
+
+def odd_sides() -> Source:
+    """9 × 13, which three levels do not divide: 9 → 5 → 3 and back."""
+    return _convolutions("odd_sides", 9, 13, levels=3)
+
+
+def plain_attention() -> Source:
+    """diffusers' attention before `scaled_dot_product_attention`: baddbmm over memory that nothing has written."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    source = cross_attention()
+    unet: Any = source.module.unet
+    unet.set_attn_processor(AttnProcessor())
+    return source
+
+
+SHAPES: Mapping[str, Callable[[], Source]] = {f.__name__: f for f in (seamless, odd_sides, plain_attention)}
 UNETS: Mapping[str, Callable[[], Source]] = {f.__name__: f for f in (cross_attention, unconditional, without_attention)}
 PLAIN: Mapping[str, Callable[[], Source]] = {
     f.__name__: f

@@ -3,11 +3,11 @@
 import operator
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from torch import fx
 
 from hqc.errors import ExportError
+from hqc.export.aten_images import IMAGES
 from hqc.export.lowering import Lowering, Translations, batch_dims, onnx_dtype
 from hqc.program import aten
 
@@ -160,6 +160,10 @@ def _embedding(lo: Lowering, node: fx.Node) -> ir.Value:
     return lo.builder.op("Gather", lo.value(node.args[0]), lo.value(node.args[1]), axis=0, name=node.name)
 
 
+def _unread(lo: Lowering, node: fx.Node) -> None:
+    """Memory that nobody has written stands where a product's factor of 0 leaves it out, as plain attention does."""
+
+
 def _full(value: float | None) -> Any:
     def translate(lo: Lowering, node: fx.Node) -> ir.Value:
         number = float(node.args[1]) if value is None else value  # type: ignore[arg-type]
@@ -167,41 +171,6 @@ def _full(value: float | None) -> Any:
         return lo.builder.op("Expand", scalar, batch_dims(lo, lo.shape(node)), name=node.name)
 
     return translate
-
-
-def _pad(lo: Lowering, node: fx.Node) -> ir.Value:
-    """torch pads from the last axis backwards: (left, right, top, bottom, …)."""
-    amounts = [int(a) for a in node.args[1]]  # type: ignore[union-attr, arg-type]
-    mode = str(node.args[2]) if node.target is aten.pad.default and len(node.args) > 2 else "constant"
-    if mode not in ("constant", "reflect", "replicate"):
-        raise ExportError(f"node {node.name}", f"pads in mode {mode}", "Rewrite the model.")
-    last = 3 if node.target is aten.pad.default else 2
-    fill = float(node.args[last]) if len(node.args) > last and node.args[last] is not None else 0.0  # type: ignore[arg-type]
-    axes = [-1 - i for i in range(len(amounts) // 2)]
-    pads = lo.builder.ints(*amounts[0::2], *amounts[1::2])
-    kind = {"replicate": "edge"}.get(mode, mode)
-    return lo.builder.op(
-        "Pad", lo.value(node.args[0]), pads, lo.builder.scalar(fill), lo.builder.ints(*axes), mode=kind, name=node.name
-    )
-
-
-def _upsample_nearest(lo: Lowering, node: fx.Node) -> ir.Value:
-    """Whole factors only: every pixel becomes a block of pixels, which Resize does exactly."""
-    have, want = lo.static_shape(node.args[0])[2:], lo.static_shape(node)[2:]
-    if -1 in (*have, *want):
-        raise ExportError(f"node {node.name}", "upsamples to a size that is not fixed", "Capture it with fixed sizes.")
-    factors = [1.0, 1.0, *(b / a for a, b in zip(have, want, strict=True))]
-    scales = lo.builder.constant(np.asarray(factors, np.float32), "scales")
-    return lo.builder.op(
-        "Resize",
-        lo.value(node.args[0]),
-        None,
-        scales,
-        mode="nearest",
-        coordinate_transformation_mode="asymmetric",
-        nearest_mode="floor",
-        name=node.name,
-    )
 
 
 SHAPES: Translations = {
@@ -260,13 +229,11 @@ SHAPES: Translations = {
     aten.select.int: _select,
     aten.index_select.default: _index_select,
     aten.embedding.default: _embedding,
+    aten.empty.memory_format: _unread,
     aten.ones.default: _full(1.0),
     aten.zeros.default: _full(0.0),
     aten.ones_like.default: _full(1.0),
     aten.zeros_like.default: _full(0.0),
     aten.full.default: _full(None),
-    aten.pad.default: _pad,
-    aten.constant_pad_nd.default: _pad,
-    aten.upsample_nearest2d.vec: _upsample_nearest,
-    aten.upsample_nearest2d.default: _upsample_nearest,
+    **IMAGES,
 }

@@ -11,7 +11,7 @@ from hqc.export.tensorrt.float_activations import FloatActivations, refuse_wide_
 from hqc.passes import FreezeIntegers, MergeLora, PackInt4, RotateWeights, SplitDigits
 from hqc.passes.rewriting import rewrite
 from hqc.pipeline import Pass, run_pipeline
-from hqc.program import Program, Stage
+from hqc.program import Program, Stage, aten, is_op
 
 __all__ = ["Target", "fold_constants", "prepare"]
 
@@ -78,7 +78,7 @@ def fold_constants(program: Program) -> Program:
             continue
         if all(i in known for i in node.all_input_nodes) and not node.target._schema.name.startswith("hqc::"):
             value = node.target(*fx.map_arg(node.args, known.__getitem__), **fx.map_arg(node.kwargs, known.__getitem__))
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not is_op(node, aten.empty.memory_format):
                 known[node] = value
     for node in known:
         readers = [u for u in node.users if u not in known]

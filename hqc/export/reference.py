@@ -109,4 +109,6 @@ class ForcedRun(fx.Interpreter):
         # A code is right if the level lies within half a step of it.
         excess = (level - codes).abs() - 0.5
         self.distance[site.site] = float(excess[differs].max()) if self.flipped[site.site] else 0.0
-        return codes * scale.view(broadcast) if is_op(n, ops.fake_quantize.default) else codes.to(torch.int8)
+        # With the strides of the quantiser's own result: layers choose their kernels by them, and kernels round apart.
+        given = torch.empty_like(level, memory_format=torch.preserve_format).copy_(codes)
+        return given * scale.view(broadcast) if is_op(n, ops.fake_quantize.default) else given.to(torch.int8)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from integer_oracle import MatMulIntegerToFloat
 from onnx.reference import ReferenceEvaluator
+from zoo import SHAPES
 
 from hqc.export.lowering import OUTPUT
 from hqc.export.model import onnx_from_program
@@ -33,7 +34,13 @@ def inputs(program, batch=4):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("model", "bits"),
-    [("without_attention", "w4a4"), ("shared_input", "w4a4"), ("two_sites", "w8a8"), ("geometry", "w3a4")],
+    [
+        ("without_attention", "w4a4"),
+        ("shared_input", "w4a4"),
+        ("two_sites", "w8a8"),
+        ("geometry", "w3a4"),
+        *((name, "w4a4") for name in SHAPES),
+    ],
 )
 def test_reference_evaluator_equals_torch(exported, model, bits, target) -> None:
     """Torch follows the evaluator's codes, so that one flipped code cannot hide or feign a fault."""

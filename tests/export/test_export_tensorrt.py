@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from tensorrt_exports import Build, attributes, builder, constants, feeds_of, producers, read, relative
-from zoo import PLAIN
+from zoo import PLAIN, SHAPES
 
 from hqc.export import TensorRtOptions, export_program
 from hqc.export.lowering import OUTPUT
@@ -67,6 +67,12 @@ def test_half_precision(build, model, dtype, plugins) -> None:
     assert 0 < report.verification.network.forced_error <= 16 * ROUNDING[dtype]
     kinds = {v.type.tensor_type.elem_type for v in read(folder).graph.value_info}
     assert HALF[dtype] in kinds
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_sizes_edges_and_attention_of_other_shapes(build, model) -> None:
+    program, _, report = build(model, "w4a4", dtype="fp16")
+    check(report, program)
 
 
 @pytest.mark.slow

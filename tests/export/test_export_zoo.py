@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from zoo import PLAIN, UNETS
+from zoo import PLAIN, SHAPES, UNETS
 
 from hqc.export.lowering import OUTPUT
 from hqc.ops import sylvester
@@ -39,6 +39,13 @@ def test_plain_models(exported, model, bits, target) -> None:
 @pytest.mark.parametrize("model", UNETS)
 def test_unets(exported, model, bits, target) -> None:
     program, _, report = exported(model, bits, target)
+    check(report, program)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("model", SHAPES)
+def test_sizes_edges_and_attention_of_other_shapes(exported, model, target) -> None:
+    program, _, report = exported(model, "w4a4", target)
     check(report, program)
 
 
