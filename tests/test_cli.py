@@ -141,6 +141,39 @@ def test_explain_as_json(made: SimpleNamespace) -> None:
     assert {site["block"] for site in rotated["plan"]["sites"]} == {0, 16}
 
 
+def test_explain_a_target(made: SimpleNamespace) -> None:
+    said = json.loads(ok("explain", made.program, "--target", "onnxruntime", "--json").stdout)
+    assert said["does_not_take"] == []
+    assert said["takes"]["aten.conv2d.default"] > 5
+    assert "aten.conv2d.default" in ok("explain", made.program, "--target", "portable").stdout
+
+
+def test_what_no_target_takes_is_said_before_long_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pooled.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.conv = torch.nn.Conv2d(8, 8, 3, padding=1)\n\n    def forward(self, sample, timestep):\n"
+        "        pooled = torch.nn.functional.max_pool2d(self.conv(sample), 3, 1, 1)\n"
+        "        return pooled + timestep[:, None, None, None]\n\n\n"
+        "def build():\n    return Net(), {'sample': torch.zeros(2, 8, 4, 4), 'timestep': torch.zeros(2)}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    captured, quantised = tmp_path / "pooled.hqc", tmp_path / "quantised.hqc"
+    warning = "hqc: warning: no export target takes this program: aten.max_pool2d.default (max_pool2d): has no ONNX "
+    traced = hqc("trace", "pooled:build", "-o", captured, "--json")
+    assert (traced.exit_code, json.loads(traced.stdout)["exports_to"]) == (0, [])
+    made = hqc("ptq", captured, "-o", quantised, "--synthetic", "--calib-size", "1", "--n-steps", "1")
+    assert made.exit_code == 0
+    for said in (traced.stderr, made.stderr):
+        assert said.startswith(warning)
+        assert said.endswith(f" `hqc explain --target portable {captured}` lists everything.\n")
+        assert said.count("\n") == 1
+    for program in (captured, quantised):
+        listed = hqc("explain", program, "--target", "tensorrt")
+        assert listed.exit_code == 1
+        assert "does not take aten.max_pool2d.default (max_pool2d): has no ONNX translation." in listed.stdout
+        assert listed.stderr == ""
+
+
 def test_explain_writes_nothing(made: SimpleNamespace) -> None:
     before = tree(made.work)
     ok("explain", made.program)

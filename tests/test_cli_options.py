@@ -29,6 +29,12 @@ MISUSED = [
     ("trace mine:build -o x --latent-size 16", "source 'mine:build'"),
     ("trace mine:build -o x --condition-length 4", "source 'mine:build'"),
     ("explain {captured} --recipe rtn --block 16", "--block 16"),
+    ("explain {captured} --target portable --recipe rtn", "--recipe"),
+    ("explain {captured} --target portable --bits w4a4", "--bits"),
+    ("explain {captured} --target portable --rules all", "--rules"),
+    ("explain {captured} --target portable --no-hadamard", "--no-hadamard"),
+    ("explain {captured} --target portable --block 16", "--block"),
+    ("explain {captured} --target portable --keep-float conv_in", "--keep-float"),
     ("ptq {captured} -o x --block 16", "--block 16"),
     ("ptq {plain} -o x --synthetic --guidance-scale 3", "--guidance-scale 3"),
     ("ptq {plain} -o x --eta 0.5", "--eta 0.5"),
@@ -84,7 +90,7 @@ MISUSED = [
 # Options that have an effect whatever else is asked for, or are refused with the value (bits, recipe, runtime, labels).
 ALWAYS = {
     "trace": "output force as_json",
-    "explain": "recipe bits rules no_hadamard keep_float as_json",
+    "explain": "target as_json",
     "inspect": "graph as_json",
     "ptq": "output recipe hadamard bits rules keep_float calib_size synthetic num_inference_steps force as_json",
     "qat": "output recipe no_hadamard bits rules keep_float calib_size synthetic num_inference_steps batch_size seed "

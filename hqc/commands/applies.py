@@ -33,7 +33,14 @@ def _sampled(parameters: Mapping[str, Any]) -> bool:
     return bool(parameters["kind"] == "trajectory")
 
 
+def _planned(parameter: str) -> Rule:
+    return Rule(
+        parameter, lambda p: p["target"] is None, "is of a recipe, and --target asks about the program as it is"
+    )
+
+
 RULES: Mapping[str, tuple[Rule, ...]] = {
+    "explain": tuple(map(_planned, ("recipe", "bits", "rules", "no_hadamard", "block", "keep_float"))),
     "qat": (Rule("epochs", lambda p: p["steps"] is None, "and --steps exclude each other", "Give one of them."),),
     "analyze": (
         Rule("sensitivity_samples", lambda p: p["sensitivity"] is not False, "is for what --no-sensitivity leaves out"),

@@ -8,6 +8,7 @@ import click
 
 from hqc.commands.applies import Command
 from hqc.commands.engine import EngineArguments, engine_options
+from hqc.commands.exportable import print_survey, warn_unless_exportable
 from hqc.commands.options import (
     bits_option,
     block_option,
@@ -90,6 +91,7 @@ def trace(
     )
     program = capture(found)
     save_program(program, output, force=force, pipeline=found.pipeline)
+    takers = warn_unless_exportable(program, output)
     summary = {
         "program": str(output),
         "source": source,
@@ -97,6 +99,7 @@ def trace(
         "nodes": len(program.graph.nodes),
         "weights_bytes": program.size_bytes(),
         "graph_equals_module_relative_error": program.origin.capture_error,
+        "exports_to": takers if as_json else ", ".join(takers) or "no target",
         "seconds": round(time.perf_counter() - start, 2),
         **found.notes,
         **left_out(found.module, program, found.pipeline, found.prefix),
@@ -112,6 +115,11 @@ def trace(
 @click.option("--no-hadamard", is_flag=True, help="Without rotation.")
 @block_option
 @keep_float_option
+@click.option(
+    "--target",
+    type=click.Choice(["portable", "onnxruntime", "tensorrt"]),
+    help="Show instead which operators of PROGRAM this export target takes, and which it does not: exit status 1 then.",
+)
 @json_option
 def explain(
     program: Path,
@@ -121,6 +129,7 @@ def explain(
     no_hadamard: bool,
     block: str | None,
     keep_float: tuple[str, ...],
+    target: "Target | None",
     as_json: bool,
 ) -> None:
     """Show what a recipe would do to PROGRAM: every site with its bits, rotation, and the reason of every miss."""
@@ -130,6 +139,11 @@ def explain(
     from hqc.plan import RULE_SETS
     from hqc.storage import load_program
 
+    if target is not None:
+        from hqc.export.surveys import survey
+
+        print_survey(program, survey(load_program(program), target), as_json=as_json)
+        return
     found = configure(recipe, rules=rules)
     rotated = bool(found.block) and not no_hadamard
     found = configure(found, block=rotation_order(block, rotated=rotated))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hqc.commands.applies import Command, check_sampler
+from hqc.commands.exportable import warn_unless_exportable
 from hqc.commands.options import (
     check_output,
     conditions_asked,
@@ -154,6 +155,7 @@ def _job(program: Path, output: Path, given: dict[str, Any], *, force: bool, rot
     calibration = recipe.calibration.model_copy(update={"samples": given.pop("calib_size")})
     recipe = recipe.model_copy(update={"calibration": calibration, "training": _training(recipe.training, given)})
     captured, pipeline = load_program(program), pipeline_folder(program)
+    warn_unless_exportable(captured, program)
     task = api.task_of(captured, folder=pipeline, **conditions)
     check_sampler(task, sampler)
     return _Job(captured, recipe, block, bits, keep_float, task, output, pipeline, force)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hqc.export.artefact import EXPORT_KIND, ExportReport, export_program
     from hqc.export.prepare import Target
+    from hqc.export.surveys import Survey, survey
     from hqc.export.tensorrt.options import TensorRtOptions
 
-__all__ = ["EXPORT_KIND", "ExportReport", "Target", "TensorRtOptions", "export_program"]
+__all__ = ["EXPORT_KIND", "ExportReport", "Survey", "Target", "TensorRtOptions", "export_program", "survey"]
 
-_WHERE = {"Target": "prepare", "TensorRtOptions": "tensorrt.options"}
+_WHERE = {"Survey": "surveys", "Target": "prepare", "TensorRtOptions": "tensorrt.options", "survey": "surveys"}
 
 
 def __getattr__(name: str) -> Any:

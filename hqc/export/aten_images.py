@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from hqc.errors import ExportError
-from hqc.export.lowering import Lowering, Translations, batch_dims
+from hqc.export.builder import GraphBuilder
+from hqc.export.lowering import Lowering, Translations
 from hqc.program import aten
 
 __all__ = ["IMAGES"]
@@ -70,7 +71,7 @@ def _upsample_nearest(lo: Lowering, node: fx.Node) -> ir.Value:
     whole = all(n % m == 0 for m, n in zip(have, want, strict=True))
     factors = [1.0, 1.0, *(n / m for m, n in zip(have, want, strict=True))]
     scales = b.constant(np.asarray(factors, np.float32), "scales") if whole else None
-    sizes = [] if whole else [batch_dims(lo, lo.shape(node))]
+    sizes = [] if whole else [_with_batch_of(b, x, lo.static_shape(node)[1:])]
     return b.op(
         "Resize",
         *(x, None, scales, *sizes),
@@ -79,6 +80,11 @@ def _upsample_nearest(lo: Lowering, node: fx.Node) -> ir.Value:
         nearest_mode="floor",
         name=node.name,
     )
+
+
+def _with_batch_of(builder: GraphBuilder, x: ir.Value, rest: list[int]) -> ir.Value:
+    """[x's first size, *rest] as an int64 vector: the first may be any function of the batch."""
+    return builder.op("Concat", builder.op("Shape", x, start=0, end=1), builder.ints(*rest), axis=0)
 
 
 def _source_pixels(node: fx.Node, have: list[int]) -> list[list[int]]:

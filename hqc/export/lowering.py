@@ -14,7 +14,7 @@ from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.program import BATCH, Program, is_op
 from hqc.wording import listed
 
-__all__ = ["OUTPUT", "Listen", "Lowering", "Tap", "Translation", "Translations", "onnx_dtype"]
+__all__ = ["OUTPUT", "Listen", "Lowering", "Tap", "Translation", "Translations", "is_size", "onnx_dtype"]
 
 OUTPUT = "output"
 
@@ -90,7 +90,7 @@ class Lowering:
         """
         self._check_operators()
         for node in self.program.graph.nodes:
-            self._translate(node)
+            self.translate(node)
         # A transpose that its readers absorbed is dropped below: listening goes to the value behind it.
         self.taps = self._find_taps()
         self._drop_unused()
@@ -98,12 +98,12 @@ class Lowering:
         model.producer_name = "hqc"
         return model
 
+    def knows(self, node: fx.Node) -> bool:
+        """Whether the table has a translation for a node; arithmetic on sizes needs none."""
+        return node.op != "call_function" or node.target in self.translations or is_size(node)
+
     def _check_operators(self) -> None:
-        unknown = {
-            str(node.target)
-            for node in self.program.graph.nodes
-            if node.op == "call_function" and node.target not in self.translations and not _is_size(node)
-        }
+        unknown = {str(node.target) for node in self.program.graph.nodes if not self.knows(node)}
         if unknown:
             raise ExportError(
                 "export",
@@ -112,14 +112,19 @@ class Lowering:
                 lists=True,
             )
 
-    def _translate(self, node: fx.Node) -> None:
+    def translate(self, node: fx.Node) -> None:
+        """Adds what one node becomes to the graph; those before it must be there.
+
+        Raises:
+            ExportError: if the node is none that this target can write.
+        """
         builder = self.builder
         if node.op == "placeholder":
             spec = next(s for s in self.program.inputs if s.name == node.name)
             self.values[node] = builder.input(spec.name, onnx_dtype(spec.dtype), self.shape(node))
         elif node.op == "output":
             self._finish(node)
-        elif node.op != "get_attr" and not _is_size(node):
+        elif node.op != "get_attr" and not is_size(node):
             result = self.translations[node.target](self, node)
             self.values[node] = result
             if isinstance(result, ir.Value):
@@ -231,7 +236,7 @@ def _of_the_timestep(program: Program) -> frozenset[fx.Node]:
             if node.name == "timestep":
                 shared.add(node)
             continue
-        values = [n for n in node.all_input_nodes if n not in constant and not _is_size(n)]
+        values = [n for n in node.all_input_nodes if n not in constant and not is_size(n)]
         if node.op == "get_attr" or (node.all_input_nodes and all(n in constant for n in node.all_input_nodes)):
             constant.add(node)
         elif values and all(n in shared for n in values):
@@ -262,8 +267,8 @@ Translations = Mapping[Any, Translation]
 _IR_VERSIONS: Mapping[int, int] = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 
 
-def _is_size(node: fx.Node) -> bool:
-    """Arithmetic on sizes: shapes are read from the program's notes instead."""
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is arithmetic on sizes: shapes are read from the program's notes instead."""
     if node.op != "call_function":
         return False
     if is_op(node, torch.ops.aten.sym_size.int):

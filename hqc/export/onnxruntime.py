@@ -24,21 +24,21 @@ from hqc.export.shared import int4_weight, nearest_timestep
 from hqc.export.sites import PRODUCTS, QuantisedSite, absorbed_nodes
 from hqc.program import Program, aten
 
-__all__ = ["lower_onnxruntime"]
+__all__ = ["OnnxRuntimeLowering", "lower_onnxruntime"]
 
 ops = torch.ops.hqc
 
 
 def lower_onnxruntime(program: Program, opset: int, *, one_timestep: bool = False) -> tuple[ir.Model, Lowering]:
     """Requires: a captured program, or an integer one (`rotate_weights`, `split_digits`, optionally `pack_int4`)."""
-    lowering = _IntegerLowering(program, opset, one_timestep=one_timestep)
+    lowering = OnnxRuntimeLowering(program, opset, one_timestep=one_timestep)
     return lowering.run(), lowering
 
 
-class _IntegerLowering(IntegerState):
+class OnnxRuntimeLowering(IntegerState):
     """Adds the bank of scales, and the nodes between a product and its rescale, which are emitted as one piece."""
 
-    def __init__(self, program: Program, opset: int, *, one_timestep: bool) -> None:
+    def __init__(self, program: Program, opset: int, *, one_timestep: bool = False) -> None:
         super().__init__(program, _TRANSLATIONS, opset, one_timestep=one_timestep)
         self.bank = ScaleBank(self, requested_scales(program, self.shared))
         self.absorbed = absorbed_nodes(program)
@@ -54,7 +54,7 @@ class _IntegerLowering(IntegerState):
 # ---- dispatch ------------------------------------------------------------------------------------------------------
 
 
-def _index_select(lo: _IntegerLowering, node: fx.Node) -> ir.Value | None:
+def _index_select(lo: OnnxRuntimeLowering, node: fx.Node) -> ir.Value | None:
     """Scale tables are looked up together, by the bank, when first asked for."""
     return None if lo.bank.holds(node) else SHAPES[aten.index_select.default](lo, node)
 

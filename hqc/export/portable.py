@@ -26,7 +26,7 @@ from hqc.export.lowering import Lowering, Translations
 from hqc.export.shared import int4_weight, nearest_timestep, per_sample, signed_sums
 from hqc.program import Program, is_op
 
-__all__ = ["lower_portable"]
+__all__ = ["PortableLowering", "lower_portable"]
 
 ops = torch.ops.hqc
 
@@ -38,9 +38,16 @@ def lower_portable(
 
     Requires: a captured program, or a frozen one (`freeze_integers`, optionally `pack_int4`).
     """
-    translations = {**_TRANSLATIONS, ops.hadamard.default: _hadamard_call} if functions else _TRANSLATIONS
-    lowering = Lowering(program, translations, opset, one_timestep=one_timestep)
+    lowering = PortableLowering(program, opset, one_timestep=one_timestep, functions=functions)
     return lowering.run(), lowering
+
+
+class PortableLowering(Lowering):
+    """The table of this target."""
+
+    def __init__(self, program: Program, opset: int, *, one_timestep: bool = False, functions: bool = False) -> None:
+        translations = {**_TRANSLATIONS, ops.hadamard.default: _hadamard_call} if functions else _TRANSLATIONS
+        super().__init__(program, translations, opset, one_timestep=one_timestep)
 
 
 def _hadamard(lo: Lowering, node: fx.Node) -> ir.Value:

@@ -90,15 +90,16 @@ class TensorRtLowering(TensorRtState):
         options: TensorRtOptions,
         forms: dict[str, LayerForm],
         *,
-        one_timestep: bool,
+        one_timestep: bool = False,
     ) -> None:
         super().__init__(program, _TRANSLATIONS, opset, one_timestep=one_timestep)
         self.options, self.forms = options, forms
         self.absorbed = absorbed_nodes(program)
         self._full = full_precision_nodes(program)
 
-    def _translate(self, node: fx.Node) -> None:
-        super()._translate(node)
+    def translate(self, node: fx.Node) -> None:
+        """Notes the precision of what the node becomes."""
+        super().translate(node)
         precision = Precision.FULL if node in self._full else Precision.ACTIVATION
         for made in reversed(self.builder.graph):
             if PRECISION in made.meta:
