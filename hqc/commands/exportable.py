@@ -23,7 +23,7 @@ def warn_unless_exportable(program: "Program", folder: Path) -> list[str]:
     from hqc.wording import printable, shortened
 
     surveys = survey_targets(program)
-    takers = [found.target for found in surveys if not found.obstacles]
+    takers: list[str] = [found.target for found in surveys if not found.obstacles]
     if not takers:
         more = f" `hqc explain --target {surveys[0].target} {folder}` lists everything."
         said = printable(f"hqc: warning: no export target takes this program: {surveys[0].obstacles[0]}")

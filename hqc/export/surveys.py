@@ -70,9 +70,9 @@ def survey(program: Program, target: Target) -> Survey:
     taken: Counter[str] = Counter()
     refused: list[tuple[fx.Node, ExportError]] = []
     for node in lowering.program.graph.nodes:
-        error = _refusal(lowering, node)
-        if error is not None:
-            refused.append((node, error))
+        refusal = _refusal(lowering, node)
+        if refusal is not None:
+            refused.append((node, refusal))
         elif isinstance(node.target, torch._ops.OpOverload) and not is_size(node):
             taken[str(node.target)] += 1
     return Survey(target, dict(sorted(taken.items())), tuple(_grouped(refused)))
