@@ -6,8 +6,7 @@
 Steps, the most valuable figures first:
 
     models     LDM-4 as a float and as a packed W4A4 program
-    compile    every kernel that follows, on all cores, and the peers under torch.compile
-    unet       `hqc bench` against both half-precision peers at batches 8, 2, 32 and 1
+    unet       gpu_contest.py: against both half-precision peers at batches 8, 2, 32 and 1, compiled side by side
     profile    kernels of a call by kind
     kernels    kernel_bench.py
     tune       with --tune: `hqc tune`, the table of measured tiles
@@ -33,15 +32,15 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import gpu_contest
 import kernel_bench
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "arch:ldm4-imagenet"
 BATCHES, PROFILED = (8, 2, 32, 1), (8, 2)
-PEERS = "torch-fp16-compile,torch-fp16-cudagraph"
-STEPS = ("models", "compile", "unet", "profile", "kernels", "tune", "tests")
-WHOLE_SECONDS, COMPILE_SECONDS, BATCH_SECONDS, PROFILE_SECONDS, KERNEL_SECONDS = 350, 150, 110, 45, 90
+STEPS = ("models", "unet", "profile", "kernels", "tune", "tests")
+WHOLE_SECONDS, COMPILE_SECONDS, PROFILE_SECONDS, KERNEL_SECONDS = 355, 150, 45, 80
 TUNE_RESERVE = 30
 """Seconds for what a tuning does besides its measurements."""
 AIM_OF_COPY, AIM_SPEEDUP = 0.85, 1.8
@@ -140,46 +139,6 @@ def _last_line(log: Path) -> str:
     return lines[-1][:500] if lines else "no message"
 
 
-class Warmers:
-    """Processes that compile what follows, each under its name; nothing that they say counts."""
-
-    def __init__(self, commands: Mapping[str, Sequence[str]], work: Path, environment: Mapping[str, str]) -> None:
-        self._logs = {name: work / f"warm-{i}.log" for i, name in enumerate(commands)}
-        self._start, self._running = time.monotonic(), dict[str, subprocess.Popen[bytes]]()
-        for name, command in commands.items():
-            with self._logs[name].open("wb") as said:
-                self._running[name] = subprocess.Popen(
-                    command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, env=dict(environment)
-                )
-
-    def finish(self, seconds: float, on_end: Callable[[str, Any], None] = lambda name, took: None) -> None:
-        """Waits for them, and ends those that take longer: the timing must have the GPU to itself.
-
-        on_end: hears of each its seconds, or why it has none.
-        """
-        end, waiting = time.monotonic() + seconds, dict(self._running)
-        while waiting:
-            late = time.monotonic() > end
-            for name, process in list(waiting.items()):
-                if process.poll() is None and not late:
-                    continue
-                del waiting[name]
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-                    on_end(name, "out of time")
-                elif process.returncode:
-                    on_end(name, _last_line(self._logs[name]))
-                else:
-                    on_end(name, round(time.monotonic() - self._start, 1))
-            time.sleep(0.05)
-
-    @property
-    def processes(self) -> list[subprocess.Popen[bytes]]:
-        """All that were started."""
-        return list(self._running.values())
-
-
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
 
@@ -202,77 +161,41 @@ def make_models(put: Put, models: Path | None, work: Path) -> None:
     save_program(stored_form(read_outline(models / "quantised")), work / "quantised.hqc", force=True)
 
 
-COMPILE_PEER = """
-import sys
-from hqc.runtimes.cuda.compiled import CompiledHalfSession
-from hqc.storage import load_program
-program = load_program(sys.argv[1])
-CompiledHalfSession(program)(*program.example_inputs(int(sys.argv[2])))
-"""
-
-
-def compile_ahead(put: Put, clock: Clock, work: Path) -> None:
-    """hqc's kernels by kernel_warm.py, and a process for each batch size of the compiled peer."""
-    _need_models(work)
-    sizes = ",".join(map(str, BATCHES))
-    script = str(ROOT / "scripts" / "kernel_warm.py")
-    commands = {
-        "kernels": [sys.executable, script, str(work / "quantised.hqc"), "--batch-size", sizes, "--kernel-bench"]
-    }
-    for batch in BATCHES:
-        name = f"torch.compile, batch {batch}"
-        commands[name] = [sys.executable, "-c", COMPILE_PEER, str(work / "float.hqc"), str(batch)]
-    threads = str(max(1, len(os.sched_getaffinity(0)) // len(BATCHES)))
-    warmers = Warmers(commands, work, {**_environment(work), "TORCHINDUCTOR_COMPILE_THREADS": threads})
-    warmers.finish(clock.left(COMPILE_SECONDS), lambda name, took: put(**{name: took}))
-    print((work / "warm-0.log").read_text(encoding="utf-8", errors="replace")[-500:], flush=True)
-
-
 def run_unet(put: Put, clock: Clock, work: Path) -> None:
-    """`hqc bench` with the runtime torch-cuda against its peers, one batch size after the other."""
+    """The quantised program against both half-precision peers, see gpu_contest.py."""
     _need_models(work)
-    model = [str(work / "quantised.hqc"), "--float", str(work / "float.hqc")]
     put(model=MODEL, aim_speedup=AIM_SPEEDUP, batches={}, failed={})
-    failed = {}
-    for batch in BATCHES:
-        command = [sys.executable, "-c", "from hqc.cli import main; main()", "bench", *model]
-        command += ["--runtime", "torch-cuda", "--against", PEERS, "--batch-size", str(batch)]
-        command += ["--runs", "5", "--warm-up", "1", "--json", "--work-dir", str(work / "bench")]
-        why = _bench(put, batch, command, clock, _environment(work))
-        if why:
-            failed[str(batch)] = why
-            put(failed=failed)
+    warm = [sys.executable, str(ROOT / "scripts" / "kernel_warm.py"), str(work / "quantised.hqc"), "--kernel-bench"]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // len(BATCHES)))
+    contest = gpu_contest.Contest(
+        work / "quantised.hqc",
+        work / "float.hqc",
+        BATCHES,
+        [*warm, "--batch-size", ",".join(map(str, BATCHES))],
+        {**_environment(work), "TORCHINDUCTOR_COMPILE_THREADS": threads},
+    )
+
+    def tell(**values: Any) -> None:
+        put(**values)
+        for batch, found in values.get("batches", {}).items():
+            print(f"batch {batch}: {_unet_line(found)}", flush=True)
+
+    failed = gpu_contest.run(contest, tell, work, clock.left(COMPILE_SECONDS))
     if failed:
-        raise RuntimeError("; ".join(f"batch {batch}: {why}" for batch, why in failed.items()))
+        put(failed=failed)
+        raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
 
 
-def _bench(put: Put, batch: int, command: Sequence[str], clock: Clock, environment: Mapping[str, str]) -> str:
-    """One batch size into the file; why not, if not."""
-    limit = clock.left(BATCH_SECONDS)
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, env=dict(environment))
-    except subprocess.TimeoutExpired:
-        return f"out of time after {limit:.0f} s"
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["no message"])[-1][:500]
-    said = json.loads(done.stdout)
-    names = ("milliseconds", "speedup", "speedup_spread", "device_bytes", "error_to_float", "load_seconds", "stages")
-    entry = {name: said[name] for name in names} | ({"failed": said["failed"]} if said["failed"] else {})
-    put(batches={str(batch): entry})
-    print(f"batch {batch}: {_unet_line(said)}", flush=True)
-    return "; ".join(f"{name}: {why}" for name, why in said["failed"].items())
-
-
-def _unet_line(said: dict[str, Any]) -> str:
+def _unet_line(said: Mapping[str, Any]) -> str:
     times = ", ".join(f"{name} {entry['median']:.3f} ms" for name, entry in said["milliseconds"].items())
     ratios = ", ".join(f"{ratio:.2f}× {name}" for name, ratio in said["speedup"].items())
     return f"{times}; {ratios}"
 
 
 def run_profiles(put: Put, clock: Clock, work: Path) -> None:
-    """gpu_profile.py of the quantised program and of the strongest peer; what was profiled before the end counts."""
+    """gpu_profile.py of the quantised program; what was profiled before the end counts."""
     _need_models(work)
-    wanted = {"torch-cuda": ("quantised.hqc", PROFILED), "torch-fp16-compile": ("float.hqc", PROFILED[:1])}
+    wanted = {"torch-cuda": ("quantised.hqc", PROFILED)}
     failed = []
     for runtime, (program, batches) in wanted.items():
         file = work / f"profile-{runtime}.json"
@@ -353,7 +276,8 @@ def run_tests(put: Put, clock: Clock, work: Path) -> None:
     report, log = work / "report.xml", work / "tests.log"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "-W", "default", f"--junitxml={report}"]
     command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", "--no-header", "-rfEs"]
-    command += ["-n", "6"] if _installed("xdist") else []  # most of the time is triton's compiler
+    processes = str(max(1, len(os.sched_getaffinity(0)) - 4))
+    command += ["-n", processes] if _installed("xdist") else []  # most of the time is triton's compiler
     put(tensorrt=_installed("tensorrt"))
     late = False
     with _ended(command, log, _environment(work)) as process:
@@ -476,7 +400,6 @@ def main() -> int:
         work.mkdir(parents=True, exist_ok=True)
         every: dict[str, Step] = {
             "models": lambda put: make_models(put, arguments.models, work),
-            "compile": lambda put: compile_ahead(put, clock, work),
             "unet": lambda put: run_unet(put, clock, work),
             "profile": lambda put: run_profiles(put, clock, work),
             "kernels": lambda put: run_kernels(put, clock),

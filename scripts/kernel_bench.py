@@ -213,6 +213,52 @@ def _gate(batch: int, tokens: int, channels: int) -> Case:
     return _quantiser("gate_quantize", (batch, tokens, channels), "GEGLU", moved, **ways)
 
 
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+ATTENDED = [(8, 1024, 384), (8, 256, 576), (8, 64, 960)]  # batch, tokens, width of the one head
+
+
+def attentions() -> Iterator[Case]:
+    """One head too wide for flash kernels, rotation and quantisation; unit TOP/s of both products."""
+    for shape in ATTENDED:
+        yield _attention(*shape)
+
+
+def _attention(batch: int, tokens: int, width: int) -> Case:
+    from hqc.kernels import Quantiser, hadamard_quantize, wide_attention
+
+    inverse, scale = torch.full((batch,), 2.0, device=DEVICE), width**-0.5
+    quantiser = Quantiser(inverse, -TOP, TOP, BLOCK)
+
+    def operands() -> tuple[Tensor, Tensor, Tensor]:
+        return _random(batch, tokens, width), _random(batch, tokens, width), _random(batch, tokens, width)
+
+    def codes(y: Tensor) -> Tensor:
+        return hadamard_quantize(y, inverse, low=-TOP, high=TOP, block=BLOCK)
+
+    def ours(i: int) -> Call:
+        return partial(wide_attention, *operands(), heads=1, scale=scale, quantiser=quantiser)
+
+    def pieces(i: int) -> Call:
+        q, k, v = operands()
+
+        def call() -> Tensor:
+            scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+            return codes(torch.bmm(scores.softmax(-1), v))
+
+        return call
+
+    def fused(i: int) -> Call:
+        q, k, v = (t[:, None] for t in operands())
+        return lambda: codes(F.scaled_dot_product_attention(q, k, v, scale=scale)[:, 0])
+
+    moved = 7 * batch * tokens * width
+    ways = {"hqc": ours, "bmm, softmax, bmm": pieces, "torch's fused": fused}
+    contenders = {name: Contender(make, moved) for name, make in ways.items()}
+    operations = 4.0 * batch * tokens * tokens * width
+    return Case("wide_attention", (batch, tokens, width), "one head", "TOP/s", operations, contenders)
+
+
 # ---- products ------------------------------------------------------------------------------------------------------
 
 GEMMS = [(8192, 384, 3072), (8192, 1536, 384), (2048, 576, 4608), (2048, 2304, 576), (512, 960, 960), (512, 3840, 960)]
@@ -327,6 +373,7 @@ KINDS: Mapping[str, Callable[[], Iterator[Case]]] = {
     "group_norm_quantize": group_norms,
     "layer_norm_quantize": layer_norms,
     "gate_quantize": gates,
+    "wide_attention": attentions,
     "int_gemm": products,
     "int_conv2d": convolutions,
 }

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -89,7 +89,7 @@ def test_some_steps_again_keep_the_others(check: ModuleType, tmp_path: Path) -> 
 
 def test_steps_by_name(check: ModuleType) -> None:
     assert check._steps("tests, models,unet") == ("models", "unet", "tests")
-    with pytest.raises(argparse.ArgumentTypeError, match="there is no step 'units'; there are models, compile"):
+    with pytest.raises(argparse.ArgumentTypeError, match="there is no step 'units'; there are models, unet"):
         check._steps("models,units")
 
 
@@ -130,53 +130,53 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_batches_are_measured_one_after_the_other(check: ModuleType, monkeypatch, work: Path) -> None:
-    """The second runs out of time, the fourth is no model that bench takes; the others are there."""
-    asked: list[tuple[str, float]] = []
+def test_the_contest_is_reported(check: ModuleType, monkeypatch, work: Path, capsys) -> None:
+    """Two batch sizes are there, one contender is missing."""
+    one = {"milliseconds": {"hqc": {"median": 2.0}, "p": {"median": 3.0}}, "speedup": {"p": 1.5}}
 
-    def run(command: list[str], *, timeout: float, env: dict[str, str], **_: Any) -> SimpleNamespace:
-        batch = command[command.index("--batch-size") + 1]
-        asked.append((batch, timeout))
-        assert env["TORCHINDUCTOR_CACHE_DIR"] == str(work / "inductor")
-        if batch == "2":
-            raise subprocess.TimeoutExpired(command, timeout)
-        if batch == "1":
-            return SimpleNamespace(returncode=2, stdout="", stderr="one\nerror: no such model\n")
-        names = ("device_bytes", "error_to_float", "load_seconds", "stages", "speedup_spread")
-        said = {"milliseconds": {"hqc": {"median": 2.0}}, "speedup": {"p": 1.5}, "failed": {}} | dict.fromkeys(names, 0)
-        return SimpleNamespace(returncode=0, stdout=json.dumps(said), stderr="")
+    def run(contest: Any, put: Any, folder: Path, seconds: float) -> dict[str, str]:
+        assert contest.environment["TORCHINDUCTOR_CACHE_DIR"] == str(work / "inductor")
+        assert contest.warm[2:] == [str(work / "quantised.hqc"), "--kernel-bench", "--batch-size", "8,2,32,1"]
+        assert (contest.quantised, contest.float, seconds) == (work / "quantised.hqc", work / "float.hqc", 150)
+        put(ready_seconds={"batch 8, hqc": 3.0})
+        for batch in ("8", "2"):
+            put(batches={batch: one})
+        return {"batch 32, hqc": "not ready after 150 s"}
 
-    monkeypatch.setattr(check.subprocess, "run", run)
+    monkeypatch.setattr(check.gpu_contest, "run", run)
     put = Put()
-    with pytest.raises(RuntimeError, match="batch 2: out of time after 110 s; batch 1: error: no such model"):
+    with pytest.raises(RuntimeError, match="batch 32, hqc: not ready after 150 s"):
         check.run_unet(put, check.Clock(1000), work)
-    assert [batch for batch, _ in asked] == ["8", "2", "32", "1"]
-    assert list(put.said["batches"]) == ["8", "32"]
-    assert put.said["failed"] == {"2": "out of time after 110 s", "1": "error: no such model"}
+    assert put.said["batches"] == {"8": one, "2": one}
+    assert put.said["failed"] == {"batch 32, hqc": "not ready after 150 s"}
+    assert "batch 2: hqc 2.000 ms, p 3.000 ms; 1.50× p" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("step", ["compile_ahead", "run_unet", "run_profiles"])
+@pytest.mark.parametrize("step", ["run_unet", "run_profiles"])
 def test_without_models_a_step_says_so(check: ModuleType, step: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="there is no model, see models"):
         getattr(check, step)(Put(), check.Clock(10), tmp_path)
 
 
-def test_what_was_profiled_before_the_end_counts(check: ModuleType, monkeypatch, work: Path) -> None:
+@pytest.mark.parametrize(("end", "why"), [("sys.exit(3)", "some trouble"), ("time.sleep(60)", "out of time")])
+def test_what_was_profiled_before_the_end_counts(
+    check: ModuleType, monkeypatch, work: Path, end: str, why: str
+) -> None:
     code = """
 import json, sys, time
 one = {"kernels": 9, "busy_ms": 1.0, "by_kind": {"copies": {"ms": 1.0}}}
 open(sys.argv[sys.argv.index("--json") + 1], "w").write(json.dumps({"batches": {"8": one}}))
-print("some trouble")
-sys.exit(3) if "torch-cuda" in sys.argv else time.sleep(60)
+print("some trouble", flush=True)
+END
 """
     (work / "scripts").mkdir()
-    (work / "scripts" / "gpu_profile.py").write_text(code)
+    (work / "scripts" / "gpu_profile.py").write_text(code.replace("END", end))
     monkeypatch.setattr(check, "ROOT", work)
     monkeypatch.setattr(check, "PROFILE_SECONDS", 3)
     put = Put()
-    with pytest.raises(RuntimeError, match="torch-cuda: some trouble; torch-fp16-compile: out of time"):
+    with pytest.raises(RuntimeError, match=f"torch-cuda: {why}"):
         check.run_profiles(put, check.Clock(1000), work)
-    assert [put.said[name]["8"]["kernels"] for name in ("torch-cuda", "torch-fp16-compile")] == [9, 9]
+    assert put.said["torch-cuda"]["8"]["kernels"] == 9
 
 
 def test_kernel_rows_stay_when_time_runs_out(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,43 +251,6 @@ def test_the_clock_runs_down(check: ModuleType) -> None:
     assert clock.left() == 1.0  # never nothing: a step that starts says itself that it ran out
     assert check.Clock(100).left(7) == 7
     assert 90 < check.Clock(100).left() <= 100
-
-
-def test_processes_that_compile_ahead_are_ended_in_time(check: ModuleType, tmp_path: Path) -> None:
-    commands = {
-        "quick": [sys.executable, "-c", "pass"],
-        "broken": [sys.executable, "-c", "import sys; sys.exit('no compiler')"],
-        "slow": [sys.executable, "-c", "import time; time.sleep(60)"],
-    }
-    heard: dict[str, Any] = {}
-    start = time.monotonic()
-    warmers = check.Warmers(commands, tmp_path, dict(os.environ))
-    warmers.finish(3, heard.__setitem__)
-    assert time.monotonic() - start < 20
-    assert all(process.poll() is not None for process in warmers.processes)
-    assert heard == {"quick": heard["quick"], "broken": "no compiler", "slow": "out of time"}
-    assert 0 < heard["quick"] < 3.5
-
-
-def test_what_is_compiled_ahead(check: ModuleType, monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
-    asked: dict[str, list[str]] = {}
-
-    class Warmers:
-        def __init__(self, commands: dict[str, list[str]], folder: Path, environment: dict[str, str]) -> None:
-            asked.update(commands)
-            (folder / "warm-0.log").write_text("3 kernels")
-            assert environment["TORCHINDUCTOR_CACHE_DIR"] == str(work / "inductor")
-
-        def finish(self, seconds: float, on_end: Any) -> None:
-            for name in asked:
-                on_end(name, 1.5)
-
-    monkeypatch.setattr(check, "Warmers", Warmers)
-    put = Put()
-    check.compile_ahead(put, check.Clock(100), work)
-    assert list(put.said) == ["kernels", *(f"torch.compile, batch {batch}" for batch in (8, 2, 32, 1))]
-    assert asked["kernels"][2:] == [str(work / "quantised.hqc"), "--batch-size", "8,2,32,1", "--kernel-bench"]
-    compile(check.COMPILE_PEER, "peer", "exec")
 
 
 def test_without_diffusers_and_outlines_it_says_what_to_give(check: ModuleType, monkeypatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,10 @@ class Memory:
 class Contender:
     """A model in a process of its own, with its own memory and thread pool. A context manager: leaving it ends it."""
 
-    def __init__(self, name: str, runtime: str, model: Path) -> None:
+    def __init__(
+        self, name: str, runtime: str, model: Path, *, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """environment: of the process, instead of this one's."""
         self.name, self.runtime, self.model = name, runtime, model
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
         self._process = subprocess.Popen(
@@ -59,7 +63,7 @@ class Contender:
             stderr=self._said,
             text=True,
             encoding="utf-8",
-            env=worker_environment(),
+            env=worker_environment(environment),
         )
 
     def __enter__(self) -> "Contender":
@@ -84,6 +88,10 @@ class Contender:
             self._process.kill()
             self._process.wait()
         self._said.close()
+
+    def kill(self) -> None:
+        """Ends the process at once, from any thread: a request that another thread waits for fails."""
+        self._process.kill()
 
     def load(self, inputs: Path, threads: int) -> Loaded:
         """Loads the model with inputs from an .npz file.
@@ -140,7 +148,7 @@ class Contender:
         return f"its process ended with status {code}: {lines[-1] if lines else 'no message'}"
 
 
-def worker_environment() -> dict[str, str]:
-    """This process's environment, in which a child finds the same packages."""
+def worker_environment(given: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment, or a given one, in which a child finds the same packages."""
     paths = [path for path in sys.path if path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**(os.environ if given is None else given), "PYTHONPATH": os.pathsep.join(paths)}

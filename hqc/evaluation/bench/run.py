@@ -25,7 +25,7 @@ from hqc.export.model import MODEL_FILE
 from hqc.plan import QuantPlan
 from hqc.program import InputSpec
 
-__all__ = ["Timing", "bench", "median_milliseconds"]
+__all__ = ["Timing", "bench", "first_timestep", "median_milliseconds", "write_inputs"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def bench(
     built, failed = _build_peers(against, models.float_program, quantisation, space)
     with tempfile.TemporaryDirectory(dir=space.folder) as scratch:
         inputs = Path(scratch) / "inputs.npz"
-        _write_inputs(models.inputs, timing, _first_timestep(models.export), inputs)
+        write_inputs(models.inputs, timing, first_timestep(models.export), inputs)
         contenders = {HQC: compared(models.export, runtime), **built}
         figures, dropped = _measure(contenders, models.float_program, inputs, timing, space, on_round)
     return BenchResult(
@@ -102,7 +102,7 @@ def median_milliseconds(artefacts: Mapping[str, Path], *, timing: Timing) -> dic
         for name, path in artefacts.items()
     }
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as processes:
-        _write_inputs(inputs, timing, None, Path(scratch) / "inputs.npz")
+        write_inputs(inputs, timing, None, Path(scratch) / "inputs.npz")
         runners = {n: processes.enter_context(Contender(n, b.runtime, b.model)) for n, b in built.items()}
         for runner in runners.values():
             runner.load(Path(scratch) / "inputs.npz", timing.cores)
@@ -144,7 +144,7 @@ def _build_peers(
     return built, failed
 
 
-def _write_inputs(specs: Sequence[InputSpec], timing: Timing, first_timestep: float | None, file: Path) -> None:
+def write_inputs(specs: Sequence[InputSpec], timing: Timing, first_timestep: float | None, file: Path) -> None:
     """Fixed random inputs: normal noise at the sampler's first timestep, the one at which noise is what it sees.
 
     At a later one noise is no input that the activation scales were calibrated for, and the error would say so.
@@ -156,7 +156,7 @@ def _write_inputs(specs: Sequence[InputSpec], timing: Timing, first_timestep: fl
     np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def _first_timestep(export: Path) -> float | None:
+def first_timestep(export: Path) -> float | None:
     """The largest calibrated timestep of an export's plan; None for a float one."""
     try:
         plan = QuantPlan.from_dict(json.loads((export / "plan.json").read_text(encoding="utf-8")))

@@ -95,7 +95,7 @@ def _torch(threads: int) -> Callable[[Path, Arrays], Loaded]:
     return load
 
 
-def _cuda(session_class: str, module: str = "session") -> Callable[[int], Callable[[Path, Arrays], Loaded]]:
+def _cuda(session_class: str, module: str = "session", **options: Any) -> Callable[[int], Callable[[Path, Arrays], Loaded]]:
     """A Program folder in a session of a module of `hqc.runtimes.cuda`, inputs and outputs on the GPU."""
 
     def prepare(threads: int) -> Callable[[Path, Arrays], Loaded]:
@@ -109,7 +109,7 @@ def _cuda(session_class: str, module: str = "session") -> Callable[[int], Callab
         require_cuda()
 
         def load(model: Path, inputs: Arrays) -> Loaded:
-            session = getattr(sessions, session_class)(load_program(model))
+            session = getattr(sessions, session_class)(load_program(model), **options)
             tensors = [torch.from_numpy(inputs[spec.name]).cuda() for spec in session.inputs]
             torch.cuda.reset_peak_memory_stats()  # what loading took besides is not what running takes
             return _on_gpu(lambda: session(*tensors))
@@ -172,6 +172,7 @@ RUNTIMES: Mapping[str, Callable[[int], Callable[[Path, Arrays], Loaded]]] = {
     "onnxruntime": _onnxruntime,
     "torch": _torch,
     "torch-cuda": _cuda("CudaSession"),
+    "torch-cuda-int4": _cuda("CudaSession", weights="int4"),
     "torch-fp16-compile": _cuda("CompiledHalfSession", "compiled"),
     "torch-fp16-cudagraph": _cuda("HalfSession"),
 }
