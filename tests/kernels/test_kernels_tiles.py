@@ -123,7 +123,7 @@ def test_the_model_is_fitted_to_what_was_measured() -> None:
         chosen += same[0] if same else 1.1 * timed[-1].us
         best += timed[0].us
     assert chosen / best < 1.05
-    assert best < 3500, "microseconds, of all products once"
+    assert best < 4000, "microseconds, of all products once"
 
 
 def test_the_models_times_are_near_the_measured_ones() -> None:
@@ -198,8 +198,24 @@ def test_a_table_is_the_same_after_a_file(tmp_path: Path) -> None:
     again = read_table(path)
     assert again == TABLE
     assert [p.name for p in path.parent.iterdir()] == ["tiles.json"]
-    assert TABLE.made["date"] == "2026-11-26"
+    assert TABLE.made["date"] == "2026-11-27"
     assert tiles_cache().parts[-2:] == ("hqc", "tiles")
+
+
+def test_what_is_measured_anew_ships(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product's new tiles take the place of the old ones, others stay, and the table says what came from where."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
+    from ship_tiles import merged
+
+    one, two, tile = Product(64, 64, 64), Product(128, 64, 64), ProductTile(64, 64, 64, 4, 3)
+    old = Table(H100, {one: (Timed(2.0, tile),), two: (Timed(3.0, tile),)}, {"date": "2026-01-01", "method": "a sweep"})
+    new = Table(H100, {one: (Timed(1.0, tile),)}, {"date": "2026-02-02", "torch": "2.11", "kernels": "abc"})
+    both = merged(old, new)
+    assert both.products == {one: (Timed(1.0, tile),), two: (Timed(3.0, tile),)}
+    assert both.made["date"] == "2026-02-02"
+    assert both.made["method"] == "1 products by hqc tune on 2026-02-02; the others: a sweep"
+    assert "kernels" not in both.made, "a shipped table is never stale"
+    assert merged(None, new) is new
 
 
 def damaged(**changes: Any) -> dict[str, Any]:

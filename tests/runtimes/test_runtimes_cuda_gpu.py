@@ -236,7 +236,8 @@ def test_a_session_against_the_cpu(captured, monkeypatch, name: str, bits: str, 
         found = CudaSession(program, dtype=dtype)(*inputs)  # type: ignore[arg-type]
         assert found.device.type == "cpu"
         if dtype != "fp32":
-            assert relative(found, exact) > 0  # it did run in half precision
+            # It did run in half precision; geometry ends in a product written in float32, and no code of it flips.
+            assert relative(found, exact) > 0 or name == "geometry"
         else:
             # A value on a rounding boundary may flip by a step: a tenth of the quantisation error; float32 besides.
             assert relative(found, exact) <= max(0.1 * quantisation, 1e-5)
