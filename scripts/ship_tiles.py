@@ -1,4 +1,4 @@
-"""Takes the products of a table that `hqc tune` wrote into the one that ships for its card, hqc/kernels/tuned/CARD.json.
+"""Takes the products of a table of `hqc tune` into the one that ships for its card, hqc/kernels/tuned/CARD.json.
 
     python scripts/ship_tiles.py TILES.json
 

@@ -50,9 +50,7 @@ class Memory:
 class Contender:
     """A model in a process of its own, with its own memory and thread pool. A context manager: leaving it ends it."""
 
-    def __init__(
-        self, name: str, runtime: str, model: Path, *, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, name: str, runtime: str, model: Path, *, environment: Mapping[str, str] | None = None) -> None:
         """environment: of the process, instead of this one's."""
         self.name, self.runtime, self.model = name, runtime, model
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)

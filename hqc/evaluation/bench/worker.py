@@ -95,7 +95,9 @@ def _torch(threads: int) -> Callable[[Path, Arrays], Loaded]:
     return load
 
 
-def _cuda(session_class: str, module: str = "session", **options: Any) -> Callable[[int], Callable[[Path, Arrays], Loaded]]:
+def _cuda(
+    session_class: str, module: str = "session", **options: Any
+) -> Callable[[int], Callable[[Path, Arrays], Loaded]]:
     """A Program folder in a session of a module of `hqc.runtimes.cuda`, inputs and outputs on the GPU."""
 
     def prepare(threads: int) -> Callable[[Path, Arrays], Loaded]:
