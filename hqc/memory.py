@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from hqc.errors import MemoryShortError
+from hqc.sizes import sides
 
 __all__ = [
     "activation_bytes",
@@ -215,8 +216,7 @@ def unet_activation_bytes(config: Mapping[str, Any], batch: int) -> int:
     config: diffusers' `block_out_channels`, `layers_per_block` and `sample_size`.
     """
     channels, layers = tuple(config["block_out_channels"]), config["layers_per_block"]
-    sides = config["sample_size"]
-    height, width = (sides, sides) if isinstance(sides, int) else sides
+    height, width = sides(config["sample_size"])
     maps = [c * height * width // 4**i for i, c in enumerate(channels)]
     skips = sum(size * ((layers if isinstance(layers, int) else layers[i]) + 1) for i, size in enumerate(maps))
     return int(4 * batch * (skips + 12 * max(maps)))

@@ -21,6 +21,7 @@ from hqc.capture.ldm.unet import set_heads
 from hqc.capture.source import Source
 from hqc.errors import CaptureError
 from hqc.memory import require_memory, trace_bytes
+from hqc.sizes import LatentSize
 
 __all__ = [
     "ARCHITECTURE",
@@ -112,7 +113,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def from_architecture(
-    source: str, *, condition_length: int | None = None, latent_size: int | None = None, outliers: bool = False
+    source: str, *, condition_length: int | None = None, latent_size: LatentSize | None = None, outliers: bool = False
 ) -> Source:
     """`arch:NAME` as a source.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hqc.capture.averages import Weights
-from hqc.capture.families import FAMILIES, PACKED, call_arguments, family_of
+from hqc.capture.families import FAMILIES, call_arguments, family_of
 from hqc.capture.fit import check_folder, choose_variant, empty_module
 from hqc.capture.source import Source, versions
 from hqc.configurations import check_configuration
@@ -18,6 +18,7 @@ from hqc.errors import CaptureError, HqcError
 from hqc.memory import require_memory, stored_parameters, trace_bytes
 from hqc.program import InputSpec, Origin
 from hqc.quiet import quiet_libraries
+from hqc.sizes import LatentSize, as_size
 
 __all__ = [
     "CaptureOptions",
@@ -38,13 +39,13 @@ _LEGACY = ("Transformer2DModel",)
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """What a source leaves open: tokens of the condition, side of the latents, which of two sets of weights.
+    """What a source leaves open: tokens of the condition, size of the latents, which of two sets of weights.
 
     None takes the model's own, and of raw and averaged weights the averaged ones. variant: of a folder's weights.
     """
 
     condition_length: int | None = None
-    latent_size: int | None = None
+    latent_size: LatentSize | None = None
     weights: Weights | None = None
     variant: str | None = None
 
@@ -190,7 +191,7 @@ def denoiser_source(
     model: Any,
     name: str,
     condition_length: int | None = None,
-    latent_size: int | None = None,
+    latent_size: LatentSize | None = None,
     pipeline: Path | None = None,
 ) -> Source:
     """A loaded diffusers denoiser as a source; `condition_length` tokens where it is conditional.
@@ -202,7 +203,7 @@ def denoiser_source(
     family = family_of(kind)
     inputs: tuple[InputSpec, ...] = family.inputs(model.config, condition_length or family.length, latent_size)
     # What is read from the configuration later, the side of new latents, is what was traced.
-    own_size = {} if latent_size is None or kind in PACKED else {"sample_size": latent_size}
+    own_size = {} if latent_size is None else {"sample_size": _plain_size(latent_size)}
     origin = Origin(
         source=name,
         kind=kind,
@@ -211,6 +212,12 @@ def denoiser_source(
         versions=versions(),
     )
     return Source(Denoiser(model, [spec.name for spec in inputs]), inputs, origin, pipeline, prefix="unet.")
+
+
+def _plain_size(size: LatentSize) -> int | list[int]:
+    """As JSON has it, and diffusers' configurations have it."""
+    size = as_size(size)
+    return size if isinstance(size, int) else list(size)
 
 
 def unet_source(unet: Any, name: str, condition_length: int, pipeline: Path | None = None) -> Source:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hqc.errors import CaptureError
 from hqc.program import BATCH, InputSpec
+from hqc.sizes import LatentSize, as_size, sides, size_text
 
 __all__ = ["ADDED", "FAMILIES", "PACKED", "Family", "call_arguments", "family_of", "plain_arguments"]
 
@@ -38,7 +39,7 @@ class Family:
     first: str
     order: tuple[str, ...]
     length: int
-    inputs: Callable[[Any, int, int | None], tuple[InputSpec, ...]]
+    inputs: Callable[[Any, int, LatentSize | None], tuple[InputSpec, ...]]
 
 
 def family_of(kind: str) -> Family:
@@ -95,12 +96,12 @@ def _empty(value: Any) -> bool:
 # ---- the inputs of each family -------------------------------------------------------------------------------------
 
 
-def _image(config: Any, size: int | None) -> list[InputSpec]:
+def _image(config: Any, size: LatentSize | None) -> list[InputSpec]:
     """sample [N, C, H, W] and timestep [N]."""
     side = size or config.sample_size
     if side is None:
         raise CaptureError("sample_size", "is not in the model's configuration", "Give --latent-size.")
-    height, width = (side, side) if isinstance(side, int) else side
+    height, width = sides(side)
     _check_patches(config, height, width)
     return [InputSpec("sample", (BATCH, config.in_channels, height, width)), InputSpec("timestep", (BATCH,))]
 
@@ -111,11 +112,12 @@ def _check_patches(config: Any, height: int, width: int) -> None:
     if not isinstance(patch, int):
         return
     if height % patch or width % patch:
-        near = max(patch, height - height % patch)
+        near = [max(patch, side - side % patch) for side in (height, width)]
+        sizes = [size_text(as_size([side + more for side in near])) for more in (0, patch)]
         raise CaptureError(
             f"latents of {height}×{width}",
             f"are not divided by the model's patches of {patch}",
-            f"Give for example --latent-size {near} or {near + patch}.",
+            f"Give for example --latent-size {sizes[0]} or {sizes[1]}.",
         )
     if isinstance(places, int) and max(height, width) > places * patch:
         raise CaptureError(
@@ -137,11 +139,25 @@ def _labels(config: Any) -> list[InputSpec]:
     raise CaptureError("class_embed_type", f"is {kind!r}, which hqc has no input for", "Use `module:callable`.")
 
 
-def _unet(config: Any, length: int, size: int | None) -> tuple[InputSpec, ...]:
-    return (*_image(config, size), *_labels(config))
+def _unet(config: Any, length: int, size: LatentSize | None) -> tuple[InputSpec, ...]:
+    image, timestep = _image(config, size)
+    _check_levels(config, *(int(d) for d in image.shape[2:]))
+    return (image, timestep, *_labels(config))
 
 
-def _conditional_unet(config: Any, length: int, size: int | None) -> tuple[InputSpec, ...]:
+def _check_levels(config: Any, height: int, width: int) -> None:
+    """Refuses sides that the levels do not divide: the unconditional class of diffusers does not find back to them."""
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    if height % factor or width % factor:
+        near = [max(factor, side - side % factor) for side in (height, width)]
+        raise CaptureError(
+            f"latents of {height}×{width}",
+            f"are not divided by {factor}, as the levels of diffusers' UNet2DModel need",
+            f"Give for example --latent-size {size_text(as_size(near))}.",
+        )
+
+
+def _conditional_unet(config: Any, length: int, size: LatentSize | None) -> tuple[InputSpec, ...]:
     """sample, timestep, condition [N, L, D]; class labels; text_embeds and time_ids of SDXL; guidance of LCM."""
     specs = [*_image(config, size), InputSpec("condition", (BATCH, length, _condition_width(config))), *_labels(config)]
     if (width := config.get("time_cond_proj_dim")) is not None:
@@ -187,12 +203,20 @@ def _text_time(config: Any) -> tuple[int, int]:
 _REFINER_TEXT = 1280
 
 
-def _dit(config: Any, length: int, size: int | None) -> tuple[InputSpec, ...]:
+def _dit(config: Any, length: int, size: LatentSize | None) -> tuple[InputSpec, ...]:
     """sample, timestep, class_labels [N]; the label after the last class is the null class."""
-    return (*_image(config, size), InputSpec("class_labels", (BATCH,), "int64", (0, config.num_embeds_ada_norm + 1)))
+    image, timestep = _image(config, size)
+    height, width = (int(d) for d in image.shape[2:])
+    if height != width:
+        raise CaptureError(
+            f"latents of {height}×{width}",
+            "are no square, and diffusers' DiTTransformer2DModel puts its patches together as one",
+            f"Give one side: --latent-size {height}.",
+        )
+    return (image, timestep, InputSpec("class_labels", (BATCH,), "int64", (0, config.num_embeds_ada_norm + 1)))
 
 
-def _pixart(config: Any, length: int, size: int | None) -> tuple[InputSpec, ...]:
+def _pixart(config: Any, length: int, size: LatentSize | None) -> tuple[InputSpec, ...]:
     """sample, timestep, condition [N, L, D] with its mask [N, L]; sizes where it was trained on several."""
     width = config.caption_channels or config.cross_attention_dim
     specs = [
@@ -212,7 +236,7 @@ def _several_sizes(config: Any) -> bool:
     return bool(config.sample_size == 128 if flag is None else flag)
 
 
-def _sd3(config: Any, length: int, size: int | None) -> tuple[InputSpec, ...]:
+def _sd3(config: Any, length: int, size: LatentSize | None) -> tuple[InputSpec, ...]:
     """sample, timestep in 0…1000, condition [N, L, D], pooled_projections [N, P]."""
     sample, _ = _image(config, size)
     return (
@@ -223,17 +247,18 @@ def _sd3(config: Any, length: int, size: int | None) -> tuple[InputSpec, ...]:
     )
 
 
-def _flux(config: Any, length: int, size: int | None) -> tuple[InputSpec, ...]:
+def _flux(config: Any, length: int, size: LatentSize | None) -> tuple[InputSpec, ...]:
     """Packed latents [N, L', C], timestep in 0…1, condition, pooled_projections, the places of all tokens, guidance."""
-    _check_patches({"patch_size": _FLUX_PACKING}, size or _FLUX_LATENT, size or _FLUX_LATENT)
-    side = (size or _FLUX_LATENT) // _FLUX_PACKING
+    height, width = sides(size or _FLUX_LATENT)
+    _check_patches({"patch_size": _FLUX_PACKING}, height, width)
+    height, width = height // _FLUX_PACKING, width // _FLUX_PACKING
     axes = len(config.axes_dims_rope)
     specs = [
-        InputSpec("sample", (BATCH, side * side, config.in_channels)),
+        InputSpec("sample", (BATCH, height * width, config.in_channels)),
         InputSpec("timestep", (BATCH,), span=(0, 1)),
         InputSpec("condition", (BATCH, length, config.joint_attention_dim)),
         InputSpec("pooled_projections", (BATCH, config.pooled_projection_dim)),
-        InputSpec("img_ids", (side * side, axes), span=(0, side)),
+        InputSpec("img_ids", (height * width, axes), span=(0, max(height, width))),
         InputSpec("txt_ids", (length, axes), span=(0, 1)),
     ]
     if config.guidance_embeds:

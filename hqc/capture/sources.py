@@ -16,6 +16,7 @@ from hqc.capture.source import Source
 from hqc.capture.user_callable import from_callable
 from hqc.errors import CaptureError
 from hqc.program import Program
+from hqc.sizes import LatentSize, as_size, sides
 
 __all__ = ["Source", "find_source", "trace"]
 
@@ -30,7 +31,7 @@ def trace(
     source: str | Source,
     *,
     condition_length: int | None = None,
-    latent_size: int | None = None,
+    latent_size: LatentSize | None = None,
     config: Path | str | None = None,
     outliers: bool = False,
     revision: str | None = None,
@@ -79,8 +80,7 @@ def _applied(source: Source, name: str, options: CaptureOptions) -> Source:
         has = f"its condition has {shapes['condition'][1]} token" if "condition" in shapes else "it has no condition"
         raise CaptureError(f"source {name!r}", f"takes no --condition-length: {has}", "Leave it out.")
     sample = shapes.get("sample", ())
-    taken = sample[-2:] == (size, size) or (source.origin.kind in PACKED and size is not None)
-    if size is not None and not taken:
+    if size is not None and sample[-2:] != sides(size) and source.origin.kind not in PACKED:
         raise CaptureError(
             f"source {name!r}",
             f"takes no --latent-size: its sample is {list(sample[1:])}",
@@ -93,7 +93,7 @@ def find_source(
     source: str,
     *,
     condition_length: int | None = None,
-    latent_size: int | None = None,
+    latent_size: LatentSize | None = None,
     config: Path | str | None = None,
     outliers: bool = False,
     revision: str | None = None,
@@ -102,7 +102,8 @@ def find_source(
 ) -> Source:
     """Resolves what the user typed; see the module's first lines.
 
-    condition_length: tokens of the condition. latent_size: side of the latents. None takes the source's own.
+    condition_length: tokens of the condition. latent_size: side of the latents, or (height, width). Without, the
+    source's own.
     config: of a checkpoint file alone: the YAML file of the original code, or the config.json of diffusers. outliers:
     of a named architecture. revision: branch, tag or commit of a hub id. weights: of a checkpoint file that has both,
     the averaged ones without it. variant: of the weights in a diffusers folder or hub id.
@@ -120,8 +121,15 @@ def find_source(
         raise CaptureError(
             f"source {source!r}", "takes no --variant", "Leave it out; it belongs to a folder or hub id."
         )
-    options = CaptureOptions(condition_length, latent_size, weights, variant)
+    options = CaptureOptions(condition_length, _checked_size(latent_size), weights, variant)
     return _applied(_found(source, config, outliers, revision, options), source, options)
+
+
+def _checked_size(size: LatentSize | None) -> LatentSize | None:
+    try:
+        return None if size is None else as_size(size)
+    except ValueError as error:
+        raise CaptureError("latent_size", f"is {error}", "Give one of these.") from error
 
 
 def _found(

@@ -16,6 +16,7 @@ from hqc.commands.options import (
     force_option,
     json_option,
     keep_float_option,
+    latent_size_option,
     output_option,
     rotation_order,
     rules_option,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hqc.capture.averages import Weights
     from hqc.export import Target
     from hqc.export.tensorrt.options import Dtype, Plugins, TensorRtOptions
+    from hqc.sizes import LatentSize
 
 __all__ = ["explain", "export", "inspect", "trace"]
 
@@ -35,7 +37,7 @@ __all__ = ["explain", "export", "inspect", "trace"]
 @click.option(
     "--condition-length", type=click.IntRange(1, 4096), help="Tokens of the condition (default: from SOURCE)."
 )
-@click.option("--latent-size", type=click.IntRange(2, 4096), help="Side of the latents (default: from SOURCE).")
+@latent_size_option
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -55,7 +57,7 @@ def trace(
     source: str,
     output: Path,
     condition_length: int | None,
-    latent_size: int | None,
+    latent_size: "LatentSize | None",
     config: Path | None,
     weights: "Weights | None",
     variant: str | None,

@@ -17,6 +17,7 @@ __all__ = [
     "force_option",
     "json_option",
     "keep_float_option",
+    "latent_size_option",
     "options",
     "output_option",
     "program_argument",
@@ -88,6 +89,24 @@ def options(*decorators: Decorator) -> Decorator:
     return apply
 
 
+class _Size(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
+    """One side, or height and width."""
+
+    name = "SIDE|HEIGHTxWIDTH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """64 or (64, 96)."""
+        from hqc.sizes import as_size
+
+        try:
+            return as_size(value)
+        except ValueError as error:
+            return self.fail(str(error), param, ctx)
+
+
+latent_size_option = click.option(
+    "--latent-size", type=_Size(), help="Size of the latents, 64 or 64x96 (default: from SOURCE)."
+)
 output_option = click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write.")
 force_option = click.option("--force", is_flag=True, help="Replace an artefact that is already there.")
 program_argument = click.argument("program", type=click.Path(path_type=Path))

@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor, nn
 
 from hqc.errors import EvaluationError
+from hqc.sizes import sides
 
 __all__ = ["ClassConditionalLDMPipeline", "ClassEmbedder", "OutputType", "UnconditionalLDMPipeline"]
 
@@ -53,8 +54,7 @@ class _LatentPipeline(DiffusionPipeline):  # type: ignore[misc]
         latents: Tensor | None,
         device: torch.device,
     ) -> Tensor:
-        size = self.unet.config.sample_size
-        shape = (count, self.unet.config.in_channels, size, size)
+        shape = (count, self.unet.config.in_channels, *sides(self.unet.config.sample_size))
         if isinstance(generator, list) and len(generator) != count:
             raise EvaluationError(
                 "generator",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hqc.errors import TrainingError
 from hqc.program import InputSpec, Program
+from hqc.sizes import sides
 from hqc.training.task import Condition, Task
 
 __all__ = [
@@ -53,7 +54,6 @@ def class_conditional_task(pipeline: Any) -> Task:
         )
     null_class = embedder.config.num_classes
     config = pipeline.unet.config
-    size = config["sample_size"]
 
     @torch.no_grad()
     def draw(n: int, generator: torch.Generator) -> Tensor:
@@ -64,7 +64,7 @@ def class_conditional_task(pipeline: Any) -> Task:
         return embedder(torch.full((n,), null_class)).float()  # type: ignore[no-any-return]
 
     kind, scheduler_config = type(pipeline.scheduler), pipeline.scheduler.config
-    latent = (config["in_channels"], size, size)
+    latent = (config["in_channels"], *sides(config["sample_size"]))
     return Task(lambda: kind.from_config(scheduler_config), latent, draw, null, drawn_from=PIPELINE)
 
 
@@ -168,11 +168,12 @@ def synthetic_task(program: Program) -> Task:
     else:
         scheduler = DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False)
     settings, wanted = {**task_settings(scheduler, program), "drawn_from": NOISE}, conditions_of(program.inputs)
+    size = program.origin.unet_config.get("sample_size")
     if not wanted:
         return Task(**settings)
 
     def draw(n: int, generator: torch.Generator) -> Condition:
-        return _bare(tuple(_drawn(spec, n, generator) for spec in wanted))
+        return _bare(tuple(_drawn(spec, n, generator, size) for spec in wanted))
 
     def null(n: int) -> Condition:
         return _bare(tuple(_null(spec, n) for spec in wanted))
@@ -192,7 +193,9 @@ def _bare(conditions: tuple[Tensor | None, ...]) -> Condition:
     return first if len(conditions) == 1 and first is not None else conditions
 
 
-def _drawn(spec: InputSpec, n: int, generator: torch.Generator) -> Tensor:
+def _drawn(spec: InputSpec, n: int, generator: torch.Generator, size: int | Sequence[int] | None) -> Tensor:
+    if spec.name == "img_ids":
+        return _places(spec, size)
     known = _FIXED.get(spec.name)
     return spec.example(n, generator) if known is None else known(spec, n)
 
@@ -209,14 +212,17 @@ def _null(spec: InputSpec, n: int) -> Tensor | None:
     return torch.full(shape, int(last), dtype=dtype)
 
 
-def _places(spec: InputSpec, n: int) -> Tensor:
-    """(0, row, column) of every token of a square image; zeros for more axes."""
+def _places(spec: InputSpec, size: int | Sequence[int] | None) -> Tensor:
+    """(0, row, column) of every token of an image, row by row; zeros for more axes.
+
+    size: of the latents, four of which are a token; None for a square.
+    """
     tokens, axes = (int(d) for d in spec.shape)
-    side = math.isqrt(tokens)
-    if side * side != tokens or axes < 3:
+    height, width = (d // 2 for d in sides(size)) if size else [math.isqrt(tokens)] * 2
+    if height * width != tokens or axes < 3:
         raise TrainingError(spec.name, f"has {tokens} places, no square image", "Give task=Task(…) from Python.")
-    places = torch.zeros(side, side, axes)
-    places[..., 1], places[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
+    places = torch.zeros(height, width, axes)
+    places[..., 1], places[..., 2] = torch.arange(height)[:, None], torch.arange(width)[None]
     return places.reshape(tokens, axes)
 
 
@@ -235,7 +241,6 @@ def _constant(value: float) -> Callable[[InputSpec, int], Tensor]:
 
 
 _FIXED: Mapping[str, Callable[[InputSpec, int], Tensor]] = {
-    "img_ids": _places,
     "txt_ids": _constant(0.0),
     "time_ids": time_ids,
     "encoder_attention_mask": _constant(1),

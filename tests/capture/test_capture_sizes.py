@@ -17,11 +17,16 @@ from torch import Tensor, nn
 from hqc.api import task_of
 from hqc.capture import find_source, trace
 from hqc.capture.architectures import ARCHITECTURES
+from hqc.capture.diffusers_models import denoiser_source
 from hqc.errors import CaptureError, ExportError, TrainingError
 from hqc.export import export_program
 from hqc.program import InputSpec, aten, is_op
+from hqc.runtimes import load
+from hqc.sizes import LatentSize, sides
+from hqc.storage import save_program
 from hqc.training.task import Task, require_steps, trajectory
 from hqc.training.task import denoiser as as_denoise
+from hqc.training.task_sources import synthetic_task
 
 
 class Mine(nn.Module):
@@ -76,10 +81,17 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[s
         ),
         ("sd3", {"latent_size": 9}, "are not divided by the model's patches of 2"),
         ("sd3", {"latent_size": 4096}, "have more patches a side than the model's"),
+        ("sd3", {"latent_size": (9, 12)}, "latents of 9×12: are not divided"),
+        ("sd3", {"latent_size": (9, 12)}, "Give for example --latent-size 8x12 or 10x14."),
+        ("dit", {"latent_size": (8, 12)}, "are no square"),
+        ("plain", {"latent_size": (8, 9)}, "are not divided by 2, as the levels of diffusers' UNet2DModel need"),
+        ("plain", {"latent_size": (8, 9)}, "Give for example --latent-size 8."),
+        ("plain", {"latent_size": (8, 0)}, "expected a side such as 64, or height and width such as 64x96"),
+        ("callable", {"latent_size": (8, 16)}, "takes no --latent-size: its sample is [3, 8, 8]"),
     ],
 )
 def test_options_that_do_not_apply_are_refused(
-    kind: str, options: dict[str, int], said: str, sources: dict[str, dict[str, Any]]
+    kind: str, options: dict[str, Any], said: str, sources: dict[str, dict[str, Any]]
 ) -> None:
     with pytest.raises(CaptureError) as caught:
         find_source(**sources[kind], **options)
@@ -87,17 +99,40 @@ def test_options_that_do_not_apply_are_refused(
     assert len(str(caught.value)) <= 300
 
 
-@pytest.mark.parametrize("kind", ["original", "classes", "plain"])
-def test_the_side_that_was_asked_for_is_sampled(kind: str, sources: dict[str, dict[str, Any]]) -> None:
-    source = find_source(**sources[kind], latent_size=16)
+@pytest.mark.parametrize("size", [16, (16, 8)])
+@pytest.mark.parametrize("kind", ["original", "classes", "plain", "sd3"])
+def test_the_size_that_was_asked_for_is_sampled(
+    kind: str, size: LatentSize, sources: dict[str, dict[str, Any]]
+) -> None:
+    height, width = sides(size)
+    source = find_source(**sources[kind], latent_size=size)
     program = trace(source)
-    assert program.inputs[0].shape[2:] == (16, 16)
-    assert program.origin.unet_config["sample_size"] == 16
+    assert program.inputs[0].shape[2:] == (height, width)
+    assert program.origin.unet_config["sample_size"] == (16 if size == 16 else [16, 8])
     if kind != "classes":
         return
     task = task_of(program, folder=source.pipeline)
-    assert task.latent_shape == (4, 16, 16)
-    assert all(x.shape == (2, 4, 16, 16) for x in trajectory(task, as_denoise(program.module()), 2, 2, 1.5, 0.0, 0))
+    assert task.latent_shape == (4, height, width)
+    drawn = trajectory(task, as_denoise(program.module()), 2, 2, 1.5, 0.0, 0)
+    assert all(x.shape == (2, 4, height, width) for x in drawn)
+
+
+def test_a_pipeline_samples_height_and_width(sources: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    source = find_source(**sources["classes"], latent_size=(8, 16))
+    save_program(trace(source), tmp_path / "x.hqc", pipeline=source.pipeline)
+    images = load(tmp_path / "x.hqc").pipeline()([0, 1], num_inference_steps=1, output_type="pt").images
+    assert images.shape[2] * 2 == images.shape[3]
+
+
+def test_a_packed_transformer_has_its_places_row_by_row() -> None:
+    source = denoiser_source(denoiser("flux"), "flux", 5, (8, 12))
+    shapes = {spec.name: spec.shape for spec in source.inputs}
+    assert shapes["sample"][1] == shapes["img_ids"][0] == 4 * 6
+    program = trace(source)
+    places = synthetic_task(program).draw_conditions(2, torch.Generator())[2]
+    assert places.shape == (24, 3)
+    assert places[:, 1].tolist() == [row for row in range(4) for _ in range(6)]
+    assert places[:, 2].tolist() == list(range(6)) * 4
 
 
 def test_a_named_architecture_takes_a_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +140,7 @@ def test_a_named_architecture_takes_a_side(monkeypatch: pytest.MonkeyPatch) -> N
     tiny = type(ARCHITECTURES["sd15"])("UNet2DConditionModel", {k: v for k, v in options.items() if k[0] != "_"})
     monkeypatch.setattr("hqc.capture.architectures.ARCHITECTURES", {"tiny": tiny})
     assert find_source("arch:tiny", latent_size=12).inputs[0].shape == ("N", 4, 12, 12)
+    assert find_source("arch:tiny", latent_size=(9, 12)).inputs[0].shape == ("N", 4, 9, 12)
 
 
 def test_a_transformer_at_another_size_has_its_places_as_a_tensor(
