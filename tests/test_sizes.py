@@ -21,15 +21,8 @@ def test_a_size(given: object, size: object) -> None:
     "given",
     [
         *("", "x", "8x", "x8", "8x8x8", "8,8", "-8", "8.0", "eight", "٨", "1", "4097", "8 8"),
-        1,
-        0,
-        -8,
-        8.0,
-        True,
-        (),
-        (8, 1),
-    ]
-    + [(8, 8, 8), (8, "8"), None],
+        *(1, 0, -8, 8.0, True, (), (8, 1), (8, 8, 8), (8, "8"), None),
+    ],
 )
 def test_no_size(given: object) -> None:
     with pytest.raises(ValueError, match="expected a side such as 64, or height and width such as 64x96, of 2 to 4096"):
