@@ -32,6 +32,7 @@ from hqc.runtimes.base import named_inputs
 from hqc.runtimes.model import Model
 from hqc.runtimes.text_encoder import load_text_pipeline
 from hqc.runtimes.torch_runtime import TorchSession
+from hqc.stages import doing
 from hqc.storage import load_program, save_program
 from hqc.training import StepRecord, Task, calibrate, distil, pipeline_task, synthetic_task
 from hqc.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -152,7 +153,8 @@ def quantise(
     else:
         run = _user_loop(forward_loop, program)
         grid = _visited(program, run)
-    quantised = run_pipeline(program, recipe.passes(bits, grid, tuple(keep_float)))
+    with doing("rewriting the graph, choosing weight scales"):
+        quantised = run_pipeline(program, recipe.passes(bits, grid, tuple(keep_float)))
     quantised = quantised.evolve(plan=replace(quantised.plan, recipe=recipe.name))
     return calibrate(quantised, run, candidates=recipe.calibration.candidates)
 
@@ -182,8 +184,10 @@ def _sampler_loop(task: Task, recipe: Recipe) -> Callable[[Denoise], None]:
 
     def run(denoise: Denoise) -> None:
         options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta, calibration.seed)
-        for _ in trajectory(task, denoise, calibration.samples, *options):
-            pass
+        steps = len(task.scheduler(sampler.num_inference_steps).timesteps)
+        with doing("calibrating") as stage:
+            for step, _ in enumerate(trajectory(task, denoise, calibration.samples, *options)):
+                stage(step, steps)
 
     return run
 

@@ -19,6 +19,7 @@ from hqc.commands.models import evaluate, sample, serve
 from hqc.commands.quantise import ptq, qat
 from hqc.commands.tune import tune
 from hqc.errors import LONGEST_LINE, HqcError
+from hqc.stages import reported
 from hqc.wording import first_words, shortened
 
 __all__ = ["main"]
@@ -38,7 +39,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with reported():
+                return super().invoke(ctx)
         except HqcError as error:
             raise _UserError(error.line) from error
         except click.ClickException as error:

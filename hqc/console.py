@@ -1,9 +1,9 @@
-"""What the command line prints: tables, progress bars with an ETA, JSON for machines."""
+"""What the command line prints: tables, progress bars with an ETA or lines (`stages`), JSON for machines."""
 
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from hqc.plan import SitePlan
 from hqc.program import Program
+from hqc.stages import Stage, doing
 
 __all__ = ["console", "fields", "late_progress", "print_json", "progress", "sites_table", "stderr"]
 
@@ -26,7 +27,7 @@ def print_json(data: Any) -> None:
 
 
 def _bar() -> Progress:
-    """Standard error, with an ETA; silent where nobody looks."""
+    """Standard error, with an ETA; no bar where nobody looks."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -42,24 +43,32 @@ def _bar() -> Progress:
 
 @contextmanager
 def progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar; yields advance_to(completed, note)."""
-    with _bar() as bar:
+    """A progress bar, or where there is no terminal a line now and then; yields advance_to(completed, note)."""
+    with doing(what, drawn=stderr.is_terminal) as stage, _bar() as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
+        stage(done, total)
 
         def advance(completed: int, note: str = "") -> None:
             bar.update(task, completed=completed, note=note)
+            stage(completed, total, note)
 
         yield advance
 
 
 @contextmanager
 def late_progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar that is there once its length is known; yields advance_to(completed, total, note)."""
-    with _bar() as bar:
+    """A `progress` that is there once its length is known, until its end; yields advance_to(completed, total, note)."""
+    with _bar() as bar, ExitStack() as stack:
+        stages: list[Stage] = []
 
         def advance(completed: int, total: int, note: str = "") -> None:
             task = bar.task_ids[0] if bar.task_ids else bar.add_task(what, note=note)
             bar.update(task, completed=completed, total=total, note=note)
+            if not stages:
+                stages.append(stack.enter_context(doing(what, drawn=stderr.is_terminal)))
+            stages[0](completed, total, note)
+            if completed >= total:
+                stack.close()
 
         yield advance
 

@@ -1,5 +1,6 @@
 """Shared fixtures: one thread, the GPU's state in the header, tiny programs captured once a session."""
 
+import os
 import re
 from collections.abc import Callable
 from functools import cache
@@ -30,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    os.environ["HQC_PROGRESS"] = "0"  # what standard error holds must not depend on the machine's speed
     for line in THIRD_PARTY_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from hqc import console
+from hqc import console, stages
 from hqc.pipeline import run_pipeline
 from hqc.program import Program
 from hqc.recipes import find_recipe
@@ -38,11 +38,22 @@ def test_no_fields(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "nothing\n"
 
 
-def test_progress_is_silent_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_draws_no_bar_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is a stage then, of which lines are printed."""
     with console.progress("training", 3) as advance:
         for step in range(1, 4):
             advance(step, f"loss {step}")
+        assert [(str(s), s.drawn) for s in stages._stages] == [("training: 3 of 3, loss 3", False)]
     assert capsys.readouterr() == ("", "")
+
+
+def test_late_progress_is_a_stage_from_the_first_count_to_the_last() -> None:
+    with console.late_progress("kernels") as advance:
+        assert not stages._stages
+        advance(1, 2, "a")
+        assert list(map(str, stages._stages)) == ["kernels: 1 of 2, a"]
+        advance(2, 2)
+        assert not stages._stages
 
 
 def test_progress_on_a_terminal_is_drawn_on_standard_error(
@@ -51,6 +62,7 @@ def test_progress_on_a_terminal_is_drawn_on_standard_error(
     monkeypatch.setattr(console, "stderr", Console(stderr=True, force_terminal=True, width=120))
     with console.progress("training", 3, done=1) as advance:
         advance(2, "loss 0.5")
+        assert [s.drawn for s in stages._stages] == [True]
     out, err = capsys.readouterr()
     assert out == ""
     for part in ("training", "2/3", "loss 0.5", "ETA"):

@@ -17,6 +17,7 @@ from hqc.capture.user_callable import from_callable
 from hqc.errors import CaptureError
 from hqc.program import Program
 from hqc.sizes import LatentSize, as_size, sides
+from hqc.stages import doing
 
 __all__ = ["Source", "find_source", "trace"]
 
@@ -54,7 +55,8 @@ def trace(
             weights=weights,
             variant=variant,
         )
-    program = fold_grids(capture_module(source.module, source.inputs, source.origin, prefix=source.prefix))
+    with doing(f"capturing {source.origin.source or 'the module'}"):
+        program = fold_grids(capture_module(source.module, source.inputs, source.origin, prefix=source.prefix))
     return _without_prefix(program, source.prefix) if source.prefix else program
 
 
@@ -122,7 +124,8 @@ def find_source(
             f"source {source!r}", "takes no --variant", "Leave it out; it belongs to a folder or hub id."
         )
     options = CaptureOptions(condition_length, _checked_size(latent_size), weights, variant)
-    return _applied(_found(source, config, outliers, revision, options), source, options)
+    with doing(f"reading {source}"):
+        return _applied(_found(source, config, outliers, revision, options), source, options)
 
 
 def _checked_size(size: LatentSize | None) -> LatentSize | None:

@@ -10,6 +10,7 @@ import click
 
 from hqc.commands.applies import Command, check_sampler
 from hqc.commands.options import check_writable, force_option, json_option, sampler_options
+from hqc.stages import doing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,11 +60,13 @@ def compare(
         refuse_existing_file(csv_file, force=force)
         check_writable(csv_file)
     exported = _is_export(a, b)
-    first = load_program(a)
-    second = None if exported else load_program(b)
+    with doing(f"reading {a}"):
+        first = load_program(a)
+        second = None if exported else load_program(b)
     _require_memory(first, given["batch_size"] * given["timesteps"])
     args = _inputs(first, a, given)
-    found = compare_export(first, b, args) if second is None else compare_programs(first, second, args)
+    with doing(f"comparing {b} with {a}"):
+        found = compare_export(first, b, args) if second is None else compare_programs(first, second, args)
     ranked = found.worst_first(made=by == "made")
     if csv_file is not None:
         write_text(csv_file, _csv(ranked))

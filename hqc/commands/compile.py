@@ -21,6 +21,7 @@ from hqc.commands.options import (
     rotation_order,
     rules_option,
 )
+from hqc.stages import doing
 
 if TYPE_CHECKING:
     from hqc.capture.averages import Weights
@@ -92,8 +93,10 @@ def trace(
         variant=variant,
     )
     program = capture(found)
-    save_program(program, output, force=force, pipeline=found.pipeline)
-    takers = warn_unless_exportable(program, output)
+    with doing(f"writing {output}"):
+        save_program(program, output, force=force, pipeline=found.pipeline)
+    with doing("looking for what targets do not take"):
+        takers = warn_unless_exportable(program, output)
     summary = {
         "program": str(output),
         "source": source,
@@ -267,7 +270,8 @@ def export(
     tensorrt = _tensorrt_options(target, dtype, plugins, weight_only, plugin_arch)
     if engine is not None:
         engine.check(target=target, plugins=plugins)
-    loaded = load_program(program)
+    with doing(f"reading {program}"):
+        loaded = load_program(program)
     with out.late_progress("compiling kernels") as on_kernel:
         report = export_program(
             loaded,

@@ -10,6 +10,7 @@ import click
 
 from hqc.commands.applies import Command
 from hqc.commands.options import Decorator, json_option, options
+from hqc.stages import doing
 
 if TYPE_CHECKING:
     from hqc.engines import BuildOptions, EngineReport
@@ -45,9 +46,16 @@ class EngineArguments:
         """Builds into a folder; see `hqc.engines.build_engines`."""
         from hqc.engines import build_engines
 
-        return build_engines(
-            folder, self.builder, self.archs, self.options, force=force, cache=self.cache, on_start=_say
-        )
+        with doing("building engines") as stage:
+            return build_engines(
+                folder,
+                self.builder,
+                self.archs,
+                self.options,
+                force=force,
+                cache=self.cache,
+                on_start=lambda arch: stage(0, 0, f"for {arch}"),
+            )
 
 
 _OPTIONS = options(
@@ -145,11 +153,3 @@ def build_engine(folder: Path, engine: EngineArguments, force: bool, as_json: bo
 
     report = engine.build(folder, force=force)
     out.print_json(report.to_dict()) if as_json else click.echo(f"built {report}")
-
-
-def _say(arch: str) -> None:
-    """One line an architecture, where somebody looks."""
-    from hqc import console as out
-
-    if out.stderr.is_terminal:
-        out.stderr.print(f"building for {arch}", markup=False, highlight=False)

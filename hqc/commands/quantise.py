@@ -19,6 +19,7 @@ from hqc.commands.options import (
     quantising_options,
     rotation_order,
 )
+from hqc.stages import doing
 
 if TYPE_CHECKING:
     from hqc.program import Program
@@ -154,7 +155,8 @@ def _job(program: Path, output: Path, given: dict[str, Any], *, force: bool, rot
     sampler = {name: given[name] for name in ("guidance_scale", "eta")}
     calibration = recipe.calibration.model_copy(update={"samples": given.pop("calib_size")})
     recipe = recipe.model_copy(update={"calibration": calibration, "training": _training(recipe.training, given)})
-    captured, pipeline = load_program(program), pipeline_folder(program)
+    with doing(f"reading {program}"):
+        captured, pipeline = load_program(program), pipeline_folder(program)
     warn_unless_exportable(captured, program)
     task = api.task_of(captured, folder=pipeline, **conditions)
     check_sampler(task, sampler)
@@ -169,7 +171,8 @@ def _finish(
     from hqc import console as out
     from hqc.storage import save_program
 
-    save_program(result, job.output, force=job.force, pipeline=job.pipeline)
+    with doing(f"writing {job.output}"):
+        save_program(result, job.output, force=job.force, pipeline=job.pipeline)
     if work_dir is not None:
         api.finish_run(work_dir)
     summary = {

@@ -31,6 +31,7 @@ from hqc.memory import export_bytes, require_memory
 from hqc.plan import QuantPlan
 from hqc.plugins.writing import OnKernel, write_plugins
 from hqc.program import Program, Stage
+from hqc.stages import doing
 from hqc.storage import atomic_folder, copy_pipeline, write_manifest
 
 __all__ = ["EXPORT_KIND", "OPSETS", "ExportReport", "export_program"]
@@ -199,10 +200,12 @@ class _Made:
 
 
 def _make(program: Program, target: Target, folder: Path, settings: _Settings) -> _Made:
-    taps, nodes, plan = _write_model(program, target, folder, settings)
-    found = verify_export(
-        folder / MODEL_FILE, taps, program, float_program=settings.float_program, batch=settings.samples
-    )
+    with doing(f"lowering for {target}"):
+        taps, nodes, plan = _write_model(program, target, folder, settings)
+    with doing("verifying what was written"):
+        found = verify_export(
+            folder / MODEL_FILE, taps, program, float_program=settings.float_program, batch=settings.samples
+        )
     return _Made(nodes, plan, found)
 
 
@@ -219,20 +222,22 @@ def _write_model(
 
 
 def _make_tensorrt(program: Program, folder: Path, settings: _Settings, options: TensorRtOptions) -> _Made:
-    written = write_tensorrt(
-        program,
-        folder,
-        options,
-        opset=settings.opset,
-        one_timestep=settings.one_timestep,
-        external_data_bytes=settings.external_data_bytes,
-    )
+    with doing("lowering for tensorrt"):
+        written = write_tensorrt(
+            program,
+            folder,
+            options,
+            opset=settings.opset,
+            one_timestep=settings.one_timestep,
+            external_data_bytes=settings.external_data_bytes,
+        )
     if _has_kernels(options):
         write_plugins(folder, written.path, options.plugin_archs, on_kernel=settings.on_kernel)
     reference = reference_program(program, options)
-    found, twin = verify_tensorrt(
-        written, reference, options, float_program=settings.float_program, batch=settings.samples
-    )
+    with doing("verifying what was written"):
+        found, twin = verify_tensorrt(
+            written, reference, options, float_program=settings.float_program, batch=settings.samples
+        )
     return _Made(written.nodes, written.plan, found, options, written.forms, twin)
 
 

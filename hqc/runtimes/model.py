@@ -18,6 +18,7 @@ from hqc.runtimes.ort_runtime import OrtSession
 from hqc.runtimes.pipeline_files import check_pipeline
 from hqc.runtimes.torch_runtime import ModuleSession, TorchSession
 from hqc.runtimes.unet import SessionUNet, as_unet
+from hqc.stages import doing
 from hqc.storage import load_program
 
 __all__ = ["Model", "Runtime", "artefact_kind", "load"]
@@ -94,7 +95,8 @@ def load(
     if runtime is not None and runtime not in openers:
         raise RuntimeMissingError(f"runtime {runtime}", f"cannot run {path}, {_WHAT[kind]}", _DO[kind])
     opener = openers[_fitting(kind, Path(path)) if runtime is None else runtime]
-    return opener(Path(path), _OrtOptions(threads, None if cache is None else Path(cache)))
+    with doing(f"loading {path}"):
+        return opener(Path(path), _OrtOptions(threads, None if cache is None else Path(cache)))
 
 
 def _fitting(kind: str, folder: Path) -> str:

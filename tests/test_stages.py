@@ -1,0 +1,101 @@
+"""What goes on: when a line is worth printing, how it reads, and that it goes to standard error alone."""
+
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+import pytest
+
+from hqc import stages
+from hqc.stages import Reporter, Stage, doing, reported
+
+
+def test_a_stage_reads_as_what_is_known_of_it() -> None:
+    stage = Stage("compiling  kernels")
+    assert str(stage) == "compiling kernels"
+    stage(3, 35, "int_gemm\nfp16")
+    assert str(stage) == "compiling kernels: 3 of 35, int_gemm fp16"
+    assert str(Stage("x" * 200)) == "x" * 99 + "…"
+
+
+def test_quick_work_says_nothing_and_long_work_says_its_stage_every_ten_seconds() -> None:
+    reporter, first = Reporter(100.0), Stage("reading")
+    said = {now: reporter.line(100.0 + now, first) for now in (1, 2, 3, 4, 12, 13, 14, 23)}
+    assert {now: line for now, line in said.items() if line} == {
+        3: "[  3 s] reading",
+        13: "[ 13 s] reading",
+        23: "[ 23 s] reading",
+    }
+
+
+def test_a_new_stage_is_said_at_once_unless_a_line_was_just_printed() -> None:
+    reporter, first, second, third = Reporter(0.0), Stage("a"), Stage("b"), Stage("c")
+    assert reporter.line(5.0, first) == "[  5 s] a"
+    assert reporter.line(6.0, second) is None
+    assert reporter.line(8.0, third) == "[  8 s] c"
+    first(1, 2)  # counting on is no new stage
+    assert reporter.line(11.0, third) is None
+
+
+def test_no_stage_and_a_stage_that_a_bar_shows_give_no_line() -> None:
+    assert Reporter(0.0).line(60.0, None) is None
+    assert Reporter(0.0).line(60.0, Stage("training", drawn=True)) is None
+
+
+def test_stages_nest_and_end_with_their_errors() -> None:
+    with doing("outer") as outer:
+        with suppress(KeyError), doing("inner"):
+            assert [str(stage) for stage in stages._stages] == ["outer", "inner"]
+            raise KeyError
+        assert stages._stages == [outer]
+    assert stages._stages == []
+
+
+def test_lines_are_written_while_the_work_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HQC_PROGRESS")
+    monkeypatch.setattr(stages, "SOON", 0.0)
+    monkeypatch.setattr(stages, "_WAIT", 0.001)
+    written, seen = list[str](), threading.Event()
+
+    def write(line: str) -> None:
+        written.append(line)
+        seen.set()
+
+    with reported(write), doing("waiting") as stage:
+        stage(1, 4)
+        assert seen.wait(60)
+    assert written == ["[  0 s] waiting: 1 of 4"]
+    assert not any(thread.name == "hqc-progress" for thread in threading.enumerate())
+
+
+def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HQC_PROGRESS", "0")
+    with reported():
+        assert not any(thread.name == "hqc-progress" for thread in threading.enumerate())
+
+
+def test_a_reader_that_has_gone_away_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    stages._to_stderr("a line")
+
+
+def test_a_command_says_its_stage_on_standard_error_in_a_pipe() -> None:
+    """Standard output holds what it holds without."""
+    code = (
+        "import sys, time, click\nfrom hqc import stages\nfrom hqc.cli import main\n"
+        "stages.SOON, stages._WAIT = 0.0, 0.001\nsaid = stages._to_stderr\n"
+        "import threading\nseen = threading.Event()\n"
+        "stages._to_stderr = lambda line: (said(line), seen.set())\n"
+        "@click.command()\ndef long():\n"
+        "    with stages.doing('waiting'):\n        assert seen.wait(60)\n    click.echo('done')\n"
+        "main.add_command(long)\nmain(['long'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"HQC_PROGRESS": "", "PATH": ""}, check=True
+    )
+    assert (done.stdout, done.stderr) == ("done\n", "[  0 s] waiting\n")
