@@ -97,14 +97,15 @@ _PATH = re.compile(r"[A-Za-z0-9_@:/ -]+(\.[A-Za-z0-9_@:/ -]+)*")
 
 
 def _check_node(item: Mapping[str, Any]) -> None:
-    op, name, target, site = item["op"], item["name"], item["target"], item["meta"].get("site", "x")
+    op, name, target = item["op"], item["name"], item["target"]
+    paths = [item["meta"].get(key, "x") for key in ("site", "scope")]
     if op not in ("placeholder", "get_attr", "call_function", "output"):
         raise ValueError(f"node {name!r} has op {op!r}")
     if not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name) or name == "self":
         raise ValueError(f"node {name!r} has a name that is not an identifier")
     if op == "placeholder" and (target != name or item["args"] or item["kwargs"]):
         raise ValueError(f"input {name!r} is called {target!r}; its name cannot be used")
-    for path in (site, target) if op == "get_attr" else (site,):
+    for path in (*paths, target) if op == "get_attr" else paths:
         if not _PATH.fullmatch(path) or any(map(keyword.iskeyword, path.split("."))):
             raise ValueError(f"the name {path!r} has a Python keyword or a character that hqc does not take")
     if not all(_IDENTIFIER.fullmatch(key) for key in item["kwargs"]):
@@ -120,7 +121,7 @@ def _check_node(item: Mapping[str, Any]) -> None:
         raise ValueError(f"node {name!r} has a role or a dtype that is no text")
 
 
-_META = ("site", "role", "shape", "dtype")
+_META = ("site", "scope", "role", "shape", "dtype")
 
 
 def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 The graph is a plain `torch.fx.Graph` over ATen and `hqc::` operators: placeholders are the user inputs (sample,
 timestep, and the conditions by name), weights are `get_attr` nodes named by their fully qualified names, and every
-weighted layer carries its stable site name in `node.meta["site"]`. Nothing here is changed in place: a pass returns a
-new Program.
+weighted layer carries its stable site name in `node.meta["site"]`. Calls keep the path of the module that made them,
+`node.meta["scope"]`, the layer's own for what passes insert at a site. Nothing here is changed in place: a pass returns
+a new Program.
 """
 
 import copy

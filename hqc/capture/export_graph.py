@@ -183,7 +183,7 @@ def _plain_graph(exported: torch.export.ExportedProgram, names: Sequence[str]) -
             continue
         else:
             mapping[node] = graph.node_copy(node, mapping.__getitem__)
-        mapping[node].meta = _shape_meta(node)
+        mapping[node].meta = {**_shape_meta(node), **_scope_meta(node)}
     graph.eliminate_dead_code()
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     _name_sites(graph)
@@ -199,6 +199,12 @@ def _shape_meta(node: fx.Node) -> dict[str, Any]:
     names = [d if isinstance(d, int) else _batch_name(str(d)) for d in value.shape]
     shape = tuple(int(d) if isinstance(d, str) and d.isdecimal() else d for d in names)
     return {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _scope_meta(node: fx.Node) -> dict[str, str]:
+    """The path of the innermost module whose forward made the call; nothing for calls of the model's own."""
+    *_, (path, _) = (node.meta.get("nn_module_stack") or {"": ("", "")}).values()
+    return {"scope": path.removeprefix("model.")} if path.startswith("model.") else {}
 
 
 def _batch_name(expression: str) -> str:

@@ -65,8 +65,11 @@ def _without_prefix(program: Program, prefix: str) -> Program:
         if node.op == "get_attr":
             node.target = str(node.target).removeprefix(prefix)
             node.name = str(node.target).replace(".", "_")
-        if "site" in node.meta:
-            node.meta["site"] = node.meta["site"].removeprefix(prefix)
+        for key in ("site", "scope"):
+            if key in node.meta:
+                node.meta[key] = node.meta[key].removeprefix(prefix)
+        if node.meta.get("scope") == prefix.removesuffix("."):
+            del node.meta["scope"]
     return program.evolve(state={k.removeprefix(prefix): v for k, v in program.state.items()})
 
 

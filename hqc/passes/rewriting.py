@@ -48,11 +48,16 @@ class Rewriter:
         return node
 
     def call(self, before: fx.Node, target: Any, *args: Any, like: fx.Node | None = None, **meta: Any) -> fx.Node:
-        """Inserts a call in front of `before`; its shape is `like`'s unless `meta` says otherwise."""
+        """Inserts a call in front of `before`; its shape is `like`'s unless `meta` says otherwise.
+
+        A call of a site has the scope of the site's layer.
+        """
         with self.graph.inserting_before(before):
             node = self.graph.create_node("call_function", target, args)
         shape: dict[str, Any] = {k: like.meta[k] for k in ("shape", "dtype") if like is not None and k in like.meta}
-        node.meta = {**shape, **meta}
+        layer = self.layers.get(meta.get("site", ""))
+        scope = {"scope": layer.meta["scope"]} if layer is not None and "scope" in layer.meta else {}
+        node.meta = {**shape, **scope, **meta}
         return node
 
     def finish(self, **changes: Any) -> Program:

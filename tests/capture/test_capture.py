@@ -64,6 +64,31 @@ def test_site_names_are_unique_and_name_modules(model: str, captured: Callable[[
         assert isinstance(modules.get(name, modules.get(f"unet.{name}")), (nn.Conv2d, nn.Linear)), site
 
 
+@pytest.mark.parametrize("model", ZOO)
+def test_calls_keep_the_path_of_their_module(model: str, captured: Callable[[str], Program]) -> None:
+    """A layer's is its own module, in a wrapper without the wrapper's name; calls of the model itself have none."""
+    program, whole = captured(model), ZOO[model]()
+    modules = {name.removeprefix(whole.prefix): module for name, module in whole.module.named_modules()}
+    scopes = {node.meta["scope"] for node in program.graph.nodes if "scope" in node.meta}
+    assert scopes <= modules.keys() - {""}
+    assert all("scope" not in node.meta for node in program.graph.nodes if node.op != "call_function")
+    for site, layer in program.sites():
+        scope, module = layer.meta.get("scope", ""), re.sub(r"@\d+$", "", site)
+        # A layer that is called with its weight, not as a module, stands in the module that calls it; tied weights have
+        # the name of one of their modules.
+        tied = getattr(modules[scope], "weight", None) is getattr(modules.get(module), "weight", 0)
+        assert scope in (module, "") or tied or module.startswith(f"{scope}."), site
+
+
+def test_blocks_are_told_apart_by_the_path_of_their_module(captured: Callable[[str], Program]) -> None:
+    """Additions and activations between layers too, which no weight names."""
+    program = captured("unconditional")
+    resnet = "down_blocks.0.resnets.0"
+    inside = [n for n in program.graph.nodes if n.meta.get("scope", "").startswith(resnet)]
+    assert {f"{resnet}.conv1", f"{resnet}.conv2", f"{resnet}.norm1", resnet} <= {n.meta["scope"] for n in inside}
+    assert any(n.target == torch.ops.aten.add.Tensor and n.meta["scope"] == resnet for n in inside)
+
+
 @pytest.mark.parametrize("model", ["two_sites", "shared_weights", "tied_time_embedding", "unconditional"])
 def test_capturing_again_gives_the_same_text(model: str, captured: Callable[[str], Program]) -> None:
     again = trace(ZOO[model]())

@@ -286,6 +286,18 @@ def test_site_names_survive_the_whole_chain(
 
 
 @pytest.mark.parametrize("model", ZOO)
+def test_what_stands_at_a_site_keeps_the_path_of_its_module(
+    model: str, captured: Callable[[str], Program], after: Callable[[str, str], Program]
+) -> None:
+    """Quantisers, LoRA and products belong to the block that their layer belongs to."""
+    wanted = {site: layer.meta.get("scope") for site, layer in captured(model).sites()}
+    for name in NAMES:
+        nodes = [node for node in after(model, name).graph.nodes if "site" in node.meta]
+        assert {node.meta["site"]: node.meta.get("scope") for node in nodes}.items() <= wanted.items(), name
+        assert all(node.meta.get("scope") == wanted[node.meta["site"]] for node in nodes), name
+
+
+@pytest.mark.parametrize("model", ZOO)
 def test_the_graph_text_is_the_same_on_every_run(model: str, before: Callable[[str, str], Program]) -> None:
     program, one = before(model, "insert_qdq"), InsertQdq(timesteps=GRID)
     assert graph_text(run_pass(program, one)) == graph_text(run_pass(program, one))
