@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hqc.capture.averaged_folders import choose_part, choose_set
 from hqc.capture.averages import Weights
 from hqc.capture.families import FAMILIES, call_arguments, family_of
-from hqc.capture.fit import check_folder, choose_variant, empty_module
+from hqc.capture.fit import check_folder, empty_module
 from hqc.capture.source import Source, versions
 from hqc.configurations import check_configuration
 from hqc.errors import CaptureError, HqcError
@@ -32,7 +33,6 @@ __all__ = [
     "unet_source",
 ]
 
-PARTS = ("unet", "transformer")
 # Configurations of DiT and PixArt-α on the hub still have the class that these were split from.
 _LEGACY = ("Transformer2DModel",)
 
@@ -77,12 +77,12 @@ class DiffusersUNet(nn.Module):
 
 
 def from_pipeline(folder: Path, name: str, options: CaptureOptions) -> Source:
-    """The denoiser of a pipeline folder: its unet/ or transformer/.
+    """The denoiser of a pipeline folder, or of a checkpoint of training: its unet/ or transformer/, or the average.
 
     Raises:
         CaptureError: if it has neither, or what is there cannot be captured.
     """
-    part = next((part for part in PARTS if (folder / part / "config.json").is_file()), None)
+    part = choose_part(folder, options.weights)
     if part is None:
         raise CaptureError(
             str(folder),
@@ -93,8 +93,11 @@ def from_pipeline(folder: Path, name: str, options: CaptureOptions) -> Source:
         raise CaptureError(
             str(folder), "takes no --condition-length: its class embedder gives one token", "Leave it out."
         )
-    length = options.condition_length or _condition_length(folder, read_class(folder / part))
-    return from_folder(folder / part, name, replace(options, condition_length=length), folder)
+    length = options.condition_length or _condition_length(folder, read_class(folder / part.name))
+    options = replace(options, condition_length=length)
+    around = folder if (folder / "model_index.json").is_file() else None
+    source = from_folder(folder / part.name, name, options, around, strict=not part.said)
+    return source if not part.said else replace(source, notes={**source.notes, "weights": part.said})
 
 
 def _condition_length(folder: Path, kind: str) -> int:
@@ -110,8 +113,12 @@ def _condition_length(folder: Path, kind: str) -> int:
         raise CaptureError(str(path), f"gives no length ({error})", "Check the file.") from error
 
 
-def from_folder(folder: Path, name: str, options: CaptureOptions, pipeline: Path | None) -> Source:
+def from_folder(
+    folder: Path, name: str, options: CaptureOptions, pipeline: Path | None, *, strict: bool = True
+) -> Source:
     """The denoiser of a folder with config.json and safetensors weights.
+
+    strict: refuse to choose between raw and averaged weights where the folder has one set only.
 
     Raises:
         CaptureError: if it holds another class, or cannot be loaded or captured.
@@ -121,10 +128,11 @@ def from_folder(folder: Path, name: str, options: CaptureOptions, pipeline: Path
         raise CaptureError(
             str(folder), f"holds a {kind}; expected {' or '.join(FAMILIES)}", "Give the denoiser's own folder."
         )
-    variant = choose_variant(folder, options.variant)
-    model = load_denoiser(folder, kind, variant)
+    chosen = choose_set(folder, options.weights, options.variant, strict=strict)
+    model = load_denoiser(folder, kind, chosen.name or None)
     source = denoiser_source(model, name, options.condition_length, options.latent_size, pipeline)
-    return source if variant is None else replace(source, notes={"variant": variant})
+    notes = {"weights": chosen.said} if chosen.said else {"variant": chosen.name} if chosen.name else {}
+    return replace(source, notes=notes)
 
 
 def read_class(folder: Path) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hqc.capture.matching import Piece, check_fit
 from hqc.errors import CaptureError
 
-__all__ = ["check_folder", "check_module", "choose_variant", "empty_module", "read_shapes"]
+__all__ = ["check_folder", "check_module", "choose_variant", "empty_module", "read_shapes", "variants"]
 
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
 # diffusers renames these of early attention blocks itself.
@@ -36,6 +36,11 @@ def read_shapes(paths: Iterable[Path]) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
+def variants(folder: Path) -> set[str | None]:
+    """The variants of the weights that a folder has; None stands for those without a name."""
+    return {match["variant"] for path in folder.glob("*.safetensors") if (match := _WEIGHTS.fullmatch(path.name))}
+
+
 def choose_variant(folder: Path, wanted: str | None) -> str | None:
     """The variant of a folder's weights to read (fp16, non_ema), None for the ones without a name.
 
@@ -44,7 +49,7 @@ def choose_variant(folder: Path, wanted: str | None) -> str | None:
     Raises:
         CaptureError: if it is not there, several are and none is the plain one, or all weights are pickles.
     """
-    found = {match["variant"] for path in folder.glob("*.safetensors") if (match := _WEIGHTS.fullmatch(path.name))}
+    found = variants(folder)
     named = sorted(variant for variant in found if variant is not None)
     if wanted is not None and wanted not in named:
         there = f"it has {', '.join(named)}" if named else "it has no variant"

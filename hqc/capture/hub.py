@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from hqc.capture.averaged_folders import PARTS
 from hqc.errors import CaptureError
 
 __all__ = ["fetch_snapshot", "is_hub_id"]
@@ -57,9 +58,10 @@ def fetch_snapshot(name: str, revision: str | None, variant: str | None = None) 
 
 
 def _of_pipeline(index: Path) -> list[str]:
-    """The folders that a pipeline's index names."""
+    """The folders that a pipeline's index names, and the denoiser's averaged weights beside it."""
     data = json.loads(index.read_text(encoding="utf-8"))
     parts = [key for key, value in data.items() if isinstance(value, list) and re.fullmatch(r"\w+", key)]
+    parts += [f"{part}_ema" for part in parts if part in PARTS]
     return [_INDEX, *(f"{part}/{kind}" for part in parts for kind in _KINDS)]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hqc.capture.architectures import ARCHITECTURE, from_architecture
+from hqc.capture.averaged_folders import choose_part
 from hqc.capture.averages import Weights
 from hqc.capture.constants import fold_grids
 from hqc.capture.diffusers_models import CaptureOptions, from_folder, from_pipeline
@@ -110,8 +111,8 @@ def find_source(
     condition_length: tokens of the condition. latent_size: side of the latents, or (height, width). Without, the
     source's own.
     config: of a checkpoint file alone: the YAML file of the original code, or the config.json of diffusers. outliers:
-    of a named architecture. revision: branch, tag or commit of a hub id. weights: of a checkpoint file that has both,
-    the averaged ones without it. variant: of the weights in a diffusers folder or hub id.
+    of a named architecture. revision: branch, tag or commit of a hub id. weights: of a source that has raw and averaged
+    ones, the averaged ones without it. variant: of the weights in a diffusers folder or hub id.
 
     Raises:
         CaptureError: if it is none of these, or an option does not belong to it.
@@ -120,9 +121,14 @@ def find_source(
     _check_options(source, config is not None, is_checkpoint, outliers)
     if revision is not None and (not is_hub_id(source) or Path(source).exists()):
         raise CaptureError(f"source {source!r}", "takes no --revision", "Leave it out; it belongs to a hub id.")
-    if weights is not None and (not is_checkpoint or Path(source).is_dir()):
-        raise CaptureError(f"source {source!r}", "takes no --weights", "Leave it out; it belongs to a checkpoint file.")
-    if variant is not None and (source == "digits" or not (Path(source).is_dir() or is_hub_id(source))):
+    is_folder = source != "digits" and (Path(source).is_dir() or is_hub_id(source))
+    if weights is not None and not is_checkpoint and not is_folder:
+        raise CaptureError(
+            f"source {source!r}",
+            "takes no --weights",
+            "Leave it out; it belongs to a file, a folder or hub id.",
+        )
+    if variant is not None and not is_folder:
         raise CaptureError(
             f"source {source!r}", "takes no --variant", "Leave it out; it belongs to a folder or hub id."
         )
@@ -166,6 +172,8 @@ def _found(
         return from_pipeline(folder, str(folder.resolve()), options)
     if (folder / "config.json").is_file():
         return from_folder(folder, str(folder.resolve()), options, None)
+    if choose_part(folder, options.weights) is not None:
+        return from_pipeline(folder, str(folder.resolve()), options)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
         return from_callable(source)
     if is_hub_id(source) and not folder.exists():
@@ -175,7 +183,8 @@ def _found(
 
 
 def _from_hub(name: str, revision: str | None, options: CaptureOptions) -> Source:
-    folder, commit = fetch_snapshot(name, revision, options.variant)
+    variant = options.variant or ("non_ema" if options.weights == "raw" else None)
+    folder, commit = fetch_snapshot(name, revision, variant)
     if (folder / "model_index.json").is_file():
         found = from_pipeline(folder, name, options)
     else:

@@ -47,7 +47,7 @@ __all__ = ["explain", "export", "inspect", "trace"]
 @click.option(
     "--weights",
     type=click.Choice(["raw", "ema"]),
-    help="Of a checkpoint file that has both raw and averaged weights (default: ema).",
+    help="Of a file, folder or hub id that has both raw and averaged weights (default: ema).",
 )
 @click.option("--variant", help="Of the weights in a diffusers folder or hub id, for example fp16 or non_ema.")
 @click.option("--revision", help="Branch, tag or commit of a hub id, SOURCE.")

@@ -104,7 +104,7 @@ def test_variants_of_weights(tmp_path) -> None:
     found = find_source(str(tmp_path), variant="non_ema")
     assert float(found.module.unet.conv_in.bias.detach().min()) == 2
     unet.save_pretrained(tmp_path)
-    assert find_source(str(tmp_path)).notes == {}
+    assert find_source(str(tmp_path)).notes == {"weights": "diffusion_pytorch_model"}
     with pytest.raises(CaptureError, match="has no safetensors weights of variant bf16; it has fp16, non_ema"):
         find_source(str(tmp_path), variant="bf16")
     with pytest.raises(CaptureError, match="takes no --variant"):
