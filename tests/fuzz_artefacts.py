@@ -1,0 +1,114 @@
+"""One small artefact of every kind and of several models, for command lines at random to take."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import denoisers
+import tiny_pipeline
+import torch
+import zoo
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from hqc import api
+from hqc.capture import trace
+from hqc.export import export_program
+from hqc.program import Program
+from hqc.storage import save_program
+from hqc.training import synthetic_task
+from hqc.training.distillation import TrainingSettings
+
+__all__ = ["make_artefacts"]
+
+MODULE = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self, width=32):
+        super().__init__()
+        self.layer = torch.nn.Linear(width, width)
+
+    def forward(self, sample, timestep):
+        return self.layer(sample) * timestep[:, None]
+
+
+def build():
+    torch.manual_seed(1)
+    return Net(), {"sample": torch.randn(2, 32), "timestep": torch.zeros(2)}
+
+
+def breaks():
+    raise KeyError("x" * 1000)
+
+
+def nothing():
+    return None
+
+
+def integers():
+    return Net(), {"sample": torch.zeros(2, 32, dtype=torch.int64), "timestep": torch.zeros(2)}
+"""
+
+
+def _unconditional(folder: Path) -> Path:
+    torch.manual_seed(5)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16,),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100)).save_pretrained(folder)
+    return folder
+
+
+def _quantised(program: Program, recipe: str, pipeline: Path | None, *, bits: str = "w4a4") -> Program:
+    found = api.configure(recipe)
+    training = found.training.model_copy(update={"num_inference_steps": 2, "batch_size": 1, "steps": 1})
+    calibration = found.calibration.model_copy(update={"samples": 1})
+    found = found.model_copy(update={"training": TrainingSettings(**training.model_dump()), "calibration": calibration})
+    task = synthetic_task(program) if pipeline is None else api.task_of(program, folder=pipeline)
+    return (api.qat if found.trains else api.ptq)(program, found, bits, task=task)
+
+
+def make_artefacts(work: Path) -> SimpleNamespace:
+    """Folders by kind: `sources` for trace, `programs` at every stage, `exports` for every target, `others`."""
+    digits = tiny_pipeline.save_tiny_pipeline(work / "pipeline")
+    plain = _unconditional(work / "ddpm")
+    (work / "mine.py").write_text(MODULE, encoding="utf-8")
+    captured = {
+        "labelled": (trace(str(digits)), digits),
+        "plain": (trace(str(plain)), plain),
+        "text": (trace(denoisers.source_of("sd15")), None),
+        "patches": (trace(denoisers.source_of("dit")), None),
+        "module": (trace(zoo.ZOO["two_sites"]()), None),
+    }
+    programs, exports = [], []
+    for name, (program, pipeline) in captured.items():
+        save_program(program, work / f"{name}.hqc", pipeline=pipeline)
+        programs.append(f"{name}.hqc")
+    for name, recipe in (("labelled", "rtn"), ("labelled", "hq-dm"), ("plain", "rtn"), ("text", "hq-dm")):
+        program, pipeline = captured[name]
+        made = _quantised(program, recipe, pipeline)
+        save_program(made, work / f"{name}-{recipe}.hqc", pipeline=pipeline)
+        programs.append(f"{name}-{recipe}.hqc")
+        for target in ("onnxruntime", "portable", "tensorrt") if (name, recipe) == ("labelled", "hq-dm") else ():
+            export_program(made, target, work / target, pipeline=pipeline)
+            exports.append(target)
+    export_program(captured["plain"][0], "onnxruntime", work / "float", pipeline=plain)
+    shutil.copytree(work / "labelled.hqc", work / "damaged.hqc")
+    (work / "damaged.hqc" / "graph.json").write_text("{}", encoding="utf-8")
+    (work / "empty").mkdir()
+    (work / "words.txt").write_text("a cat\nb\n", encoding="utf-8")
+    (work / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    return SimpleNamespace(
+        work=work,
+        sources=["pipeline", "ddpm/unet", "ddpm", "mine:build", "mine:breaks", "mine:nothing", "mine:integers"],
+        programs=programs,
+        exports=[*exports, "float"],
+        others=["damaged.hqc", "empty", "words.txt", "not-there", "pipeline", ".", "", "os:getcwd", "\x1b[31m", "é"],
+        texts=["words.txt", "bytes.txt", "not-there", "empty"],
+    )
