@@ -18,7 +18,7 @@ from hqc.commands.engine import build_engine
 from hqc.commands.models import evaluate, sample, serve
 from hqc.commands.quantise import ptq, qat
 from hqc.commands.tune import tune
-from hqc.errors import LONGEST_LINE, HqcError
+from hqc.errors import LONGEST_LINE, HqcError, is_memory_error
 from hqc.stages import reported
 from hqc.wording import first_words, shortened
 
@@ -51,7 +51,7 @@ class _Commands(click.Group):
         except OSError as error:
             raise _UserError(_of_the_system(error).line) from error
         except (MemoryError, RuntimeError) as error:
-            if not _is_memory(error):
+            if not is_memory_error(error):
                 raise
             raise _UserError(_NO_MEMORY.line) from error
 
@@ -67,11 +67,6 @@ class _UserError(click.ClickException):
 
 
 _NO_MEMORY = HqcError("memory", "there is not enough of it", "Close other programs, or ask for less at once.")
-
-
-def _is_memory(error: Exception) -> bool:
-    """torch has words of its own for it, on the CPU and on a GPU."""
-    return isinstance(error, MemoryError) or any(w in str(error) for w in ("can't allocate memory", "out of memory"))
 
 
 def _of_the_system(error: OSError) -> HqcError:

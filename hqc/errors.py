@@ -20,6 +20,7 @@ __all__ = [
     "PlanError",
     "RuntimeMissingError",
     "TrainingError",
+    "is_memory_error",
 ]
 
 LONGEST_LINE = 300
@@ -57,6 +58,11 @@ class HqcError(Exception):
 
 def _joined(where: str, found: str, do: str) -> str:
     return f"{where}: {found} {do}" if found.endswith((".", "…")) else f"{where}: {found}. {do}"
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether memory has run out; torch has words of its own for it, on the CPU and on a GPU."""
+    return isinstance(error, MemoryError) or any(w in str(error) for w in ("can't allocate memory", "out of memory"))
 
 
 class CaptureError(HqcError):

@@ -13,6 +13,8 @@ from hqc.checking import check_calls
 from hqc.errors import CaptureError
 from hqc.graph_json import graph_from_json, graph_to_json
 from hqc.program import BATCH, InputSpec, Origin, Program, aten, is_op
+from hqc.running import run_module
+from hqc.wording import first_words
 
 __all__ = ["LAYER_OPS", "capture_module"]
 
@@ -153,8 +155,15 @@ def _examples(inputs: Sequence[InputSpec], batch: int, seed: int = 0) -> tuple[T
 
 @torch.no_grad()
 def _relative_error(program: Program, module: nn.Module, args: tuple[Tensor, ...]) -> float:
-    wanted = _Wrapper(module)(*args)
-    return float((program.module()(*args) - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    try:
+        wanted = _Wrapper(module)(*args)
+    except Exception as error:  # the module is the user's
+        raise CaptureError(
+            type(module).__name__,
+            f"cannot be run on random inputs ({type(error).__name__}: {first_words(error, 100)})",
+            "hqc draws normal numbers: let the module take any, for example with labels clamped to those there are.",
+        ) from error
+    return float((run_module(program.module(), *args) - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
 def _plain_graph(exported: torch.export.ExportedProgram, names: Sequence[str]) -> tuple[fx.Graph, dict[str, Tensor]]:

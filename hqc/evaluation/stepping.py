@@ -1,6 +1,6 @@
 """Running a program node by node, so that its sites can be watched without keeping its activations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from hqc.passes.rewriting import rewrite
 from hqc.program import Program, Stage
+from hqc.running import node_failure
 
 __all__ = ["Run", "float_program"]
 
@@ -31,6 +32,9 @@ class Run:
         """Computes node after node from number `first` and yields each once its value is in `values`.
 
         What the reader puts into `values` instead is what later nodes read.
+
+        Raises:
+            EvaluationError: naming a node that cannot be computed.
         """
         for number in range(first, len(self.nodes)):
             node = self.nodes[number]
@@ -39,8 +43,7 @@ class Run:
             elif node.op == "get_attr":
                 values[node] = self.program.state[str(node.target)]
             elif node.op == "call_function":
-                args, kwargs = (fx.map_arg(a, values.__getitem__) for a in (node.args, node.kwargs))
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = _computed(node, values)
             yield number, node
             for done in self._last.get(node, ()):
                 values.pop(done, None)
@@ -50,6 +53,15 @@ class Run:
         for _ in self.steps(values, first):
             pass
         return values[self.nodes[-1]]  # type: ignore[no-any-return]
+
+
+def _computed(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args: Any = fx.map_arg(node.args, values.__getitem__)
+    kwargs: Any = fx.map_arg(node.kwargs, values.__getitem__)
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:
+        raise node_failure(node, error) from error
 
 
 def _last_readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from hqc.errors import ArtefactError, RuntimeMissingError
+from hqc.errors import ArtefactError, EvaluationError, RuntimeMissingError
 from hqc.memory import resident_bytes, return_free_memory
+from hqc.wording import first_words
 
 __all__ = ["TENSORRT_PRODUCER", "open_session", "run_session"]
 
 TENSORRT_PRODUCER = "hqc tensorrt"
 """The producer in a file for TensorRT."""
 
-_SILENT = 3
+_SILENT = 4
 _MUCH = 2**28
 _SMALL_TENSOR = 2**14
 
@@ -80,16 +81,30 @@ def _is_for_tensorrt(model: Path) -> bool:
 
 
 def run_session(session: Any, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
-    """The named outputs; a model that takes one timestep a call is called once for every timestep of the batch."""
+    """The named outputs; a model that takes one timestep a call is called once for every timestep of the batch.
+
+    Raises:
+        EvaluationError: if the runtime cannot go on: an index out of range, memory.
+    """
     times = feeds.get("timestep")
+
+    def run(given: Mapping[str, Any]) -> list[Any]:
+        try:
+            return list(session.run(list(names), dict(given)))
+        except Exception as error:  # onnxruntime has an exception a kind of failure, all of them its own
+            what = "give labels that the model was trained on" if "out of" in str(error) else "export it again"
+            raise EvaluationError(
+                "onnxruntime", f"cannot run the model ({first_words(error)})", f"Check the inputs; {what}."
+            ) from error
+
     one = any(value.name == "timestep" and list(value.shape) == [1] for value in session.get_inputs())
     if not one or times is None:
-        return list(session.run(list(names), dict(feeds)))
+        return run(feeds)
     groups = [np.flatnonzero(times == t) for t in np.unique(times)]
     parts = []
     for rows in groups:
         part = {name: array[rows] for name, array in feeds.items()}
-        found = session.run(list(names), {**part, "timestep": times[rows[:1]]})
+        found = run({**part, "timestep": times[rows[:1]]})
         parts.append([_each_row(value, len(rows)) for value in found])
     back = np.argsort(np.concatenate(groups))
     return [found[0] if found[0].ndim == 0 else np.concatenate(found)[back] for found in zip(*parts, strict=True)]

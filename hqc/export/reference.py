@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.passes.rewriting import rewrite
 from hqc.program import Program, is_op
+from hqc.running import node_failure
 
 __all__ = ["ForcedRun", "code_levels", "evaluate", "site_output", "verification_inputs", "without_quantisers"]
 
@@ -86,6 +87,7 @@ class ForcedRun(fx.Interpreter):
 
     def __init__(self, program: Program, codes: Mapping[str, Tensor]) -> None:
         super().__init__(program.module())
+        self.extra_traceback = False  # errors keep their own words
         self._sites = {site.quantiser.name: site for site in quantised_sites(program) if site.site in codes}
         self._codes = codes
         self.flipped: dict[str, int] = {}
@@ -97,7 +99,10 @@ class ForcedRun(fx.Interpreter):
         """Quantisers return the given codes; everything else runs as usual."""
         site = self._sites.get(n.name)
         if site is None:
-            return super().run_node(n)
+            try:
+                return super().run_node(n)
+            except Exception as error:
+                raise node_failure(n, error) from error
         x, scale, low, high = self.fetch_args_kwargs_from_env(n)[0]
         broadcast = [-1] + [1] * (x.ndim - 1)
         level = (x * scale.reciprocal().view(broadcast)).clamp(low, high)

@@ -35,6 +35,7 @@ from hqc.export.sites import quantised_sites
 from hqc.export.watched import Array, WatchedModel, heard
 from hqc.memory import return_free_memory
 from hqc.program import Program, Stage
+from hqc.running import run_module
 
 __all__ = ["LARGE_MODEL", "NetworkCheck", "Verification", "check_onnx", "file_output", "verify_export"]
 
@@ -184,7 +185,7 @@ def _check_network(
     """output: of the file; watched: of the copy that returned the codes."""
     forced_run = ForcedRun(reference, codes)
     forced = forced_run.run(*args)
-    free = reference.module()(*args)
+    free = run_module(reference.module(), *args)
     # A flip on the watched run, or one that parts the file's own run from it.
     parted = (output - watched).flatten(1).norm(dim=1) > FORCED_BOUND * watched.flatten(1).norm(dim=1)
     if len(forced_run.parted):
@@ -200,7 +201,7 @@ def _check_network(
         samples=len(output),
         parted=int(parted.sum()),
         settled_error=None if bool(parted.all()) else _relative(output[~parted], free[~parted]),
-        quantisation_error=None if plain is None else _relative(plain.module()(*args), free),
+        quantisation_error=None if plain is None else _relative(run_module(plain.module(), *args), free),
     )
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from hqc.capture.diffusers_models import denoiser_source
-from hqc.errors import EvaluationError
 from hqc.program import Program
+from hqc.running import run_module
 from hqc.runtimes.base import named_inputs
 
 __all__ = ["ModuleSession", "TorchSession"]
@@ -26,12 +26,7 @@ class TorchSession:
     ) -> Tensor:
         """See `Session`."""
         given = named_inputs(self.inputs, sample, timestep, *conditions, **named)
-        try:
-            return self._module(*given.values())  # type: ignore[no-any-return]
-        except IndexError as error:  # an embedding has fewer rows: shapes are checked before
-            raise EvaluationError(
-                "denoiser", f"an input is out of range ({error})", "Give labels that the model was trained on."
-            ) from error
+        return run_module(self._module, *given.values())
 
 
 class ModuleSession:
@@ -50,4 +45,4 @@ class ModuleSession:
     ) -> Tensor:
         """See `Session`."""
         given = named_inputs(self.inputs, sample, timestep, *conditions, **named)
-        return self._module(*given.values())  # type: ignore[no-any-return]
+        return run_module(self._module, *given.values())

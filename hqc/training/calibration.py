@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from hqc.errors import TrainingError
 from hqc.passes.insert_qdq import GRID
 from hqc.program import Program
+from hqc.running import node_failure
 from hqc.training.task import Denoise
 
 __all__ = ["calibrate"]
@@ -94,7 +95,10 @@ class _Observer(fx.Interpreter):
         if role == "rotation":
             self.originals[n] = [self.env[n.args[0]]] * len(n.users)  # type: ignore[index]
         if role not in ("activation_quantizer", "weight_quantizer"):
-            return super().run_node(n)
+            try:
+                return super().run_node(n)
+            except Exception as error:
+                raise node_failure(n, error) from error
         x = self.env[n.args[0]]  # type: ignore[index]
         if role == "activation_quantizer":
             self._observe(n.meta["site"], x, *n.args[2:])  # type: ignore[arg-type]

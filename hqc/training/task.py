@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hqc.errors import TrainingError
+from hqc.running import run_module
 
 __all__ = ["Condition", "Conditions", "Denoise", "Task", "denoiser", "guided", "guides", "require_steps", "trajectory"]
 
@@ -117,10 +118,13 @@ def guides(g: float) -> bool:
 
 
 def denoiser(module: nn.Module) -> Denoise:
-    """A program's module as a `Denoise`: without the None that an unconditional model is given."""
+    """A program's module as a `Denoise`: without the None that an unconditional model is given.
+
+    It raises what `run_module` does.
+    """
 
     def denoise(sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
-        return module(sample, timestep, *[c for c in conditions if c is not None])  # type: ignore[no-any-return]
+        return run_module(module, sample, timestep, *[c for c in conditions if c is not None])
 
     return denoise
 

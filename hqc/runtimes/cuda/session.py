@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hqc.errors import RuntimeMissingError
+from hqc.errors import EvaluationError, HqcError, MemoryShortError, RuntimeMissingError, is_memory_error
 from hqc.kernels.cards import card_of
 from hqc.kernels.guards import require_triton
 from hqc.kernels.tuning import load_tuning, use
@@ -22,6 +22,7 @@ from hqc.runtimes.cuda.forms import NAME, require_quantised
 from hqc.runtimes.cuda.graphs import Captured, GraphCache, Module, capture_cuda_graph
 from hqc.runtimes.cuda.kernel_set import triton_kernels
 from hqc.runtimes.cuda.report import BuildReport
+from hqc.wording import first_words
 
 __all__ = ["CudaSession", "HalfSession", "Precision", "Weights", "require_cuda", "require_gpu"]
 
@@ -64,9 +65,21 @@ class _GraphSession:
         with self._turn, torch.cuda.device(self.device):
             # Another stream's replay may still be reading the static inputs that this call writes.
             self._done.wait()
-            output = self._graphs(list(given.values()))
+            output = self._run(list(given.values()))
             self._done.record()
         return output if sample.is_cuda else output.cpu()
+
+    def _run(self, inputs: list[Tensor]) -> Tensor:
+        try:
+            return self._graphs(inputs)
+        except HqcError:
+            raise
+        except RuntimeError as error:  # kernels cannot say which node they belong to
+            if is_memory_error(error):
+                raise MemoryShortError(self.name, "the GPU has too little free memory", "Run fewer at once.") from error
+            raise EvaluationError(
+                self.name, f"cannot run the program ({first_words(error)})", "runtime='torch' names the node."
+            ) from error
 
 
 class CudaSession(_GraphSession):
