@@ -50,6 +50,7 @@ MISUSED = [
     ("export {quantised} -o x --weight-only *", "--weight-only *"),
     ("export {quantised} -o x --target tensorrt --plugin-arch sm_80", "--plugin-arch sm_80"),
     ("export {quantised} -o x --functions", "target onnxruntime"),
+    ("export {quantised} -o x --target tensorrt --names optimum", "target tensorrt"),
     ("export {captured} -o x --against {captured}", "--against"),
     ("export {quantised} -o x --arch sm_80", "--arch"),
     ("export {quantised} -o x --min-batch 1", "--min-batch"),

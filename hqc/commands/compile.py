@@ -26,6 +26,7 @@ from hqc.stages import doing
 if TYPE_CHECKING:
     from hqc.capture.averages import Weights
     from hqc.export import Target
+    from hqc.export.interface import Names
     from hqc.export.tensorrt.options import Dtype, Plugins, TensorRtOptions
     from hqc.sizes import LatentSize
 
@@ -239,6 +240,13 @@ def inspect(program: Path, graph: bool, as_json: bool) -> None:
 )
 @click.option("--one-timestep", is_flag=True, help="One timestep a call, as samplers give it: quicker.")
 @click.option("--functions", is_flag=True, help="portable: a rotation as one node, hqc::Hadamard, with its body.")
+@click.option(
+    "--names",
+    type=click.Choice(["hqc", "optimum"]),
+    default="hqc",
+    show_default=True,
+    help="What inputs and output are called: optimum's are sample, timestep, encoder_hidden_states, …, out_sample.",
+)
 @engine_options(None)
 @force_option
 @json_option
@@ -254,6 +262,7 @@ def export(
     against: Path | None,
     one_timestep: bool,
     functions: bool,
+    names: "Names",
     engine: EngineArguments | None,
     force: bool,
     as_json: bool,
@@ -283,6 +292,7 @@ def export(
             pipeline=pipeline_folder(program),
             one_timestep=one_timestep,
             functions=functions,
+            names=names,
             tensorrt=tensorrt,
             on_kernel=on_kernel,
         )

@@ -28,6 +28,7 @@ from hqc.evaluation.layer_errors import (
     watch,
 )
 from hqc.export.artefact import EXPORT_KIND
+from hqc.export.interface import Interface, interface_of, rename_ports
 from hqc.export.lowering import OUTPUT, Listen, Tap
 from hqc.export.model import DATA_FILE, MODEL_FILE, onnx_from_program
 from hqc.export.prepare import prepare
@@ -74,7 +75,9 @@ def compare_export(program: Program, folder: Path, args: Sequence[Tensor]) -> Co
     except (KeyError, TypeError, ValueError) as error:
         raise ComparisonError(str(folder), f"has an incomplete manifest ({error})", "Export it again.") from error
     check_inputs(program.inputs, inputs)
+    interface = interface_of(manifest, folder)
     with _copied(folder) as model:
+        _with_own_names(model, interface)
         listening = _listening(program, model, made)
         if not listening.outputs:
             raise ComparisonError(str(folder), "shows no site of the program", "Give an export of the same source.")
@@ -187,6 +190,16 @@ def _copied(folder: Path) -> Iterator[Path]:
             if (folder / name).is_file():
                 _link_or_copy(folder / name, Path(temporary) / name)
         yield Path(temporary) / MODEL_FILE
+
+
+def _with_own_names(model: Path, interface: Interface) -> None:
+    """The copy under hqc's names; the file that it may be a link to stays as it is."""
+    if not interface.renamings():
+        return
+    whole = model.with_suffix(".renamed")
+    shutil.copyfile(model, whole)
+    os.replace(whole, model)
+    rename_ports(model, interface)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 NAME/model.onnx         the network; weights of at most 4 bits as INT4
 NAME/model.onnx.data    the weights, where they are too large for the file itself
+NAME/config.json        with names other than hqc's: the denoiser's configuration
 NAME/manifest.json      target, opset, origin, inputs, what verification measured, sha256 and size of every file
 NAME/plan.json          the quantisation plan
 NAME/report.json        for TensorRT: the form of every layer and why, the options, what the hardware does
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hqc.errors import ExportError, OptionError
+from hqc.export.interface import Interface, Names, interface_for, rename_ports
 from hqc.export.lowering import Tap
 from hqc.export.model import DATA_FILE, EXTERNAL_DATA_BYTES, MODEL_FILE, onnx_from_program, save_model
 from hqc.export.prepare import Target, prepare
@@ -25,7 +27,7 @@ from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.export.tensorrt.report import form_counts, write_report
 from hqc.export.tensorrt.surgery import graphsurgeon
 from hqc.export.tensorrt.writing import reference_program, verify_tensorrt, write_tensorrt
-from hqc.export.verification import LARGE_MODEL, Verification, verify_export
+from hqc.export.verification import LARGE_MODEL, Verification, check_onnx, verify_export
 from hqc.kernels.guards import require_triton
 from hqc.memory import export_bytes, require_memory
 from hqc.plan import QuantPlan
@@ -37,6 +39,7 @@ from hqc.storage import atomic_folder, copy_pipeline, write_manifest
 __all__ = ["EXPORT_KIND", "OPSETS", "ExportReport", "export_program"]
 
 EXPORT_KIND = "hqc-export"
+CONFIG_FILE = "config.json"
 OPSETS = range(21, 26)
 """INT4 came with opset 21; onnxruntime's own support sets the upper end."""
 
@@ -99,6 +102,7 @@ def export_program(
     pipeline: Path | None = None,
     one_timestep: bool = False,
     functions: bool = False,
+    names: Names = "hqc",
     verify_batch: int | None = None,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
     tensorrt: TensorRtOptions | None = None,
@@ -118,6 +122,8 @@ def export_program(
             activation; a batch of several timesteps is then run once for each.
         functions: for `portable`, a rotation is one node `hqc::Hadamard` with its body in the file, for tools that have
             a kernel of their own for it; without it the file holds standard operators only.
+        names: what the file's inputs and output are called, as hqc calls them or as `optimum` does, which also wants a
+            `config.json` beside the model. Every hqc runtime reads either.
         verify_batch: samples in the verification batch, whose timesteps differ; None: 8, or for models
             above 256 MiB 2, or 1 with one timestep.
         external_data_bytes: weights beyond this go into a file beside the model.
@@ -135,6 +141,9 @@ def export_program(
         raise ExportError(f"target {target}", "takes no options of TensorRT", "Use target tensorrt, or leave them out.")
     if functions and target != "portable":
         raise ExportError(f"target {target}", "takes no functions", "Leave --functions out, or use target portable.")
+    interface = interface_for(names, program.inputs, program.origin.unet_config)
+    if names != "hqc" and target == "tensorrt":
+        raise ExportError(f"target {target}", f"has no names of {names}", "Leave --names out, or use another target.")
     if float_program is not None:
         _require_same_model(program, float_program)
     if target == "tensorrt":
@@ -150,6 +159,7 @@ def export_program(
             made = _make_tensorrt(program, temporary, settings, tensorrt or TensorRtOptions())
         else:
             made = _make(program, target, temporary, settings)
+            _rename(temporary, interface, program)
         size = sum((temporary / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (temporary / name).exists())
         seconds = round(time.perf_counter() - start, 3)
         report = ExportReport(
@@ -170,8 +180,18 @@ def export_program(
             write_report(temporary, opset, report.options, report.layers, report.verification, report.twin)
         if pipeline is not None:
             copy_pipeline(pipeline, temporary / "pipeline")
-        write_manifest(temporary, EXPORT_KIND, _fields(program, report))
+        write_manifest(temporary, EXPORT_KIND, {**_fields(program, report), "names": interface.to_dict()})
     return report
+
+
+def _rename(folder: Path, interface: Interface, program: Program) -> None:
+    """Gives the verified file its names, and what opens it by them the denoiser's configuration."""
+    if not interface.renamings():
+        return
+    rename_ports(folder / MODEL_FILE, interface)
+    check_onnx(folder / MODEL_FILE)
+    config = json.dumps(dict(program.origin.unet_config), indent=1) + "\n"
+    (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
 
 
 @dataclass(frozen=True)

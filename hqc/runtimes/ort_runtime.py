@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hqc.errors import ArtefactError, RuntimeMissingError
 from hqc.export.artefact import EXPORT_KIND
-from hqc.export.lowering import OUTPUT
+from hqc.export.interface import interface_of
 from hqc.export.model import MODEL_FILE
 from hqc.export.ort_session import open_session, run_session
 from hqc.program import InputSpec
@@ -40,6 +40,7 @@ class OrtSession:
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(str(folder), f"has a manifest without inputs ({error})", "Export it again.") from error
         self.inputs = tuple(specs)
+        self._interface = interface_of(manifest, folder)
         if manifest.get("tensorrt", {}).get("dtype") == "bf16":
             raise RuntimeMissingError(
                 f"runtime {self.name}",
@@ -57,5 +58,5 @@ class OrtSession:
         """See `Session`."""
         given = named_inputs(self.inputs, sample, timestep, *conditions, **named)
         taken = {value.name for value in self._session.get_inputs()}
-        feeds = {name: tensor.numpy() for name, tensor in given.items() if name in taken}
-        return torch.from_numpy(run_session(self._session, [OUTPUT], feeds)[0])
+        feeds = {name: t.numpy() for name, t in self._interface.feeds(given).items() if name in taken}
+        return torch.from_numpy(run_session(self._session, [self._interface.output], feeds)[0])

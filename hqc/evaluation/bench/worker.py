@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hqc.evaluation.bench.memory import peak_resident_bytes, resident_bytes
+from hqc.export.interface import Interface, interface_of
 
 __all__ = ["RUNTIMES", "Worker", "main"]
 
@@ -71,11 +72,19 @@ def _onnxruntime(threads: int) -> Callable[[Path, Arrays], Loaded]:
     def load(model: Path, inputs: Arrays) -> Loaded:
         session = open_session(model, threads=threads)
         taken = {value.name for value in session.get_inputs()}
-        feeds = {name: array for name, array in inputs.items() if name in taken}
+        feeds = {name: array for name, array in _interface(model).feeds(inputs).items() if name in taken}
         output = session.get_outputs()[0].name
         return on_cpu(lambda: run_session(session, [output], feeds)[0])
 
     return load
+
+
+def _interface(model: Path) -> Interface:
+    """What a model's inputs are called: an export's manifest says it, other files have hqc's names."""
+    manifest = model.with_name("manifest.json")
+    if not manifest.is_file():
+        return Interface()
+    return interface_of(json.loads(manifest.read_text(encoding="utf-8")), model.parent)
 
 
 def _torch(threads: int) -> Callable[[Path, Arrays], Loaded]:
