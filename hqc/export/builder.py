@@ -25,6 +25,8 @@ class GraphBuilder:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": opset}, name="hqc")
         self._seen: dict[object, tuple[ir.Value, ...]] = {}
         self._names: set[str] = set()
+        self.again: list[ir.Node] = []
+        """Nodes that were asked for again and given as they are, until somebody empties the list."""
 
     def input(self, name: str, dtype: ir.DataType, shape: Dims) -> ir.Value:
         """A graph input."""
@@ -79,7 +81,10 @@ class GraphBuilder:
         }
         key = (domain, op_type, tuple(map(id, inputs)), tuple(sorted(plain.items())), count)
         if key in self._seen:
-            return self._seen[key]
+            found = self._seen[key]
+            if (producer := found[0].producer()) is not None:
+                self.again.append(producer)
+            return found
         wish = name or op_type.lower()
         outputs = [ir.Value(name=self._unique(wish if i == 0 else f"{wish}.{i}")) for i in range(count)]
         if domain:

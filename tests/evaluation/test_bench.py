@@ -12,8 +12,11 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
+from diffusers import UNet2DModel
 from PIL import Image
 
+from hqc.api import ptq
+from hqc.capture import trace
 from hqc.cli import main
 from hqc.errors import ComparisonError, EvaluationError
 from hqc.evaluation.bench import peers as peers_module
@@ -25,6 +28,7 @@ from hqc.evaluation.bench.workspace import Workspace
 from hqc.export import export_program
 from hqc.program import Program
 from hqc.storage import load_program, save_program
+from hqc.training.task_sources import synthetic_task
 
 SOURCE = "zoo:without_attention"
 QUICK = ("--runs", 2, "--warm-up", 1, "--threads", 1, "--calib-size", 1, "--n-steps", 2)
@@ -192,6 +196,23 @@ def test_a_float_side_with_other_inputs_is_refused(
     result = hqc("bench", done.work / "w" / "integer", "--float", tmp_path / "other.hqc", *QUICK)
     assert result.exit_code == 2
     assert "takes other inputs" in result.stderr
+
+
+def test_the_float_side_is_traced_at_the_size_of_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "unet"
+    UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        add_attention=False,
+    ).save_pretrained(folder)
+    captured = trace(str(folder), latent_size=(4, 6))
+    save_program(ptq(captured, task=synthetic_task(captured)), tmp_path / "quantised.hqc")
+    bench(str(tmp_path / "quantised.hqc"), [], Workspace(tmp_path / "w"), timing=TIMING)
+    assert load_program(tmp_path / "w" / "float.hqc").inputs[0].shape == ("N", 3, 4, 6)
 
 
 def test_a_captured_program_is_quantised_without_rotation_on_request(done: SimpleNamespace, tmp_path: Path) -> None:

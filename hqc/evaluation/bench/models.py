@@ -7,8 +7,8 @@ export folder                                              taken as it is; the f
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +183,7 @@ def _float_side(
     """The captured program that a quantised model came from: --float, else its source traced again."""
     where = float_model or source
     try:
-        captured = Path(where) if _kind(Path(where)) == PROGRAM_KIND else _traced(where, space)
+        captured = Path(where) if _kind(Path(where)) == PROGRAM_KIND else _traced(where, space, inputs)
         manifest = check_manifest(captured, PROGRAM_KIND)
     except (CaptureError, ArtefactError) as error:
         if float_model is not None:
@@ -201,8 +201,12 @@ def _float_side(
 # ---- stages --------------------------------------------------------------------------------------------------------
 
 
-def _traced(source: str, space: Workspace) -> Path:
-    return space.make("float.hqc", PROGRAM_KIND, _source_content(source), lambda target: _trace(source, target))
+def _traced(source: str, space: Workspace, inputs: Sequence[InputSpec] = ()) -> Path:
+    """inputs: what it should take, where the source leaves its sizes open; nothing takes the source's own."""
+    content = _source_content(source)
+    if content is not None:
+        content["inputs"] = [asdict(spec) for spec in inputs]
+    return space.make("float.hqc", PROGRAM_KIND, content, lambda target: _trace(source, target, inputs))
 
 
 def _source_content(source: str) -> dict[str, Any] | None:
@@ -219,10 +223,25 @@ def _source_content(source: str) -> dict[str, Any] | None:
     return {"source": str(Path(source).resolve()), "files": listing, "versions": versions()}
 
 
-def _trace(source: str, target: Path) -> None:
+def _trace(source: str, target: Path, inputs: Sequence[InputSpec]) -> None:
     from hqc.capture import find_source, trace
 
-    save_program(trace(find_source(source)), target, force=True)
+    found = find_source(source)
+    if inputs and found.inputs != tuple(inputs):
+        found = find_source(source, **_other_sizes(found.inputs, inputs))
+    save_program(trace(found), target, force=True)
+
+
+def _other_sizes(own: Sequence[InputSpec], wanted: Sequence[InputSpec]) -> dict[str, Any]:
+    """The options of a source that give it other sizes."""
+    mine, theirs = ({spec.name: spec.shape for spec in inputs} for inputs in (own, wanted))
+    sizes: dict[str, Any] = {}
+    sample, condition = theirs.get("sample", ()), theirs.get("condition", ())
+    if len(sample) == 4 and mine.get("sample") != sample:
+        sizes["latent_size"] = sample[2:]
+    if len(condition) == 3 and mine.get("condition") != condition:
+        sizes["condition_length"] = condition[1]
+    return sizes
 
 
 def _quantise(captured: Path, bits: str, wanted: Quantisation, target: Path) -> None:

@@ -98,9 +98,13 @@ class TensorRtLowering(TensorRtState):
         self._full = full_precision_nodes(program)
 
     def translate(self, node: fx.Node) -> None:
-        """Notes the precision of what the node becomes."""
+        """Notes the precision of what the node becomes; what it shares is as precise as any of its readers asks."""
+        self.builder.again.clear()
         super().translate(node)
         precision = Precision.FULL if node in self._full else Precision.ACTIVATION
+        for shared in self.builder.again if precision is Precision.FULL else ():
+            if shared.meta.get(PRECISION) is Precision.ACTIVATION:
+                shared.meta[PRECISION] = precision
         for made in reversed(self.builder.graph):
             if PRECISION in made.meta:
                 break
