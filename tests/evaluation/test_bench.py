@@ -31,7 +31,8 @@ from hqc.storage import load_program, save_program
 from hqc.training.task_sources import synthetic_task
 
 SOURCE = "zoo:without_attention"
-QUICK = ("--runs", 2, "--warm-up", 1, "--threads", 1, "--calib-size", 1, "--n-steps", 2)
+AS_IT_IS = ("--runs", 2, "--warm-up", 1, "--threads", 1)
+QUICK = (*AS_IT_IS, "--calib-size", 1, "--n-steps", 2)
 TIMING = Timing(batch_size=2, threads=1, runs=1, warm_up=0)
 PEERS = ["onnxruntime-fp32", "onnxruntime-int8", "torch"]
 
@@ -161,11 +162,11 @@ def test_an_export_is_taken_as_it_is_and_its_source_traced_for_the_peers(done: S
     manifest = json.loads((export / "manifest.json").read_text())
     assert manifest["origin"]["source"] == "without_attention"  # nothing that can be traced: a Source of its own name
     before = (export / "model.onnx").read_bytes()
-    result = hqc("bench", export, *QUICK)
+    result = hqc("bench", export, *AS_IT_IS)
     assert result.exit_code == 2
     assert "its float side is not there" in result.stderr
     assert "--float PROGRAM" in result.stderr
-    result = hqc("bench", export, "--float", done.work / "w" / "float.hqc", "--against", "torch", *QUICK, "--json")
+    result = hqc("bench", export, "--float", done.work / "w" / "float.hqc", "--against", "torch", *AS_IT_IS, "--json")
     assert result.exit_code == 0, result.stderr
     said = json.loads(result.stdout)
     assert said["size_bytes"]["hqc"] == len(before)
@@ -193,7 +194,7 @@ def test_a_float_side_with_other_inputs_is_refused(
     done: SimpleNamespace, tmp_path: Path, captured: Callable[[str], Program]
 ) -> None:
     save_program(captured("two_sites"), tmp_path / "other.hqc")
-    result = hqc("bench", done.work / "w" / "integer", "--float", tmp_path / "other.hqc", *QUICK)
+    result = hqc("bench", done.work / "w" / "integer", "--float", tmp_path / "other.hqc", *AS_IT_IS)
     assert result.exit_code == 2
     assert "takes other inputs" in result.stderr
 
@@ -257,7 +258,7 @@ def test_an_export_whose_manifest_leaves_the_model_out_is_refused(done: SimpleNa
     manifest = json.loads((tmp_path / "export" / "manifest.json").read_text())
     del manifest["files"]["model.onnx"]
     (tmp_path / "export" / "manifest.json").write_text(json.dumps(manifest))
-    result = hqc("bench", tmp_path / "export", "--float", done.work / "w" / "float.hqc", *QUICK)
+    result = hqc("bench", tmp_path / "export", "--float", done.work / "w" / "float.hqc", *AS_IT_IS)
     assert result.exit_code == 2
     assert "lists no model.onnx" in result.stderr
 

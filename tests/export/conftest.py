@@ -72,7 +72,7 @@ def exported(
     def build(name: str, bits: str | None, target: str, opset: int = 21) -> tuple[Program, Path, ExportReport]:
         program = captured(name) if bits is None else quantised(name, bits)
         folder = tmp_path_factory.mktemp("exports") / f"{name}_{bits}_{target}_{opset}.onnx"
-        report = export_program(program, target, folder, opset=opset, float_program=captured(name))
+        report = export_program(program, target, folder, opset=opset, float_program=captured(name) if bits else None)
         return program, folder, report
 
     return build

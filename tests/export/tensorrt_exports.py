@@ -32,7 +32,7 @@ def builder(captured: Callable[[str], Program], quantised: Callable[[str, str], 
                 program,
                 "tensorrt",
                 work / f"{len(made)}_{name}",
-                float_program=captured(name),
+                float_program=captured(name) if bits else None,
                 one_timestep=one_timestep,
                 tensorrt=chosen,
             )
