@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from zoo import PLAIN
+from zoo import PLAIN, SHAPES
 
 from hqc.export.model import onnx_from_program
 from hqc.export.prepare import prepare
@@ -37,7 +37,7 @@ def inputs(program):
 
 
 @pytest.mark.parametrize(
-    ("model", "bits"), [*((name, "w4a4") for name in (*PLAIN, "cross_attention")), ("cross_attention", "w8a8")]
+    ("model", "bits"), [*((name, "w4a4") for name in (*PLAIN, *SHAPES, "cross_attention")), ("cross_attention", "w8a8")]
 )
 def test_openvino_equals_torch_given_its_codes(exported, tmp_path, model, bits) -> None:
     """Torch follows OpenVINO's codes, so that one flipped code cannot hide or feign a fault."""
