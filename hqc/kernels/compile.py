@@ -19,7 +19,7 @@ from hqc.errors import ExportError, KernelError
 from hqc.kernels.guards import require_triton
 from hqc.kernels.options import FLOATS, KERNELS, MODULES, KernelOptions, Parameter
 
-__all__ = ["ARCHITECTURES", "PTX_VERSIONS", "CompiledKernel", "compile_kernel", "kernel_options"]
+__all__ = ["ARCHITECTURES", "PTX_VERSIONS", "CompiledKernel", "cache_kernel", "compile_kernel", "kernel_options"]
 
 PTX_VERSIONS: Mapping[str, int] = {"sm_80": 80, "sm_86": 80, "sm_89": 80, "sm_90": 80, "sm_100": 86, "sm_120": 87}
 """The lowest PTX ISA that each architecture's code generator takes, so that the oldest driver loads it.
@@ -102,12 +102,7 @@ def compile_kernel(kernel: str, dtype: str, options: Mapping[str, Any], arch: st
         ExportError: if triton cannot compile it, or the result needs what a plugin cannot give (scratch memory).
         RuntimeMissingError: if triton is missing.
     """
-    where = f"compile_kernel {kernel} for {arch}"
-    chosen = kernel_options(kernel, options)
-    if arch not in PTX_VERSIONS:
-        raise KernelError(where, "that architecture is not one of ours", f"Choose one of {', '.join(ARCHITECTURES)}.")
-    if dtype not in FLOATS:
-        raise KernelError(where, f"the dtype is {dtype!r}", f"Choose one of {', '.join(FLOATS)}.")
+    where, chosen = _checked(kernel, dtype, options, arch)
     compiled = _compile(where, chosen, dtype, arch)
     meta = compiled.metadata
     scratch = meta.global_scratch_size + meta.profile_scratch_size
@@ -132,6 +127,27 @@ def compile_kernel(kernel: str, dtype: str, options: Mapping[str, Any], arch: st
         registers=registers,
         spills=spills,
     )
+
+
+def cache_kernel(kernel: str, dtype: str, options: Mapping[str, Any], arch: str) -> None:
+    """Compiles a kernel into triton's cache on disk, where `compile_kernel` of any process finds it.
+
+    Raises:
+        KernelError, ExportError, RuntimeMissingError: as `compile_kernel` does.
+    """
+    where, chosen = _checked(kernel, dtype, options, arch)
+    _compile(where, chosen, dtype, arch)
+
+
+def _checked(kernel: str, dtype: str, options: Mapping[str, Any], arch: str) -> tuple[str, KernelOptions]:
+    """What messages call it, and its options."""
+    where = f"compile_kernel {kernel} for {arch}"
+    chosen = kernel_options(kernel, options)
+    if arch not in PTX_VERSIONS:
+        raise KernelError(where, "that architecture is not one of ours", f"Choose one of {', '.join(ARCHITECTURES)}.")
+    if dtype not in FLOATS:
+        raise KernelError(where, f"the dtype is {dtype!r}", f"Choose one of {', '.join(FLOATS)}.")
+    return where, chosen
 
 
 def _compile(where: str, options: KernelOptions, dtype: str, arch: str) -> Any:

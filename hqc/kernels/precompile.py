@@ -14,7 +14,7 @@ from typing import Any
 
 from hqc.memory import available_bytes
 
-__all__ = ["Compilers", "KernelJob", "answer", "compile_job", "compilers", "instead_of_launching"]
+__all__ = ["Compilers", "KernelJob", "answer", "available_cores", "compile_job", "compilers", "instead_of_launching"]
 
 _BYTES = 1 << 30
 """Memory that a compiling process is given."""
@@ -112,13 +112,18 @@ def answer(begun: "Future[str]") -> str:
         return ""
 
 
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def compilers(processes: int | None = None) -> Iterator[Compilers]:
     """As many processes as there is memory for, at most `processes`.
 
     processes: by default as many as there are cores, less one for the process that measures.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     memory = available_bytes()
     room = _MOST if memory is None else memory // _BYTES
     count = max(1, min(cores - 1 if processes is None else processes, room, _MOST))

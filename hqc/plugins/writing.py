@@ -22,6 +22,7 @@ import onnx
 
 from hqc import __version__
 from hqc.errors import ExportError
+from hqc.kernels.ahead import compiled_ahead
 from hqc.kernels.compile import ARCHITECTURES, CompiledKernel, compile_kernel
 from hqc.plugins.graph import PluginNode, plugin_nodes
 from hqc.plugins.hqc_qdp.nodes import Variant
@@ -69,11 +70,13 @@ def write_plugins(
         names[key] = [_name(tactic) for tactic in chosen]
         built |= {_name(tactic): tactic for tactic in chosen}
     kernels, files = {}, []
-    for done, (name, tactic) in enumerate(sorted(built.items())):
-        if on_kernel is not None:
-            on_kernel(done, len(built), name)
-        kernels[name], written = _write_kernel(folder, name, tactic, archs)
-        files += written
+    jobs = [(t.kernel, t.dtype, t.plain_options(), arch) for _, t in sorted(built.items()) for arch in archs]
+    with compiled_ahead(jobs):
+        for done, (name, tactic) in enumerate(sorted(built.items())):
+            if on_kernel is not None:
+                on_kernel(done, len(built), name)
+            kernels[name], written = _write_kernel(folder, name, tactic, archs)
+            files += written
     if on_kernel is not None:
         on_kernel(len(built), len(built), "")
     data = {

@@ -17,7 +17,7 @@ from hqc.errors import ArtefactError, EvaluationError
 from hqc.evaluation.bench import worker
 from hqc.evaluation.bench.chart import _Box, _Label, _layout, _width, check_chart, png_chart, save_chart, svg_chart
 from hqc.evaluation.bench.contender import Loaded
-from hqc.evaluation.bench.machine import available_cores, describe_machine, has_vnni, isa_flags, machine_line
+from hqc.evaluation.bench.machine import describe_machine, has_vnni, isa_flags, machine_line
 from hqc.evaluation.bench.memory import peak_resident_bytes, resident_bytes
 from hqc.evaluation.bench.ort_int8 import read_batches, write_batches
 from hqc.evaluation.bench.peers import PEERS, find_peers
@@ -25,6 +25,7 @@ from hqc.evaluation.bench.result import BenchResult, Figures, Spread, spread
 from hqc.evaluation.bench.rounds import take_turns
 from hqc.evaluation.bench.table import bench_table
 from hqc.evaluation.bench.workspace import Stage, Workspace
+from hqc.kernels.precompile import available_cores
 from hqc.storage import atomic_folder, write_manifest
 
 # ---- turns ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """What the machine is that the figures were measured on."""
 
 import ctypes
-import os
 import platform
 import re
 import subprocess
@@ -13,7 +12,9 @@ from typing import Any
 
 import psutil
 
-__all__ = ["available_cores", "describe_gpu", "describe_machine", "has_vnni", "isa_flags", "machine_line"]
+from hqc.kernels.precompile import available_cores
+
+__all__ = ["describe_gpu", "describe_machine", "has_vnni", "isa_flags", "machine_line"]
 
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 """The flags that decide which integer kernels a runtime takes: x86 names, then Arm's."""
@@ -21,11 +22,6 @@ ISA = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", 
 SMI_SECONDS = 10
 
 PACKAGES = ("hqc", "torch", "triton", "onnxruntime", "numpy")
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_machine() -> dict[str, Any]:

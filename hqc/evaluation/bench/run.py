@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from hqc.errors import ArtefactError, EvaluationError, HqcError
 from hqc.evaluation.bench.contender import Contender, Loaded
-from hqc.evaluation.bench.machine import available_cores, describe_gpu, describe_machine
+from hqc.evaluation.bench.machine import describe_gpu, describe_machine
 from hqc.evaluation.bench.models import Models, Quantisation, find_models, inputs_of
 from hqc.evaluation.bench.peers import HQC, ON_GPU, PEERS, Built, compared, size_bytes
 from hqc.evaluation.bench.result import BenchResult, Figures, spread
 from hqc.evaluation.bench.rounds import PAUSE_SECONDS, Rounds, take_turns
 from hqc.evaluation.bench.workspace import Workspace
 from hqc.export.model import MODEL_FILE
+from hqc.kernels.precompile import available_cores
 from hqc.plan import QuantPlan
 from hqc.program import InputSpec
 
