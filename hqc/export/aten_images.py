@@ -112,6 +112,13 @@ def _is_plain(have: int, want: int, pixels: list[int]) -> bool:
 IMAGES: Translations = {
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: _pad,
-    aten.upsample_nearest2d.vec: _upsample_nearest,
-    aten.upsample_nearest2d.default: _upsample_nearest,
+    **dict.fromkeys(
+        (
+            aten.upsample_nearest2d.vec,
+            aten.upsample_nearest2d.default,
+            aten._upsample_nearest_exact2d.vec,
+            aten._upsample_nearest_exact2d.default,
+        ),
+        _upsample_nearest,
+    ),
 }

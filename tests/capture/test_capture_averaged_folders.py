@@ -11,8 +11,10 @@ from click.testing import CliRunner
 from denoisers import denoiser
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+from huggingface_hub import constants
 
 from hqc.capture import find_source
+from hqc.capture.hub import fetch_snapshot
 from hqc.cli import main
 from hqc.errors import CaptureError
 
@@ -129,3 +131,39 @@ def test_trace_says_which(tmp_path: Path) -> None:
     said = CliRunner().invoke(main, ["trace", str(tmp_path / "checkpoint-500"), "-o", str(tmp_path / "x"), "--json"])
     assert (said.exit_code, said.stderr) == (0, "")
     assert json.loads(said.stdout)["weights"] == "unet_ema"
+
+
+@pytest.mark.parametrize(("wanted", "found"), [(None, AVERAGED), ("ema", AVERAGED), ("raw", RAW)])
+def test_a_hub_id(wanted: Any, found: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--tiny--both"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    _non_ema(repository / "snapshots" / ("a" * 40))
+    source = find_source("tiny/both", weights=wanted)
+    assert float(source.module.unet.conv_out.bias.detach()[0]) == found
+    assert source.notes["weights"] == (f"{STEM}.non_ema" if wanted == "raw" else STEM)
+
+
+@pytest.mark.parametrize(("variant", "fetched"), [(None, set()), ("non_ema", {"*non_ema*"}), ("fp16", {"*.fp16*"})])
+def test_what_is_fetched_of_a_hub_id(
+    variant: str | None, fetched: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The averaged weights beside the denoiser's are, and the raw ones only where they are asked for."""
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DModel"]}))
+    unet(RAW).save_pretrained(tmp_path / "unet")
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.update(options)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "model_index.json"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    fetch_snapshot("tiny/pipe", None, variant)
+    assert {"unet/*.safetensors", "unet_ema/*.safetensors"} <= set(asked["allow_patterns"])
+    left_out = {"*.fp16*", "*.bf16*", "*non_ema*"}
+    assert set(asked["ignore_patterns"]) & left_out == left_out - fetched

@@ -44,6 +44,10 @@ def upsampled(*size: int) -> Function:
     return lambda x: functional.interpolate(x, size=size, mode="nearest")
 
 
+def middled(*size: int) -> Function:
+    return lambda x: functional.interpolate(x, size=size, mode="nearest-exact")
+
+
 def padded(*amounts: int, mode: str = "circular") -> Function:
     return lambda x: functional.pad(x, amounts, mode=mode)
 
@@ -59,6 +63,9 @@ CASES: dict[str, tuple[Function, int, int, set[str]]] = {
     # By the factor as it is, not by 11/9.
     "a broken factor": (lambda x: functional.interpolate(x, scale_factor=1.3, mode="nearest"), 9, 5, {"Gather"}),
     "smaller": (upsampled(3, 4), 9, 8, {"Gather"}),
+    # From the middle of each pixel: for 5 → 9 other pixels than the plain one's.
+    "from the middle": (middled(9, 8), 5, 4, {"Gather"}),
+    "from the middle, whole": (middled(10, 8), 5, 4, {"Resize"}),
     "wrapped": (padded(1, 1, 1, 1), 4, 5, {"Slice", "Concat"}),
     "wrapped unevenly": (padded(0, 5, 2, 0), 4, 5, {"Slice", "Concat"}),
     "wrapped once": (padded(1, 2, 0, 0), 4, 5, {"Slice", "Concat"}),
