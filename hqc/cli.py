@@ -87,7 +87,10 @@ def _bug(error: Exception) -> str:
 )
 @click.version_option(__version__, prog_name="hqc")
 def main() -> None:
-    """Hadamard Quantisation Compiler: low-bit latent diffusion, from checkpoint to integer kernels."""
+    """Hadamard Quantisation Compiler: low-bit latent diffusion, from checkpoint to integer kernels.
+
+    Long work says its stage on standard error now and then; HQC_PROGRESS=0 turns that off.
+    """
 
 
 COMMANDS = (

@@ -1,12 +1,11 @@
 """What goes on now: long work says its stage here, and the command line prints a line of it now and then.
 
-    [  3 s] capturing unet
-    [ 13 s] capturing unet
+    [ 10 s] lowering for tensorrt
     [ 20 s] compiling kernels: 12 of 35, int_gemm_fp16
 
-A new stage is printed at once unless a line was printed in the three seconds before, the same one every ten seconds:
-quick commands print nothing. `HQC_PROGRESS=0` turns it off. Lines go to standard error; where a bar is drawn for a
-stage, its lines are left out. Importing this loads nothing heavy.
+At most one every ten seconds, the first after ten: quick commands print nothing, and a refusal stays one line.
+`HQC_PROGRESS=0` turns it off. Lines go to standard error; where a bar is drawn for a stage, its lines are left out.
+Importing this loads nothing heavy.
 """
 
 import os
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 
 __all__ = ["Reporter", "Stage", "doing", "reported"]
 
-SOON, LATER = 3.0, 10.0
+EVERY = 10.0
 _LONGEST = 100
 _WAIT = 0.5
 
@@ -64,15 +63,12 @@ class Reporter:
 
     def __init__(self, now: float) -> None:
         self._start = self._last = now
-        self._said: Stage | None = None
 
     def line(self, now: float, stage: Stage | None) -> str | None:
         """The line to print now, if any."""
-        if stage is None or stage.drawn:
+        if stage is None or stage.drawn or now - self._last < EVERY:
             return None
-        if now - self._last < (LATER if stage is self._said else SOON):
-            return None
-        self._last, self._said = now, stage
+        self._last = now
         return f"[{now - self._start:3.0f} s] {stage}"
 
 
