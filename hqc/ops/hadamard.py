@@ -1,5 +1,6 @@
 """`hqc::hadamard`: block-diagonal normalised Hadamard rotation of one axis."""
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 __all__ = ["Hadamard", "block_size", "hadamard", "sylvester"]
 
 SMALLEST_BLOCK = 8
+_FEW_COLUMNS = 16
 
 
 @lru_cache(maxsize=32)
@@ -46,7 +48,13 @@ def _rotate(x: Tensor, block: int, axis: int) -> Tensor:
         return (x.reshape(-1, block) @ matrix).mul_(block**-0.5).view(x.shape)
     if axis != 1:
         raise ValueError(f"hqc::hadamard: axis {axis} of {x.ndim}; expected 1 or the last")
-    groups = x.reshape(-1, block, x[0, 0].numel())
+    inner = math.prod(x.shape[2:])
+    if inner < _FEW_COLUMNS:
+        # Products with so few columns cost more than laying the channels last and back.
+        last = x.reshape(x.shape[0], x.shape[1], inner).transpose(1, 2)
+        rotated = (last.reshape(-1, block) @ matrix).mul_(block**-0.5)
+        return rotated.view(last.shape).transpose(1, 2).contiguous().view(x.shape)
+    groups = x.reshape(-1, block, inner)
     return torch.matmul(matrix, groups).mul_(block**-0.5).view(x.shape)
 
 

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from hqc.errors import ArtefactError, TrainingError
-from hqc.ops.fake_quantize import FakeQuantize
-from hqc.ops.hadamard import Hadamard
 from hqc.program import Program, Stage
 from hqc.recipes import TrainingSettings
 from hqc.training.checkpoint import Checkpoint
+from hqc.training.module import training_module
 from hqc.training.task import Task, advance, denoiser, guided, initial_sample, scaled_input, start
 
 __all__ = ["StepRecord", "distil"]
@@ -55,14 +54,19 @@ def trainable(program: Program) -> dict[str, str]:
 
 
 def _optimizer(program: Program, parameters: dict[str, nn.Parameter], settings: TrainingSettings) -> torch.optim.AdamW:
+    """Parameters with the same rate and decay are one group: the optimiser takes each group in one call."""
     rates = {"weight_scale": settings.lr_weight_scale, "activation_scale": settings.lr_activation_scale}
-    groups = []
+    members: dict[tuple[float, float], list[str]] = {}
     for name, kind in trainable(program).items():
         rate, decay = rates.get(kind, 0.0), 0.0
         if kind == "lora":
             site = name.rsplit(".", 1)[0]
             rate, decay = settings.lr_lora * float(program.state[f"{site}.weight_scale"].mean()), settings.weight_decay
-        groups.append({"params": [parameters[name]], "lr": rate, "base_lr": rate, "weight_decay": decay, "name": name})
+        members.setdefault((rate, decay), []).append(name)
+    groups = [
+        {"params": [parameters[name] for name in names], "names": names, "lr": r, "base_lr": r, "weight_decay": decay}
+        for (r, decay), names in members.items()
+    ]
     return torch.optim.AdamW(groups, fused=True)
 
 
@@ -86,7 +90,8 @@ def distil(
     Raises:
         TrainingError: if the loss is not finite, naming the step. ArtefactError: a checkpoint of another program.
     """
-    module, teacher_module = _training_module(student), teacher.module()
+    samples = settings.batch_size * (2 if task.doubles(settings.guidance_scale) else 1)
+    module, teacher_module = training_module(student, samples), teacher.module()
     names = trainable(student)
     parameters = {name: _own_parameter(module, name) for name in names}
     optimizer = _optimizer(student, parameters, settings)
@@ -132,27 +137,6 @@ def distil(
             on_checkpoint(_snapshot(step + 1, optimizer, parameters))
     state = dict(student.state) | {name: p.detach().clone() for name, p in parameters.items()}
     return student.evolve(state=state, stage=Stage.TRAINED)
-
-
-def _training_module(program: Program) -> nn.Module:
-    """The program's module with hqc operators called directly: the same arithmetic, without the dispatcher's cost."""
-    module = program.module()
-    for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in _DIRECT:
-            node.target = _DIRECT[node.target]
-    module.recompile()
-    return module
-
-
-def _hadamard(x: Tensor, block: int, axis: int) -> Tensor:
-    return Hadamard.apply(x, block, axis)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-    return FakeQuantize.apply(x, scale, qmin, qmax)  # type: ignore[no-any-return,no-untyped-call]
-
-
-_DIRECT = {torch.ops.hqc.hadamard.default: _hadamard, torch.ops.hqc.fake_quantize.default: _fake_quantize}
 
 
 def _own_parameter(module: nn.Module, name: str) -> nn.Parameter:

@@ -33,8 +33,9 @@ class _Recorder(torch.optim.AdamW):
         self.made.append(self)
 
     def step(self, closure: Any = None) -> Any:
-        self.rates.append({g["name"]: g["lr"] for g in self.param_groups})
-        found = {g["name"]: g["params"][0].grad for g in self.param_groups}
+        self.rates.append({name: g["lr"] for g in self.param_groups for name in g["names"]})
+        members = [pair for g in self.param_groups for pair in zip(g["names"], g["params"], strict=True)]
+        found = {name: parameter.grad for name, parameter in members}
         self.gradients.append({name: None if g is None else g.clone() for name, g in found.items()})
         return super().step(closure)
 
