@@ -289,8 +289,8 @@ def test_a_second_epoch_starts_the_sampler_afresh(
     made, seen = task_with(kind), []
     module = teacher.module()
 
-    class _Spy:
-        def __call__(self, sample: Tensor, times: Tensor, condition: Tensor) -> Tensor:
+    class _Spy(torch.nn.Module):
+        def forward(self, sample: Tensor, times: Tensor, condition: Tensor) -> Tensor:
             seen.append(sample[: len(sample) // 2].clone())
             return module(sample, times, condition)  # type: ignore[no-any-return]
 
