@@ -25,7 +25,7 @@ from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.program import Program
 from hqc.wording import first_words, listed
 
-__all__ = ["Obstacle", "Survey", "survey", "survey_targets"]
+__all__ = ["Obstacle", "Survey", "require_taken", "survey", "survey_targets"]
 
 _OPSET = 21
 
@@ -81,6 +81,17 @@ def survey(program: Program, target: Target) -> Survey:
 def survey_targets(program: Program) -> tuple[Survey, ...]:
     """The same for every target."""
     return tuple(survey(program, target) for target in get_args(Target))
+
+
+def require_taken(program: Program, target: Target) -> None:
+    """Refuses before long work what the target would refuse after it.
+
+    Raises:
+        ExportError: naming the first thing that it does not take.
+    """
+    for obstacle in survey(program, target).obstacles:
+        where = f"{obstacle.operator} ({listed(obstacle.nodes)}), which " if obstacle.operator else ""
+        raise ExportError(f"target {target}", f"does not take {where}{obstacle.found}", obstacle.do)
 
 
 def _lowering(prepared: Program, target: Target) -> Lowering:

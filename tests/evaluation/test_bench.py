@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from diffusers import UNet2DModel
 from PIL import Image
 
 from hqc.api import ptq
-from hqc.capture import trace
+from hqc.capture import capture_module, trace
 from hqc.cli import main
-from hqc.errors import ComparisonError, EvaluationError
+from hqc.errors import ComparisonError, EvaluationError, ExportError
 from hqc.evaluation.bench import peers as peers_module
 from hqc.evaluation.bench.contender import Contender
 from hqc.evaluation.bench.models import Quantisation
@@ -26,7 +27,7 @@ from hqc.evaluation.bench.peers import Built, Peer
 from hqc.evaluation.bench.run import Timing, bench, median_milliseconds
 from hqc.evaluation.bench.workspace import Workspace
 from hqc.export import export_program
-from hqc.program import Program
+from hqc.program import InputSpec, Program
 from hqc.storage import load_program, save_program
 from hqc.training.task_sources import synthetic_task
 
@@ -214,6 +215,22 @@ def test_the_float_side_is_traced_at_the_size_of_the_model(tmp_path: Path) -> No
     save_program(ptq(captured, task=synthetic_task(captured)), tmp_path / "quantised.hqc")
     bench(str(tmp_path / "quantised.hqc"), [], Workspace(tmp_path / "w"), timing=TIMING)
     assert load_program(tmp_path / "w" / "float.hqc").inputs[0].shape == ("N", 3, 4, 6)
+
+
+def test_what_the_target_does_not_take_is_refused_before_calibration(tmp_path: Path) -> None:
+    class Pooled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.max_pool2d(self.conv(sample), 3, 1, 1) + timestep.view(-1, 1, 1, 1)
+
+    inputs = (InputSpec("sample", ("N", 8, 4, 4)), InputSpec("timestep", ("N",)))
+    save_program(capture_module(Pooled(), inputs), tmp_path / "pooled.hqc")
+    with pytest.raises(ExportError, match=r"target onnxruntime: does not take aten\.max_pool2d\.default"):
+        bench(str(tmp_path / "pooled.hqc"), [], Workspace(tmp_path / "w"), timing=TIMING)
+    assert not (tmp_path / "w" / "quantised.hqc").exists()
 
 
 def test_a_captured_program_is_quantised_without_rotation_on_request(done: SimpleNamespace, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from hqc.capture import capture_module
 from hqc.errors import ExportError
 from hqc.export import Target, export_program, survey
-from hqc.export.surveys import survey_targets
+from hqc.export.surveys import require_taken, survey_targets
 from hqc.program import InputSpec, Program
 
 TARGETS = get_args(Target)
@@ -64,6 +64,16 @@ def test_what_exports_has_no_obstacle(captured, quantised, model: str, target: T
 def test_the_export_refuses_what_was_found(awkward: Program, target: Target, tmp_path) -> None:
     with pytest.raises(ExportError, match=r"no ONNX translation for aten\.max\.dim, aten\.upsample_bilinear2d\.vec"):
         export_program(awkward, target, tmp_path / "x")
+
+
+def test_what_is_refused_before_long_work(awkward: Program, captured) -> None:
+    wanted = (
+        r"target onnxruntime: does not take aten\.upsample_bilinear2d\.vec \(upsample_bilinear2d, "
+        r"upsample_bilinear2d_1\), which has no ONNX translation\. Use other layers"
+    )
+    with pytest.raises(ExportError, match=wanted):
+        require_taken(awkward, "onnxruntime")
+    require_taken(captured("two_sites"), "onnxruntime")
 
 
 def test_a_program_that_a_target_cannot_prepare(quantised) -> None:

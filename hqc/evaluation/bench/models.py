@@ -24,6 +24,7 @@ from hqc.errors import (
 from hqc.evaluation.bench.workspace import Workspace, content
 from hqc.export import EXPORT_KIND, export_program
 from hqc.export.model import MODEL_FILE
+from hqc.export.surveys import require_taken
 from hqc.program import InputSpec, Program, Stage
 from hqc.storage import check_manifest, load_program, pipeline_folder, save_program
 
@@ -129,7 +130,7 @@ def _from_float(captured: Path, wanted: Quantisation, space: Workspace, runtime:
     }
     depends = {"program": content(captured), **settings}
     quantised = space.make(
-        "quantised.hqc", PROGRAM_KIND, depends, lambda target: _quantise(captured, bits, wanted, target)
+        "quantised.hqc", PROGRAM_KIND, depends, lambda target: _quantise(captured, bits, wanted, target, runtime)
     )
     inputs = _inputs(check_manifest(captured, PROGRAM_KIND), captured)
     calibration = json.loads((quantised / "plan.json").read_text(encoding="utf-8"))["training"]["calibrated_on"]
@@ -244,10 +245,12 @@ def _other_sizes(own: Sequence[InputSpec], wanted: Sequence[InputSpec]) -> dict[
     return sizes
 
 
-def _quantise(captured: Path, bits: str, wanted: Quantisation, target: Path) -> None:
+def _quantise(captured: Path, bits: str, wanted: Quantisation, target: Path, runtime: str) -> None:
     from hqc import api
 
     program = load_program(captured)
+    if runtime == "onnxruntime":
+        require_taken(program, "onnxruntime")
     task, name = calibration_of(program, captured)
     result = api.ptq(program, recipe_of(wanted), bits, hadamard=wanted.hadamard, task=task)
     del program
