@@ -159,6 +159,12 @@ def _check_numerics(before: Program, after: Program, text: str) -> None:
     args = before.example_inputs(batch=2)
     wanted, found = before.module()(*args), after.module()(*args)
     error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    if not bool(wanted.isfinite().all()):
+        raise PassError(
+            text,
+            "cannot be checked: the program gives NaN or infinity for random inputs",
+            "Trace it again from a file that is whole.",
+        )
     # The tolerance covers the float rounding of a rotation and its inverse through a deep network.
     if not error <= 1e-4:
         raise PassError(text, f"changed the output by {error:.1e} relative; it promises not to", "Report a bug.")

@@ -175,6 +175,8 @@ def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iter
         yield problem
     elif not _of_site(real, plan, "activation_quantizer") or not _of_site(weight, plan, "weight_quantizer"):
         yield "lacks one of its quantisers"
+    elif plan.block and not _has_role(real.args[0], "rotation"):
+        yield "is rotated back and was not rotated"
     elif real.args[2:] != activation_range(plan.activation_bits or 8):
         yield f"its activation's codes are not those of {plan.activation_bits} bits"
     elif weight.args[2:] != weight_range(plan.weight_bits or 8):
@@ -196,6 +198,7 @@ def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iter
 
 def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator[str]:
     names = [f"{plan.site}.weight_codes", f"{plan.site}.weight_packed"]
+    wanted = activation_range(plan.activation_bits or 8)
     if not any(name in program.state for name in names):
         yield "has no stored codes"
     elif is_op(layer, _RESCALE):
@@ -204,12 +207,16 @@ def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Itera
             yield "rescales something besides its own products"
         elif not all(_has_role(product.args[0], "codes") for product in products):
             yield "multiplies something besides codes"
+        elif any(product.args[0].args[2:] != wanted for product in products):
+            yield f"its activation's codes are not those of {plan.activation_bits} bits"
     else:
         real, problem = _rotated(plan, layer)
         if problem:
             yield problem
         elif not _has_role(real, "activation") or not _has_role(real.args[0], "codes"):
             yield "lacks its quantiser"
+        elif real.args[0].args[2:] != wanted:
+            yield f"its activation's codes are not those of {plan.activation_bits} bits"
         elif not _of_site(layer.args[1], plan, "weight"):
             yield "its weight is not made of its codes"
 

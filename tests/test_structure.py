@@ -74,6 +74,7 @@ def test_a_plan_that_does_not_fit_the_graph(case: str, quantised: Program) -> No
         ("silu", {"role": "none"}, "has the role 'none'"),
         ("conv2d", {"site": 5}, "is a layer without a site"),
         ("conv2d", {"site": "head"}, "two layers are called head"),
+        ("hadamard_default", {"role": None}, "is rotated back and was not rotated"),
     ],
 )
 def test_a_role_that_does_not_fit_its_node(name: str, meta: dict[str, Any], message: str, quantised: Program) -> None:
@@ -87,3 +88,14 @@ def test_a_site_that_nothing_reads(quantised: Program) -> None:
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = (next(node for node in graph.nodes if node.op == "placeholder"),)
     assert site_problems(quantised.evolve(graph=graph)) == ["nothing reads site conv"]
+
+
+def test_codes_of_an_integer_program_are_those_of_the_plan(captured: Callable[[str], Program]) -> None:
+    chain = [SelectLayers(), InsertHadamard(block=8), InsertQdq((0.0, 9.0)), FreezeIntegers(), RotateWeights()]
+    program = run_pipeline(captured("two_sites"), chain)
+    assert site_problems(program) == []
+    graph = copy_graph(program.graph)
+    codes = next(node for node in graph.nodes if node.meta.get("role") == "codes")
+    codes.args = (*codes.args[:3], 5)
+    found = site_problems(program.evolve(graph=graph))
+    assert any("its activation's codes are not those of" in problem for problem in found), found

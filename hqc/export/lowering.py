@@ -169,7 +169,7 @@ class Lowering:
             return self.builder.initializer(name, torch_tensor(self.program.state[name], name))
         found = self.values[node]
         if not isinstance(found, ir.Value):
-            raise ExportError(f"node {node.name}", "is not a single tensor", "Report a bug.")
+            raise ExportError(f"node {node.name}", "is not a single tensor", "Rewrite that part of the model.")
         return found
 
     def values_of(self, nodes: Sequence[Any]) -> list[ir.Value]:

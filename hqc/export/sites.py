@@ -68,7 +68,9 @@ def absorbed_nodes(program: Program) -> set[fx.Node]:
         products = products_of(accumulator)
         if not products:
             raise ExportError(
-                f"site {node.meta.get('site')}", "has an accumulator that is not a product", "Report a bug."
+                f"site {node.meta.get('site')}",
+                "has an accumulator that is not a product",
+                "Write the program again with hqc.",
             )
         absorbed.add(accumulator)
         for product in products:

@@ -36,6 +36,7 @@ from hqc.export.watched import Array, WatchedModel, heard
 from hqc.memory import return_free_memory
 from hqc.program import Program, Stage
 from hqc.running import run_module
+from hqc.wording import first_words, listed
 
 __all__ = ["LARGE_MODEL", "NetworkCheck", "Verification", "check_onnx", "file_output", "verify_export"]
 
@@ -148,7 +149,9 @@ def verify_export(
     network = _check_network(output, seen, codes, reference, float_program, args)
     problems += _network_problems(network, reference, rounding)
     if problems:
-        raise ExportError("export verification", "; ".join(problems[:5]), "Nothing was written. Report a bug.")
+        raise ExportError(
+            "export verification", "; ".join(problems[:5]), "Nothing was written. Report a bug.", lists=True
+        )
     return Verification(tuple(sites), network)
 
 
@@ -158,7 +161,7 @@ def check_onnx(model: Path) -> None:
     try:
         onnx.checker.check_model(str(model), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(str(model.name), f"is not valid ONNX ({error})", "Report a bug.") from error
+        raise ExportError(str(model.name), f"is not valid ONNX ({first_words(error)})", "Report a bug.") from error
 
 
 def file_output(model: Path, reference: Program, batch: int, *, optimised: bool = True) -> Tensor:
@@ -186,6 +189,7 @@ def _check_network(
     forced_run = ForcedRun(reference, codes)
     forced = forced_run.run(*args)
     free = run_module(reference.module(), *args)
+    _require_finite(free, reference)
     # A flip on the watched run, or one that parts the file's own run from it.
     parted = (output - watched).flatten(1).norm(dim=1) > FORCED_BOUND * watched.flatten(1).norm(dim=1)
     if len(forced_run.parted):
@@ -202,6 +206,17 @@ def _check_network(
         parted=int(parted.sum()),
         settled_error=None if bool(parted.all()) else _relative(output[~parted], free[~parted]),
         quantisation_error=None if plain is None else _relative(run_module(plain.module(), *args), free),
+    )
+
+
+def _require_finite(free: Tensor, reference: Program) -> None:
+    """Refuses to compare with NaN: the cause is in the program, not in its export."""
+    if bool(free.isfinite().all()):
+        return
+    damaged = [name for name, tensor in reference.state.items() if tensor.is_floating_point() and tensor.isnan().any()]
+    cause = f"its weights have NaN: {listed(damaged)}" if damaged else "its weights have no NaN, so it overflows"
+    raise ExportError(
+        "program", f"gives NaN or infinity for random inputs; {cause}", "Trace it again from a file that is whole."
     )
 
 

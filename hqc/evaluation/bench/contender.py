@@ -134,7 +134,9 @@ class Contender:
             raise EvaluationError(self.name, self._death(), "See `hqc bench --help` for smaller settings.")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise EvaluationError(self.name, str(answer["error"]), "Leave this peer out, or report it.")
+            raise EvaluationError(
+                self.name, str(answer["error"]), "Leave it out of --against, or give smaller settings."
+            )
         return answer
 
     def _death(self) -> str:

@@ -12,6 +12,7 @@ import onnx
 from hqc.errors import ExportError, RuntimeMissingError
 from hqc.export.builder import HQC_DOMAIN
 from hqc.export.tensorrt.functions import PLUGIN_ATTRIBUTES, PLUGIN_NODES
+from hqc.wording import listed
 
 __all__ = ["finish", "graphsurgeon", "structure_problems"]
 
@@ -56,7 +57,12 @@ def finish(path: Path) -> int:
     result = gs.export_onnx(graph)
     result.metadata_props.extend(source.metadata_props)
     if problems := structure_problems(result):
-        raise ExportError("target tensorrt", "; ".join(problems[:5]), "Report a bug.")
+        raise ExportError(
+            "target tensorrt",
+            f"does not take that {listed(problems, 5)}",
+            "Rewrite that part of the model, or give --target onnxruntime.",
+            lists=True,
+        )
     onnx.save(result, str(path))
     return len(result.graph.node)
 

@@ -19,6 +19,13 @@ _MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 _ALWAYS_SHARED = 48 * 1024
 
+# What the user can do, by the driver's codes: out of memory; no binary for this GPU, PTX of a later driver.
+_DO = {
+    2: "Free memory on the GPU.",
+    209: "Export again with --plugin-arch of this GPU.",
+    222: "Update the NVIDIA driver.",
+}
+
 
 @cache
 def _library() -> Any:
@@ -116,7 +123,8 @@ class LoadedKernel:
     def _call(self, name: str, *arguments: Any, entry: str) -> None:
         code = getattr(self._library, name)(*arguments)
         if code != 0:
-            raise PluginError(f"kernel {entry}", f"{name} failed with {self._text(code)}", "Report a bug.")
+            found = f"{name} failed with {self._text(code)}"
+            raise PluginError(f"kernel {entry}", found, _DO.get(code, "Report a bug."))
 
     def _text(self, code: int) -> str:
         text = ctypes.c_char_p()
