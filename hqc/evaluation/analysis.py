@@ -18,13 +18,13 @@ from hqc.evaluation.analysis_statistics import Moments, best_scale, channel_rows
 from hqc.evaluation.inputs import FixedInputs, Sampler, sample_in_step, unbatched
 from hqc.evaluation.stepping import Run, float_program
 from hqc.export.reference import evaluate
-from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.ops import block_size
 from hqc.ops.hadamard import hadamard
 from hqc.passes.insert_qdq import mse_weight_scale
 from hqc.passes.rewriting import channel_axis
 from hqc.plan import Bits, SitePlan, activation_range, parse_bits, weight_range
 from hqc.program import Program, Stage
+from hqc.sites import QuantisedSite, quantised_sites
 from hqc.training.task import Task
 
 __all__ = ["Basis", "SiteAnalysis", "SiteRow", "WeightNumbers", "analyse", "with_scales"]

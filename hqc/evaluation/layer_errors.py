@@ -21,8 +21,8 @@ from torch import Tensor, fx
 from hqc.errors import ComparisonError
 from hqc.evaluation.stepping import Run
 from hqc.export.reference import evaluate
-from hqc.export.sites import quantised_sites
 from hqc.program import Program
+from hqc.sites import quantised_sites
 
 __all__ = [
     "Comparison",

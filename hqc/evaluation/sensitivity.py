@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hqc.evaluation.stepping import Run, float_program
 from hqc.export.reference import evaluate
-from hqc.export.sites import quantised_sites
 from hqc.program import Program
+from hqc.sites import quantised_sites
 
 __all__ = ["Sensitivity", "SensitivityProbe"]
 

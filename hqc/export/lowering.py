@@ -11,8 +11,8 @@ from torch import fx
 from hqc.errors import ExportError
 from hqc.export.builder import GraphBuilder, typed
 from hqc.export.interface import OUTPUT
-from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.program import BATCH, Program, is_op
+from hqc.sites import QuantisedSite, quantised_sites
 from hqc.wording import listed
 
 __all__ = ["OUTPUT", "Listen", "Lowering", "Tap", "Translation", "Translations", "is_size", "onnx_dtype"]

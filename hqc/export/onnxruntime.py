@@ -21,8 +21,8 @@ from hqc.export.ort_attention import attention
 from hqc.export.ort_products import rescale
 from hqc.export.scale_bank import ScaleBank
 from hqc.export.shared import int4_weight, nearest_timestep
-from hqc.export.sites import PRODUCTS, QuantisedSite, absorbed_nodes
 from hqc.program import Program, aten
+from hqc.sites import PRODUCTS, QuantisedSite, absorbed_nodes
 
 __all__ = ["OnnxRuntimeLowering", "lower_onnxruntime"]
 
@@ -46,7 +46,7 @@ class OnnxRuntimeLowering(IntegerState):
 
     def tap_details(self, site: QuantisedSite) -> dict[str, Any]:
         """Codes carry the zero point; the products' weights are watched."""
-        top = int(site.quantiser.args[3])  # type: ignore[arg-type]
+        top = site.bounds.high
         weights = tuple(str(w.name) for w in self.weights.get(site.site, ()))
         return {"zero_point": top + 1, "weights": weights, "largest_code": 2 * top + 1}
 

@@ -20,6 +20,7 @@ from hqc.export.builder import typed
 from hqc.export.lowering import Lowering
 from hqc.export.scale_bank import Form, ScaleBank, lookup_key, rotation_matrix
 from hqc.program import Program, is_op
+from hqc.sites import bounds_of
 
 __all__ = ["IntegerState", "dequantize", "hadamard", "quantize", "requested_scales", "zero_point"]
 
@@ -133,6 +134,6 @@ def dequantize(lo: IntegerState, node: fx.Node) -> ir.Value:
     codes, scale = node.args
     if not is_op(codes, ops.quantize.default):
         return b.op("DequantizeLinear", lo.value(codes), lo.value(scale), axis=0, name=node.name)
-    high = int(codes.args[3])  # type: ignore[arg-type, union-attr]
+    high = bounds_of(codes).high  # type: ignore[arg-type]
     real = b.op("DequantizeLinear", lo.value(codes), b.scalar(1.0), b.constant(zero_point(high), "zero_point"))
     return b.op("Mul", real, lo.bank.value(scale, ("scale", len(lo.shape(codes)))), name=node.name)  # type: ignore[arg-type]

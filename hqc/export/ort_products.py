@@ -18,8 +18,8 @@ from torch import fx
 from hqc.export.builder import MICROSOFT_DOMAIN, to_nchw, to_nhwc, typed
 from hqc.export.ort_activations import IntegerState, zero_point
 from hqc.export.ort_weights import weight_matrix
-from hqc.export.sites import Product, products_of
 from hqc.program import is_op
+from hqc.sites import Product, products_of
 
 __all__ = ["rescale"]
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.passes.rewriting import rewrite
 from hqc.program import Program, is_op
 from hqc.running import node_failure
+from hqc.sites import QuantisedSite, quantised_sites
 
 __all__ = ["ForcedRun", "code_levels", "evaluate", "site_output", "verification_inputs", "without_quantisers"]
 

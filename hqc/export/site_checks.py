@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hqc.export.lowering import Tap
 from hqc.export.reference import code_levels, site_output
-from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.export.watched import Array, WatchedModel, constants, heard
 from hqc.memory import return_free_memory
 from hqc.program import Program
+from hqc.sites import QuantisedSite, quantised_sites
 
 __all__ = ["SiteCheck", "check_sites", "check_weights", "saturating_pairs"]
 
@@ -76,8 +76,7 @@ def _check_site(
     known = {**known, site.x: heard(tap.input, values)}
     codes = heard(tap.codes, values).to(torch.int16) - tap.zero_point
     level = code_levels(reference, site, known)
-    low, high = site.quantiser.args[2:4]
-    differs = level.round().clamp(low, high) != codes  # type: ignore[arg-type]
+    differs = level.round().clamp(*site.bounds) != codes
     far = (level - level.floor() - 0.5).abs() > BOUNDARY
     problems = []
     if wrong := int((differs & far).sum()):

@@ -31,11 +31,11 @@ from hqc.export.lowering import OUTPUT, Tap
 from hqc.export.ort_session import open_session, run_session
 from hqc.export.reference import ForcedRun, verification_inputs, without_quantisers
 from hqc.export.site_checks import SiteCheck, check_sites, check_weights
-from hqc.export.sites import quantised_sites
 from hqc.export.watched import Array, WatchedModel, heard
 from hqc.memory import return_free_memory
 from hqc.program import Program, Stage
 from hqc.running import run_module
+from hqc.sites import quantised_sites
 from hqc.wording import first_words, listed
 
 __all__ = ["LARGE_MODEL", "NetworkCheck", "Verification", "check_onnx", "file_output", "verify_export"]
@@ -245,7 +245,7 @@ def _all_codes(
 def _network_problems(check: NetworkCheck, reference: Program, rounding: float) -> list[str]:
     """`not <=` so that NaN counts as a failure."""
     problems, forced = [], max(FORCED_BOUND, ROUNDINGS * rounding)
-    largest = max((int(site.quantiser.args[3]) for site in quantised_sites(reference)), default=0)  # type: ignore[arg-type]
+    largest = max((site.bounds.high for site in quantised_sites(reference)), default=0)
     boundary = FORCED_BOUNDARY + LEVEL_ROUNDINGS * rounding * largest
     if not check.forced_error <= forced:
         problems.append(f"with equal codes the output differs by {check.forced_error:.1e}; at most {forced:.0e}")

@@ -17,6 +17,7 @@ from hqc.errors import TrainingError
 from hqc.passes.insert_qdq import GRID
 from hqc.program import Program
 from hqc.running import node_failure
+from hqc.sites import bounds_of
 from hqc.training.task import Denoise
 
 __all__ = ["calibrate"]
@@ -101,7 +102,7 @@ class _Observer(fx.Interpreter):
                 raise node_failure(n, error) from error
         x = self.env[n.args[0]]  # type: ignore[index]
         if role == "activation_quantizer":
-            self._observe(n.meta["site"], x, *n.args[2:])  # type: ignore[arg-type]
+            self._observe(n.meta["site"], x, *bounds_of(n))
         return x
 
     def _cause(self) -> str:

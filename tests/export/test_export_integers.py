@@ -11,11 +11,11 @@ from hqc.export.model import onnx_from_program, save_model
 from hqc.export.prepare import prepare
 from hqc.export.reference import verification_inputs
 from hqc.export.site_checks import saturating_pairs
-from hqc.export.sites import quantised_sites
 from hqc.export.watched import WatchedModel, constants, heard
 from hqc.passes import FreezeIntegers, MergeLora
 from hqc.pipeline import run_pipeline
 from hqc.program import is_op
+from hqc.sites import quantised_sites
 
 
 def watched_sites(program, tmp_path, sample=None):

@@ -16,7 +16,6 @@ from hqc.export import TensorRtOptions, export_program
 from hqc.export.lowering import OUTPUT
 from hqc.export.ort_session import open_session
 from hqc.export.prepare import prepare
-from hqc.export.sites import quantised_sites
 from hqc.export.tensorrt.emulation import write_emulated
 from hqc.export.tensorrt.forms import Form
 from hqc.export.tensorrt.functions import PLUGIN_ATTRIBUTES, PLUGIN_NODES, plugin_functions
@@ -30,6 +29,7 @@ from hqc.passes import FreezeIntegers, MergeLora
 from hqc.pipeline import run_pipeline
 from hqc.program import is_op
 from hqc.runtimes import load
+from hqc.sites import quantised_sites
 
 PLUGINS = ("none", "qdp")
 TYPES = onnx.TensorProto

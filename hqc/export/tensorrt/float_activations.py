@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import fx
 
 from hqc.errors import ExportError
-from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.export.tensorrt.weights import stored_codes
 from hqc.passes.rewriting import LINEAR, Rewriter, rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage, is_op
+from hqc.sites import QuantisedSite, bounds_of, quantised_sites
 
 __all__ = ["FloatActivations", "bypass_activation_quantisers", "refuse_wide_codes", "weight_only_sites"]
 
@@ -114,7 +113,7 @@ def refuse_wide_codes(program: Program) -> None:
     for node in program.graph.nodes:
         if not is_op(node, ops.quantize.default, ops.fake_quantize.default):
             continue
-        low, high = (_bound(node, bound) for bound in node.args[2:4])
+        low, high = bounds_of(node)
         site = node.meta.get("site", node.name)
         if low > 0 or high < 0:
             raise ExportError(
@@ -130,11 +129,3 @@ def refuse_wide_codes(program: Program) -> None:
 
 
 _SYMMETRIC = "Quantise symmetrically, or asymmetrically with at most 7 bits."
-
-
-def _bound(node: fx.Node, bound: object) -> int:
-    if not isinstance(bound, int):
-        raise ExportError(
-            f"site {node.meta.get('site', node.name)}", f"its code range ends at {bound}, no whole number", _SYMMETRIC
-        )
-    return bound

@@ -21,11 +21,11 @@ from torch import Tensor, fx
 from hqc.errors import ExportError
 from hqc.export.reference import evaluate
 from hqc.export.scale_bank import lookup_key
-from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.export.tensorrt.plugin_fit import product_obstacle, rotation_obstacle
 from hqc.export.tensorrt.weights import fits_int4, int8_digits, total_codes
 from hqc.program import Program, is_op
+from hqc.sites import QuantisedSite, quantised_sites
 
 __all__ = ["FLOAT16_MAX", "Form", "LayerForm", "layer_forms", "scale_table", "static_scale"]
 
@@ -115,7 +115,7 @@ def _facts(program: Program, site: QuantisedSite) -> _Facts:
     if not bool((scale > 0).all() & scale.isfinite().all()):
         raise ExportError(f"site {site.site}", "has a weight scale that is not positive", "Quantise it again.")
     digits = int8_digits(total, site.site)
-    top = _largest_code(site)
+    top = site.bounds.largest
     for digit in digits:
         accumulator = top * int(digit.codes.long().abs().flatten(1).sum(1).max())
         if accumulator >= 2**31:
@@ -170,19 +170,14 @@ def _static_scales(
 
 
 def _own_scale(program: Program, site: QuantisedSite, facts: _Facts) -> float:
-    return static_scale(scale_table(program, site.quantiser.args[1], site.site), facts.weight_sum, _largest_code(site))
+    return static_scale(scale_table(program, site.quantiser.args[1], site.site), facts.weight_sum, site.bounds.largest)
 
 
 def _codes_key(program: Program, site: QuantisedSite) -> object:
     """Equal for sites whose codes are the same tensor."""
-    rotated, scale, low, high = site.quantiser.args
+    rotated, scale = site.quantiser.args[:2]
     rotation = rotated.args[1:] if is_op(rotated, ops.hadamard.default) else ()  # type: ignore[union-attr]
-    return site.x, rotation, lookup_key(program, scale), low, high  # type: ignore[arg-type]
-
-
-def _largest_code(site: QuantisedSite) -> int:
-    low, high = (int(bound) for bound in site.quantiser.args[2:4])  # type: ignore[arg-type]
-    return max(abs(low), abs(high))
+    return site.x, rotation, lookup_key(program, scale), site.bounds  # type: ignore[arg-type]
 
 
 # ---- forms ---------------------------------------------------------------------------------------------------------
@@ -208,7 +203,7 @@ def _integer_form(
             reason += f"; rotated by standard operators: {obstacle}"
         elif block:
             by = "plugin"
-    worst = facts.weight_sum * _largest_code(site) * static
+    worst = facts.weight_sum * site.bounds.largest * static
     quantised = form is not Form.INT4_PLUGIN or by != "plugin"
     return LayerForm(
         site.site,

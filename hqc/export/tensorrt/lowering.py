@@ -25,7 +25,6 @@ from hqc.export.ort_session import TENSORRT_PRODUCER
 from hqc.export.reference import evaluate
 from hqc.export.scale_bank import lookup_key
 from hqc.export.shared import nearest_timestep
-from hqc.export.sites import PRODUCTS, QuantisedSite, absorbed_nodes, quantised_sites
 from hqc.export.tensorrt.activations import TensorRtState, hadamard, looked_up, quantize
 from hqc.export.tensorrt.forms import Form, LayerForm, layer_forms, scale_table
 from hqc.export.tensorrt.functions import plugin_functions
@@ -35,6 +34,7 @@ from hqc.export.tensorrt.products import rescale
 from hqc.export.tensorrt.weights import fits_int4
 from hqc.ops.weight_codes import pack_int4
 from hqc.program import Program, aten, is_op
+from hqc.sites import PRODUCTS, QuantisedSite, absorbed_nodes, quantised_sites
 
 __all__ = ["TensorRtLowering", "lower_tensorrt"]
 

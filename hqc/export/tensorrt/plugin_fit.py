@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from hqc.export.sites import QuantisedSite
 from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.plugins.hqc_qdp.nodes import OPS
 from hqc.plugins.hqc_qdp.problems import PluginError
 from hqc.program import Program, is_op
+from hqc.sites import QuantisedSite
 
 __all__ = ["product_obstacle", "rotation_obstacle"]
 
@@ -22,7 +22,7 @@ def rotation_obstacle(site: QuantisedSite, block: int, options: TensorRtOptions)
     """Why `HadamardQuantize` cannot make a site's codes; empty if it can."""
     if block not in _BLOCKS:
         return f"no kernel rotates in blocks of {block}"
-    low, high = (int(bound) for bound in site.quantiser.args[2:4])  # type: ignore[arg-type]
+    low, high = site.bounds
     image = is_op(site.products[0].node, ops.int_conv2d.default)
     attributes = {"block": block, "low": low, "high": high, "channel_axis": 1 if image else -1}
     return _refusal("HadamardQuantize", (_dims(site.x), (None,)), options.dtype, attributes)

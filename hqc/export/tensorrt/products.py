@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, fx
 
 from hqc.export.builder import HQC_DOMAIN, typed
-from hqc.export.sites import products_of
 from hqc.export.tensorrt.activations import TensorRtState, dequantized, int8_pair, looked_up, per_sample_scale
 from hqc.export.tensorrt.forms import Form, scale_table
 from hqc.export.tensorrt.weights import int8_digits, stored_codes, total_codes
 from hqc.ops.weight_codes import pack_int4
 from hqc.program import is_op
+from hqc.sites import products_of
 
 __all__ = ["packed_rows", "rescale"]
 

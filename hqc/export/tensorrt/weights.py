@@ -17,8 +17,8 @@ from torch import Tensor, fx
 
 from hqc.errors import ExportError
 from hqc.export.reference import evaluate
-from hqc.export.sites import Product
 from hqc.program import Program, is_op
+from hqc.sites import Product
 
 __all__ = ["Digit", "fits_int4", "int8_digits", "stored_codes", "total_codes"]
 

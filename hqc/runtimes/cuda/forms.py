@@ -4,10 +4,10 @@ import torch
 from torch import fx
 
 from hqc.errors import ExportError, RuntimeMissingError
-from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.passes import FreezeIntegers, MergeLora, PackInt4, RotateWeights
 from hqc.pipeline import Pass, run_pipeline
 from hqc.program import Program, Stage, is_op
+from hqc.sites import QuantisedSite, quantised_sites
 
 __all__ = ["NAME", "integer_form", "require_quantised", "site_input", "site_rotation", "stored_form"]
 
@@ -85,14 +85,10 @@ def _require_products(program: Program) -> None:
 
 
 def _require_int8(site: QuantisedSite) -> None:
-    low, high = _bounds(site.quantiser)
+    low, high = site.bounds
     if not -128 <= low < high <= 127:
         raise ExportError(
             f"site {site.site}",
             f"has asymmetric activation codes {low}…{high}; the kernels take -128…127 where code 0 is real 0",
             "Quantise symmetrically.",
         )
-
-
-def _bounds(quantiser: fx.Node) -> tuple[int, int]:
-    return int(quantiser.args[2]), int(quantiser.args[3])  # type: ignore[arg-type]

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from hqc.export.sites import QuantisedSite, quantised_sites
 from hqc.passes.rewriting import Rewriter, rewrite
 from hqc.program import Program, aten, is_op
 from hqc.runtimes.cuda.forms import site_input, site_rotation
@@ -24,6 +23,7 @@ from hqc.runtimes.cuda.kernel_set import Kernels
 from hqc.runtimes.cuda.layers import Codes, IntegerConv2d, IntegerLinear, Quantise
 from hqc.runtimes.cuda.scales import ScaleBanks, scale_banks
 from hqc.runtimes.cuda.weights import site_weight
+from hqc.sites import QuantisedSite, quantised_sites
 
 __all__ = ["drop_dead", "place_kernels"]
 
@@ -85,7 +85,7 @@ def _codes(
     modules: dict[str, nn.Module],
 ) -> fx.Node:
     """The codes that a site reads; an earlier site's where they are the same."""
-    low, high = int(site.quantiser.args[2]), int(site.quantiser.args[3])  # type: ignore[arg-type]
+    low, high = site.bounds
     x, block, image = site_input(site), site_rotation(site), _is_image(site)
     inverse = banks.inverse(_lookup(site))
     key = (x, inverse, low, high, block, image)

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, fx
 
 from hqc.errors import ExportError
-from hqc.export.sites import QuantisedSite
 from hqc.kernels import Weight, channels_last, pack_weight, packed_weight_fits
 from hqc.ops import digit
 from hqc.program import Program, is_op
+from hqc.sites import QuantisedSite
 
 __all__ = ["site_weight", "weight_form"]
 

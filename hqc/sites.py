@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -10,7 +10,16 @@ from torch import fx
 from hqc.errors import ExportError
 from hqc.program import Program, aten, is_op
 
-__all__ = ["PRODUCTS", "Product", "QuantisedSite", "absorbed_nodes", "products_of", "quantised_sites"]
+__all__ = [
+    "PRODUCTS",
+    "Bounds",
+    "Product",
+    "QuantisedSite",
+    "absorbed_nodes",
+    "bounds_of",
+    "products_of",
+    "quantised_sites",
+]
 
 ops = torch.ops.hqc
 PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
@@ -25,12 +34,42 @@ class Product:
     factor: int
 
 
+class Bounds(NamedTuple):
+    """The least and the largest code of a quantiser."""
+
+    low: int
+    high: int
+
+    @property
+    def largest(self) -> int:
+        """The largest |code|.
+
+        >>> Bounds(-8, 7).largest
+        8
+        """
+        return max(-self.low, self.high)
+
+
+def bounds_of(quantiser: fx.Node) -> Bounds:
+    """Of a node that quantises or fake-quantises, (x, scale, low, high): the one place that reads them.
+
+    Raises:
+        ExportError: for bounds that are no whole numbers.
+    """
+    low, high = quantiser.args[2:4]
+    for bound in (low, high):
+        if not isinstance(bound, int):
+            where = f"site {quantiser.meta.get('site', quantiser.name)}"
+            raise ExportError(where, f"its code range ends at {bound}, no whole number", "Quantise it with others.")
+    return Bounds(low, high)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class QuantisedSite:
     """The nodes of one site: x → [rotation] → quantiser → … → layer.
 
     `real` is the node that holds the dequantised activation (the fake quantiser itself, or dequantize), None in the
-    integer form; `quantiser.args` is (rotated x, scale, qmin, qmax).
+    integer form; `quantiser.args` is (rotated x, scale, low, high).
     """
 
     site: str
@@ -39,6 +78,11 @@ class QuantisedSite:
     layer: fx.Node
     real: fx.Node | None
     products: tuple[Product, ...] = ()
+
+    @property
+    def bounds(self) -> Bounds:
+        """Of its codes."""
+        return bounds_of(self.quantiser)
 
 
 def products_of(accumulator: fx.Node) -> tuple[Product, ...]:
