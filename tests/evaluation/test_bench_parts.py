@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.text import Text
+from PIL import Image
 from rich.console import Console
 
-from hqc.errors import ArtefactError, EvaluationError
+from hqc.errors import ArtefactError, EvaluationError, RuntimeMissingError
 from hqc.evaluation.bench import worker
-from hqc.evaluation.bench.chart import _Box, _Label, _layout, _width, check_chart, png_chart, save_chart, svg_chart
+from hqc.evaluation.bench.chart import chart_bytes, chart_figure, check_chart, save_chart
 from hqc.evaluation.bench.contender import Loaded
 from hqc.evaluation.bench.machine import describe_machine, has_vnni, isa_flags, machine_line
 from hqc.evaluation.bench.memory import peak_resident_bytes, resident_bytes
@@ -131,41 +133,73 @@ def test_the_table_is_markdown_with_the_ratio_first_and_the_failures() -> None:
 # ---- the chart -----------------------------------------------------------------------------------------------------
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
 def test_the_svg_is_well_formed_and_says_everything() -> None:
-    root = ElementTree.fromstring(svg_chart(result()))
-    texts = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert "digits, w4a4 rtn" in texts
-    assert "6.00  (2.00x)" in texts
-    assert "failed: no [memory] ... & more" in texts
-    bars = [e for e in root.iter("{http://www.w3.org/2000/svg}rect") if e.get("height") == "22.0"]
-    assert len(bars) == 3 * 3
+    root = ElementTree.fromstring(chart_bytes(result(model="a $model_2$"), "svg"))
+    texts = [element.text or "" for element in root.iter(f"{SVG}text")]
+    for wanted in (
+        "a $model_2$, w4a4 rtn",
+        "hqc w4a4 rtn",
+        "2.00",
+        "6.00  (2.00×)",
+        "1.00  (0.50×)",
+        "onnxruntime-fp32",
+    ):
+        assert wanted in texts
+    assert "failed: no [memory] … & more" in texts
+    assert any(text.startswith("batch 2, 1 threads, median of 3 rounds") for text in texts)
+    fills = [element.get("style", "") for element in root.iter(f"{SVG}path")]
+    assert sum("fill: #2a6f97" in fill for fill in fills) == 3  # ours: time, files, memory
+    assert sum("fill: #b8bec6" in fill for fill in fills) == 2 * 3
 
 
-def _overlap(a: _Label, b: _Label) -> bool:
-    apart_x = a.x + _width(a.text, a.size) <= b.x or b.x + _width(b.text, b.size) <= a.x
-    return not apart_x and abs(a.y - b.y) < (a.size + b.size) / 2
+def test_bars_are_medians_and_whiskers_percentiles() -> None:
+    times, files, memory = chart_figure(result()).axes
+    assert [bar.get_width() for bar in times.patches] == [2.0, 6.0, 1.0]
+    whisker = times.collections[0].get_segments()[0]  # type: ignore[attr-defined]
+    assert whisker[:, 0] == pytest.approx([1.2, 8.4])
+    assert [bar.get_width() for bar in files.patches] == [1.0] * 3
+    assert [bar.get_width() for bar in memory.patches] == [3.0] * 3
 
 
 @pytest.mark.parametrize("failed", [{}, {"torch-compile": "very long reason " * 30, "tensorrt": "no GPU"}])
 @pytest.mark.parametrize("slow", [1.0, 123456.0])
 def test_no_text_lies_on_another_or_leaves_the_page(failed: dict[str, str], slow: float) -> None:
     peers = {"onnxruntime-fp32": figures(slow, 2 * slow, 3 * slow), "torch": figures(0.1, 0.2, 0.3)}
-    shapes, width, height = _layout(result(peers=peers, failed=failed, model="arch:" + "long-name " * 20))
-    labels = [shape for shape in shapes if isinstance(shape, _Label)]
-    assert [(a.text, b.text) for i, a in enumerate(labels) for b in labels[i + 1 :] if _overlap(a, b)] == []
-    for shape in shapes:
-        right = shape.x + (shape.width if isinstance(shape, _Box) else _width(shape.text, shape.size))
-        assert shape.x >= 0
-        assert right <= width
-        assert 0 <= shape.y <= height
+    figure = chart_figure(result(peers=peers, failed=failed, model="arch:" + "long-name " * 20))
+    figure.draw_without_rendering()
+    shown = [t for t in figure.findobj(Text) if isinstance(t, Text) and t.get_text() and t.get_visible()]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in shown]
+    assert len(boxes) >= 3 * 3 + 3 + 3
+    assert [(a, b) for i, (a, x) in enumerate(boxes) for b, y in boxes[i + 1 :] if x.overlaps(y)] == []
+    page = figure.bbox
+    for _, box in boxes:
+        assert page.x0 <= box.x0 < box.x1 <= page.x1
+        assert page.y0 <= box.y0 < box.y1 <= page.y1
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_the_same_figures_are_the_same_file_whatever_the_users_style(kind: str) -> None:
+    import matplotlib
+
+    first = chart_bytes(result(), kind)
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "svg.hashsalt": None}):
+        assert chart_bytes(result(), kind) == first
 
 
 def test_the_png_has_bars_in_both_colours(tmp_path: Path) -> None:
-    image = png_chart(result())
+    save_chart(tmp_path / "chart.png", result(model="no glyph: 漢 \x1b"))
+    image = Image.open(tmp_path / "chart.png").convert("RGB")
     colours = {colour for _, colour in image.getcolors(10**6) or ()}
-    assert {(0x2A, 0x6F, 0x97), (0xB8, 0xBE, 0xC6)} <= colours
-    save_chart(tmp_path / "chart.png", result())
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert {(0x2A, 0x6F, 0x97), (0xB8, 0xBE, 0xC6), (0xFA, 0xFA, 0xF8)} <= colours
+
+
+def test_a_chart_without_matplotlib_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeMissingError, match=r"--chart: matplotlib is not installed\. .*hqc\[report\]"):
+        check_chart(tmp_path / "chart.png", force=False)
 
 
 def test_a_chart_is_a_png_or_an_svg_and_not_overwritten(tmp_path: Path) -> None:

@@ -1,89 +1,68 @@
-"""The figures as a picture: bars of milliseconds with their spread and ratio, of bytes on disk and in memory.
+"""The figures as a picture by matplotlib: bars of milliseconds with spread and ratio, of bytes on disk and in memory.
 
-One list of shapes, drawn twice: as SVG text, and by Pillow as a PNG of twice the size.
+The same figures give the same file, byte for byte: no date, no random ids, no settings of the user's own.
 """
 
+import io
+import textwrap
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from xml.sax.saxutils import escape
-
-from PIL import Image, ImageDraw, ImageFont
+from typing import TYPE_CHECKING, Any
 
 from hqc.errors import EvaluationError
 from hqc.evaluation.bench.machine import machine_line
-from hqc.evaluation.bench.result import BenchResult, spread
-from hqc.evaluation.images import png_from_pil, write_atomic
+from hqc.evaluation.bench.result import BenchResult, Spread, spread
+from hqc.evaluation.drawing import require_drawing
+from hqc.evaluation.images import write_atomic
 from hqc.storage import refuse_existing_file
+from hqc.wording import printable
 
-__all__ = ["check_chart", "png_chart", "save_chart", "svg_chart"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+__all__ = ["chart_bytes", "chart_figure", "check_chart", "save_chart"]
 
-MARGIN, ROW, BAR, GAP = 24, 46, 22, 28  # px
-TITLE, TEXT, NOTE = 18, 13, 11  # px
-SCALE = 2  # of the PNG
 PAPER, INK, FAINT, OURS, PEER = "#fafaf8", "#1c1c1e", "#6e6e73", "#2a6f97", "#b8bec6"
-SLACK = 1.12  # a browser's sans-serif may be wider than the font that texts are measured with
-
-
-@dataclass(frozen=True)
-class _Box:
-    x: float
-    y: float
-    width: float
-    height: float
-    fill: str
-
-
-@dataclass(frozen=True)
-class _Label:
-    x: float
-    y: float  # middle of the line
-    text: str
-    size: int
-    fill: str = INK
-
-
-_Shape = _Box | _Label
-
-
-@dataclass(frozen=True)
-class _Value:
-    """One bar: its length, its text, and the spread that is drawn over it."""
-
-    value: float
-    text: str
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def end(self) -> float:
-        return max(self.value, self.high or 0.0)
+WIDTH, MARGIN, ROW = 10.4, 0.26, 0.4  # inches
+TITLE, TEXT, NOTE = 13, 9, 7.5  # points
+LINE = 1.45  # of the size
+BAR = 0.58  # of a row
+DPI = 200
+STYLE: dict[str, Any] = {
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": TEXT,
+    "text.color": INK,
+    "ytick.color": INK,
+    "text.parse_math": False,  # a model's name may hold dollars
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "hqc",
+}
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """A column of bars on one scale, `bar_width` px for the longest."""
+    """A column of bars on one scale, a value each for hqc and its peers; some have a spread."""
 
     title: str
-    bar_width: int
-    values: tuple[_Value, ...]
-
-    @property
-    def width(self) -> float:
-        return max(self.bar_width + 8 + max(_width(v.text, TEXT) for v in self.values), _width(self.title, TEXT))
+    share: float  # of the width
+    values: tuple[float, ...]
+    texts: tuple[str, ...]
+    spreads: tuple[Spread, ...] = ()
 
 
 def check_chart(path: Path, *, force: bool) -> None:
-    """Refuses another suffix than .png or .svg, and a file that is there, before long work starts.
+    """Refuses another suffix than .png or .svg, a file that is there, and no matplotlib, before long work starts.
 
     Raises:
-        EvaluationError: for the suffix. ArtefactError: for the file.
+        EvaluationError: for the suffix. ArtefactError: for the file. RuntimeMissingError: for matplotlib.
     """
     if path.suffix.lower() not in (".png", ".svg"):
         raise EvaluationError(f"--chart {path}", "is neither .png nor .svg", "Give one of them.")
     refuse_existing_file(path, force=force)
+    require_drawing("matplotlib", "--chart")
 
 
 def save_chart(path: Path, result: BenchResult) -> None:
@@ -92,123 +71,119 @@ def save_chart(path: Path, result: BenchResult) -> None:
     Raises:
         ArtefactError: the file cannot be written.
     """
-    data = svg_chart(result).encode() if path.suffix.lower() == ".svg" else png_from_pil(png_chart(result))
-    write_atomic(path, data)
+    write_atomic(path, chart_bytes(result, path.suffix.lower().removeprefix(".")))
 
 
-def svg_chart(result: BenchResult) -> str:
-    """The chart as an SVG document."""
-    shapes, width, height = _layout(result)
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-        f'height="{height:g}" font-family="Helvetica, Arial, sans-serif" role="img">',
-        f"<title>{escape(_title(result))}</title>",
-        f'<rect width="{width:g}" height="{height:g}" fill="{PAPER}"/>',
-        *map(_svg, shapes),
-        "</svg>",
-    ]
-    return "\n".join(lines) + "\n"
+def chart_bytes(result: BenchResult, kind: str) -> bytes:
+    """The chart as a file: `kind` is png or svg."""
+    from matplotlib import style
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None, "Title": _title(result)} if kind == "svg" else {"Software": None}
+    with style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box
+        chart_figure(result).savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+    return buffer.getvalue()
 
 
-def png_chart(result: BenchResult) -> Image.Image:
-    """The chart as an image."""
-    shapes, width, height = _layout(result)
-    page = Image.new("RGB", (round(width * SCALE), round(height * SCALE)), PAPER)
-    draw = ImageDraw.Draw(page)
-    for shape in shapes:
-        if isinstance(shape, _Box):
-            right, bottom = shape.x + shape.width, shape.y + shape.height
-            corners = [round(SCALE * v) for v in (shape.x, shape.y, right, bottom)]
-            draw.rectangle((corners[0], corners[1], corners[2] - 1, corners[3] - 1), fill=shape.fill)
-        else:
-            at = (SCALE * shape.x, SCALE * shape.y)
-            draw.text(at, shape.text, font=_font(SCALE * shape.size), fill=shape.fill, anchor="lm")
-    return page
+def chart_figure(result: BenchResult) -> "Figure":
+    """The chart, to be drawn in the style of `chart_bytes`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-
-def _svg(shape: _Shape) -> str:
-    if isinstance(shape, _Box):
-        return (
-            f'<rect x="{shape.x:.1f}" y="{shape.y:.1f}" width="{shape.width:.1f}" height="{shape.height:.1f}" '
-            f'fill="{shape.fill}"/>'
-        )
-    return (
-        f'<text x="{shape.x:.1f}" y="{shape.y:.1f}" font-size="{shape.size}" fill="{shape.fill}" '
-        f'dominant-baseline="central">{escape(shape.text)}</text>'
-    )
-
-
-# ---- layout --------------------------------------------------------------------------------------------------------
-
-
-def _layout(result: BenchResult) -> tuple[list[_Shape], float, float]:
-    """Shapes, width and height."""
     names = [f"hqc {result.quantisation}", *result.peers]
-    label_width = max(_width(name, TEXT) for name in [*names, *result.failed])
-    panels = _panels(result)
-    width = 2 * MARGIN + label_width + sum(GAP + panel.width for panel in panels)
-    shapes: list[_Shape] = []
-    y = float(MARGIN)
-    for text, size, fill in ((_title(result), TITLE, INK), (_protocol(result), NOTE, FAINT)):
-        for line in _wrapped(text, size, width - 2 * MARGIN):
-            shapes.append(_Label(MARGIN, y + size / 2, line, size, fill))
-            y += 1.4 * size
-    y += 14
-    x = MARGIN + label_width + GAP
-    for panel in panels:
-        shapes.append(_Label(x, y + TEXT / 2, panel.title, TEXT, FAINT))
-        shapes += _bars(panel, x, y + 1.8 * TEXT)
-        x += panel.width + GAP
-    y += 1.8 * TEXT
-    for name in names:
-        shapes.append(_Label(MARGIN, y + BAR / 2, name, TEXT, INK))
-        y += ROW - 8
-    for name, reason in result.failed.items():
-        shapes.append(_Label(MARGIN, y + BAR / 2, name, TEXT, INK))
-        room = width - 2 * MARGIN - label_width - GAP
-        for line in _wrapped(f"failed: {_ascii(reason)}", NOTE, room):
-            shapes.append(_Label(MARGIN + label_width + GAP, y + BAR / 2, line, NOTE, FAINT))
-            y += 1.4 * NOTE
-        y += ROW - 8 - 1.4 * NOTE
-    y += 6
-    for line in _wrapped(_ascii(machine_line(dict(result.machine))), NOTE, width - 2 * MARGIN):
-        shapes.append(_Label(MARGIN, y + NOTE / 2, line, NOTE, FAINT))
-        y += 1.4 * NOTE
-    return shapes, width, y + MARGIN - 8
+    left = MARGIN + max(_inches(name) for name in [*map(printable, names), *map(printable, result.failed)]) + 0.2
+    failures = {name: _wrapped(f"failed: {reason}", NOTE, WIDTH - left - MARGIN) for name, reason in _failed(result)}
+    title = _wrapped(_title(result), TITLE, WIDTH - 2 * MARGIN)
+    protocol = _wrapped(_protocol(result), NOTE, WIDTH - 2 * MARGIN)
+    machine = _wrapped(machine_line(dict(result.machine)), NOTE, WIDTH - 2 * MARGIN)
+    above = MARGIN + _height(title, TITLE) + _height(protocol, NOTE) + 0.42
+    failed = sum(max(ROW, _height(lines, NOTE) + 0.1) for lines in failures.values())
+    below = MARGIN + _height(machine, NOTE) + 0.1 + failed
+    height = above + ROW * len(names) + below
+    figure = Figure(figsize=(WIDTH, height), facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    _lines(figure, MARGIN, height - MARGIN, title, TITLE, INK)
+    _lines(figure, MARGIN, height - MARGIN - _height(title, TITLE), protocol, NOTE, FAINT)
+    _lines(figure, MARGIN, MARGIN + _height(machine, NOTE), machine, NOTE, FAINT)
+    _draw_panels(figure, _panels(result), [printable(name) for name in names], left, above, below)
+    y = below - 0.06
+    for name, lines in failures.items():
+        _lines(figure, MARGIN, y, [name], TEXT, INK)
+        _lines(figure, left, y, lines, NOTE, FAINT)
+        y -= max(ROW, _height(lines, NOTE) + 0.1)
+    return figure
+
+
+def _draw_panels(
+    figure: "Figure", panels: Sequence[_Panel], names: Sequence[str], left: float, above: float, below: float
+) -> None:
+    width, height = figure.get_size_inches()
+    grid = figure.add_gridspec(
+        1,
+        len(panels),
+        width_ratios=[panel.share for panel in panels],
+        wspace=0.08,
+        left=left / width,
+        right=1 - MARGIN / width,
+        bottom=below / height,
+        top=1 - above / height,
+    )
+    for column, panel in enumerate(panels):
+        axes = figure.add_subplot(grid[0, column])
+        _draw(axes, panel)
+        axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names))
+        if column == 0:
+            axes.tick_params(axis="y", pad=(left - MARGIN) * 72)
+            for label in axes.get_yticklabels():
+                label.set_horizontalalignment("left")
+
+
+def _draw(axes: "Axes", panel: _Panel) -> None:
+    """Bars from the top down, the text right of the bar or of its whisker."""
+    rows = range(len(panel.values))
+    axes.barh(rows, panel.values, height=BAR, color=[OURS, *[PEER] * (len(rows) - 1)])
+    ends = list(panel.values)
+    for row, found in enumerate(panel.spreads):
+        middle = [[found.median - found.p10], [found.p90 - found.median]]
+        axes.errorbar(found.median, row, xerr=middle, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3, capthick=1.2)
+        ends[row] = max(found.median, found.p90)
+    longest = max(*ends, 1e-9)
+    for row, text in enumerate(panel.texts):
+        axes.annotate(text, (ends[row], row), xytext=(6, 0), textcoords="offset points", va="center")
+    inches = axes.get_position().width * WIDTH
+    room = max(_inches(text) for text in panel.texts) + 0.15
+    axes.set_xlim(0, longest * inches / max(inches - room, 0.2 * inches))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_title(panel.title, loc="left", fontsize=TEXT, color=FAINT, pad=5)
+    axes.set_xticks([])
+    axes.tick_params(axis="y", length=0)
+    axes.patch.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def _panels(result: BenchResult) -> tuple[_Panel, ...]:
-    times = []
+    spreads, texts = [], []
     for name, figures in result.contenders.items():
         found = spread(figures.milliseconds)
-        ratio = f"  ({result.speedup(name).median:.2f}x)" if name in result.peers else ""
-        times.append(_Value(found.median, f"{_number(found.median)}{ratio}", found.p10, found.p90))
-    everyone = result.contenders.values()
-    disk = tuple(_Value(f.size_bytes, _number(f.size_bytes / 1e6)) for f in everyone)
-    memory = tuple(_Value(f.memory_bytes, _number(f.memory_bytes / 1e6)) for f in everyone)
+        ratio = f"  ({result.speedup(name).median:.2f}×)" if name in result.peers else ""
+        spreads.append(found)
+        texts.append(f"{_number(found.median)}{ratio}")
+    disk = tuple(f.size_bytes / 1e6 for f in result.contenders.values())
+    memory = tuple(f.memory_bytes / 1e6 for f in result.contenders.values())
+    medians = tuple(found.median for found in spreads)
     return (
-        _Panel("ms a call, p10 to p90 (x hqc's time)", 300, tuple(times)),
-        _Panel("files, MB", 110, disk),
-        _Panel("memory, MB", 110, memory),
+        _Panel("ms a call, p10 to p90 (× hqc's time)", 3.0, medians, tuple(texts), tuple(spreads)),
+        _Panel("files, MB", 1.2, disk, tuple(map(_number, disk))),
+        _Panel("memory, MB", 1.2, memory, tuple(map(_number, memory))),
     )
 
 
-def _bars(panel: _Panel, x: float, y: float) -> list[_Shape]:
-    shapes: list[_Shape] = []
-    scale = panel.bar_width / max(max(value.end for value in panel.values), 1e-9)
-    for i, value in enumerate(panel.values):
-        top = y + i * (ROW - 8)
-        shapes.append(_Box(x, top, max(value.value * scale, 1), BAR, PEER if i else OURS))
-        if value.low is not None and value.high is not None:
-            low, high, middle = x + value.low * scale, x + value.high * scale, top + BAR / 2
-            shapes.append(_Box(low, middle - 0.75, max(high - low, 1.5), 1.5, INK))
-            shapes += [_Box(end - 0.75, middle - 5, 1.5, 10, INK) for end in (low, high)]
-        shapes.append(_Label(x + value.end * scale + 8, top + BAR / 2, value.text, TEXT))
-    return shapes
+# ---- texts ---------------------------------------------------------------------------------------------------------
 
 
 def _title(result: BenchResult) -> str:
-    return _ascii(f"{result.model}, {result.quantisation}")
+    return printable(f"{result.model}, {result.quantisation}")
 
 
 def _protocol(result: BenchResult) -> str:
@@ -219,32 +194,37 @@ def _protocol(result: BenchResult) -> str:
     )
 
 
+def _failed(result: BenchResult) -> list[tuple[str, str]]:
+    return [(printable(name), reason) for name, reason in result.failed.items()]
+
+
 def _number(value: float) -> str:
     """Three digits, or all of the integer part."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _ascii(text: str) -> str:
-    """Pillow's built-in font has no more."""
-    plain = text.replace("…", "...").replace("–", "-").replace("×", "x").replace("≥", ">=")
-    return plain.encode("ascii", "replace").decode("ascii")
+def _lines(figure: "Figure", x: float, y: float, lines: Sequence[str], size: float, colour: str) -> None:
+    """Lines of text from a point downwards, in inches from the lower left."""
+    width, height = figure.get_size_inches()
+    for number, line in enumerate(lines):
+        at = y - number * size * LINE / 72
+        figure.text(x / width, at / height, line, fontsize=size, color=colour, va="top")
 
 
-def _wrapped(text: str, size: int, width: float) -> list[str]:
-    lines: list[str] = []
-    for word in text.split():
-        joined = f"{lines[-1]} {word}" if lines else word
-        if lines and _width(joined, size) <= width:
-            lines[-1] = joined
-        else:
-            lines.append(word)
-    return lines
+def _height(lines: Sequence[str], size: float) -> float:
+    return len(lines) * size * LINE / 72
 
 
-def _width(text: str, size: int) -> float:
-    return SLACK * _font(size).getlength(text)
+def _wrapped(text: str, size: float, width: float) -> list[str]:
+    """Lines that fit into some inches; of mean letters, so with room to spare."""
+    letters = max(10, int(width * 72 / (0.57 * size)))
+    return textwrap.wrap(printable(text), letters, break_long_words=True)
 
 
-@cache
-def _font(size: int) -> Font:
-    return ImageFont.load_default(size=size)
+def _inches(text: str) -> float:
+    """How wide a text of the usual size is."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    font = FontProperties(family="DejaVu Sans")
+    return float(TextPath((0, 0), f"{text}|", size=TEXT, prop=font).get_extents().width) / 72
