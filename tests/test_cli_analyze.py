@@ -106,6 +106,12 @@ def test_analyze_refuses_before_it_works(made: SimpleNamespace, tmp_path: Path) 
     assert "Not measured (--no-sensitivity)." in page.read_text(encoding="utf-8")
 
 
+def test_analyze_without_plotly_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hqc.evaluation.drawing.importlib.util.find_spec", lambda name: None)
+    said = refused(tmp_path, "analyze", tmp_path, "-o", tmp_path / "report.html")
+    assert said == "hqc: hqc analyze: plotly is not installed. Run `pip install 'hqc[report]'`.\n"
+
+
 # ---- compare -------------------------------------------------------------------------------------------------------
 
 SMALL = ("--n-steps", "3", "--batch-size", "1", "--timesteps", "2")

@@ -65,11 +65,13 @@ def analyze(program: Path, output: Path, csv_file: Path | None, **given: Any) ->
     from hqc import console as out
     from hqc.evaluation.analysis_report import csv_text, report_data, summary, write_text
     from hqc.evaluation.analysis_run import measure, planned_program
+    from hqc.evaluation.drawing import require_drawing
     from hqc.evaluation.html_report import html_report
     from hqc.evaluation.inputs import Sampler
     from hqc.program import Stage
     from hqc.storage import load_program, pipeline_folder, refuse_existing_file
 
+    require_drawing("plotly", "hqc analyze")
     outputs = [file for file in (output, csv_file) if file is not None]
     for file in outputs:
         refuse_existing_file(file, force=given["force"])

@@ -1,28 +1,30 @@
-"""An analysis as one HTML file: no network, no fonts, no images; readable without JavaScript, in light and dark.
+"""An analysis as one HTML file: no network, no fonts, no images; plots by plotly, in light and dark.
 
 Everything that comes from the program is escaped, and the page's own policy lets nothing be loaded and no other
-script run than the one that sorts the table, which it names by its hash.
+scripts run than the three that it names by their hashes: plotly's, the one that draws, the one that sorts. What they
+draw is data, which no browser runs. Without JavaScript the summary and the table are there.
 """
 
 import base64
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from hqc.evaluation.analysis import SiteAnalysis
 from hqc.evaluation.analysis_report import NUMBERS, Report, summary
 from hqc.evaluation.html_plots import (
-    HEAT_STEPS,
     MOST_BARS,
-    bits_map,
+    bits_figure,
     bits_name,
-    heat_limit,
-    outlier_plot,
-    scale_heatmap,
-    sensitivity_bars,
+    outlier_figure,
+    scale_figure,
+    sensitivity_figure,
 )
-from hqc.evaluation.html_style import SORT_SCRIPT, STYLE
-from hqc.evaluation.svg import element, escape
+from hqc.evaluation.html_style import DRAW_SCRIPT, SORT_SCRIPT, STYLE
+from hqc.evaluation.html_theme import templates
+from hqc.evaluation.markup import element, escape
 
 __all__ = ["html_report"]
 
@@ -30,6 +32,7 @@ __all__ = ["html_report"]
 def html_report(report: Report) -> str:
     """The whole page."""
     name = f"{report.measured['program']} at {report.measured['bits']}"
+    figures = _figures(report)
     body = [
         _heading(report, name),
         _section(
@@ -38,7 +41,7 @@ def html_report(report: Report) -> str:
             "Medians are over the sites that the plan rotates, of each site's median "
             "over timesteps. Kurtosis is the plain one: 3 for normal values.",
         ),
-        *_plots(report),
+        *_plots(report, figures),
         _section(
             "All sites",
             _table(report),
@@ -46,8 +49,10 @@ def html_report(report: Report) -> str:
             "what the numbers after rotation were measured with where the plan has none.",
         ),
     ]
-    digest = base64.b64encode(hashlib.sha256(SORT_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    scripts = [_plotly(), DRAW_SCRIPT, SORT_SCRIPT]
+    allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+    # Plotly draws heatmaps as images of its own making, and saves a plot as one.
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {allowed}"
     head = [
         '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
@@ -56,8 +61,33 @@ def html_report(report: Report) -> str:
         f"<title>{escape(name)}</title>",
         f"<style>{STYLE}</style>",
     ]
-    page = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body]
-    return "\n".join([*page, f"<script>{SORT_SCRIPT}</script>", "</body>", "</html>", ""])
+    data = f'<script type="application/json" id="plots">{_data(figures)}</script>'
+    page = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, data]
+    return "\n".join([*page, *(f"<script>{script}</script>" for script in scripts), "</body>", "</html>", ""])
+
+
+@cache
+def _plotly() -> str:
+    """plotly.js as it came with the package; line ends as a browser reads them, which the hash is of."""
+    from plotly.offline import get_plotlyjs
+
+    script: str = get_plotlyjs()
+    return script.replace("\r\n", "\n").replace("\r", "\n")
+
+
+@cache
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _data(figures: Mapping[str, Any]) -> str:
+    """The figures with their templates as JSON in which nothing can end the element that holds it."""
+    made = {}
+    for name, figure in figures.items():
+        plot = json.loads(figure.to_json())
+        plot["layout"].pop("template", None)
+        made[name] = {**plot, "templates": templates("dots" if name == "outliers" else "bits")}
+    return json.dumps(made, separators=(",", ":"), sort_keys=True).replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _section(title: str, content: str, note: str = "") -> str:
@@ -108,58 +138,37 @@ def _summary(report: Report) -> str:
 # ---- plots ---------------------------------------------------------------------------------------------------------
 
 
-def _plots(report: Report) -> list[str]:
-    sites = report.sites
-    own = any(row.program_scale is not None for site in sites for row in site.rows)
+def _figures(report: Report) -> dict[str, Any]:
+    """A figure by the id of its place in the page; none for what was not measured."""
+    figures = {"outliers": outlier_figure(report.sites), "scales": scale_figure(report.sites)}
+    if report.sensitivity:
+        figures["sensitivity"] = sensitivity_figure(report)
+    return figures | {"bits": bits_figure(report.sites)}
+
+
+def _plots(report: Report, figures: Mapping[str, Any]) -> list[str]:
+    own = any(row.program_scale is not None for site in report.sites for row in site.rows)
     what = "The program's own scales" if own else "The scales with the smallest squared error, in the basis of the plan"
-    note = f"{what}, each row against its own median: rows that change colour need a scale per timestep."
-    parts = [
-        _section(
-            "Outliers",
-            _dot_legend() + outlier_plot(sites),
-            "One row a site in data-flow order, medians over "
-            "timesteps. Rotation spreads outliers: the dot moves left, and the SNR at the same bits moves right.",
-        ),
-        _section("Scales over timesteps", _heat_legend(heat_limit(sites)) + scale_heatmap(sites), note),
-    ]
-    bars = sensitivity_bars(report) if report.sensitivity else ""
     more = f" The first {MOST_BARS} of {len(report.sensitivity)} sites." if len(report.sensitivity) > MOST_BARS else ""
-    parts.append(_section("Sensitivity", bars, report.sensitivity_note + more))
-    colours = _bit_colours(sites)
-    legend = "".join(_swatch(css, name) for name, css in colours.items())
-    legend += element("span", _mark("circle", "ring dark", cx=7, cy=7, r=3.6), "rotated", class_="key")
-    note = "One tile a site, one line a block of the model."
-    parts.append(_section("Bits", element("p", legend, class_="legend") + bits_map(sites, colours), note))
-    return parts
+    notes = {
+        "outliers": "One row a site in data-flow order, medians over timesteps. Rotation spreads outliers: the dot "
+        "moves left, and the SNR at the same bits moves right. Drag to zoom, double-click to come back.",
+        "scales": f"{what}, each row against its own median: rows that change colour need a scale per timestep.",
+        "sensitivity": report.sensitivity_note + more,
+        "bits": "One tile a site, one line a block of the model; a ring is a rotation.",
+    }
+    titles = {"scales": "Scales over timesteps"}
+    return [
+        _section(titles.get(name, name.capitalize()), _place(name, figures[name]) if name in figures else "", note)
+        for name, note in notes.items()
+    ]
 
 
-def _bit_colours(sites: Sequence[SiteAnalysis]) -> Mapping[str, str]:
-    """float is grey; bits from fewest to most go from dark to light."""
-    names = sorted({bits_name(s) for s in sites if s.plan.quantised})
-    colours = {name: f"b{min(i, 5)}" for i, name in enumerate(names)}
-    return colours | ({"float": "bf"} if any(not s.plan.quantised for s in sites) else {})
-
-
-def _mark(shape: str, css: str, **attributes: float) -> str:
-    return element("svg", element(shape, class_=css, **attributes), width=14, height=14)
-
-
-def _swatch(css: str, name: str) -> str:
-    return element("span", _mark("rect", css, width=14, height=14, rx=2), escape(name), class_="key")
-
-
-def _dot_legend() -> str:
-    keys = {"before": "before rotation", "after": "after rotation", "could": "after a rotation that is not in the plan"}
-    dots = [element("span", _mark("circle", css, cx=7, cy=7, r=4), name, class_="key") for css, name in keys.items()]
-    return element("p", *dots, class_="legend")
-
-
-def _heat_legend(limit: float) -> str:
-    steps = range(2 * HEAT_STEPS + 1)
-    boxes = [element("rect", x=i * 16, width=16, height=14, class_=f"h{i}") for i in steps]
-    bar = element("svg", *boxes, width=16 * len(steps), height=14)
-    low, high = f"{2**-limit:.2g} × median or less", f"{2**limit:.2g} × median or more"
-    return element("p", element("span", low), bar, element("span", high), class_="legend")
+def _place(name: str, figure: Any) -> str:
+    """Where a plot is drawn, as high as it will be, so that the page does not move."""
+    note = element("noscript", element("p", "The plots need JavaScript; the table at the end has every number."))
+    label = {"role": "img", "aria_label": name}
+    return note + element("div", id=name, class_="plot", style=f"height:{figure.layout.height:g}px", **label)
 
 
 # ---- table ---------------------------------------------------------------------------------------------------------

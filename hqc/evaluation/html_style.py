@@ -1,20 +1,12 @@
-"""The look of the report, and the script that sorts its table."""
+"""The look of the report, and its own scripts: one draws the plots, one sorts the table."""
 
-__all__ = ["SORT_SCRIPT", "STYLE"]
+__all__ = ["DRAW_SCRIPT", "SORT_SCRIPT", "STYLE"]
 
-STYLE = (
-    """
+STYLE = """
 :root { --paper:#ffffff; --ink:#1c2126; --soft:#5b6670; --line:#d9dee3; --band:#f3f5f7; --card:#f6f8fa;
-  --before:#c2570c; --after:#1463b0; --bar:#1463b0;
-  --h0:#0b4f8a; --h1:#2d74b5; --h2:#5f9bd0; --h3:#98c1e3; --h4:#cbdff0; --h5:#eef0f2;
-  --h6:#f9dcc4; --h7:#f2b68c; --h8:#e48a55; --h9:#c95f25; --h10:#973c0a;
-  --b0:#0b4f8a; --b1:#3f86c4; --b2:#7fb2de; --b3:#8a6fc0; --b4:#b7a4dc; --b5:#d9cdee; --bf:#aab3bb; --ring:#ffffff; }
+  --mark:#1463b0; }
 @media (prefers-color-scheme: dark) { :root { --paper:#14181c; --ink:#e6eaee; --soft:#9aa6b1; --line:#333b43;
-  --band:#1b2025; --card:#1d2329; --before:#f59a52; --after:#6bb0f5; --bar:#4d94db;
-  --h0:#8cc6ff; --h1:#5fa3e3; --h2:#437fb8; --h3:#315f8b; --h4:#27435e; --h5:#272c31;
-  --h6:#54381f; --h7:#84501f; --h8:#b56a24; --h9:#e28b3d; --h10:#ffbd80;
-  --b0:#8cc6ff; --b1:#4d94db; --b2:#2c5f94; --b3:#b79df0; --b4:#8467c4; --b5:#553f8a; --bf:#5b6670;
-  --ring:#14181c; } }
+  --band:#1b2025; --card:#1d2329; --mark:#6bb0f5; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 24px 28px 64px; max-width: 1200px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -29,21 +21,7 @@ dl dd { display: inline; margin: 0; overflow-wrap: anywhere; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; }
 .card span, .card small { display: block; color: var(--soft); font-size: 12px; overflow-wrap: anywhere; }
 .card b { display: block; font-size: 20px; font-weight: 600; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; align-items: center; font-size: 13px; }
-.key { display: inline-flex; gap: 6px; align-items: center; }
-svg { display: block; font: 11px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-svg text { fill: var(--ink); } svg .site { font-size: 10px; } svg .tick { fill: var(--soft); font-size: 10px; }
-svg .axis { fill: var(--soft); font: 12px system-ui, "Segoe UI", Roboto, Arial, sans-serif; }
-.band { fill: var(--band); } .grid { stroke: var(--line); stroke-width: 1; }
-.join { stroke: var(--soft); stroke-width: 1; opacity: .6; }
-.before { fill: var(--before); } .after { fill: var(--after); }
-.could { fill: var(--paper); stroke: var(--after); stroke-width: 1.4; } .bar { fill: var(--bar); }
-.ring { fill: none; stroke: var(--ring); stroke-width: 1.8; } .ring.dark { stroke: var(--ink); }
-.bf { fill: var(--bf); }
-"""
-    + "".join(f".h{i} {{ fill: var(--h{i}); }} " for i in range(11))
-    + "".join(f".b{i} {{ fill: var(--b{i}); }} " for i in range(6))
-    + """
+.plot { width: 100%; }
 .scroll { overflow: auto; max-height: 80vh; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: separate; border-spacing: 0; font-size: 11.5px; font-variant-numeric: tabular-nums;
   width: 100%; }
@@ -51,7 +29,7 @@ thead th { position: sticky; top: 0; background: var(--card); border-bottom: 1px
   padding: 0; z-index: 1; }
 thead button { all: unset; display: block; width: 100%; padding: 6px 5px; cursor: pointer; text-align: right;
   box-sizing: border-box; }
-thead button:focus-visible { outline: 2px solid var(--after); outline-offset: -2px; }
+thead button:focus-visible { outline: 2px solid var(--mark); outline-offset: -2px; }
 thead th:first-child button { text-align: left; }
 thead small { display: block; color: var(--soft); font-weight: 400; }
 thead th[aria-sort=ascending] button::before { content: "↑ "; }
@@ -61,10 +39,9 @@ tbody th { text-align: left; font: 11px ui-monospace, "DejaVu Sans Mono", Menlo,
   overflow-wrap: anywhere; min-width: 190px; }
 tbody td { text-align: right; padding: 3px 5px; white-space: nowrap; }
 tbody tr:nth-child(even) { background: var(--band); }
-tbody tr:hover { outline: 1px solid var(--after); outline-offset: -1px; }
+tbody tr:hover { outline: 1px solid var(--mark); outline-offset: -1px; }
 @media print { .scroll { max-height: none; overflow: visible; } }
 """
-)
 
 SORT_SCRIPT = """
 "use strict";
@@ -93,5 +70,18 @@ table.tHead.addEventListener("click", event => {
     return Math.abs(found) === 2 ? found : up ? found : -found;
   });
   table.tBodies[0].append(...rows);
+});
+"""
+
+DRAW_SCRIPT = """
+"use strict";
+const plots = Object.entries(JSON.parse(document.getElementById("plots").textContent));
+const dark = window.matchMedia("(prefers-color-scheme: dark)");
+const template = plot => plot.templates[dark.matches ? "dark" : "light"];
+const buttons = [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]];
+const config = {responsive: true, displaylogo: false, modeBarButtons: buttons};
+for (const [id, plot] of plots) Plotly.newPlot(id, plot.data, {...plot.layout, template: template(plot)}, config);
+dark.addEventListener("change", () => {
+  for (const [id, plot] of plots) Plotly.relayout(id, {template: template(plot)});
 });
 """

@@ -1,9 +1,7 @@
 """Every number of an analysis against numpy and scipy in double precision."""
 
 import math
-import re
 from itertools import pairwise
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hqc.evaluation.analysis_statistics import Moments, best_scale, channel_rows, sample_rows, snr_db
-from hqc.evaluation.svg import element, escape, linear_axis, log_axis
 from hqc.ops import hadamard
 
 # Sums run in double precision over float32 values: what is left is the rounding of x - mean.
@@ -105,33 +102,3 @@ def test_the_sample_is_bounded_and_spread(rows: int, channels: int, values: int)
     assert len(found) <= 2 * wanted + 1 or len(found) == rows <= wanted
     steps = set(found[:, 0].diff().tolist())
     assert len(steps) <= 1
-
-
-# ---- drawing -------------------------------------------------------------------------------------------------------
-
-NUMBERS = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20)
-
-
-@given(values=NUMBERS)
-@pytest.mark.parametrize("kind", [linear_axis, log_axis])
-def test_axes_hold_their_values_and_ticks(kind, values: list[float]) -> None:  # type: ignore[no-untyped-def]
-    axis = kind(values, 100.0, 500.0)
-    assert all(100 - 1e-6 <= axis(v) <= 500 + 1e-6 for v in (*values, *axis.ticks))
-    assert 2 <= len(axis.ticks) <= 15
-    assert list(axis.ticks) == sorted(set(axis.ticks))
-    assert axis(max(values)) >= axis(min(values))
-
-
-def test_axis_ticks_are_round() -> None:
-    assert log_axis([1.4, 32], 0, 1).ticks == (1, 2, 5, 10, 20, 50)
-    assert linear_axis([0.3, 4.1], 0, 1, zero=True).ticks == (0, 1, 2, 3, 4, 5)
-
-
-@given(text=st.text())
-def test_any_text_makes_a_well_formed_element(text: str) -> None:
-    markup = element("g", element("title", escape(text)), data_name=text, x=1)
-    parsed = ElementTree.fromstring(markup)
-    title = parsed.find("title")
-    assert title is not None
-    kept = re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "�", text)
-    assert (title.text or "").replace("\r", "\n") == kept.replace("\r\n", "\n").replace("\r", "\n")
