@@ -1,9 +1,11 @@
 """hqc, the Hadamard Quantisation Compiler: low-bit latent diffusion from checkpoint to integer kernels.
 
     import hqc
+
     program = hqc.trace("digits")
-    trained = hqc.qat(program, "hq-dm", "w4a4")
-    hqc.export_program(trained, "onnxruntime", "digits-w4a4")
+    quantised = hqc.ptq(program, "rtn", "w4a4", hadamard=True)
+    hqc.export_program(quantised, "onnxruntime", "digits-onnx")
+    pipe = hqc.load("digits-onnx").pipeline()
 
 Names are imported on first use, so that `import hqc` and `hqc --help` stay quick.
 """
@@ -12,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hqc.api import ptq, qat, quantise
+    from hqc.api import ptq, qat, quantise, task_of
     from hqc.capture import trace
     from hqc.errors import HqcError
     from hqc.export import TensorRtOptions, export_program
@@ -34,6 +36,7 @@ __all__ = [
     "qat",
     "quantise",
     "save_program",
+    "task_of",
     "trace",
 ]
 
@@ -49,6 +52,7 @@ _WHERE = {
     "qat": ("hqc.api", "qat"),
     "quantise": ("hqc.api", "quantise"),
     "save_program": ("hqc.storage", "save_program"),
+    "task_of": ("hqc.api", "task_of"),
     "trace": ("hqc.capture", "trace"),
 }
 

@@ -6,6 +6,9 @@
     report = hqc.export_program(student, "onnxruntime", "digits-w4a4")
     pipe.unet = hqc.load("digits-w4a4").as_unet()
 
+    task = hqc.task_of(program, prompts=["a cat", "a dog"])              # what to calibrate and train on
+    student = hqc.ptq(program, "rtn", "w4a4", task=task)
+
 `forward_loop(unet)` may replace the built-in calibration: it runs a pipeline whose `.unet` is the object it is given.
 """
 
@@ -24,6 +27,7 @@ from hqc.capture import ARCHITECTURE
 from hqc.errors import ArtefactError, PlanError, TrainingError
 from hqc.memory import activation_bytes, require_memory, return_free_memory, training_bytes
 from hqc.models import digits_path
+from hqc.paths import StrPath
 from hqc.pipeline import run_pipeline
 from hqc.program import InputSpec, Program
 from hqc.recipes import Recipe, TrainingSettings, find_recipe
@@ -65,24 +69,27 @@ def task_of(
     program: Program,
     pipeline: Any | None = None,
     *,
-    folder: Path | None = None,
+    folder: StrPath | None = None,
     synthetic: bool = False,
     prompts: Sequence[str] = (),
+    guidance_scale: float | None = None,
 ) -> Task:
     """What to sample while calibrating and training `program`: from the pipeline, or from the one it was traced from.
 
     folder: the pipeline folder beside the program, instead of the one that its origin names.
     synthetic: noise and random conditions instead, for any denoiser; always so for a named architecture, which has
     seeded weights and no pipeline. prompts: conditions from the pipeline's own text encoder, which is loaded for it
-    and freed.
+    and freed. guidance_scale: with prompts, of a denoiser that takes it as an input (Flux, latent consistency models);
+    None takes the pipeline's own default.
 
     Raises:
         TrainingError: if there is none, or both prompts and synthetic are given.
     """
+    folder = None if folder is None else Path(folder)
     if prompts and synthetic:
         raise TrainingError("--prompts", "and --synthetic exclude each other", "Give one of them.")
     if prompts:
-        return _prompt_task(program, pipeline, folder, prompts)
+        return _prompt_task(program, pipeline, folder, prompts, guidance_scale)
     if pipeline is None and (synthetic or program.origin.source.startswith(ARCHITECTURE)):
         return synthetic_task(program)
     if pipeline is None:
@@ -95,14 +102,16 @@ def task_of(
     return pipeline_task(pipeline, program)
 
 
-def _prompt_task(program: Program, pipeline: Any | None, folder: Path | None, prompts: Sequence[str]) -> Task:
+def _prompt_task(
+    program: Program, pipeline: Any | None, folder: Path | None, prompts: Sequence[str], guidance_scale: float | None
+) -> Task:
     require_prompt_inputs(program)
     if pipeline is not None:
-        return prompt_task(pipeline, program, prompts)
+        return prompt_task(pipeline, program, prompts, guidance_scale=guidance_scale)
     found = _folder_around(program, folder)
     if found is None:
         raise _without_pipeline(program, "Give --synthetic instead of --prompts, or trace the whole pipeline.")
-    task = prompt_task(load_text_pipeline(found), program, prompts)
+    task = prompt_task(load_text_pipeline(found), program, prompts, guidance_scale=guidance_scale)
     return_free_memory()
     return task
 
@@ -264,7 +273,7 @@ def qat(
     task: Task | None = None,
     settings: TrainingSettings | None = None,
     keep_float: Sequence[str] = (),
-    work_dir: Path | str | None = None,
+    work_dir: StrPath | None = None,
     resume: bool = False,
     on_start: Callable[[Program, int], None] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
@@ -314,7 +323,7 @@ def qat(
     )
 
 
-def finish_run(folder: Path | str) -> None:
+def finish_run(folder: StrPath) -> None:
     """Drops the calibrated program and the checkpoint of a run whose result is saved; the log stays."""
     run = _Run(Path(folder))
     shutil.rmtree(run.checkpoint, ignore_errors=True)

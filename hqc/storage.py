@@ -30,6 +30,7 @@ from torch import Tensor
 from hqc.checking import check_calls
 from hqc.errors import ArtefactError, HqcError, MemoryShortError, PassError
 from hqc.graph_json import graph_from_json, graph_to_json
+from hqc.paths import StrPath
 from hqc.plan import QuantPlan
 from hqc.program import InputSpec, Origin, PassRecord, Program, Stage
 from hqc.structure import site_problems
@@ -235,13 +236,13 @@ def _check_file(folder: Path, name: str, expected: Any) -> None:
         raise ArtefactError(str(path), "is damaged: its sha256 is not the manifest's", "Copy the folder again.")
 
 
-def save_program(program: Program, folder: Path, *, force: bool = False, pipeline: Path | None = None) -> None:
+def save_program(program: Program, folder: StrPath, *, force: bool = False, pipeline: StrPath | None = None) -> None:
     """Writes NAME.hqc/; `pipeline` is a diffusers-layout folder whose parts (all but the UNet) are copied in.
 
     Raises:
         ArtefactError: if the folder exists (without `force`) or cannot be written.
     """
-    with atomic_folder(folder, force=force) as temporary:
+    with atomic_folder(Path(folder), force=force) as temporary:
         graph = {"nodes": graph_to_json(program.graph)}
         (temporary / "graph.json").write_text(json.dumps(graph, allow_nan=False) + "\n", encoding="utf-8")
         save_file(
@@ -250,7 +251,7 @@ def save_program(program: Program, folder: Path, *, force: bool = False, pipelin
         _dump(temporary / "plan.json", program.plan.to_dict())
         _dump(temporary / "history.json", [asdict(record) for record in program.history])
         if pipeline is not None:
-            copy_pipeline(pipeline, temporary / "pipeline")
+            copy_pipeline(Path(pipeline), temporary / "pipeline")
         write_manifest(
             temporary,
             "hqc-program",
@@ -309,7 +310,7 @@ def _record(data: Any) -> PassRecord:
 _PARTS = ("graph.json", "weights.safetensors", "plan.json", "history.json")
 
 
-def load_program(folder: Path | str) -> Program:
+def load_program(folder: StrPath) -> Program:
     """Reads NAME.hqc/ after checking every hash.
 
     Raises:

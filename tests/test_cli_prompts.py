@@ -86,7 +86,7 @@ def test_without_either_a_text_model_is_refused(made: SimpleNamespace, command: 
     result = run(command, made.text, tmp_path)
     assert result.exit_code == 2
     assert "has no class embedder" in result.stderr
-    assert "Give --synthetic, --prompts FILE for Stable Diffusion" in result.stderr
+    assert "Give --synthetic, --prompts FILE if it has a text encoder" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,9 +5,16 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import text_pipelines
+from click.testing import CliRunner
+
+import hqc
+from hqc.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -76,11 +83,13 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
-# ---- the README's commands -----------------------------------------------------------------------------------------
+# ---- commands and Python of the pages ------------------------------------------------------------------------------
 
 
-def _tested_blocks(text: str) -> list[str]:
-    return re.findall(rf"^{re.escape(MARK)}\n+```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+def _blocks(text: str, language: str, mark: str = MARK) -> list[str]:
+    """The fenced blocks of a language under a mark; under an empty one, all of them."""
+    above = rf"{re.escape(mark)}\n+" if mark else ""
+    return re.findall(rf"^{above}```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def _commands(block: str) -> list[list[str]]:
@@ -90,19 +99,85 @@ def _commands(block: str) -> list[list[str]]:
     return [line for line in words if line and line[0] == "hqc"]
 
 
+def _run_commands(block: str) -> None:
+    """As a user would type them, in the current folder."""
+    commands = _commands(block)
+    assert commands
+    for command in commands:
+        done = CliRunner(catch_exceptions=False).invoke(main, command[1:])
+        assert done.exit_code == 0, f"{shlex.join(command)}\n{done.stderr}"
+
+
+def _run_python(block: str) -> dict[str, Any]:
+    """As a file of its own; the names that it leaves."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(block, "block", "exec"), names)
+    return names
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to be in, which is not on Python's path, as for the `hqc` command."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    yield tmp_path
+    sys.modules.pop("mymodel", None)
+
+
 def test_blocks_are_found() -> None:
     text = f"{MARK}\n```bash\n$ hqc trace digits \\\n  -o a.hqc  # x\nls\n```\n\n```bash\nhqc no\n```\n"
-    assert [_commands(block) for block in _tested_blocks(text)] == [[["hqc", "trace", "digits", "-o", "a.hqc"]]]
+    assert [_commands(block) for block in _blocks(text, "bash")] == [[["hqc", "trace", "digits", "-o", "a.hqc"]]]
+    assert len(_blocks(text, "bash", "")) == 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_that_are_shown_are_ones_that_there_are(page: Path) -> None:
+    """Every `hqc` line of a page is understood; the marked ones are run besides."""
+    lines = [line for block in _blocks(page.read_text(encoding="utf-8"), "bash", "") for line in _commands(block)]
+    for _, name, *arguments in lines:
+        main.commands[name].make_context(name, arguments)
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
-    """Marked blocks, in their order, in one folder, as a user would type them."""
-    blocks = _tested_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
-    commands = [command for block in blocks for command in _commands(block)]
-    assert commands, f"README.md has no ```bash block under {MARK}"
-    for command in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", "hqc.cli", *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+def test_the_commands_of_the_readme_run(inside: Path) -> None:
+    """Marked blocks, in their order, in one folder."""
+    blocks = _blocks((ROOT / "README.md").read_text(encoding="utf-8"), "bash")
+    assert blocks, f"README.md has no ```bash block under {MARK}"
+    for block in blocks:
+        _run_commands(block)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(inside: Path) -> None:
+    """Every Python block, as it is; what `import hqc` shows is the same."""
+    (block,) = _blocks((ROOT / "README.md").read_text(encoding="utf-8"), "python", "")
+    assert len(_run_python(block)["images"]) == 2
+    shown = [line[4:] for line in (hqc.__doc__ or "").splitlines() if line.startswith("    ")]
+    shown.remove('pipe = hqc.load("digits-onnx").pipeline()')
+    assert len(shown) == 4
+    assert set(shown) <= {line.partition("  #")[0] for line in block.splitlines()}
+
+
+@pytest.mark.slow
+def test_the_page_about_your_own_model(inside: Path) -> None:
+    """Its file, then every marked block, commands and Python, from top to bottom in one folder."""
+    page = (ROOT / "docs" / "your-own-model.md").read_text(encoding="utf-8")
+    (module,) = _blocks(page, "python", "<!-- file: mymodel.py -->")
+    (inside / "mymodel.py").write_text(module, encoding="utf-8")
+    (commands,) = _blocks(page, "bash")
+    _run_commands(commands)
+    blocks = _blocks(page, "python")
+    assert len(blocks) == 2
+    for block in blocks:
+        _run_python(block)
+
+
+@pytest.mark.slow
+def test_the_page_about_your_own_model_with_a_text_pipeline(inside: Path) -> None:
+    page = (ROOT / "docs" / "your-own-model.md").read_text(encoding="utf-8")
+    text_pipelines.save_text_pipeline("sd15", inside / "made").rename(inside / "pipe")
+    (inside / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
+    (commands,) = _blocks(page, "bash", "<!-- test: text -->")
+    _run_commands(commands)
+    (block,) = _blocks(page, "python", "<!-- test: text -->")
+    assert _run_python(block)["image"].size == (16, 16)

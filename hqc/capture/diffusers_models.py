@@ -107,10 +107,23 @@ def _condition_length(folder: Path, kind: str) -> int:
     path = folder / "tokenizer" / "tokenizer_config.json"
     if not path.is_file():
         return 1
+    if _pipeline_name(folder).startswith(_FIXED_LENGTH):
+        return 77
     try:
         return min(int(json.loads(path.read_text(encoding="utf-8")).get("model_max_length", 77)), 512)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CaptureError(str(path), f"gives no length ({error})", "Check the file.") from error
+
+
+_FIXED_LENGTH = ("LDMTextToImagePipeline", "IF")
+"""Pipelines of diffusers that encode into 77 tokens whatever their tokenizer takes."""
+
+
+def _pipeline_name(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
 
 
 def from_folder(

@@ -99,7 +99,14 @@ def capture_module(
     program = Program(graph=graph, state=state, inputs=tuple(inputs), origin=origin or Origin())
     _check_loadable(program, module)
     batches = (1, 3) if program.size_bytes() < _LARGE_MODEL else (1,)
-    worst = max(_relative_error(program, module, _examples(inputs, batch, seed=batch)) for batch in batches)
+    try:
+        worst = max(_relative_error(program, module, _examples(inputs, batch, seed=batch)) for batch in batches)
+    except IndexError as error:
+        raise CaptureError(
+            type(module).__name__,
+            f"cannot be run on random inputs ({' '.join(str(error).split())[:80]}): it looks one up in a table",
+            "Give labels as a torch.int64 example, whose largest value bounds them.",
+        ) from error
     if not worst < float("inf"):
         raise CaptureError(
             type(module).__name__,

@@ -1,6 +1,7 @@
 """What `hqc trace` accepts: `digits`, a diffusers pipeline or denoiser folder, a hub id, a checkpoint file with its
 configuration, `arch:NAME`, or `module:callable`."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from hqc.capture.hub import fetch_snapshot, is_hub_id
 from hqc.capture.source import Source
 from hqc.capture.user_callable import from_callable
 from hqc.errors import CaptureError
+from hqc.paths import StrPath
 from hqc.program import Program
 from hqc.sizes import LatentSize, as_size, sides
 from hqc.stages import doing
@@ -30,11 +32,11 @@ _SOURCES = (
 
 
 def trace(
-    source: str | Source,
+    source: StrPath | Source,
     *,
     condition_length: int | None = None,
     latent_size: LatentSize | None = None,
-    config: Path | str | None = None,
+    config: StrPath | None = None,
     outliers: bool = False,
     revision: str | None = None,
     weights: Weights | None = None,
@@ -96,11 +98,11 @@ def _applied(source: Source, name: str, options: CaptureOptions) -> Source:
 
 
 def find_source(
-    source: str,
+    source: StrPath,
     *,
     condition_length: int | None = None,
     latent_size: LatentSize | None = None,
-    config: Path | str | None = None,
+    config: StrPath | None = None,
     outliers: bool = False,
     revision: str | None = None,
     weights: Weights | None = None,
@@ -117,6 +119,7 @@ def find_source(
     Raises:
         CaptureError: if it is none of these, or an option does not belong to it.
     """
+    source = os.fspath(source)
     is_checkpoint = Path(source).suffix in CHECKPOINTS
     _check_options(source, config is not None, is_checkpoint, outliers)
     if revision is not None and (not is_hub_id(source) or Path(source).exists()):
@@ -145,7 +148,7 @@ def _checked_size(size: LatentSize | None) -> LatentSize | None:
 
 
 def _found(
-    source: str, config: Path | str | None, outliers: bool, revision: str | None, options: CaptureOptions
+    source: str, config: StrPath | None, outliers: bool, revision: str | None, options: CaptureOptions
 ) -> Source:
     is_checkpoint = Path(source).suffix in CHECKPOINTS
     if source == "digits":

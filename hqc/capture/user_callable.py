@@ -1,6 +1,8 @@
 """`module:callable` as a source: any torch module with named example inputs."""
 
 import importlib
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +17,14 @@ __all__ = ["from_callable"]
 
 
 def from_callable(source: str) -> Source:
-    """`module:callable` returns (nn.Module, {input name: example tensor [N, …]}) or a `Source`."""
+    """`module:callable` returns (nn.Module, {input name: example tensor [N, …]}) or a `Source`.
+
+    Examples are float32, or int64 for labels: random ones are drawn from 0 to the largest in the example.
+    The current folder is on the path, as for `python -m`: the `hqc` command alone would not look there.
+    """
     module_name, name = source.split(":")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
     try:
         function: Callable[[], Any] = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # the module is the user's: importing it may raise anything
@@ -46,15 +54,28 @@ def from_callable(source: str) -> Source:
             f"has inputs {', '.join(examples)}; expected one named timestep",
             "Name the input that holds each sample's timestep [N] `timestep`.",
         )
-    for key, tensor in examples.items():
-        if tensor.dtype != torch.float32 or tensor.ndim == 0:
-            raise CaptureError(
-                f"source {source!r}",
-                f"input {key} is {tensor.dtype} with {tensor.ndim} axes; expected torch.float32 [N, …]",
-                "Convert inside the module, for example labels with `.long()`.",
-            )
-    inputs = tuple(InputSpec(key, (BATCH, *tensor.shape[1:])) for key, tensor in examples.items())
+    inputs = tuple(_input(source, key, tensor) for key, tensor in examples.items())
     return Source(module, inputs, Origin(source=source, kind=type(module).__name__, versions=versions()))
+
+
+def _input(source: str, name: str, example: Tensor) -> InputSpec:
+    """float32, or whole numbers from 0 to the largest of the example: labels."""
+    if example.ndim == 0 or example.dtype not in (torch.float32, torch.int64):
+        raise CaptureError(
+            f"source {source!r}",
+            f"input {name} is {example.dtype} with {example.ndim} axes; expected torch.float32 [N, …]",
+            "Convert inside the module; labels may be torch.int64.",
+        )
+    shape = (BATCH, *example.shape[1:])
+    if example.dtype == torch.float32:
+        return InputSpec(name, shape)
+    if name == "timestep" or example.numel() == 0 or int(example.min()) < 0:
+        raise CaptureError(
+            f"source {source!r}",
+            f"input {name} is torch.int64; expected torch.float32, or labels from 0",
+            "Convert inside the module.",
+        )
+    return InputSpec(name, shape, "int64", (0, int(example.max()) + 1))
 
 
 def _named(examples: object) -> bool:

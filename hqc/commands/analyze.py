@@ -82,7 +82,8 @@ def analyze(program: Path, output: Path, csv_file: Path | None, **given: Any) ->
         _refuse_plan(given["block"])
     block = None if given["block"] is None else int(given["block"])
     recipe = api.configure(given["recipe"], rules=given["rules"], block=block)
-    task = api.task_of(loaded, folder=pipeline_folder(program), **conditions)
+    guidance = given["guidance_scale"] if asked("guidance_scale") else None
+    task = api.task_of(loaded, folder=pipeline_folder(program), guidance_scale=guidance, **conditions)
     check_sampler(task, given)
     sampler = Sampler(
         given["calib_size"],

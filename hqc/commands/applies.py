@@ -111,7 +111,8 @@ def check_sampler(task: "Task", given: Mapping[str, Any]) -> None:
     from hqc.training.task import guides
 
     guidance, eta = given["guidance_scale"], given["eta"]
-    if asked("guidance_scale") and guides(guidance) and task.unconditional is None:
+    inside = task.guidance_input is not None  # what is sampled has it
+    if asked("guidance_scale") and guides(guidance) and task.unconditional is None and not inside:
         kind = "takes its guidance as an input" if task.distilled else "has no condition"
         raise OptionError(f"--guidance-scale {guidance:g}", f"the model {kind}", "Leave it out.")
     scheduler = task.new_scheduler()

@@ -1,12 +1,12 @@
 """Commands that run models: sample, eval, serve."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hqc.commands.applies import Command, check_runtime
+from hqc.commands.asking import Asked, asked_for, asking_options, sampled
 from hqc.commands.options import (
     check_writable,
     force_option,
@@ -17,36 +17,29 @@ from hqc.commands.options import (
 from hqc.errors import ComparisonError
 
 if TYPE_CHECKING:
-    from hqc.evaluation.sampling import Samples
+    from hqc.evaluation.needs import Needs
     from hqc.runtimes import Runtime
 
 __all__ = ["evaluate", "sample", "serve"]
 
-
-_MOST_LABELS = 10_000
-
-
-def _labels(text: str) -> Sequence[int]:
-    try:
-        first, _, last = text.partition("-")
-        labels = range(int(first), int(last) + 1) if last else [int(part) for part in text.split(",")]
-        if not 0 < len(labels) <= _MOST_LABELS:
-            raise ValueError(text)
-    except (ValueError, OverflowError) as error:
-        raise click.BadParameter(f"{text!r}; expected 0-9 or 1,4,7", param_hint="--labels") from error
-    return labels
+_batch_option = click.option(
+    "--batch-size", type=click.IntRange(1, 1024), help="Images at once (default: 40, fewer of more than 64 pixels)."
+)
 
 
-def _sample(
-    model: str, runtime: "Runtime | None", labels: tuple[int, ...], seeds: tuple[int, ...], **sampler: Any
-) -> "Samples":
-    from hqc import console as out
-    from hqc.evaluation.sampling import sample_images
+def _opened(
+    model: str, runtime: "Runtime | None", asked: Asked, sampler: dict[str, Any]
+) -> "tuple[Any, Needs, dict[str, Any]]":
+    """The model's pipeline, what it needs, and the sampler's options, once it is known to take what is asked for."""
+    from hqc.evaluation.needs import needs_of
     from hqc.runtimes import load
+    from hqc.training.task import require_steps
 
     pipe = load(model, runtime=runtime).pipeline()
-    with out.progress(f"sampling {model}", len(labels)) as advance:
-        return sample_images(pipe, labels, seeds, **sampler, progress=lambda done, _: advance(done, ""))
+    needs = needs_of(pipe)
+    fitting = asked.sampler(needs, sampler)
+    require_steps(pipe.scheduler, sampler["num_inference_steps"])
+    return pipe, needs, fitting
 
 
 @click.command(cls=Command)
@@ -54,10 +47,18 @@ def _sample(
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True)
 @runtime_option
 @click.option("--compare-with", multiple=True, metavar="MODEL", help="Put this model's images beside; may repeat.")
-@click.option("--labels", default="0-9", show_default=True, help="Classes: 0-9 or 1,4,7.")
-@click.option("--per-class", type=click.IntRange(1, 100), default=8, show_default=True)
+@asking_options
+@click.option(
+    "--per-class",
+    "--per-prompt",
+    "per_class",
+    type=click.IntRange(1, 100),
+    default=8,
+    show_default=True,
+    help="Images of each class or prompt; in all where there are none.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1, 1024), default=40, show_default=True)
+@_batch_option
 @sampler_options
 @force_option
 def sample(
@@ -65,13 +66,21 @@ def sample(
     output: Path,
     runtime: "Runtime | None",
     compare_with: tuple[str, ...],
-    labels: str,
+    labels: str | None,
+    prompt: tuple[str, ...],
+    prompts: Path | None,
+    negative_prompt: str | None,
     per_class: int,
     seed: int,
+    batch_size: int | None,
     force: bool,
     **sampler: Any,
 ) -> None:
-    """Sample a labelled grid of images from MODEL (a Program, an export, or `digits`) into a PNG."""
+    """Sample a grid of images from MODEL (a Program, an export, or `digits`) into a PNG.
+
+    A row a class (--labels) or prompt (--prompt, --prompts), as MODEL's pipeline needs; unconditional models need
+    neither.
+    """
     from hqc.evaluation.grid import save_comparison, save_grid
     from hqc.storage import refuse_existing_file
 
@@ -80,14 +89,18 @@ def sample(
     models = (model, *compare_with)
     if twice := [name for name in models if models.count(name) > 1]:
         raise ComparisonError(f"model {twice[0]}", "is compared with itself", "Name each model once.")
-    classes = tuple(label for label in _labels(labels) for _ in range(per_class))
-    seeds = tuple(range(seed, seed + len(classes)))
-    first = _sample(model, runtime, classes, seeds, **sampler)
-    others = {name: _sample(name, None, classes, seeds, **sampler) for name in compare_with}
-    if others:
-        save_comparison(output, {model: first, **others}, max_per_class=per_class)
+    asked = asked_for(labels, prompt, prompts, negative_prompt)
+    for name in models:
+        asked.check_kind(name)
+    found = {}
+    for name in models:
+        pipe, needs, options = _opened(name, runtime if name == model else None, asked, sampler)
+        rows = [row for row in asked.rows(needs) for _ in range(per_class)]
+        found[name] = sampled(name, pipe, asked, rows, seed, batch_size, **options)
+    if compare_with:
+        save_comparison(output, found, max_per_class=per_class)
     else:
-        save_grid(output, first, model_name=model, max_per_class=per_class)
+        save_grid(output, found[model], model_name=model, max_per_class=per_class)
     click.echo(f"wrote {output}")
 
 
@@ -95,38 +108,68 @@ def sample(
 @click.argument("model")
 @click.option("--against", required=True, metavar="FLOAT", help="The float model: `digits` or a captured Program.")
 @runtime_option
+@asking_options
 @click.option("--images", type=click.IntRange(1, 100_000), default=1000, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1, 1024), default=50, show_default=True)
+@_batch_option
 @sampler_options
 @json_option
 def evaluate(
-    model: str, against: str, runtime: "Runtime | None", images: int, seed: int, as_json: bool, **sampler: Any
+    model: str,
+    against: str,
+    runtime: "Runtime | None",
+    labels: str | None,
+    prompt: tuple[str, ...],
+    prompts: Path | None,
+    negative_prompt: str | None,
+    images: int,
+    seed: int,
+    batch_size: int | None,
+    as_json: bool,
+    **sampler: Any,
 ) -> None:
     """Compare MODEL with the float model on the same seeds: PSNR, SSIM, latent cosine, IS, FID, accuracy.
 
-    IS, FID and accuracy come from the bundled digit classifier, so models of other images are compared without them.
+    The images go through the classes (--labels) or prompts (--prompts) in turns. IS, FID and accuracy come from the
+    bundled digit classifier: models of other images are compared without them.
     """
     from hqc import console as out
+    from hqc.evaluation.metrics import check_enough, fidelity_figures
     from hqc.evaluation.metrics import evaluate as measure
-    from hqc.evaluation.metrics import fidelity_figures
     from hqc.evaluation.report import ReportRow, terminal_report
-    from hqc.models.classifier import DIGIT_SHAPE, load_digit_classifier
+    from hqc.models.classifier import FEATURE_DIM, load_digit_classifier
 
-    labels = tuple(i % 10 for i in range(images))
-    seeds = tuple(range(seed, seed + images))
-    reference = _sample(against, None, labels, seeds, **sampler)
-    samples = _sample(model, runtime, labels, seeds, **sampler)
-    if samples.images.shape[1:] != DIGIT_SHAPE:
+    asked = asked_for(labels, prompt, prompts, negative_prompt)
+    for name in (against, model):
+        asked.check_kind(name)
+    found, digits = {}, False
+    for name, engine in ((against, None), (model, runtime)):
+        pipe, needs, options = _opened(name, engine, asked, sampler)
+        digits = needs.digits
+        if digits:
+            check_enough(images, FEATURE_DIM)
+        rows = asked.rows(needs)
+        order = [rows[i % len(rows)] for i in range(images)]
+        found[name, engine] = sampled(name, pipe, asked, order, seed, batch_size, **options)
+    reference, samples = found[against, None], found[model, runtime]
+    if not digits:
         figures = fidelity_figures(samples, reference)
         named = {"model": model, "against": against, **figures}
-        out.print_json(named) if as_json else out.fields(f"{model} against {against}", figures)
+        out.print_json(named) if as_json else out.fields(f"{model} against {against}", _measured(figures))
         return
     metrics = measure(samples, reference, load_digit_classifier())
     if as_json:
         out.print_json({"model": model, "against": against, **metrics.to_dict()})
     else:
         out.console.print(terminal_report([ReportRow(Path(model).name, metrics)]))
+
+
+def _measured(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures for people: what could not be measured is a dash, the protocol one line."""
+    protocol = ", ".join(f"{key} {value}" for key, value in figures["protocol"].items())
+    identical = figures["identical_images"] == figures["num_images"]
+    shown = {key: ("∞" if identical and "psnr" in key else "–") if v is None else v for key, v in figures.items()}
+    return {**shown, "protocol": protocol}
 
 
 @click.command(cls=Command)
@@ -153,13 +196,18 @@ def serve(
 ) -> None:
     """Serve MODEL over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, GET /health.
 
-    MODEL is an export, a Program, or `digits`.
+    MODEL is an export, a Program, or `digits`. A request gives a prompt, a class label, or neither, as MODEL's pipeline
+    needs: GET /health says which.
     """
+    from hqc.evaluation.needs import call_kind
     from hqc.runtimes import load
+    from hqc.runtimes.model import describe
     from hqc.serving.app import create_app
     from hqc.serving.limits import Limits
     from hqc.serving.server import serve as run
 
+    found = describe(model)
+    call_kind(found.pipeline, found.conditions)  # before the weights are read
     loaded = load(model, runtime=runtime, threads=threads, cache=cache_dir)
     check_runtime(loaded.runtime)
     limits = Limits(max_images=max_images)

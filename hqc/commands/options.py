@@ -115,7 +115,7 @@ condition_options = options(
         "--prompts",
         type=click.Path(path_type=Path, dir_okay=False),
         metavar="FILE",
-        help="Conditions from the pipeline's own text encoder, one prompt a line: Stable Diffusion 1, 2 and XL.",
+        help="Conditions from the pipeline's own text encoder, one prompt a line.",
     ),
     click.option(
         "--synthetic", is_flag=True, help="Noise and random conditions instead: for any denoiser, without a pipeline."

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hqc.commands.applies import Command, check_sampler
+from hqc.commands.applies import Command, asked, check_sampler
 from hqc.commands.exportable import warn_unless_exportable
 from hqc.commands.options import (
     check_output,
@@ -158,7 +158,8 @@ def _job(program: Path, output: Path, given: dict[str, Any], *, force: bool, rot
     with doing(f"reading {program}"):
         captured, pipeline = load_program(program), pipeline_folder(program)
     warn_unless_exportable(captured, program)
-    task = api.task_of(captured, folder=pipeline, **conditions)
+    guidance = recipe.training.guidance_scale if asked("guidance_scale") else None
+    task = api.task_of(captured, folder=pipeline, guidance_scale=guidance, **conditions)
     check_sampler(task, sampler)
     return _Job(captured, recipe, block, bits, keep_float, task, output, pipeline, force)
 

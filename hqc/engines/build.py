@@ -41,6 +41,7 @@ from hqc.engines.record import (
 from hqc.engines.requests import Answer, BuildRequest
 from hqc.errors import ArtefactError, ExportError, RuntimeMissingError
 from hqc.memory import bytes_text, require_memory
+from hqc.paths import StrPath
 from hqc.storage import check_manifest
 
 __all__ = ["BuiltEngine", "EngineReport", "build_engines", "check_request"]
@@ -149,13 +150,13 @@ def _check_trt(archs: Sequence[str]) -> tuple[Builder, str, tuple[str, ...]]:
 
 
 def build_engines(
-    folder: Path,
+    folder: StrPath,
     builder: str = "rtx",
     archs: Sequence[str] = (),
     options: BuildOptions | None = None,
     *,
     force: bool = False,
-    cache: Path | None = None,
+    cache: StrPath | None = None,
     on_start: Callable[[str], None] | None = None,
 ) -> EngineReport:
     """Builds one engine an architecture, each in a process of its own, and puts them into the folder together.
@@ -187,12 +188,12 @@ def build_engines(
             f"already holds {', '.join(records[engine_name(builder, a)].file for a in there)}",
             "Give --force to build again.",
         )
-    cache = default_cache() if cache is None and found is TRT else cache
-    if cache is not None:
-        check_cache(cache)
+    kept = Path(cache) if cache is not None else default_cache() if found is TRT else None
+    if kept is not None:
+        check_cache(kept)
     require_memory(f"building engines for {folder}", _build_bytes(folder, network.nodes), "Close other programs")
     with _staging(folder) as stage:
-        job = _Job(folder, stage, found, version, options, network, shapes, manifest["files"], cache, force)
+        job = _Job(folder, stage, found, version, options, network, shapes, manifest["files"], kept, force)
         built = []
         for arch in archs:
             if on_start is not None:

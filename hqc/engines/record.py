@@ -16,6 +16,7 @@ from typing import Any
 from hqc import __version__
 from hqc.engines.key import onnx_digest
 from hqc.errors import ArtefactError
+from hqc.paths import StrPath
 
 __all__ = [
     "BUILD_FILE",
@@ -118,12 +119,13 @@ def read_records(folder: Path) -> dict[str, EngineRecord]:
     return records
 
 
-def load_plan(folder: Path, arch: str, *, builder: str = "rtx") -> LoadedPlan:
+def load_plan(folder: StrPath, arch: str, *, builder: str = "rtx") -> LoadedPlan:
     """Reads an engine's plan and checks it: present, built from this folder's model, undamaged.
 
     Raises:
         ArtefactError: if it is not.
     """
+    folder = Path(folder)
     records, name = read_records(folder), engine_name(builder, arch)
     command = (
         f"Run `hqc build-engine {folder} --engine {builder}{f' --arch {arch}' if builder == 'rtx' else ''} --force`."

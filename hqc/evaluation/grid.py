@@ -1,6 +1,7 @@
-"""Labelled PNG grids: one model's images by class, or several models' images of equal seeds side by side."""
+"""PNG grids, a row a class or prompt: one model's images, or several models' images of equal seeds side by side."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +10,18 @@ from PIL import Image, ImageDraw, ImageFont
 from hqc.errors import EvaluationError
 from hqc.evaluation.images import pil_from_tensor, png_from_pil, write_atomic
 from hqc.evaluation.sampling import Samples, describe_seeds
+from hqc.paths import StrPath
 
 __all__ = ["comparison_image", "grid_image", "save_comparison", "save_grid"]
 
-SCALE = 3  # nearest-neighbour enlargement
+SCALE = 3  # nearest-neighbour enlargement, less for large images
+LARGEST_CELL = 192  # px, of an image that is enlarged
+COLUMNS = 10  # images a row where rows mean nothing
 GAP = 4  # px between images of one block
 BLOCK_GAP = 20  # px between models
 MARGIN = 16
-LABEL_WIDTH = 36  # px for the digit at the left
+LABEL_WIDTH = 36  # px for the digit at the left, more for longer labels
+PROMPT_WIDTH = 180  # px for a prompt there
 TITLE_SIZE, NOTE_SIZE, NAME_SIZE, LABEL_SIZE = 20, 14, 16, 26
 PAPER, INK, FAINT = (250, 250, 248), (28, 28, 30), (110, 110, 115)
 
@@ -27,11 +32,16 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 class _Layout:
     """Where things stand: a title, then blocks of images in columns with one row a class."""
 
-    classes: tuple[int, ...]
+    labels: tuple[str, ...]  # of the rows
     columns: int  # images a row and block
     blocks: int
     cell: tuple[int, int]  # enlarged image, width and height, px
     top: int  # y of the first row, px
+
+    @property
+    def label_width(self) -> int:
+        longest = max((_font(LABEL_SIZE).getlength(text) for text in self.labels), default=0)
+        return max(LABEL_WIDTH, min(math.ceil(longest) + 10, PROMPT_WIDTH))
 
     @property
     def block_width(self) -> int:
@@ -39,20 +49,20 @@ class _Layout:
 
     @property
     def width(self) -> int:
-        return 2 * MARGIN + LABEL_WIDTH + self.blocks * (self.block_width + BLOCK_GAP) - BLOCK_GAP
+        return 2 * MARGIN + self.label_width + self.blocks * (self.block_width + BLOCK_GAP) - BLOCK_GAP
 
     @property
     def height(self) -> int:
-        return self.top + len(self.classes) * (self.cell[1] + GAP) - GAP + MARGIN
+        return self.top + len(self.labels) * (self.cell[1] + GAP) - GAP + MARGIN
 
     def block_left(self, block: int) -> int:
-        return MARGIN + LABEL_WIDTH + block * (self.block_width + BLOCK_GAP)
+        return MARGIN + self.label_width + block * (self.block_width + BLOCK_GAP)
 
     def row_top(self, row: int) -> int:
         return self.top + row * (self.cell[1] + GAP)
 
 
-def save_grid(path: Path, samples: Samples, *, model_name: str, max_per_class: int = 10) -> None:
+def save_grid(path: StrPath, samples: Samples, *, model_name: str, max_per_class: int = 10) -> None:
     """Write `grid_image` as a PNG, whole or not at all.
 
     Raises:
@@ -63,7 +73,7 @@ def save_grid(path: Path, samples: Samples, *, model_name: str, max_per_class: i
     write_atomic(Path(path), png_from_pil(image))
 
 
-def save_comparison(path: Path, models: Mapping[str, Samples], *, max_per_class: int = 4) -> None:
+def save_comparison(path: StrPath, models: Mapping[str, Samples], *, max_per_class: int = 4) -> None:
     """Write `comparison_image` as a PNG, whole or not at all.
 
     Raises:
@@ -75,7 +85,7 @@ def save_comparison(path: Path, models: Mapping[str, Samples], *, max_per_class:
 
 
 def grid_image(samples: Samples, *, model_name: str, max_per_class: int = 10) -> Image.Image:
-    """One row a class with its number at the left, up to `max_per_class` images in seed order of `samples`.
+    """One row a class or prompt with its name at the left, up to `max_per_class` images in seed order of `samples`.
 
     The title is the model's name, the line under it the sampling protocol and the seeds.
 
@@ -86,7 +96,7 @@ def grid_image(samples: Samples, *, model_name: str, max_per_class: int = 10) ->
 
 
 def comparison_image(models: Mapping[str, Samples], *, max_per_class: int = 4) -> Image.Image:
-    """One row a class, one block of columns a model; column k of every block is the same seed.
+    """One row a class or prompt, one block of columns a model; column k of every block is the same seed.
 
     Raises:
         EvaluationError: fewer than two models, or seeds, labels, image size or sampler differ.
@@ -105,25 +115,28 @@ def comparison_image(models: Mapping[str, Samples], *, max_per_class: int = 4) -
 
 
 def _identity(samples: Samples) -> tuple[object, ...]:
-    return samples.seeds, samples.labels, samples.images.shape, samples.protocol
+    return samples.seeds, samples.labels, samples.prompts, samples.images.shape, samples.protocol
 
 
 def _draw(title: str, blocks: Mapping[str, Samples], max_per_class: int) -> Image.Image:
     if max_per_class < 1:
         raise EvaluationError("grid", f"max_per_class={max_per_class}, expected at least 1", "Raise it.")
     samples = next(iter(blocks.values()))
-    rows = _rows_by_class(samples.labels, max_per_class)
-    cell = (samples.images.shape[3] * SCALE, samples.images.shape[2] * SCALE)
-    columns = max(map(len, rows.values()))
-    plain = _Layout(tuple(rows), columns, len(blocks), cell, top=0)
+    rows = _rows(samples, max_per_class)
+    height, width = samples.images.shape[2:]
+    scale = max(1, min(SCALE, LARGEST_CELL // max(height, width)))
+    cell = (width * scale, height * scale)
+    columns = max(len(indices) for _, indices in rows)
+    labels = tuple(label for label, _ in rows)
+    plain = _Layout(labels, columns, len(blocks), cell, top=0)
     text_width = max(plain.width, 420) - 2 * MARGIN
-    note = _note(samples, shown=sum(map(len, rows.values())))
+    note = _note(samples, shown=sum(len(indices) for _, indices in rows))
     lines = [(line, TITLE_SIZE, INK) for line in _wrapped(title, TITLE_SIZE, text_width)]
     lines += [(line, NOTE_SIZE, FAINT) for line in _wrapped(note, NOTE_SIZE, text_width)]
     names = [_wrapped(name, NAME_SIZE, plain.block_width) for name in blocks]
     name_height = max(map(len, names)) * _line_height(NAME_SIZE)
     title_height = sum(_line_height(size) for _, size, _ in lines)
-    layout = _Layout(tuple(rows), columns, len(blocks), cell, MARGIN + title_height + 10 + name_height)
+    layout = _Layout(labels, columns, len(blocks), cell, MARGIN + title_height + 10 + name_height)
 
     page = Image.new("RGB", (max(layout.width, text_width + 2 * MARGIN), layout.height), PAPER)
     draw = ImageDraw.Draw(page)
@@ -131,9 +144,9 @@ def _draw(title: str, blocks: Mapping[str, Samples], max_per_class: int) -> Imag
     for block, wrapped in enumerate(names):
         top = layout.top - 3 - len(wrapped) * _line_height(NAME_SIZE)  # names stand on the images
         _draw_lines(draw, (layout.block_left(block), top), [(line, NAME_SIZE, INK) for line in wrapped])
-    _draw_class_labels(draw, layout)
+    _draw_labels(draw, layout)
     for block, block_samples in enumerate(blocks.values()):
-        _paste_block(page, layout, block, block_samples, list(rows.values()))
+        _paste_block(page, layout, block, block_samples, [indices for _, indices in rows])
     return page
 
 
@@ -142,18 +155,31 @@ def _note(samples: Samples, shown: int) -> str:
     return note if shown == len(samples) else f"{note}, {shown} of {len(samples)} images shown"
 
 
-def _rows_by_class(labels: Sequence[int], max_per_class: int) -> dict[int, list[int]]:
-    """Class → indices of its first images, classes ascending."""
-    return {
-        label: [i for i, other in enumerate(labels) if other == label][:max_per_class] for label in sorted(set(labels))
-    }
+def _rows(samples: Samples, max_per_class: int) -> list[tuple[str, list[int]]]:
+    """(label, indices of its first images), in ascending order of classes or prompts; without labels, full rows."""
+    labels = samples.labels
+    if not samples.labelled:
+        shown = range(min(len(samples), max_per_class))
+        return [("", list(shown[start : start + COLUMNS])) for start in range(0, len(shown), COLUMNS)]
+    return [
+        (
+            " ".join(samples.prompts[label].split()) if samples.prompts else str(label),
+            [i for i, other in enumerate(labels) if other == label][:max_per_class],
+        )
+        for label in sorted(set(labels))
+    ]
 
 
-def _draw_class_labels(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:
-    for row, label in enumerate(layout.classes):
-        middle = layout.row_top(row) + layout.cell[1] // 2
-        centre = MARGIN + (LABEL_WIDTH - 10) // 2
-        draw.text((centre, middle), str(label), font=_font(LABEL_SIZE), fill=INK, anchor="mm")
+def _draw_labels(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:
+    """Classes in the middle of their column; a prompt in small letters, as many of its lines as the row is high."""
+    for row, label in enumerate(layout.labels):
+        top, middle = layout.row_top(row), layout.row_top(row) + layout.cell[1] // 2
+        room = layout.label_width - 10
+        if _font(LABEL_SIZE).getlength(label) <= room:
+            draw.text((MARGIN + room // 2, middle), label, font=_font(LABEL_SIZE), fill=INK, anchor="mm")
+            continue
+        lines = _wrapped(label, NOTE_SIZE, room)[: max(1, layout.cell[1] // _line_height(NOTE_SIZE))]
+        _draw_lines(draw, (MARGIN, top), [(line, NOTE_SIZE, INK) for line in lines])
 
 
 def _paste_block(page: Image.Image, layout: _Layout, block: int, samples: Samples, rows: list[list[int]]) -> None:

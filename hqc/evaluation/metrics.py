@@ -20,12 +20,22 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 from hqc.errors import EvaluationError
-from hqc.evaluation.sampling import Samples, describe_seeds
+from hqc.evaluation.sampling import Samples, describe_prompts, describe_seeds
 
-__all__ = ["Classifier", "Fidelity", "Metrics", "classifier_outputs", "evaluate", "fidelity", "fidelity_figures"]
+__all__ = [
+    "Classifier",
+    "Fidelity",
+    "Metrics",
+    "check_enough",
+    "classifier_outputs",
+    "evaluate",
+    "fidelity",
+    "fidelity_figures",
+]
 
 JsonValue = str | int | float | None
 IS_SPLITS = 10
+SSIM_WINDOW = 11  # pixels
 
 
 class Classifier(Protocol):
@@ -47,15 +57,17 @@ class Fidelity:
             are identical to the reference's.
         psnr_pooled_db: 10·log10(1 / mean_i MSE_i) over all images; ∞ when all are identical.
         identical_images: how many images equal the reference's in every value (left out of `psnr_db` only).
-        ssim: mean structural similarity, 11×11 Gaussian window with σ = 1.5, borders reflected, data range 1.
-        latent_cosine: mean over images of ⟨z_i, z'_i⟩ / (‖z_i‖·‖z'_i‖) with the latents as vectors.
+        ssim: mean structural similarity, 11×11 Gaussian window with σ = 1.5, data range 1; None for images that are
+            smaller than the window.
+        latent_cosine: mean over images of ⟨z_i, z'_i⟩ / (‖z_i‖·‖z'_i‖) with the latents as vectors; None where the
+            pipeline does not show its latents.
     """
 
     psnr_db: float
     psnr_pooled_db: float
     identical_images: int
-    ssim: float
-    latent_cosine: float
+    ssim: float | None
+    latent_cosine: float | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,7 @@ def evaluate(
     near = fidelity(samples, reference)
     features, logits = classifier_outputs(classifier, samples.images)
     reference_features, _ = classifier_outputs(classifier, reference.images)
-    _check_enough(len(samples), features.shape[1], splits, train_features)
+    check_enough(len(samples), features.shape[1], splits, train_features)
     score, score_std, used_splits = _inception_score(logits, splits)
     return Metrics(
         num_images=len(samples),
@@ -141,15 +153,14 @@ def fidelity(samples: Samples, reference: Samples) -> Fidelity:
     per_image = PeakSignalNoiseRatio(data_range=1.0, reduction="none", dim=(1, 2, 3))
     pooled = PeakSignalNoiseRatio(data_range=1.0)
     ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
-    cosine = CosineSimilarity(reduction="mean")
     psnr_db = per_image(images, targets)  # [N]
     differing = psnr_db[torch.isfinite(psnr_db)]
     return Fidelity(
         psnr_db=float(differing.mean()) if len(differing) else math.inf,
         psnr_pooled_db=float(pooled(images, targets)),
         identical_images=len(psnr_db) - len(differing),
-        ssim=float(ssim(images, targets)),
-        latent_cosine=float(cosine(_vectors(samples.latents), _vectors(reference.latents))),
+        ssim=float(ssim(images, targets)) if min(images.shape[2:]) >= SSIM_WINDOW else None,
+        latent_cosine=_latent_cosine(samples.latents, reference.latents),
     )
 
 
@@ -235,8 +246,13 @@ def _protocol(
 
 
 def _sampling_protocol(samples: Samples) -> dict[str, JsonValue]:
+    asked = {"prompts": describe_prompts(samples.prompts)} if samples.prompts else {}
+    protocol = asdict(samples.protocol)
+    if not samples.protocol.negative_prompt:
+        del protocol["negative_prompt"]
     return {
-        **asdict(samples.protocol),
+        **protocol,
+        **asked,
         "num_images": len(samples),
         "seeds": describe_seeds(samples.seeds),
         "image_range": "[0, 1], float, no 8-bit rounding",
@@ -248,15 +264,19 @@ def _extractor_name(classifier: Classifier, features: Tensor, logits: Tensor) ->
     return f"{type(classifier).__name__}, {features.shape[1]} features, {logits.shape[1]} classes"
 
 
-def _vectors(latents: Tensor) -> Tensor:
-    return latents.double().flatten(1)  # [N, c·h·w]
+def _latent_cosine(latents: Tensor | None, reference: Tensor | None) -> float | None:
+    if latents is None or reference is None:
+        return None
+    vectors = (found.double().flatten(1) for found in (latents, reference))  # [N, c·h·w]
+    return float(CosineSimilarity(reduction="mean")(*vectors))
 
 
 def _check_comparable(samples: Samples, reference: Samples) -> None:
     pairs = {
         "number of images": (len(samples), len(reference)),
         "image size": (list(samples.images.shape[1:]), list(reference.images.shape[1:])),
-        "latent size": (list(samples.latents.shape[1:]), list(reference.latents.shape[1:])),
+        "latent size": (_shape(samples.latents), _shape(reference.latents)),
+        "prompts": (samples.prompts, reference.prompts),
         "seeds": (samples.seeds, reference.seeds),
         "labels": (samples.labels, reference.labels),
         "sampler": (samples.protocol.describe(), reference.protocol.describe()),
@@ -270,6 +290,10 @@ def _check_comparable(samples: Samples, reference: Samples) -> None:
         )
 
 
+def _shape(latents: Tensor | None) -> list[int]:
+    return [] if latents is None else list(latents.shape[1:])
+
+
 def _difference(name: str, ours: Any, theirs: Any) -> str:
     if isinstance(ours, tuple):
         first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
@@ -279,7 +303,14 @@ def _difference(name: str, ours: Any, theirs: Any) -> str:
     return f"{name} {ours}, the reference {theirs}"
 
 
-def _check_enough(num_images: int, num_features: int, splits: int, train_features: Tensor | None) -> None:
+def check_enough(
+    num_images: int, num_features: int, splits: int = IS_SPLITS, train_features: Tensor | None = None
+) -> None:
+    """Whether there are enough images for the scores, known before any is sampled.
+
+    Raises:
+        EvaluationError: if there are too few for the splits, or for a covariance of full rank.
+    """
     if splits < 2 or num_images < 2 * splits:
         raise EvaluationError(
             "evaluate",

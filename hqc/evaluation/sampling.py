@@ -1,27 +1,38 @@
-"""Images from a pipeline where each image depends on its own seed and label only."""
+"""Images from any pipeline, where each image depends on its own seed and on its label or prompt only."""
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hqc.errors import EvaluationError
+from hqc.evaluation.needs import Needs, denoiser_of, needs_of
+from hqc.quiet import quiet_libraries
+from hqc.training.prompt_encoding import condition_tokens
 from hqc.training.task import require_steps
 
-__all__ = ["MAX_SEED", "Samples", "SamplingPipeline", "SamplingProtocol", "describe_seeds", "sample_images"]
+__all__ = [
+    "MAX_SEED",
+    "Samples",
+    "SamplingPipeline",
+    "SamplingProtocol",
+    "describe_prompts",
+    "describe_seeds",
+    "sample_images",
+]
 
 MAX_SEED = 2**63 - 1
 
 
 class SamplingPipeline(Protocol):
-    """What is asked of a pipeline: `ClassConditionalLDMPipeline` and anything called like it."""
+    """What is asked of a pipeline: a scheduler, a unet or transformer, and a call that `hqc.evaluation.needs` knows."""
 
-    unet: Any
-    vae: Any
     scheduler: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -36,16 +47,20 @@ class SamplingProtocol:
         num_inference_steps: denoising steps an image.
         guidance_scale: classifier-free guidance; 1 is none, and stands for everything below.
         eta: noise of DDIM, 0 (deterministic) to 1.
+        negative_prompt: what guidance leads away from.
     """
 
     sampler: str
     num_inference_steps: int
     guidance_scale: float
     eta: float
+    negative_prompt: str = ""
 
     def describe(self) -> str:
-        """One line, ASCII only, for titles and footnotes."""
-        return f"{self.sampler}, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}, eta {self.eta:g}"
+        """One line for titles and footnotes."""
+        away = f", negative prompt {self.negative_prompt!r}" if self.negative_prompt else ""
+        steps = f"{self.sampler}, {self.num_inference_steps} steps"
+        return f"{steps}, guidance {self.guidance_scale:g}, eta {self.eta:g}{away}"
 
 
 @dataclass(frozen=True)
@@ -54,27 +69,33 @@ class Samples:
 
     Args:
         images: `[N, C, H, W]`, float32 in [0, 1].
-        latents: `[N, c, h, w]`, float32, as the sampler left them (the VAE takes them / scaling factor).
-        labels: N classes.
+        latents: `[N, …]`, float32, as the sampler left them (the VAE takes them / scaling factor); None of a
+            pipeline that does not show them (DDPM, DDIM, DiT, diffusers' LDM).
+        labels: N classes, or numbers of prompts; all 0 for a model that is asked for nothing.
         seeds: N seeds.
         protocol: how they were sampled.
+        prompts: what the labels count, of a text-conditional model.
+        labelled: whether the labels mean something.
 
     Raises:
-        EvaluationError: the four lengths differ, a tensor is not 4-D, or a pixel is not in [0, 1].
+        EvaluationError: the lengths differ, the images are not 4-D, or a pixel is not in [0, 1].
     """
 
     images: Tensor
-    latents: Tensor
+    latents: Tensor | None
     labels: tuple[int, ...]
     seeds: tuple[int, ...]
     protocol: SamplingProtocol
+    prompts: tuple[str, ...] = ()
+    labelled: bool = True
 
     def __post_init__(self) -> None:
-        lengths = {len(self.images), len(self.latents), len(self.labels), len(self.seeds)}
-        if len(lengths) != 1 or self.images.ndim != 4 or self.latents.ndim != 4:
+        latents = self.images if self.latents is None else self.latents
+        lengths = {len(self.images), len(latents), len(self.labels), len(self.seeds)}
+        if len(lengths) != 1 or self.images.ndim != 4 or latents.ndim < 2:
             raise EvaluationError(
                 "Samples",
-                f"images {list(self.images.shape)}, latents {list(self.latents.shape)}, "
+                f"images {list(self.images.shape)}, latents {list(latents.shape)}, "
                 f"{len(self.labels)} labels and {len(self.seeds)} seeds; expected [N, C, H, W] and N of each",
                 "Build Samples with sample_images.",
             )
@@ -94,43 +115,76 @@ def sample_images(
     guidance_scale: float,
     eta: float,
     batch_size: int,
+    prompts: Sequence[str] = (),
+    negative_prompt: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Samples:
     """Sample one image per (label, seed) and keep its latent from the same run.
 
     Image i draws all of its noise from `torch.Generator("cpu").manual_seed(seeds[i])`, so it depends on its
-    seed and label and not on its neighbours; another `batch_size` changes it by float rounding at most.
+    seed and label and not on its neighbours; another `batch_size` changes it by float rounding at most. (A pipeline
+    of diffusers that does not hand the generators to a stochastic scheduler draws that noise from the batch's first
+    seed.)
 
     Args:
-        pipe: the pipeline; its `unet` may be an integer runtime.
-        labels: N classes.
+        pipe: the pipeline; its denoiser may be an integer runtime.
+        labels: N classes; of a text-conditional pipeline N numbers of prompts; of others they only count images.
         seeds: N seeds in 0…2⁶³−1.
         num_inference_steps: denoising steps, at least 1.
         guidance_scale: classifier-free guidance, at least 0; none up to 1.
         eta: noise of DDIM, 0…1.
         batch_size: images a call of the pipeline, at least 1.
+        prompts: of a text-conditional pipeline. negative_prompt: what guidance leads away from.
         progress: called with (images done, N) after every batch.
 
     Raises:
-        EvaluationError: lengths that differ, values out of range, or a model that gives non-finite images.
+        EvaluationError: lengths that differ, values out of range, a pipeline that needs something else, or a model that
+            gives non-finite images.
+        TrainingError: if the scheduler does not take so many steps.
     """
     _check_request(labels, seeds, num_inference_steps, guidance_scale, eta, batch_size)
-    if hasattr(pipe.scheduler, "set_timesteps"):
-        require_steps(pipe.scheduler, num_inference_steps)
-    images, latents = [], []
+    needs = needs_of(pipe)
+    _check_asked(needs, labels, prompts, guidance_scale)
+    require_steps(pipe.scheduler, num_inference_steps)
+    options = _options(needs, pipe, num_inference_steps, guidance_scale, eta, negative_prompt)
+    images, latents = [], list[Tensor | None]()
     with torch.inference_mode(), _quiet(pipe):
         for start in range(0, len(labels), batch_size):
             part = slice(start, start + batch_size)
-            latent = _sample_latents(pipe, labels[part], seeds[part], num_inference_steps, guidance_scale, eta)
-            images.append(_decode(pipe, latent).float().cpu())
-            latents.append(latent.float().cpu())
+            asked = _asked(needs, labels[part], prompts, negative_prompt)
+            image, latent = _sample(pipe, {**options, **asked}, seeds[part])
+            images.append(image)
+            latents.append(latent)
             if progress is not None:
                 progress(min(start + batch_size, len(labels)), len(labels))
-    guidance = 1.0 if _unconditional(pipe) else max(1.0, guidance_scale)
-    protocol = SamplingProtocol(type(pipe.scheduler).__name__, num_inference_steps, guidance, eta)
     all_images = torch.cat(images)  # outside inference mode: ordinary tensors
     _check_finite(all_images, labels, seeds)
-    return Samples(all_images, torch.cat(latents), tuple(labels), tuple(seeds), protocol)
+    kept = [latent for latent in latents if latent is not None]
+    return Samples(
+        all_images,
+        torch.cat(kept) if kept else None,
+        tuple(labels) if needs.kind != "nothing" else (0,) * len(labels),
+        tuple(seeds),
+        _protocol(needs, pipe, num_inference_steps, guidance_scale, eta, negative_prompt),
+        tuple(prompts),
+        labelled=needs.kind != "nothing",
+    )
+
+
+def _protocol(
+    needs: Needs, pipe: SamplingPipeline, steps: int, guidance: float, eta: float, negative: str
+) -> SamplingProtocol:
+    if "guidance_scale" not in needs.options:
+        guidance = 1.0
+    elif not needs.distilled:
+        guidance = max(1.0, guidance)
+    return SamplingProtocol(
+        type(pipe.scheduler).__name__,
+        steps,
+        guidance,
+        eta if "eta" in needs.options else 0.0,
+        negative if "negative_prompt" in needs.options else "",
+    )
 
 
 def describe_seeds(seeds: Sequence[int]) -> str:
@@ -148,54 +202,95 @@ def describe_seeds(seeds: Sequence[int]) -> str:
     return f"{len(seeds)} seeds, sha256 {digest}"
 
 
-def _sample_latents(
-    pipe: SamplingPipeline,
-    labels: Sequence[int],
-    seeds: Sequence[int],
-    num_inference_steps: int,
-    guidance_scale: float,
-    eta: float,
-) -> Tensor:
-    condition: dict[str, Any] = {"class_labels": list(labels), "guidance_scale": guidance_scale}
-    output = pipe(
-        **({"batch_size": len(labels)} if _unconditional(pipe) else condition),
-        num_inference_steps=num_inference_steps,
-        eta=eta,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        return_dict=False,
-    )
-    latents: Tensor = output[0]
-    return latents
+def describe_prompts(prompts: Sequence[str]) -> str:
+    """How many prompts, and a digest of them: `2 prompts, sha256 …`."""
+    digest = hashlib.sha256("\n".join(prompts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''}, sha256 {digest}"
 
 
-def _unconditional(pipe: SamplingPipeline) -> bool:
-    """Whether the labels only count images: the pipeline takes neither a class nor a guidance scale."""
-    from hqc.models.ldm import UnconditionalLDMPipeline
+def _check_asked(needs: Needs, labels: Sequence[int], prompts: Sequence[str], guidance_scale: float) -> None:
+    needs.check_guidance(guidance_scale)
+    if needs.kind == "class_label":
+        needs.check_labels(labels)
+    if bool(prompts) != (needs.kind == "prompt"):
+        takes = {"prompt": "prompts", "class_label": "class labels and no prompts", "nothing": "no prompts"}
+        raise EvaluationError(
+            needs.pipeline, f"takes {takes[needs.kind]}; found {len(prompts)} prompts", "Ask it for what it takes."
+        )
+    if needs.kind == "prompt" and any(not 0 <= label < len(prompts) for label in labels):
+        raise EvaluationError(
+            "labels", f"found {max(labels)}, expected numbers of the {len(prompts)} prompts", "Correct the labels."
+        )
 
-    return isinstance(pipe, UnconditionalLDMPipeline)
+
+def _options(
+    needs: Needs, pipe: SamplingPipeline, steps: int, guidance: float, eta: float, negative: str
+) -> dict[str, Any]:
+    """The keywords of every call that do not depend on the image: those of them that the pipeline takes."""
+    width, height = needs.size
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    given = {
+        "num_inference_steps": steps,
+        # Up to 1 there is none, which not every pipeline of diffusers says of less than 1.
+        "guidance_scale": guidance if needs.distilled else max(1.0, guidance),
+        "eta": eta,
+        "height": height,
+        "width": width,
+        "use_resolution_binning": False,  # PixArt: the size is the captured one, not the nearest of a list
+        "max_sequence_length": condition_tokens(pipe, getattr(denoiser_of(pipe), "inputs", ())),
+        "output_type": "np",
+        "return_dict": False,
+    }
+    return {name: value for name, value in given.items() if name in parameters and value is not None}
 
 
-def _decode(pipe: SamplingPipeline, latents: Tensor) -> Tensor:
-    """Images `[N, C, H, W]` in [0, 1] from sampler latents `[N, c, h, w]`, like the pipeline's "pt"."""
-    scaled = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)
-    decoded: Tensor = pipe.vae.decode(scaled, return_dict=False)[0]  # in [-1, 1]
-    return (decoded / 2 + 0.5).clamp(0, 1)
+def _asked(needs: Needs, labels: Sequence[int], prompts: Sequence[str], negative: str) -> dict[str, Any]:
+    """The keywords that say what the images show."""
+    if needs.kind == "class_label":
+        return {"class_labels": list(labels), **({"batch_size": len(labels)} if needs.counts else {})}
+    if needs.kind == "nothing":
+        return {"batch_size": len(labels)}
+    away = {"negative_prompt": [negative] * len(labels)} if negative and "negative_prompt" in needs.options else {}
+    return {"prompt": [prompts[label] for label in labels], **away}
+
+
+def _sample(pipe: SamplingPipeline, options: dict[str, Any], seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Images `[N, C, H, W]` in [0, 1] of one call, and the latents that its last step left."""
+    last: list[Tensor] = []
+
+    def keep(_step: int, _timestep: Any, latents: Tensor) -> None:
+        last[:] = [latents]
+
+    def at_end(_pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        keep(step, timestep, tensors["latents"])
+        return tensors
+
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "callback_on_step_end" in parameters:
+        options["callback_on_step_end"] = at_end
+    elif "callback" in parameters:  # pipelines of diffusers that have not moved to the other one
+        options |= {"callback": keep, "callback_steps": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds[0])
+        output = pipe(**options, generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds])
+    images = torch.from_numpy(np.asarray(output[0])).permute(0, 3, 1, 2)
+    return images.float().contiguous(), last[0].float().cpu() if last else None
 
 
 @contextmanager
 def _quiet(pipe: SamplingPipeline) -> Iterator[None]:
-    """No progress bar a batch while inside; the pipeline's own setting comes back afterwards."""
+    """No progress bar a batch and no lines of diffusers while inside; both are as before afterwards."""
     configure = getattr(pipe, "set_progress_bar_config", None)
-    if configure is None:
-        yield
-        return
     before = dict(getattr(pipe, "_progress_bar_config", {}))
-    configure(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        configure(**before)
+    with quiet_libraries():
+        if configure is None:
+            yield
+            return
+        configure(**{**before, "disable": True})
+        try:
+            yield
+        finally:
+            configure(**before)
 
 
 def _check_request(

@@ -30,6 +30,7 @@ from hqc.export.tensorrt.writing import reference_program, verify_tensorrt, writ
 from hqc.export.verification import LARGE_MODEL, Verification, check_onnx, verify_export
 from hqc.kernels.guards import require_triton
 from hqc.memory import export_bytes, require_memory
+from hqc.paths import StrPath
 from hqc.plan import QuantPlan
 from hqc.plugins.writing import OnKernel, write_plugins
 from hqc.program import Program, Stage
@@ -94,12 +95,12 @@ def _require_same_model(program: Program, float_program: Program) -> None:
 def export_program(
     program: Program,
     target: Target,
-    folder: Path,
+    folder: StrPath,
     *,
     opset: int = 21,
     force: bool = False,
     float_program: Program | None = None,
-    pipeline: Path | None = None,
+    pipeline: StrPath | None = None,
     one_timestep: bool = False,
     functions: bool = False,
     names: Names = "hqc",
@@ -135,6 +136,7 @@ def export_program(
         RuntimeMissingError: if onnx-graphsurgeon, or for plugins triton, is not installed.
         ArtefactError: if the folder exists or cannot be written.
     """
+    folder, pipeline = Path(folder), None if pipeline is None else Path(pipeline)
     if opset not in OPSETS:
         raise ExportError(f"opset {opset}", f"expected {OPSETS.start}…{OPSETS.stop - 1}", "Use 21 unless you must.")
     if tensorrt is not None and target != "tensorrt":

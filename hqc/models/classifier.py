@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hqc.errors import ArtefactError
 from hqc.models import digits_classifier_path
+from hqc.paths import StrPath
 
 __all__ = ["DIGIT_SHAPE", "FEATURE_DIM", "DigitClassifier", "load_digit_classifier"]
 
@@ -49,7 +50,7 @@ class DigitClassifier(nn.Module):
         return logits
 
 
-def load_digit_classifier(path: Path | None = None) -> DigitClassifier:
+def load_digit_classifier(path: StrPath | None = None) -> DigitClassifier:
     """The shipped classifier in float32, in evaluation mode, without gradients.
 
     Args:
@@ -58,7 +59,7 @@ def load_digit_classifier(path: Path | None = None) -> DigitClassifier:
     Raises:
         ArtefactError: the file is missing.
     """
-    path = digits_classifier_path() if path is None else path
+    path = digits_classifier_path() if path is None else Path(path)
     if not path.is_file():
         raise ArtefactError(
             f"digit classifier {path}",

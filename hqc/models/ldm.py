@@ -1,7 +1,7 @@
 """Latent diffusion pipelines in diffusers conventions: class-conditional with guidance, and unconditional."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from hqc.sizes import sides
 __all__ = ["ClassConditionalLDMPipeline", "ClassEmbedder", "OutputType", "UnconditionalLDMPipeline"]
 
 OutputType = Literal["pil", "np", "pt", "latent"]
+StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
 class ClassEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -109,6 +110,7 @@ class ClassConditionalLDMPipeline(_LatentPipeline):
         latents: Tensor | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample one image per label.
 
@@ -125,6 +127,7 @@ class ClassConditionalLDMPipeline(_LatentPipeline):
             output_type: "pil", "np" `[N, H, W, C]` or "pt" `[N, C, H, W]` in [0, 1], or "latent"
                 (scaled latents, not decoded).
             return_dict: a tuple is returned where it is False.
+            callback_on_step_end: (pipeline, step, timestep, {"latents": …}) -> what to go on with, after each step.
 
         Raises:
             EvaluationError: labels outside the classes, a list of generators of another length, or latents of
@@ -138,9 +141,11 @@ class ClassConditionalLDMPipeline(_LatentPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents * self.scheduler.init_noise_sigma
         step_options = self._step_options(generator, eta)
-        for t in self.progress_bar(self.scheduler.timesteps):
+        for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             noise = self._predicted_noise(latents, t, tokens, guidance_scale if guided else None)
             latents = self.scheduler.step(noise, t, latents, **step_options, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, step, t, {"latents": latents})["latents"]
         images = latents if output_type == "latent" else self._decoded(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -195,6 +200,7 @@ class UnconditionalLDMPipeline(_LatentPipeline):
         latents: Tensor | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample `batch_size` images; the other arguments as for `ClassConditionalLDMPipeline`.
 
@@ -206,10 +212,12 @@ class UnconditionalLDMPipeline(_LatentPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents * self.scheduler.init_noise_sigma
         step_options = self._step_options(generator, eta)
-        for t in self.progress_bar(self.scheduler.timesteps):
+        for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = self.scheduler.scale_model_input(latents, t)
             noise = self.unet(model_input, t.expand(len(model_input)), return_dict=False)[0]
             latents = self.scheduler.step(noise, t, latents, **step_options, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, step, t, {"latents": latents})["latents"]
         images = latents if output_type == "latent" else self._decoded(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -24,6 +24,7 @@ from hqc import __version__
 from hqc.errors import ExportError
 from hqc.kernels.ahead import compiled_ahead
 from hqc.kernels.compile import ARCHITECTURES, CompiledKernel, compile_kernel
+from hqc.paths import StrPath
 from hqc.plugins.graph import PluginNode, plugin_nodes
 from hqc.plugins.hqc_qdp.nodes import Variant
 from hqc.plugins.hqc_qdp.table import FORMAT, PLUGINS_FILE, VERSION
@@ -42,8 +43,8 @@ STANDALONE = Path(__file__).with_name("hqc_qdp")
 
 
 def write_plugins(
-    export: Path,
-    model: Path,
+    export: StrPath,
+    model: StrPath,
     archs: Sequence[str] = ARCHITECTURES,
     *,
     on_kernel: OnKernel | None = None,
@@ -61,7 +62,7 @@ def write_plugins(
     found = variants_of(plugin_nodes(onnx.load(str(model), load_external_data=False)))
     if not found:
         return []
-    folder = export / PLUGINS_FOLDER
+    folder = Path(export) / PLUGINS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     names: dict[str, list[str]] = {}
     built: dict[str, Tactic] = {}

@@ -1,27 +1,31 @@
 """`load`: whatever hqc wrote, ready to run, with the diffusers pipeline around it."""
 
+import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import torch
 
 from hqc.errors import ArtefactError, RuntimeMissingError
 from hqc.export.artefact import EXPORT_KIND
 from hqc.export.model import DATA_FILE, MODEL_FILE
 from hqc.models import digits_path
+from hqc.paths import StrPath
 from hqc.plan import QuantPlan
 from hqc.program import Program
+from hqc.quiet import quiet_libraries
 from hqc.runtimes.base import Session
 from hqc.runtimes.ort_runtime import OrtSession
-from hqc.runtimes.pipeline_files import check_pipeline
+from hqc.runtimes.pipeline_files import check_pipeline, read_index
 from hqc.runtimes.torch_runtime import ModuleSession, TorchSession
 from hqc.runtimes.unet import SessionUNet, as_unet
 from hqc.stages import doing
 from hqc.storage import load_program
 
-__all__ = ["Model", "Runtime", "artefact_kind", "load"]
+__all__ = ["Description", "Model", "Runtime", "artefact_kind", "describe", "load"]
 
 Runtime = Literal["torch", "torch-cuda", "onnxruntime", "tensorrt"]
 DIGITS = "digits"
@@ -58,9 +62,7 @@ class Model:
             ArtefactError: if there is no pipeline, or diffusers cannot load it.
         """
         if self.pipeline_folder is None:
-            raise ArtefactError(
-                self.name, "has no pipeline around its denoiser", "Trace a pipeline folder, or use as_denoiser()."
-            )
+            raise _no_pipeline(self.name)
         return _load_pipeline(self.pipeline_folder, self.as_denoiser())
 
 
@@ -72,8 +74,42 @@ class _OrtOptions:
     cache: Path | None = None
 
 
+@dataclass(frozen=True)
+class Description:
+    """What is known of a model without its weights: its pipeline's class, the denoiser's conditions by name."""
+
+    pipeline: type
+    conditions: tuple[str, ...]
+
+
+def describe(path: StrPath) -> Description:
+    """Reads a model's manifest and the index of its pipeline.
+
+    Raises:
+        ArtefactError: if the path is no artefact, or there is no pipeline around its denoiser.
+    """
+    folder = Path(path)
+    if str(path) == DIGITS:
+        return Description(_pipeline_class(digits_path(), read_index(digits_path())), ("condition",))
+    manifest = _read_manifest(folder)
+    try:
+        names = tuple(str(spec["name"]) for spec in manifest["inputs"])
+        reference = str(manifest["origin"]["pipeline"])
+    except (KeyError, TypeError) as error:
+        raise ArtefactError(str(folder / "manifest.json"), f"is damaged ({error})", "Write it again.") from error
+    pipeline = _pipeline_folder(folder, reference)
+    if pipeline is None:
+        raise _no_pipeline(folder.name)
+    conditions = tuple(name for name in names if name not in ("sample", "timestep"))
+    return Description(_pipeline_class(pipeline, read_index(pipeline)), conditions)
+
+
+def _no_pipeline(name: str) -> ArtefactError:
+    return ArtefactError(name, "has no pipeline around its denoiser", "Trace a pipeline folder, or use as_denoiser().")
+
+
 def load(
-    path: Path | str, *, runtime: Runtime | None = None, threads: int | None = None, cache: Path | str | None = None
+    path: StrPath, *, runtime: Runtime | None = None, threads: int | None = None, cache: StrPath | None = None
 ) -> Model:
     """Loads a Program folder (torch), an export folder (onnxruntime, tensorrt), or `digits`, the bundled float model.
 
@@ -116,6 +152,10 @@ def artefact_kind(folder: Path) -> str:
     Raises:
         ArtefactError: if it is neither.
     """
+    return str(_read_manifest(folder)["format"])
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -128,7 +168,7 @@ def artefact_kind(folder: Path) -> str:
     kind = manifest.get("format") if isinstance(manifest, dict) else None
     if kind not in (PROGRAM_KIND, EXPORT_KIND):
         raise ArtefactError(str(folder), f"holds {kind!r}", f"Give a folder that hqc wrote, or `{DIGITS}`.")
-    return str(kind)
+    return dict(manifest)
 
 
 def _open_program(folder: Path, options: _OrtOptions) -> Model:
@@ -246,29 +286,23 @@ def _load_pipeline(folder: Path, denoiser: SessionUNet) -> Any:
     index = check_pipeline(folder)
     kind, part = _pipeline_class(folder, index), "transformer" if "transformer" in index else "unet"
     try:
-        with _no_progress_bar():
-            # diffusers checks the class of a module that it is handed; one that is set afterwards it takes as it is.
-            pipeline = kind.from_pretrained(folder, **{part: None}, use_safetensors=True, local_files_only=True)
+        with quiet_libraries():
+            # diffusers checks the class of a module that it is handed here, and takes any where it builds a pipeline.
+            loaded = kind.from_pretrained(folder, **{part: None}, use_safetensors=True, local_files_only=True)
+            pipeline = _rebuilt(loaded.to(torch.float32), index, part, denoiser)
     except Exception as error:  # whatever a configuration makes diffusers raise
         found = " ".join(str(error).split())[:160] or type(error).__name__
         raise ArtefactError(
             str(folder), f"diffusers could not load the pipeline ({found})", "Check the folder."
         ) from error
-    setattr(pipeline, part, denoiser)
     return pipeline
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    from diffusers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
+def _rebuilt(loaded: Any, index: Mapping[str, Any], part: str, denoiser: SessionUNet) -> Any:
+    """The pipeline with its denoiser from the start: constructors read the size of new images from it."""
+    accepted = set(inspect.signature(type(loaded).__init__).parameters) - {"self"}
+    options = {name: value for name, value in {**index, **loaded.config}.items() if name in accepted}
+    return type(loaded)(**{**options, **loaded.components, part: denoiser})
 
 
 def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from hqc.export.artefact import EXPORT_KIND
 from hqc.export.interface import interface_of
 from hqc.export.model import MODEL_FILE
 from hqc.export.ort_session import open_session, run_session
+from hqc.paths import StrPath
 from hqc.program import InputSpec
 from hqc.runtimes.base import named_inputs
 from hqc.runtimes.ort_cache import optimised_model
@@ -24,7 +25,7 @@ class OrtSession:
     name = "onnxruntime"
 
     def __init__(
-        self, folder: Path, *, threads: int | None = None, optimisation: str = "all", cache: Path | None = None
+        self, folder: StrPath, *, threads: int | None = None, optimisation: str = "all", cache: StrPath | None = None
     ) -> None:
         """threads: of one call; None leaves the choice to the runtime. cache: of optimised models, see `ort_cache`.
 
@@ -32,6 +33,7 @@ class OrtSession:
             ArtefactError: if the folder is missing, damaged, or not an export.
             RuntimeMissingError: if onnxruntime is not installed, or has no kernels for the export.
         """
+        folder = Path(folder)
         manifest = check_manifest(folder, EXPORT_KIND)
         if MODEL_FILE not in manifest["files"]:
             raise ArtefactError(str(folder), f"lists no {MODEL_FILE}", "Export it again.")
@@ -49,7 +51,7 @@ class OrtSession:
             )
         model = folder / MODEL_FILE
         if cache is not None:
-            model, optimisation = optimised_model(folder, manifest["files"], cache), "disabled"
+            model, optimisation = optimised_model(folder, manifest["files"], Path(cache)), "disabled"
         self._session = open_session(model, threads=threads, optimisation=optimisation)
 
     def __call__(

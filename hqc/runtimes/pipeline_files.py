@@ -50,13 +50,18 @@ def check_pipeline(folder: Path, loaded: Collection[str] | None = None) -> dict[
     for name, value in index.items():
         if isinstance(value, list):
             _check_part(folder, name, value, used=loaded is None or name in loaded)
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and not _are_names(name, value):
             raise ArtefactError(str(folder / INDEX), f"has a mapping as {name[:40]!r}", "Check the folder.")
     for name, value in index.items():
         if isinstance(value, list) and value != [None, None] and (loaded is None or name in loaded):
             for path in sorted((folder / name).glob("*config*.json")):
                 check_configuration(path)
     return index
+
+
+def _are_names(name: str, value: dict[str, Any]) -> bool:
+    """DiT's names of its classes: the one mapping that an index has."""
+    return name == "id2label" and all(isinstance(text, str) for text in value.values())
 
 
 def _require_diffusers() -> None:

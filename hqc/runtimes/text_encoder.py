@@ -14,7 +14,13 @@ from hqc.runtimes.pipeline_files import check_pipeline, read_index
 
 __all__ = ["load_text_pipeline"]
 
-_LIBRARIES = {"text_encoder": "transformers", "tokenizer": "transformers", "scheduler": "diffusers"}
+_LIBRARIES = {
+    "text_encoder": "transformers",
+    "bert": "latent_diffusion",  # diffusers' own, of the LDM pipeline
+    "vqvae": "diffusers",  # which that pipeline cannot be made without
+    "tokenizer": "transformers",
+    "scheduler": "diffusers",
+}
 
 
 def load_text_pipeline(folder: Path) -> Any:
@@ -27,9 +33,9 @@ def load_text_pipeline(folder: Path) -> Any:
     index = read_index(folder)
     parts = {n: v for n, v in index.items() if isinstance(v, list) and len(v) == 2 and v != [None, None]}
     kept = {name: v for name, v in parts.items() if _role(name) in _LIBRARIES}
-    encoders = [name for name in kept if name.startswith("text_encoder")]
+    encoders = [name for name in kept if name.startswith(("text_encoder", "bert"))]
     kind = _pipeline_class(folder, index)
-    if not encoders or not hasattr(kind, "encode_prompt"):
+    if not encoders or not (hasattr(kind, "encode_prompt") or "bert" in encoders):
         raise TrainingError(
             str(folder), f"the {kind.__name__} has no text encoder to encode prompts with", "Leave --prompts out."
         )
@@ -53,9 +59,11 @@ def load_text_pipeline(folder: Path) -> Any:
 def _load_encoder(folder: Path, class_name: str) -> Any:
     """A text encoder in float32; what a file lacks is refused, where transformers would make it up and say so."""
     import transformers
+    from diffusers.pipelines import latent_diffusion
 
+    library = latent_diffusion if folder.name == "bert" else transformers
     try:
-        encoder, found = getattr(transformers, class_name).from_pretrained(
+        encoder, found = getattr(library, class_name).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # whatever a file or a configuration makes transformers raise
@@ -81,7 +89,8 @@ def _role(part: str) -> str:
 def _check_library(folder: Path, part: str, library: str, class_name: str) -> None:
     """Refuses parts whose code does not come from the library: a folder can bring a module of its own."""
     wanted = _LIBRARIES[_role(part)]
-    if library != wanted or not isinstance(class_name, str) or class_name.startswith("Auto"):
+    auto = library == "transformers" and str(class_name).startswith("Auto")  # a class that the folder may choose
+    if library != wanted or not isinstance(class_name, str) or auto:
         raise ArtefactError(
             str(folder),
             f"its {part} is {library}.{class_name}; hqc runs those of {wanted} and no code from a folder",

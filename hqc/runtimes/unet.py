@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hqc.capture.families import plain_arguments
 from hqc.errors import EvaluationError
+from hqc.program import InputSpec
 from hqc.runtimes.base import Session
 
 __all__ = ["SessionUNet", "as_unet"]
@@ -50,6 +51,11 @@ class SessionUNet(nn.Module):
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
     @property
+    def inputs(self) -> Sequence[InputSpec]:
+        """What the session takes, in order."""
+        return self.session.inputs
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the session computes in."""
         return torch.float32
@@ -84,6 +90,8 @@ class SessionUNet(nn.Module):
                 "the denoiser was captured without it",
                 "Leave it out, or capture the model with it.",
             )
+        if "resolution" in names:  # PixArt's pipeline gives sizes at 1024 pixels alone
+            given = {**_pixel_sizes(sample), **given}
         self._note_range(timestep)
         result = self.session(sample, timestep, **given).to(sample.device, sample.dtype)
         if not return_dict:
@@ -105,6 +113,19 @@ class SessionUNet(nn.Module):
                 high,
             )
             self._range = None
+
+
+_PIXART_ENLARGEMENT = 8
+
+
+def _pixel_sizes(sample: Tensor) -> dict[str, Tensor]:
+    """The sizes that PixArt is given, from its latents."""
+    height, width = sample.shape[2:]
+    pixels = torch.tensor([[height, width]], dtype=torch.float32) * _PIXART_ENLARGEMENT
+    return {
+        "resolution": pixels.expand(len(sample), -1),
+        "aspect_ratio": torch.full((len(sample), 1), height / width),
+    }
 
 
 def _config_of(session: Session) -> dict[str, Any]:

@@ -9,16 +9,15 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from hqc.errors import HqcError, RuntimeMissingError
+from hqc.errors import HqcError, RuntimeMissingError, TrainingError
 from hqc.evaluation.images import pil_from_tensor, png_from_pil
+from hqc.evaluation.needs import denoiser_of, needs_of
 from hqc.evaluation.sampling import SamplingPipeline, sample_images
 from hqc.serving.errors import ApiError
 from hqc.serving.limits import Limits
 from hqc.serving.schemas import (
-    DIGITS,
     ErrorBody,
     ErrorResponse,
-    GenerationRequest,
     GenerationResponse,
     Health,
     ImageDatum,
@@ -27,8 +26,11 @@ from hqc.serving.schemas import (
     ModelList,
     Usage,
     job_from_body,
+    request_schema,
+    takes,
 )
 from hqc.serving.worker import Worker
+from hqc.training.task import require_steps
 
 try:
     from fastapi import FastAPI, Request
@@ -39,6 +41,8 @@ except ModuleNotFoundError as error:
 
 __all__ = ["create_app"]
 
+MAX_STEPS = 1000  # of a scheduler that names none
+
 logger = logging.getLogger(__name__)
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -48,12 +52,6 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     422: {"model": ErrorResponse, "description": "A field is wrong; error.param names it"},
     429: {"model": ErrorResponse, "description": "Too many requests wait; see Retry-After"},
 }
-REQUEST_SCHEMA = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": GenerationRequest.model_json_schema()}},
-    }
-}
 
 
 def create_app(pipe: SamplingPipeline, *, model_name: str, limits: Limits, runtime: str | None = None) -> FastAPI:
@@ -62,8 +60,7 @@ def create_app(pipe: SamplingPipeline, *, model_name: str, limits: Limits, runti
     Routes: `POST /v1/images/generations`, `GET /v1/models`, `GET /health`. Errors have OpenAI's shape.
 
     Args:
-        pipe: the pipeline; needs `unet.config.sample_size`, `vae.config.block_out_channels` and
-            `scheduler.config.num_train_timesteps` besides what `sample_images` takes.
+        pipe: any pipeline that `sample_images` takes.
         model_name: how the model is called in responses.
         limits: what a request may ask for.
         runtime: what the denoiser runs on, for `/health`; the class name of `pipe.unet` when None.
@@ -71,11 +68,20 @@ def create_app(pipe: SamplingPipeline, *, model_name: str, limits: Limits, runti
     Raises:
         RuntimeMissingError: on import of this module, when FastAPI is not installed.
     """
-    limits = replace(limits, max_steps=min(limits.max_steps, int(pipe.scheduler.config.num_train_timesteps)))
-    size, classes = _native_size(pipe), _classes(pipe)
+    needs = needs_of(pipe)
+    limits = replace(limits, max_steps=min(limits.max_steps, _most_steps(pipe.scheduler)))
     worker = Worker(limits.max_queue)
     started = int(time.time())
-    health = Health(status="ok", model=model_name, runtime=runtime or type(pipe.unet).__name__, hqc=_hqc_version())
+    health = Health(
+        status="ok",
+        model=model_name,
+        runtime=runtime or type(denoiser_of(pipe)).__name__,
+        hqc=_hqc_version(),
+        takes=takes(needs, limits),
+    )
+    schema = {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": request_schema(needs, limits)}}}
+    }
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -86,12 +92,13 @@ def create_app(pipe: SamplingPipeline, *, model_name: str, limits: Limits, runti
     app.state.worker = worker
     _add_error_handlers(app)
 
-    @app.post("/v1/images/generations", responses=REFUSALS, openapi_extra=REQUEST_SCHEMA)
+    @app.post("/v1/images/generations", responses=REFUSALS, openapi_extra=schema)
     async def generate(request: Request) -> GenerationResponse:
-        """Images of one class, as PNG in base64."""
+        """Images of a prompt, of a class, or of nothing in particular, as PNG in base64."""
         body = await _limited_body(request, limits.max_body_bytes)
-        job = job_from_body(body, limits, size, classes)
-        data, seconds = await worker.run(lambda: _sample(pipe, job, classes))
+        job = job_from_body(body, limits, needs)
+        _require_steps(pipe, job)
+        data, seconds = await worker.run(lambda: _sample(pipe, job))
         return GenerationResponse(created=int(time.time()), data=data, model=model_name, usage=Usage(seconds=seconds))
 
     @app.get("/v1/models")
@@ -101,38 +108,50 @@ def create_app(pipe: SamplingPipeline, *, model_name: str, limits: Limits, runti
 
     @app.get("/health")
     async def healthy() -> Health:
-        """Answers at once, during a generation too."""
+        """What the model takes; answers at once, during a generation too."""
         return health
 
     return app
 
 
-def _sample(pipe: SamplingPipeline, job: Job, classes: int) -> tuple[list[ImageDatum], float]:
+def _most_steps(scheduler: Any) -> int:
+    """How many steps a scheduler was trained on; one of continuous time has no such number."""
+    return int(getattr(scheduler.config, "num_train_timesteps", None) or MAX_STEPS)
+
+
+def _require_steps(pipe: SamplingPipeline, job: Job) -> None:
+    """Refuses steps that the scheduler does not take, before the request waits in the line.
+
+    Raises:
+        ApiError: 422 with the scheduler's own words.
+    """
+    try:
+        require_steps(pipe.scheduler, job.num_inference_steps)
+    except TrainingError as error:
+        message = f"num_inference_steps: {job.num_inference_steps}, {error.found}. {error.do}"
+        raise ApiError(422, message, param="num_inference_steps", code="invalid_value") from None
+
+
+def _sample(pipe: SamplingPipeline, job: Job) -> tuple[list[ImageDatum], float]:
     """The images of a job, and the seconds they took."""
     start = time.perf_counter()
     samples = sample_images(
         pipe,
-        [job.class_label] * len(job.seeds),
+        [job.label] * len(job.seeds),
         job.seeds,
         num_inference_steps=job.num_inference_steps,
         guidance_scale=job.guidance_scale,
         eta=job.eta,
         batch_size=len(job.seeds),
+        prompts=job.prompts,
+        negative_prompt=job.negative_prompt,
     )
-    text = _drawn(job.class_label, classes)
     pngs = [png_from_pil(pil_from_tensor(image)) for image in samples.images]
     data = [
-        ImageDatum(b64_json=base64.b64encode(png).decode("ascii"), revised_prompt=text, seed=seed)
+        ImageDatum(b64_json=base64.b64encode(png).decode("ascii"), revised_prompt=job.drawn, seed=seed)
         for png, seed in zip(pngs, job.seeds, strict=True)
     ]
     return data, round(time.perf_counter() - start, 6)
-
-
-def _drawn(label: int, classes: int) -> str:
-    """What an image shows, for `revised_prompt`."""
-    if not classes:
-        return "a sample of an unconditional model: no prompt was used"
-    return f"a handwritten {label}" if classes == DIGITS else f"class {label}"
 
 
 async def _limited_body(request: Request, max_bytes: int) -> bytes:
@@ -184,22 +203,6 @@ def _error_response(error: ApiError) -> JSONResponse:
         code=error.code,
     )
     return JSONResponse(ErrorResponse(error=body).model_dump(), status_code=error.status, headers=error.headers)
-
-
-def _native_size(pipe: SamplingPipeline) -> tuple[int, int]:
-    """Width and height of the pipeline's images, px: latent size times 2 per halving of the autoencoder."""
-    side = int(pipe.unet.config.sample_size) * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    return side, side
-
-
-def _classes(pipe: SamplingPipeline) -> int:
-    """How many classes the pipeline draws; 0 for an unconditional one."""
-    from hqc.models.ldm import UnconditionalLDMPipeline
-
-    if isinstance(pipe, UnconditionalLDMPipeline):
-        return 0
-    embedder = getattr(pipe, "class_embedder", None)
-    return DIGITS if embedder is None else int(embedder.config.num_classes)
 
 
 def _hqc_version() -> str:

@@ -1,9 +1,5 @@
 """Prompts as conditions: encoded once by the pipeline's own tokenizers and text encoders, then drawn from.
 
-    condition    [N, L, D]  what diffusers' `encode_prompt` gives: the last hidden states, or SDXL's two encoders joined
-    text_embeds  [N, P]     SDXL's pooled projection
-    time_ids     [N, 6]     SDXL's sizes of an uncropped image; [N, 5] of its refiner
-
 The null conditions are those of the empty prompt, or zeros where the pipeline's configuration says so.
 """
 
@@ -19,28 +15,31 @@ from torch import Tensor
 
 from hqc.errors import TrainingError
 from hqc.memory import require_memory
+from hqc.paths import StrPath
 from hqc.program import InputSpec, Program
-from hqc.quiet import quiet_libraries
+from hqc.training.prompt_encoding import (
+    BESIDE,
+    beside,
+    cut_prompts,
+    encode,
+    encoded_names,
+    facts_of,
+)
 from hqc.training.task import Condition, Task
-from hqc.training.task_sources import conditions_of, task_settings, time_ids
+from hqc.training.task_sources import conditions_of, distilled, task_settings
 
 __all__ = ["prompt_task", "read_prompts", "require_prompt_inputs"]
 
-_ENCODED = ("condition", "text_embeds")
-_TIME_IDS = "time_ids"
-_TAKEN = ({"condition"}, {"condition", "text_embeds", _TIME_IDS})
-_PROMPTS_AT_ONCE = 8
 _LARGEST_FILE = 64 * 2**20
-# The refiner's aesthetic score, and that of what guidance leads away from: StableDiffusionXLImg2ImgPipeline's own.
-_SCORE, _NULL_SCORE = 6.0, 2.5
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
+def read_prompts(path: StrPath) -> tuple[str, ...]:
     """The prompts of a UTF-8 text file, one a line; empty lines are left out.
 
     Raises:
         TrainingError: if it cannot be read, is no UTF-8 text, or holds no prompt.
     """
+    path = Path(path)
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_FILE + 1)
@@ -66,19 +65,24 @@ def require_prompt_inputs(program: Program) -> None:
         TrainingError: naming its conditions.
     """
     names = [spec.name for spec in conditions_of(program.inputs)]
-    if set(names) in _TAKEN:
+    encoded = encoded_names(program.origin.kind)
+    if "condition" in names and encoded | BESIDE >= set(names):
         return
     raise TrainingError(
         f"program from {program.origin.source or 'a module'}",
-        f"takes {', '.join(names) or 'no condition'}; prompts give condition, with text_embeds and time_ids for SDXL",
+        f"takes {', '.join(names) or 'no condition'}; prompts give {', '.join(sorted(encoded))}",
         "Leave --prompts out, or give --synthetic.",
     )
 
 
-def prompt_task(pipeline: Any, program: Program, prompts: Sequence[str]) -> Task:
-    """The task of a text-conditional UNet on these prompts: every one is drawn before any comes again.
+def prompt_task(
+    pipeline: Any, program: Program, prompts: Sequence[str], *, guidance_scale: float | None = None
+) -> Task:
+    """The task of a text-conditional denoiser on these prompts: every one is drawn before any comes again.
 
     Nothing of the pipeline is kept but the scheduler's configuration: its text encoders can be freed.
+    guidance_scale: of a denoiser that takes it as an input (Flux, latent consistency models); None takes the
+    pipeline's own default. An upscaler's noise level is its pipeline's own default too.
 
     Raises:
         TrainingError: if the pipeline has no text encoder, or encodes into something else than the denoiser takes.
@@ -87,75 +91,64 @@ def prompt_task(pipeline: Any, program: Program, prompts: Sequence[str]) -> Task
     require_prompt_inputs(program)
     if not prompts:
         raise TrainingError("prompts", "there are none", "Give one at least.")
-    if _text_encoder(pipeline) is None:
+    encoder = _text_encoder(pipeline)
+    if encoder is None:
         raise TrainingError(type(pipeline).__name__, "has no text encoder to encode prompts with", "Give --synthetic.")
     wanted = conditions_of(program.inputs)
     each_prompt = 4 * sum(math.prod(int(d) for d in spec.shape[1:]) for spec in wanted)
     require_memory(f"encoding {len(prompts)} prompts", 2 * len(prompts) * each_prompt, "Give fewer prompts")
-    encoded, null = _encode(pipeline, prompts)
+    encoded = encode(pipeline, program, prompts, encoder.device)
+    facts = facts_of(pipeline, program, guidance_scale)
     for spec in wanted:
-        _check(spec, encoded, pipeline)
-    height, width = _pixels(pipeline, program)
+        if spec.name not in BESIDE:
+            _check(spec, encoded.prompts, pipeline)
+    others = [spec for spec in wanted if spec.name in BESIDE]
+    besides = [{spec.name: beside(spec, facts, null=null) for spec in others} for null in (False, True)]
 
-    def each(rows: Mapping[str, Tensor], n: int, score: float) -> Condition:
-        found = [rows[s.name] if s.name in rows else time_ids(s, n, height, width, score) for s in wanted]
-        return found[0] if len(found) == 1 else tuple(found)
+    def each(rows: Mapping[str, Tensor], n: int, *, null: bool) -> Condition:
+        found = tuple(
+            rows[spec.name].to(getattr(torch, spec.dtype)) if spec.name in rows else _for(n, spec, besides[null])
+            for spec in wanted
+        )
+        return found[0] if len(found) == 1 and found[0] is not None else found
 
     def draw(n: int, generator: torch.Generator) -> Condition:
         rounds = [torch.randperm(len(prompts), generator=generator) for _ in range(-(-n // len(prompts)))]
         chosen = torch.cat(rounds)[:n]
-        return each({name: rows[chosen] for name, rows in encoded.items()}, n, _SCORE)
+        return each({name: rows[chosen] for name, rows in encoded.prompts.items()}, n, null=False)
 
     def nothing(n: int) -> Condition:
-        return each({name: row.repeat(n, *[1] * (row.ndim - 1)) for name, row in null.items()}, n, _NULL_SCORE)
+        rows = {name: row.repeat(n, *[1] * (row.ndim - 1)) for name, row in encoded.null.items()}
+        return each(rows, n, null=True)
 
+    alone = distilled(wanted)
     return Task(
         **task_settings(pipeline.scheduler, program),
         draw_conditions=draw,
-        unconditional=nothing,
-        drawn_from=_described(pipeline, prompts),
+        unconditional=None if alone else nothing,
+        distilled=alone,
+        guidance_input=facts.guidance_scale if alone else None,
+        drawn_from=_described(pipeline, program, prompts) + (f", guidance {facts.guidance_scale:g}" if alone else ""),
     )
+
+
+def _for(n: int, spec: InputSpec, rows: Mapping[str, Tensor | None]) -> Tensor | None:
+    """The row of an input for n samples, or what all of them share."""
+    row = rows[spec.name]
+    if row is None or not spec.batched:
+        return row
+    return row.expand(n, *row.shape[1:]).contiguous()
 
 
 def _text_encoder(pipeline: Any) -> Any | None:
     """The last text encoder, which decides; None without one."""
-    if not hasattr(pipeline, "encode_prompt"):
-        return None
-    found = [getattr(pipeline, name, None) for name in ("text_encoder_2", "text_encoder")]
+    names = ("text_encoder_2", "text_encoder") if hasattr(pipeline, "encode_prompt") else ("bert",)
+    found = [getattr(pipeline, name, None) for name in names]
     return next((encoder for encoder in found if encoder is not None), None)
-
-
-# ---- encoding ------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _encode(pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By input, all prompts [P, …] and the null condition [1, …], in float32."""
-    device = _text_encoder(pipeline).device  # type: ignore[union-attr]
-
-    def run(some: Sequence[str], guided: bool) -> tuple[Tensor | None, ...]:
-        options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
-        return tuple(pipeline.encode_prompt(list(some), **options))
-
-    with quiet_libraries():
-        pieces = [run(prompts[i : i + _PROMPTS_AT_ONCE], False) for i in range(0, len(prompts), _PROMPTS_AT_ONCE)]
-        nulls = run(prompts[:1], True)
-    # (prompts, null) and for SDXL (pooled prompts, pooled null) behind them.
-    places = [i for i in (0, 2) if i < len(nulls)]
-    names = dict(zip(places, _ENCODED, strict=False))
-    encoded = {name: torch.cat([_plain(piece[i]) for piece in pieces]) for i, name in names.items()}
-    return encoded, {name: _plain(nulls[i + 1]) for i, name in names.items()}
-
-
-def _plain(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.float().cpu()
 
 
 def _check(spec: InputSpec, encoded: Mapping[str, Tensor], pipeline: Any) -> None:
     """Refuses an encoder that gives another shape than the denoiser takes."""
-    if spec.name == _TIME_IDS:
-        return
     found = list(encoded[spec.name].shape[1:]) if spec.name in encoded else None
     if found == list(spec.shape[1:]):
         return
@@ -167,22 +160,9 @@ def _check(spec: InputSpec, encoded: Mapping[str, Tensor], pipeline: Any) -> Non
     raise TrainingError(spec.name, f"{kind} encodes a prompt into {found}; {taken}", do)
 
 
-def _pixels(pipeline: Any, program: Program) -> tuple[float, float]:
-    """Height and width of the images that the program's latents decode into."""
-    height, width = next(spec.shape[2:] for spec in program.inputs if spec.name == "sample")
-    scale = getattr(pipeline, "vae_scale_factor", 8)
-    return float(int(height) * scale), float(int(width) * scale)
-
-
-def _described(pipeline: Any, prompts: Sequence[str]) -> str:
+def _described(pipeline: Any, program: Program, prompts: Sequence[str]) -> str:
     """How many, which (so that reports and resumed runs tell them apart), and whether some are cut."""
     digest = hashlib.sha256("\n".join(prompts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
-    with quiet_libraries():
-        cut = sum(any(t is not None and _is_cut(t, prompt) for t in tokenizers) for prompt in prompts)
+    cut = cut_prompts(pipeline, prompts, program.inputs)
     count = f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''} (sha256 {digest})"
     return f"{count}, {cut} of them longer than the tokenizer takes and cut" if cut else count
-
-
-def _is_cut(tokenizer: Any, prompt: str) -> bool:
-    return len(tokenizer(prompt).input_ids) > int(tokenizer.model_max_length)

@@ -44,11 +44,19 @@ def require_steps(scheduler: Any, steps: int) -> None:
     Raises:
         TrainingError: with the scheduler's own words.
     """
+    if not hasattr(scheduler, "set_timesteps"):
+        return
     tried = type(scheduler).from_config(scheduler.config)
+    shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}  # any: it moves timesteps, not counts
     x = torch.zeros(1, 1, 8, 8)
+    learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
+    noise = torch.zeros(1, 2, 8, 8) if learned else x
     try:
-        tried.set_timesteps(steps)
-        tried.step(x, tried.timesteps[0], x)
+        with torch.random.fork_rng(devices=[]):
+            tried.set_timesteps(steps, **shift)
+            if hasattr(tried, "scale_model_input"):
+                tried.scale_model_input(x, tried.timesteps[0])
+            tried.step(noise, tried.timesteps[0], x)
     except Exception as error:  # as above
         raise _refused_steps(scheduler, steps, error) from error
 
@@ -66,6 +74,7 @@ class Task:
     one), or None for an unconditional model. unconditional: n -> the null conditions of guidance, in the same order;
     None in place of one that has no batch axis and serves both halves.
     distilled: conditions, but no null ones: guidance is an input of the model, and it is run once.
+    guidance_input: the guidance scale that a distilled model is given; None where it is drawn.
     carried: trailing channels of the latents that are an input and not sampled (mask and masked image of inpainting).
     time_scale: what the denoiser is given for a scheduler's timestep t is time_scale·t (Flux takes t/1000).
     set_timesteps: (scheduler, steps), for schedulers that need more than the number of steps.
@@ -77,6 +86,7 @@ class Task:
     draw_conditions: Callable[[int, torch.Generator], Condition] | None = None
     unconditional: Callable[[int], Condition] | None = None
     distilled: bool = False
+    guidance_input: float | None = None
     carried: int = 0
     time_scale: float = 1.0
     set_timesteps: Callable[[Any, int], None] = _set_timesteps

@@ -17,7 +17,9 @@ __all__ = [
     "NOISE",
     "class_conditional_task",
     "conditions_of",
+    "distilled",
     "pipeline_task",
+    "places",
     "synthetic_task",
     "task_settings",
     "time_ids",
@@ -50,7 +52,7 @@ def class_conditional_task(pipeline: Any) -> Task:
         raise TrainingError(
             type(pipeline).__name__,
             "has no class embedder, so hqc cannot draw conditions for it",
-            "Give --synthetic, --prompts FILE for Stable Diffusion 1, 2 or XL, or task=Task(…) from Python.",
+            "Give --synthetic, --prompts FILE if it has a text encoder, or task=Task(…) from Python.",
         )
     null_class = embedder.config.num_classes
     config = pipeline.unet.config
@@ -178,13 +180,17 @@ def synthetic_task(program: Program) -> Task:
     def null(n: int) -> Condition:
         return _bare(tuple(_null(spec, n) for spec in wanted))
 
-    if any(spec.name in _DISTILLED for spec in wanted):
+    if distilled(wanted):
         return Task(**settings, draw_conditions=draw, distilled=True)
     return Task(**settings, draw_conditions=draw, unconditional=null)
 
 
 _DISTILLED = ("guidance", "timestep_cond")
-"""Inputs of Flux and of latent consistency models that carry the guidance scale: there is no null half then."""
+
+
+def distilled(inputs: Sequence[InputSpec]) -> bool:
+    """Whether an input carries the guidance scale, as of Flux and latent consistency models: there is no null half."""
+    return any(spec.name in _DISTILLED for spec in inputs)
 
 
 def _bare(conditions: tuple[Tensor | None, ...]) -> Condition:
@@ -195,7 +201,7 @@ def _bare(conditions: tuple[Tensor | None, ...]) -> Condition:
 
 def _drawn(spec: InputSpec, n: int, generator: torch.Generator, size: int | Sequence[int] | None) -> Tensor:
     if spec.name == "img_ids":
-        return _places(spec, size)
+        return places(spec, size)
     known = _FIXED.get(spec.name)
     return spec.example(n, generator) if known is None else known(spec, n)
 
@@ -212,7 +218,7 @@ def _null(spec: InputSpec, n: int) -> Tensor | None:
     return torch.full(shape, int(last), dtype=dtype)
 
 
-def _places(spec: InputSpec, size: int | Sequence[int] | None) -> Tensor:
+def places(spec: InputSpec, size: int | Sequence[int] | None) -> Tensor:
     """(0, row, column) of every token of an image, row by row; zeros for more axes.
 
     size: of the latents, four of which are a token; None for a square.
@@ -221,9 +227,9 @@ def _places(spec: InputSpec, size: int | Sequence[int] | None) -> Tensor:
     height, width = (d // 2 for d in sides(size)) if size else [math.isqrt(tokens)] * 2
     if height * width != tokens or axes < 3:
         raise TrainingError(spec.name, f"has {tokens} places, no square image", "Give task=Task(…) from Python.")
-    places = torch.zeros(height, width, axes)
-    places[..., 1], places[..., 2] = torch.arange(height)[:, None], torch.arange(width)[None]
-    return places.reshape(tokens, axes)
+    found = torch.zeros(height, width, axes)
+    found[..., 1], found[..., 2] = torch.arange(height)[:, None], torch.arange(width)[None]
+    return found.reshape(tokens, axes)
 
 
 def time_ids(spec: InputSpec, n: int, height: float = 1024, width: float = 1024, score: float = 6) -> Tensor:

@@ -396,6 +396,37 @@ def test_module_callable(user_module: Callable[[str], str]) -> None:
     assert [s for s, _ in program.sites()] == ["conv"]
 
 
+LABELLED = """
+class Net(nn.Module):
+    def __init__(self, by=1):
+        super().__init__()
+        self.conv, self.label, self.by = nn.Conv2d(4, 4, 3, padding=1), nn.Embedding(11, 4), by
+    def forward(self, sample, timestep, label):
+        shift = self.label((label * self.by).long()) + timestep[:, None]
+        return self.conv(sample) + shift[:, :, None, None]
+def net():
+    return Net(), {"sample": torch.zeros(2, 4, 4, 4), "timestep": torch.zeros(2), "label": torch.tensor([0, 10])}
+def floats():
+    return Net(1000), {"sample": torch.zeros(2, 4, 4, 4), "timestep": torch.zeros(2), "label": torch.zeros(2)}
+"""
+
+
+def test_labels_are_drawn_up_to_the_largest_of_the_example(user_module: Callable[[str], str]) -> None:
+    name = user_module(LABELLED)
+    program = trace(f"{name}:net")
+    assert program.inputs[2] == InputSpec("label", ("N",), "int64", (0, 11))
+    with pytest.raises(CaptureError, match=r"index out of range.*Give labels as a torch\.int64 example"):
+        trace(f"{name}:floats")
+
+
+def test_the_current_folder_is_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "user_module_here.py").write_text("import torch\nfrom torch import nn\n" + GOOD, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    assert [spec.name for spec in find_source("user_module_here:net").inputs] == ["x_t", "timestep"]
+    del sys.modules["user_module_here"]
+
+
 @pytest.mark.parametrize(
     ("source", "found"),
     [
@@ -411,7 +442,15 @@ def test_module_callable(user_module: Callable[[str], str]) -> None:
         ("def net(): return nn.Linear(2, 2), {'x': torch.zeros(2, 2)}", "has inputs x; expected one named timestep"),
         (
             "def net(): return nn.Linear(2, 2), {'x': torch.zeros(2, 2), 'timestep': torch.tensor([1, 2])}",
-            "input timestep is torch.int64 with 1 axes; expected torch.float32 [N, …]",
+            "input timestep is torch.int64; expected torch.float32, or labels from 0",
+        ),
+        (
+            "def net(): return nn.Linear(2, 2), {'timestep': torch.zeros(2), 'label': torch.tensor([-1, 2])}",
+            "input label is torch.int64; expected torch.float32, or labels from 0",
+        ),
+        (
+            "def net(): return nn.Linear(2, 2), {'timestep': torch.zeros(2), 'label': torch.zeros(2).half()}",
+            "input label is torch.float16 with 1 axes; expected torch.float32 [N, …]",
         ),
         (
             "def net(): return nn.Linear(2, 2), {'x': torch.zeros(2, 2), 'timestep': torch.tensor(1.0)}",

@@ -14,19 +14,20 @@ from hqc.evaluation.sampling import Samples, SamplingProtocol
 class FakeVae:
     """Enlarges four times the mean over latent channels."""
 
-    dtype = torch.float32
-    config = SimpleNamespace(scaling_factor=0.5)
+    config = SimpleNamespace(block_out_channels=(8, 8, 8), out_channels=1)
 
-    def decode(self, latents: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        assert not return_dict
-        return (torch.tanh(latents.mean(1, keepdim=True)).repeat_interleave(4, 2).repeat_interleave(4, 3),)
+    @staticmethod
+    def decode(latents: Tensor) -> Tensor:
+        return torch.tanh(2 * latents.mean(1, keepdim=True)).repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 
 class FakePipeline:
     """Called as `ClassConditionalLDMPipeline` is; latents are noise plus the label, per generator."""
 
     def __init__(self) -> None:
-        self.vae, self.unet, self.scheduler = FakeVae(), object(), SimpleNamespace()
+        self.vae, self.scheduler = FakeVae(), SimpleNamespace()
+        self.unet = SimpleNamespace(config=SimpleNamespace(sample_size=8))
+        self.class_embedder = SimpleNamespace(config=SimpleNamespace(num_classes=10))
         self.calls: list[dict[str, Any]] = []
         self.gain = 1.0
 
@@ -39,13 +40,17 @@ class FakePipeline:
         generator: list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> tuple[Tensor]:
+        callback_on_step_end: Any = None,
+    ) -> tuple[Any]:
         assert generator is not None
-        assert output_type == "latent"
+        assert output_type == "np"
         assert not return_dict
         self.calls.append({"labels": class_labels, "steps": num_inference_steps, "eta": eta, "g": guidance_scale})
         noise = [torch.randn(3, 8, 8, generator=g) + eta * torch.randn(3, 8, 8, generator=g) for g in generator]
-        return (self.gain * (torch.stack(noise) + torch.tensor(class_labels)[:, None, None, None] / 10),)
+        latents = self.gain * (torch.stack(noise) + torch.tensor(class_labels)[:, None, None, None] / 10)
+        callback_on_step_end(self, 0, 1, {"latents": torch.zeros_like(latents)})  # only the last step's are kept
+        callback_on_step_end(self, 1, 0, {"latents": latents})
+        return ((self.vae.decode(latents) / 2 + 0.5).permute(0, 2, 3, 1).numpy(),)
 
 
 class FakeClassifier(torch.nn.Module):

@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from torch import Tensor
 
 from hqc.serving.app import create_app
 from hqc.serving.limits import Limits
@@ -23,18 +22,27 @@ class FakePipeline:
     def __init__(self) -> None:
         self.unet = SimpleNamespace(config=SimpleNamespace(sample_size=8))
         self.scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=100))
-        self.vae = SimpleNamespace(
-            config=SimpleNamespace(scaling_factor=1.0, block_out_channels=(8, 8, 8)),
-            dtype=torch.float32,
-            decode=self._decode,
-        )
+        self.vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8, 8, 8), out_channels=1))
+        self.class_embedder = SimpleNamespace(config=SimpleNamespace(num_classes=10))
         self.calls: list[dict[str, Any]] = []
         self.entered = threading.Semaphore(0)
         self.gate: threading.Event | None = None
         self.failure: Exception | None = None
         self.running = self.most_running = 0
 
-    def __call__(self, *, generator: list[torch.Generator], class_labels: list[int], **options: Any) -> Any:
+    def __call__(
+        self,
+        *,
+        generator: list[torch.Generator],
+        class_labels: list[int],
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "eta": eta}
+        options |= {"output_type": output_type, "return_dict": return_dict}
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         self.calls.append({"class_labels": class_labels, **options})
@@ -45,12 +53,9 @@ class FakePipeline:
         if self.failure is not None:
             raise self.failure
         noise = torch.stack([torch.randn(3, 8, 8, generator=each) for each in generator])
-        return (noise + torch.tensor(class_labels)[:, None, None, None] / 10,)
-
-    @staticmethod
-    def _decode(latents: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        assert not return_dict
-        return (torch.tanh(latents.mean(1, keepdim=True)).repeat_interleave(4, 2).repeat_interleave(4, 3),)
+        latents = noise + torch.tensor(class_labels)[:, None, None, None] / 10
+        images = torch.tanh(latents.mean(1, keepdim=True)).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return ((images / 2 + 0.5).permute(0, 2, 3, 1).numpy(),)
 
 
 class ServedClient(httpx.Client):
@@ -94,11 +99,11 @@ def pipe() -> FakePipeline:
 
 @pytest.fixture
 def start(pipe: FakePipeline) -> Iterator[Callable[..., httpx.Client]]:
-    """Starts a server with the given limits; the gate is opened before it is stopped."""
+    """Starts a server of a pipeline, `pipe` without one, with the given limits; the gate is opened at the end."""
     with ExitStack() as stack:
 
-        def begin(**limits: int) -> httpx.Client:
-            return stack.enter_context(served(pipe, Limits(**limits)))
+        def begin(other: Any = None, **limits: int) -> httpx.Client:
+            return stack.enter_context(served(other or pipe, Limits(**limits)))
 
         yield begin
         if pipe.gate is not None:

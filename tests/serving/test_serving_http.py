@@ -54,10 +54,10 @@ def test_options_reach_the_pipeline(client: httpx.Client, pipe: Any) -> None:
     options = {"num_inference_steps": 7, "guidance_scale": 3, "eta": 0.25}
     assert generate(client, class_label=4, n=2, **options).status_code == 200
     assert generate(client, class_label=4).status_code == 200
-    latent = {"output_type": "latent", "return_dict": False}
+    array = {"output_type": "np", "return_dict": False}
     assert pipe.calls == [
-        {"class_labels": [4, 4], **options, **latent},
-        {"class_labels": [4], "num_inference_steps": 20, "guidance_scale": 1.5, "eta": 0.0, **latent},
+        {"class_labels": [4, 4], **options, **array},
+        {"class_labels": [4], "num_inference_steps": 20, "guidance_scale": 1.5, "eta": 0.0, **array},
     ]
 
 
@@ -238,7 +238,7 @@ def test_unknown_route_and_method(client: httpx.Client) -> None:
 
 def test_health_and_models(client: httpx.Client) -> None:
     health = client.get("/health").json()
-    assert set(health) == {"status", "model", "runtime", "hqc"}
+    assert set(health) == {"status", "model", "runtime", "hqc", "takes"}
     assert (health["status"], health["model"], health["runtime"]) == ("ok", "digits-test", "SimpleNamespace")
     models = client.get("/v1/models").json()
     assert models["object"] == "list"

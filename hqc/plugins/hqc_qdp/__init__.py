@@ -11,6 +11,7 @@ older one the process that loads the engine calls `register` too.
 """
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ __all__ = ["MissingError", "PluginError", "ahead_of_time", "register", "register
 OLDEST = (10, 0)
 
 
-def register(folder: str | Path | None = None) -> None:
+def register(folder: str | os.PathLike[str] | None = None) -> None:
     """Makes the nodes of domain hqc known to TensorRT, with the kernels of an export for the GPU here.
 
     folder: the one with plugins.json; None: that around this package.

@@ -18,6 +18,7 @@ from hqc.engines.builders import TRT, Builder
 from hqc.errors import ArtefactError, RuntimeMissingError
 from hqc.export.artefact import EXPORT_KIND
 from hqc.export.lowering import OUTPUT
+from hqc.paths import StrPath
 from hqc.plan import QuantPlan
 from hqc.plugins import register
 from hqc.program import InputSpec
@@ -45,7 +46,9 @@ class TensorRtSession:
 
     name = "tensorrt"
 
-    def __init__(self, folder: Path, options: PlanOptions | None = None, *, graphs: int = 4, device: int = 0) -> None:
+    def __init__(
+        self, folder: StrPath, options: PlanOptions | None = None, *, graphs: int = 4, device: int = 0
+    ) -> None:
         """graphs: how many batch sizes keep their CUDA graph, 0 for none. device: the number of the GPU.
 
         Raises:

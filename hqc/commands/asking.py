@@ -1,0 +1,172 @@
+"""What `sample` and `eval` ask a model with: labels, prompts, or nothing; and what does not apply is refused."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hqc.commands.applies import asked as typed
+from hqc.commands.applies import option_name
+from hqc.commands.options import options
+from hqc.errors import EvaluationError, OptionError
+
+if TYPE_CHECKING:
+    from hqc.evaluation.needs import Kind, Needs
+    from hqc.evaluation.sampling import Samples
+
+__all__ = ["Asked", "asked_for", "asking_options", "sampled"]
+
+_MOST_LABELS = 10_000
+_CLASSES_SHOWN = 10
+_IMAGES_AT_ONCE, _PIXELS_AT_ONCE = 40, 40 * 64 * 64
+_TAKES = {"prompt": "prompts", "class_label": "class labels", "nothing": "neither labels nor prompts"}
+_BELONGS: Mapping[str, "Kind"] = {
+    "labels": "class_label",
+    "prompt": "prompt",
+    "prompts": "prompt",
+    "negative_prompt": "prompt",
+}
+
+asking_options = options(
+    click.option("--labels", help="Classes: 0-9 or 1,4,7 (default: the first ten).", metavar="CLASSES"),
+    click.option("--prompt", multiple=True, metavar="TEXT", help="For a text-conditional model; may repeat."),
+    click.option(
+        "--prompts", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="The same, one a line."
+    ),
+    click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from."),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for.
+
+    labels: None takes the first ten classes.
+    """
+
+    labels: Sequence[int] | None
+    prompts: tuple[str, ...]
+    negative_prompt: str
+
+    def check_kind(self, model: str) -> None:
+        """Refuses options that the model does not take, and a missing prompt, before its weights are read.
+
+        Raises:
+            OptionError: naming the option. EvaluationError: if the model cannot be sampled, or a prompt is missing.
+            ArtefactError: if there is no such model, or no pipeline around it.
+        """
+        from hqc.evaluation.needs import call_kind
+        from hqc.runtimes.model import describe
+
+        found = describe(model)
+        kind = call_kind(found.pipeline, found.conditions)
+        for name, wanted in _BELONGS.items():
+            if typed(name) and kind != wanted:
+                raise OptionError(
+                    option_name(name), f"{model} takes {_TAKES[kind]} ({found.pipeline.__name__})", "Leave it out."
+                )
+        if kind == "prompt" and not self.prompts:
+            raise EvaluationError(
+                model, f"takes prompts ({found.pipeline.__name__})", "Give --prompt TEXT or --prompts FILE."
+            )
+
+    def rows(self, needs: "Needs") -> Sequence[int]:
+        """The classes or numbers of prompts to draw; one 0 for a model that is asked for nothing.
+
+        Raises:
+            EvaluationError: for a class that the model does not have.
+        """
+        if needs.kind == "nothing":
+            return (0,)
+        if needs.kind == "prompt":
+            return range(len(self.prompts))
+        rows = self.labels if self.labels is not None else range(min(_CLASSES_SHOWN, needs.classes))
+        needs.check_labels(rows)
+        return rows
+
+    def sampler(self, needs: "Needs", sampler: Mapping[str, Any]) -> dict[str, Any]:
+        """The sampler's options for this model; where no guidance was typed, what the pipeline can give.
+
+        Raises:
+            OptionError: for guidance or eta that was typed, would do something, and that the pipeline does not take.
+            EvaluationError: for guidance that the pipeline cannot give with this model.
+        """
+        for name, least in (("guidance_scale", 1.0), ("eta", 0.0)):
+            if typed(name) and name not in needs.options and sampler[name] > least:
+                raise OptionError(
+                    f"{option_name(name)} {sampler[name]:g}", f"{needs.pipeline} takes none", "Leave it out."
+                )
+        if typed("guidance_scale"):
+            needs.check_guidance(sampler["guidance_scale"])
+            return dict(sampler)
+        return {**sampler, "guidance_scale": needs.usual_guidance(sampler["guidance_scale"])}
+
+
+def asked_for(labels: str | None, prompt: tuple[str, ...], prompts: Path | None, negative: str | None) -> Asked:
+    """The options as they were typed; the file of prompts is read.
+
+    Raises:
+        OptionError: if both --prompt and --prompts are given, or a prompt is empty. TrainingError: for a file that
+        holds no prompts.
+    """
+    if prompt and prompts is not None:
+        raise OptionError("--prompts", "and --prompt exclude each other", "Give one of them.")
+    if prompts is not None:
+        from hqc.training.prompts import read_prompts
+
+        prompt = read_prompts(prompts)
+    if any(not text.strip() for text in prompt):
+        raise OptionError("--prompt", "is empty", "Say what to draw.")
+    return Asked(None if labels is None else _labels(labels), prompt, negative or "")
+
+
+def _labels(text: str) -> Sequence[int]:
+    try:
+        first, _, last = text.partition("-")
+        labels = range(int(first), int(last) + 1) if last else [int(part) for part in text.split(",")]
+        if not 0 < len(labels) <= _MOST_LABELS:
+            raise ValueError(text)
+    except (ValueError, OverflowError) as error:
+        raise click.BadParameter(f"{text!r}; expected 0-9 or 1,4,7", param_hint="--labels") from error
+    return labels
+
+
+def sampled(
+    model: str, pipe: Any, asked: Asked, labels: Sequence[int], seed: int, batch_size: int | None, **sampler: Any
+) -> "Samples":
+    """Images of a loaded pipeline with a progress bar, from consecutive seeds.
+
+    Raises:
+        EvaluationError, TrainingError: see `sample_images`.
+    """
+    from hqc import console as out
+    from hqc.evaluation.needs import denoiser_of, needs_of
+    from hqc.evaluation.sampling import sample_images
+    from hqc.training.prompt_encoding import cut_prompts
+
+    width, height = needs_of(pipe).size
+    batch = batch_size or max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // (width * height)))
+    if cut := cut_prompts(pipe, asked.prompts, denoiser_of(pipe).inputs):
+        click.echo(f"{model}: {cut} of {len(asked.prompts)} prompts are longer than its tokenizer takes: cut", err=True)
+    try:
+        with out.progress(f"sampling {model}", len(labels)) as advance:
+            return sample_images(
+                pipe,
+                labels,
+                range(seed, seed + len(labels)),
+                batch_size=batch,
+                prompts=asked.prompts,
+                negative_prompt=asked.negative_prompt,
+                **sampler,
+                progress=lambda done, _: advance(done, ""),
+            )
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        # What diffusers' pipelines raise for configurations that they were not written for.
+        said = " ".join(str(error).split())[:120]
+        raise EvaluationError(
+            model,
+            f"its {type(pipe).__name__} cannot be run ({type(error).__name__}: {said})",
+            "Check the pipeline's configurations, or run it from Python with hqc.load(…).as_denoiser().",
+        ) from error
