@@ -25,10 +25,16 @@ from hqc.wording import first_words, shortened
 __all__ = ["main"]
 
 
+# Where diffusers and transformers read, when they are imported, how much they say on standard error.
+_LIBRARIES = ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY")
+
+
 class _Commands(click.Group):
     """Turns errors that the user can act on into one line and exit status 2, and bugs into one and status 1."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
+        for name in _LIBRARIES:
+            os.environ.setdefault(name, "error")
         try:
             return super().main(*args, **extra)
         except Exception as error:
