@@ -79,7 +79,7 @@ const plots = Object.entries(JSON.parse(document.getElementById("plots").textCon
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const template = plot => plot.templates[dark.matches ? "dark" : "light"];
 const buttons = [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]];
-const config = {responsive: true, displaylogo: false, modeBarButtons: buttons};
+const config = {responsive: true, displaylogo: false, typesetMath: false, modeBarButtons: buttons};
 for (const [id, plot] of plots) Plotly.newPlot(id, plot.data, {...plot.layout, template: template(plot)}, config);
 dark.addEventListener("change", () => {
   for (const [id, plot] of plots) Plotly.relayout(id, {template: template(plot)});
