@@ -106,7 +106,7 @@ class Lines:
     def usual(self, command: str) -> list[str]:
         """The models that a command is most likely to take."""
         captured = [name for name in self.made.programs if "-" not in name]
-        whole = [name for name in self.made.programs if name.startswith("labelled")]
+        whole = [name for name in self.made.programs if name.startswith(("labelled", "plain"))]
         quantised = [name for name in self.made.programs if "-" in name]
         by_command = {"ptq": captured, "qat": captured, "explain": captured, "export": quantised, "tune": quantised}
         if command in ("sample", "eval", "serve"):
