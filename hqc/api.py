@@ -12,11 +12,9 @@
 `forward_loop(unet)` may replace the built-in calibration: it runs a pipeline whose `.unet` is the object it is given.
 """
 
-import hashlib
-import json
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hqc.capture import ARCHITECTURE
+from hqc.claims import claimed
 from hqc.errors import ArtefactError, PlanError, TrainingError
 from hqc.memory import activation_bytes, require_memory, return_free_memory, training_bytes
 from hqc.models import digits_path
@@ -37,10 +36,9 @@ from hqc.runtimes.model import Model
 from hqc.runtimes.text_encoder import load_text_pipeline
 from hqc.runtimes.torch_runtime import TorchSession
 from hqc.stages import doing
-from hqc.storage import load_program, save_program
 from hqc.training import StepRecord, Task, calibrate, distil, pipeline_task, synthetic_task
-from hqc.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hqc.training.prompts import prompt_task, require_prompt_inputs
+from hqc.training.run import Run, run_settings
 from hqc.training.task import Denoise, denoiser, trajectory
 
 __all__ = ["ForwardLoop", "configure", "finish_run", "ptq", "qat", "quantise", "task_of"]
@@ -275,143 +273,68 @@ def qat(
     keep_float: Sequence[str] = (),
     work_dir: StrPath | None = None,
     resume: bool = False,
+    restart: bool = False,
     on_start: Callable[[Program, int], None] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> Program:
     """Quantises and trains by distillation from `program`; with a work folder it can be killed and resumed.
 
-    work_dir: keeps the calibrated program, a JSON-lines log and the last checkpoint. resume: continue there, to the
-    same bits as an uninterrupted run, without calibrating again. on_start(quantised, first step), on_step(record).
+    work_dir: keeps the calibrated program, a JSON-lines log and the last checkpoint; no other run may use it meanwhile.
+    resume: continue there, to the same bits as an uninterrupted run, without calibrating again. restart: begin anew,
+    and drop the unfinished run that is there. on_start(quantised, first step), on_step(record).
 
     Raises:
-        PlanError, TrainingError: see `quantise`. ArtefactError: nothing to resume, or a run with other settings.
+        PlanError, TrainingError: see `quantise`. ArtefactError: nothing to resume, or a run with other settings; with
+        neither resume nor restart, an unfinished run.
     """
     found = configure(recipe, training=settings)
     if not found.trains:
         raise PlanError(f"recipe {found.name!r}", "does not train", "Use hqc ptq for it, or --recipe hq-dm here.")
-    task = task or task_of(program)
-    run = _Run(Path(work_dir)) if work_dir is not None else None
-    settings_used = {**_fingerprint(program, found, bits, keep_float), "conditions": task.drawn_from}
-    checkpoint = None
-    if resume:
-        if run is None:
-            raise ArtefactError("resume", "no work folder was given", "Give the work folder of the run to continue.")
-        student, checkpoint = run.load(settings_used)
-    else:
-        _require_training_memory(program, found, guided=task.doubles(found.training.guidance_scale))
-        student = quantise(program, found, bits, task=task, forward_loop=forward_loop, keep_float=keep_float)
-        student = student.evolve(plan=replace(student.plan, training=settings_used))
-        if run is not None:
-            run.begin(student)
-    if on_start is not None:
-        on_start(student, checkpoint.step if checkpoint else 0)
+    if resume and restart:
+        raise ArtefactError("--resume", "and --restart exclude each other", "Give one of them.")
+    if resume and work_dir is None:
+        raise ArtefactError("resume", "no work folder was given", "Give the work folder of the run to continue.")
+    run = Run(Path(work_dir)) if work_dir is not None else None
+    with claimed(run.folder, stays=True) if run is not None else nullcontext():
+        if run is not None and not resume:
+            run.check_new(restart=restart)
+        task = task or task_of(program)
+        settings_used = run_settings(program, found, bits, keep_float, task)
+        checkpoint = None
+        if run is not None and resume:
+            student, checkpoint = run.load(settings_used)
+        else:
+            _require_training_memory(program, found, guided=task.doubles(found.training.guidance_scale))
+            student = quantise(program, found, bits, task=task, forward_loop=forward_loop, keep_float=keep_float)
+            student = student.evolve(plan=replace(student.plan, training=settings_used))
+            if run is not None:
+                run.begin(student)
+        if on_start is not None:
+            on_start(student, checkpoint.step if checkpoint else 0)
 
-    def record(step: StepRecord) -> None:
-        if run is not None:
-            run.log(step)
-        if on_step is not None:
-            on_step(step)
+        def record(step: StepRecord) -> None:
+            if run is not None:
+                run.log(step)
+            if on_step is not None:
+                on_step(step)
 
-    return distil(
-        student,
-        program,
-        task,
-        found.training,
-        resume=checkpoint,
-        on_step=record,
-        on_checkpoint=run.save if run is not None else None,
-    )
+        return distil(
+            student,
+            program,
+            task,
+            found.training,
+            resume=checkpoint,
+            on_step=record,
+            on_checkpoint=run.save if run is not None else None,
+        )
 
 
 def finish_run(folder: StrPath) -> None:
-    """Drops the calibrated program and the checkpoint of a run whose result is saved; the log stays."""
-    run = _Run(Path(folder))
-    shutil.rmtree(run.checkpoint, ignore_errors=True)
-    shutil.rmtree(run.quantised, ignore_errors=True)
-    run.sweep()
+    """Drops the calibrated program and the checkpoint of a run whose result is saved; the log stays.
 
-
-def _fingerprint(program: Program, recipe: Recipe, bits: str, keep_float: Sequence[str]) -> dict[str, Any]:
-    """Everything that decides a run's result, as JSON data; checkpoints go more often without changing it."""
-    digest = hashlib.sha256()
-    for name in sorted(program.state):
-        digest.update(name.encode())
-        digest.update(program.state[name].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    settings = recipe.model_dump(mode="json")
-    settings["training"].pop("checkpoint_every")
-    return {
-        "recipe": settings,
-        "bits": bits.lower(),
-        "keep_float": list(keep_float),
-        "weights_sha256": digest.hexdigest(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-class _Run:
-    """The work folder of one training run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.quantised, self.checkpoint, self.log_path = (
-            folder / "quantised.hqc",
-            folder / "checkpoint",
-            folder / "log.jsonl",
-        )
-
-    def begin(self, student: Program) -> None:
-        self.sweep()
-        try:
-            shutil.rmtree(self.checkpoint, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.log_path.write_text("", encoding="utf-8")
-        except OSError as error:
-            raise ArtefactError(
-                str(self.folder), f"cannot be written ({error})", "Choose another --work-dir."
-            ) from error
-        save_program(student, self.quantised, force=True)
-
-    def sweep(self) -> None:
-        """Removes what a run that was killed in the middle of writing left behind."""
-        for target in (self.checkpoint, self.quantised):
-            for left in self.folder.glob(f".{target.name}.*"):
-                shutil.rmtree(left, ignore_errors=True)
-
-    def load(self, settings: dict[str, Any]) -> tuple[Program, Checkpoint | None]:
-        if not self.quantised.exists():
-            raise ArtefactError(str(self.folder), "holds no run to resume", "Start it without --resume.")
-        student = load_program(self.quantised)
-        saved = dict(student.plan.training)
-        if saved != settings:
-            raise ArtefactError(
-                str(self.folder),
-                f"belongs to a run with other settings ({_difference(saved, settings)})",
-                "Resume with the same program and options, or start again without --resume.",
-                lists=True,
-            )
-        checkpoint = load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
-        self._truncate_log(checkpoint.step if checkpoint else 0)
-        return student, checkpoint
-
-    def _truncate_log(self, steps: int) -> None:
-        lines = self.log_path.read_text(encoding="utf-8").splitlines() if self.log_path.exists() else []
-        self.log_path.write_text("".join(line + "\n" for line in lines[:steps]), encoding="utf-8")
-
-    def log(self, step: StepRecord) -> None:
-        with self.log_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(step)) + "\n")
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        save_checkpoint(checkpoint, self.checkpoint)
-
-
-def _difference(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
-    parts = []
-    for key in sorted(saved.keys() | wanted.keys()):
-        ours, theirs = saved.get(key), wanted.get(key)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            if ours != theirs:
-                parts.append(_difference(ours, theirs, f"{prefix}{key}."))
-        elif ours != theirs:
-            parts.append(f"{prefix}{key} was {ours!r}, now {theirs!r}")
-    return "; ".join(parts)
+    Raises:
+        ArtefactError: if another command uses the folder.
+    """
+    folder = Path(folder)
+    with claimed(folder, stays=True):
+        Run(folder).finish()

@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hqc.commands.models import evaluate, sample, serve
 from hqc.commands.quantise import ptq, qat
 from hqc.commands.tune import tune
 from hqc.errors import LONGEST_LINE, HqcError, is_memory_error
+from hqc.output import OutputError, checked_stdout
 from hqc.stages import reported
 from hqc.wording import first_words, shortened
 
@@ -30,23 +32,36 @@ _LIBRARIES = ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY")
 
 
 class _Commands(click.Group):
-    """Turns errors that the user can act on into one line and exit status 2, and bugs into one and status 1."""
+    """Turns errors that the user can act on into one line and exit status 2, and bugs into one and status 1.
+
+    Output that cannot be written is one that the user can act on.
+    """
 
     def main(self, *args: Any, **extra: Any) -> Any:
         for name in _LIBRARIES:
             os.environ.setdefault(name, "error")
         try:
-            return super().main(*args, **extra)
+            with checked_stdout():
+                try:
+                    return super().main(*args, **extra)
+                finally:
+                    sys.stdout.flush()
+        except OutputError as error:
+            _UserError(error.line).show()
+            raise SystemExit(_UserError.exit_code) from error
         except Exception as error:
             if not extra.get("standalone_mode", True) or os.environ.get("HQC_TRACEBACK"):
                 raise
-            click.echo(f"hqc: {_bug(error)}", err=True)
+            with suppress(OSError):
+                click.echo(f"hqc: {_bug(error)}", err=True)
             sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with reported():
                 return super().invoke(ctx)
+        except OutputError:
+            raise  # see main
         except HqcError as error:
             raise _UserError(error.line) from error
         except click.ClickException as error:
@@ -69,7 +84,8 @@ class _UserError(click.ClickException):
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"hqc: {self.format_message()}", err=True)
+        with suppress(OSError):  # standard error may be full too
+            click.echo(f"hqc: {self.format_message()}", err=True)
 
 
 _NO_MEMORY = HqcError("memory", "there is not enough of it", "Close other programs, or ask for less at once.")

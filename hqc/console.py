@@ -15,7 +15,15 @@ from hqc.plan import SitePlan
 from hqc.program import Program
 from hqc.stages import Stage, doing
 
-__all__ = ["console", "fields", "late_progress", "print_json", "progress", "sites_table", "stderr"]
+__all__ = [
+    "console",
+    "fields",
+    "late_progress",
+    "print_json",
+    "progress",
+    "sites_table",
+    "stderr",
+]
 
 console = Console(soft_wrap=True)
 stderr = Console(stderr=True)

@@ -14,11 +14,8 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,105 +24,41 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hqc.atomic import atomic_folder, is_artefact, refuse_existing, refuse_existing_file, refuse_nested
 from hqc.checking import check_calls
+from hqc.claims import restore_interrupted
 from hqc.errors import ArtefactError, HqcError, MemoryShortError, PassError
 from hqc.graph_json import graph_from_json, graph_to_json
 from hqc.paths import StrPath
+from hqc.pipeline_parts import pipeline_files
 from hqc.plan import QuantPlan
 from hqc.program import InputSpec, Origin, PassRecord, Program, Stage
 from hqc.structure import site_problems
 from hqc.verify import verify
 
-__all__ = ["FORMAT_VERSION", "atomic_folder", "check_manifest", "load_program", "save_program", "write_manifest"]
+__all__ = [
+    "FORMAT_VERSION",
+    "atomic_folder",
+    "check_manifest",
+    "copy_pipeline",
+    "is_artefact",
+    "load_program",
+    "pipeline_folder",
+    "refuse_existing",
+    "refuse_existing_file",
+    "refuse_nested",
+    "save_program",
+    "write_manifest",
+]
 
 FORMAT_VERSION = 1
 _LARGEST_JSON = 256 * 2**20
-
-
-@contextmanager
-def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `target` when the block ends well: all of it or nothing.
-
-    Raises:
-        ArtefactError: if the target exists and `force` is not set, is not an artefact that hqc wrote, or cannot be
-            written (permissions, a full disk).
-    """
-    refuse_existing(target, force=force)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ArtefactError(str(target.parent), f"cannot be written ({error})", "Choose a writable folder.") from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _fsync(path)
-        _swap(temporary, target)
-        _fsync(target.parent)
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-        raise ArtefactError(
-            str(target), f"could not be written ({error})", "Free some space or choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(temporary: Path, target: Path) -> None:
-    """Puts the new folder in the place of the old one; the old one comes back if that fails."""
-    if not target.exists() and not target.is_symlink():
-        os.replace(temporary, target)
-        return
-    old = temporary.with_name(temporary.name + ".old")
-    os.replace(target, old)
-    try:
-        os.replace(temporary, target)
-    except OSError:
-        os.replace(old, target)
-        raise
-    if old.is_symlink():
-        old.unlink()  # only the link is replaced, not the folder that it points to
-    else:
-        shutil.rmtree(old)
-
-
-def refuse_existing(target: Path, *, force: bool) -> None:
-    """The checks of `atomic_folder`, before long work starts.
-
-    Raises:
-        ArtefactError: if the target exists and may not be replaced.
-    """
-    if not (target.exists() or target.is_symlink()):
-        return
-    if not is_artefact(target):
-        raise ArtefactError(str(target), "exists and was not written by hqc", "Choose another name.")
-    if not force:
-        raise ArtefactError(str(target), "already exists", "Give --force to replace it, or choose another name.")
-
-
-def refuse_existing_file(target: Path, *, force: bool) -> None:
-    """Refuses to overwrite a file without `force`.
-
-    Raises:
-        ArtefactError: if it exists.
-    """
-    if target.exists() and not force:
-        raise ArtefactError(str(target), "already exists", "Give --force to replace it, or choose another name.")
 
 
 def pipeline_folder(artefact: Path) -> Path | None:
     """The diffusers-layout folder inside an artefact, if it has one."""
     folder = artefact / "pipeline"
     return folder if folder.is_dir() else None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:
@@ -142,15 +75,6 @@ def write_manifest(folder: Path, kind: str, fields: Mapping[str, Any]) -> None:
     }
     manifest = {"format": kind, "version": FORMAT_VERSION, **fields, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def is_artefact(folder: Path) -> bool:
-    """Whether the folder holds a manifest that hqc wrote."""
-    try:
-        text = (folder / "manifest.json").read_text(encoding="utf-8")[:200]
-    except (OSError, UnicodeDecodeError):
-        return False
-    return re.search(r'"format": "hqc-', text) is not None
 
 
 def _refuse_constant(name: str) -> None:
@@ -172,9 +96,10 @@ def check_manifest(folder: Path, kind: str) -> dict[str, Any]:
     Raises:
         ArtefactError: if the folder is missing, of another kind or version, damaged, or names files outside itself.
     """
+    restore_interrupted(folder)
     if not folder.is_dir():
         raise ArtefactError(str(folder), "no such folder", "Check the path, or make one with `hqc trace`.")
-    if not (folder / "manifest.json").is_file():
+    if "manifest.json" not in _names(folder):
         raise ArtefactError(str(folder), "has no manifest.json", "Give a folder that hqc wrote.")
     manifest = _read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format") != kind:
@@ -199,6 +124,14 @@ def check_manifest(folder: Path, kind: str) -> dict[str, Any]:
             raise ArtefactError(str(folder), found, "Do not use this artefact.") from error
     _refuse_links(folder / "pipeline")
     return manifest
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        found = f"cannot be read ({error.strerror})"
+        raise ArtefactError(str(folder), found, "Check its permissions.") from error
 
 
 def _refuse_links(folder: Path) -> None:
@@ -236,13 +169,25 @@ def _check_file(folder: Path, name: str, expected: Any) -> None:
         raise ArtefactError(str(path), "is damaged: its sha256 is not the manifest's", "Copy the folder again.")
 
 
-def save_program(program: Program, folder: StrPath, *, force: bool = False, pipeline: StrPath | None = None) -> None:
-    """Writes NAME.hqc/; `pipeline` is a diffusers-layout folder whose parts (all but the UNet) are copied in.
+def save_program(
+    program: Program,
+    folder: StrPath,
+    *,
+    force: bool = False,
+    pipeline: StrPath | None = None,
+    variant: str | None = None,
+) -> None:
+    """Writes NAME.hqc/; `pipeline` is a diffusers-layout folder whose parts (all but the denoiser) are copied in.
+
+    variant: of the weights of those parts, where they have it.
 
     Raises:
-        ArtefactError: if the folder exists (without `force`) or cannot be written.
+        ArtefactError: if the folder exists (without `force`), lies inside `pipeline`, or cannot be written.
     """
-    with atomic_folder(Path(folder), force=force) as temporary:
+    folder = Path(folder)
+    if pipeline is not None:
+        refuse_nested(folder, Path(pipeline))
+    with atomic_folder(folder, force=force) as temporary:
         graph = {"nodes": graph_to_json(program.graph)}
         (temporary / "graph.json").write_text(json.dumps(graph, allow_nan=False) + "\n", encoding="utf-8")
         save_file(
@@ -251,7 +196,7 @@ def save_program(program: Program, folder: StrPath, *, force: bool = False, pipe
         _dump(temporary / "plan.json", program.plan.to_dict())
         _dump(temporary / "history.json", [asdict(record) for record in program.history])
         if pipeline is not None:
-            copy_pipeline(Path(pipeline), temporary / "pipeline")
+            copy_pipeline(Path(pipeline), temporary / "pipeline", variant)
         write_manifest(
             temporary,
             "hqc-program",
@@ -275,21 +220,25 @@ def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def copy_pipeline(source: Path, target: Path) -> None:
-    """Copies a diffusers-layout folder without its denoiser; links are followed, but for those inside an artefact.
+def copy_pipeline(source: Path, target: Path, variant: str | None = None) -> None:
+    """Copies the files that a pipeline consists of, without its denoiser; see `hqc.pipeline_parts`.
 
-    The cache of the hub is made of links, and a user's own folder may be; an artefact of hqc has none.
+    Links are followed, but for those inside an artefact: the cache of the hub is made of them, and a user's own folder
+    may be; an artefact of hqc has none. variant: of the weights.
 
     Raises:
-        ArtefactError: for a link in the pipeline of an artefact.
+        ArtefactError: for a link in the pipeline of an artefact, an index or a file that cannot be read.
     """
     if is_artefact(source.parent):
         _refuse_links(source)
-    shutil.copytree(
-        source,
-        target,
-        ignore=shutil.ignore_patterns("unet", "transformer", "classifier", "*.png", "*.bin", "*.ckpt", "*.pt"),
-    )
+    for name, file in pipeline_files(source, variant).items():
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise ArtefactError(str(file), f"cannot be read ({error.strerror})", "Check the folder.") from error
+        shutil.copyfile(file, copy)  # the contents alone: a mode of the source would stay with the copy
 
 
 def _dump(path: Path, data: Any) -> None:

@@ -1,8 +1,10 @@
 """The Python API: program in, program out; the forward loop of the user; work folders that can be resumed."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from hqc import api
 from hqc.errors import ArtefactError, PlanError, TrainingError
 from hqc.program import Program, Stage
 from hqc.recipes import CalibrationSettings, Recipe, TrainingSettings, find_recipe
-from hqc.training import StepRecord
+from hqc.training import StepRecord, synthetic_task
+from hqc.training.run import run_settings
 
 SETTINGS = TrainingSettings(steps=5, batch_size=2, num_inference_steps=4, checkpoint_every=2, lr_lora=0.5)
 
@@ -213,25 +216,73 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 
 def test_finish_run_leaves_the_log(program: Program, tmp_path: Path) -> None:
     _qat(program, work_dir=tmp_path)
-    (tmp_path / ".checkpoint.k1ll3d").mkdir()  # what a kill in the middle of writing leaves
+    (tmp_path / ".checkpoint.hqc-1234abcd").mkdir()  # what a kill in the middle of writing leaves
     assert {path.name for path in tmp_path.iterdir()} == {
         "quantised.hqc",
         "checkpoint",
         "log.jsonl",
-        ".checkpoint.k1ll3d",
+        ".checkpoint.hqc-1234abcd",
     }
     api.finish_run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
-def test_a_new_run_forgets_the_old_one(program: Program, uninterrupted: Program, tmp_path: Path) -> None:
+def test_a_new_run_forgets_the_old_one_if_it_is_told_to(
+    program: Program, uninterrupted: Program, tmp_path: Path
+) -> None:
     other = SETTINGS.model_copy(update={"seed": 1})
     with pytest.raises(_Interrupted):
         _qat(program, work_dir=tmp_path, settings=other, on_step=_stop_after(4))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ArtefactError) as caught:
+        _qat(program, work_dir=tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: holds an unfinished run (a checkpoint after update 2). "
+        "Give --resume to continue it, or --restart to drop it and begin anew."
+    )
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     with pytest.raises(_Interrupted):  # before its own first checkpoint
-        _qat(program, work_dir=tmp_path, on_step=_stop_after(1))
+        _qat(program, work_dir=tmp_path, restart=True, on_step=_stop_after(1))
     assert _same_bits(_qat(program, work_dir=tmp_path, resume=True), uninterrupted)
     assert _log(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_two_runs_never_share_a_work_folder(program: Program, tmp_path: Path) -> None:
+    """The second is refused when it starts, whoever it is."""
+    refused: list[str] = []
+
+    def second() -> None:
+        try:
+            _qat(program, work_dir=tmp_path / "run", restart=True)
+        except ArtefactError as error:
+            refused.append(error.found)
+
+    def on_step(record: StepRecord) -> None:
+        if record.step == 1:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+    _qat(program, work_dir=tmp_path / "run", on_step=on_step)
+    assert refused == [f"is being written by another hqc command (process {os.getpid()})"]
+    assert _log(tmp_path / "run") == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "quantised.hqc", "log.jsonl"])
+def test_what_is_not_hqcs_in_a_work_folder_is_left_alone(program: Program, tmp_path: Path, name: str) -> None:
+    mine = tmp_path / name if name == "log.jsonl" else tmp_path / name / "weights.pt"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text('{"epoch": 1}\n')
+    for restart in (False, True):
+        with pytest.raises(ArtefactError, match=r"exists and was not written by hqc\. Choose another --work-dir"):
+            _qat(program, work_dir=tmp_path, restart=restart)
+    api.finish_run(tmp_path)
+    assert mine.read_text() == '{"epoch": 1}\n'
+
+
+def test_resuming_and_restarting_exclude_each_other(program: Program, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="exclude each other"):
+        _qat(program, work_dir=tmp_path, resume=True, restart=True)
 
 
 # ---- resuming what is not there, or is another run -----------------------------------------------------------------
@@ -311,7 +362,7 @@ def test_a_fingerprint_takes_weights_without_axes(captured: Callable[[str], Prog
 
     def digest(value: float) -> object:
         changed = program.evolve(state={**program.state, "scalar": torch.tensor(value)})
-        return api._fingerprint(changed, find_recipe("hq-dm"), "w4a4", ())["weights_sha256"]
+        return run_settings(changed, find_recipe("hq-dm"), "w4a4", (), synthetic_task(changed))["weights_sha256"]
 
     assert digest(1.0) == digest(1.0)
     assert digest(1.0) != digest(2.0)

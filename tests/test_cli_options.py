@@ -40,6 +40,7 @@ MISUSED = [
     ("ptq {plain} -o x --eta 0.5", "--eta 0.5"),
     ("ptq {captured} -o x --prompts {words} --synthetic", "--prompts"),
     ("ptq {plain} -o x --prompts {words}", "program from"),
+    ("qat {captured} -o x.hqc --resume --restart", "--resume: and --restart exclude each other"),
     ("qat {captured} -o x --no-hadamard --block 16", "--block 16"),
     ("qat {captured} -o x --epochs 1 --steps 1", "--epochs"),
     ("qat {plain} -o x --guidance-scale 3", "--guidance-scale 3"),

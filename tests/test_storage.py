@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from zoo import ZOO, fingerprint
 
+import hqc.atomic
 import hqc.storage
 from hqc.errors import ArtefactError
 from hqc.graph_json import graph_from_json, graph_to_json
@@ -544,7 +545,7 @@ WRITERS = {
     "text": (Path, "write_text"),
     "tensors": (hqc.storage, "save_file"),
     "fsync": (os, "fsync"),
-    "rename": (os, "replace"),
+    "rename": (hqc.atomic, "rename_new"),
 }
 
 
@@ -574,25 +575,6 @@ def test_a_full_disk_leaves_the_old_artefact_and_nothing_else(
             save_program(integer, target, force=True)
     assert contents(tmp_path) == kept
     assert [p.name for p in tmp_path.iterdir()] == (["p.hqc"] if old else [])
-
-
-def test_a_second_rename_that_fails_puts_the_old_artefact_back(
-    artefact: Path, captured: Callable[[str], Program], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept, real, count = contents(artefact), os.replace, [0]
-
-    def second_fails(source: Path, target: Path) -> None:
-        count[0] += 1
-        if count[0] == 2:
-            raise OSError(errno.EIO, "Input/output error")
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", second_fails)
-    with pytest.raises(ArtefactError, match="Input/output error"):
-        save_program(captured("geometry"), artefact, force=True)
-    assert count[0] == 3
-    assert contents(artefact) == kept
-    assert [p.name for p in artefact.parent.iterdir()] == [artefact.name]
 
 
 @pytest.mark.parametrize("limit", [100, 9_000, 18_000])
@@ -627,7 +609,7 @@ hqc.storage.save_program(program, hqc.storage.Path(sys.argv[2]), force=True)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "count"), [("hqc.storage, 'save_file'", 1), ("hqc.storage, '_fsync'", 3)], ids=["tensors", "fsync"]
+    ("where", "count"), [("hqc.storage, 'save_file'", 1), ("hqc.atomic, 'sync'", 3)], ids=["tensors", "fsync"]
 )
 def test_a_killed_save_leaves_the_old_artefact(
     where: str, count: int, artefact: Path, captured: Callable[[str], Program], tmp_path: Path
@@ -646,21 +628,83 @@ def test_a_killed_save_leaves_the_old_artefact(
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert contents(target) == kept
     assert graph_text(load_program(target)) == graph_text(captured("geometry"))
-    # What the killed run left is hidden and does not stop the next one.
-    assert any(p.name.startswith(".old.hqc.") for p in tmp_path.iterdir())
+    # What the killed run left is hidden, does not stop the next one, and is cleared away by it.
+    assert any(p.name.startswith(".old.hqc.hqc-") for p in tmp_path.iterdir())
     save_program(load_program(artefact), target, force=True)
     assert graph_text(load_program(target)) == graph_text(load_program(artefact))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old.hqc", "tiny.hqc"]
+
+
+def pipeline_source(folder: Path) -> Path:
+    """A pipeline with a VAE, as far as copying looks at it, and what else a user's folder holds."""
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    for name in (
+        ".git/config",
+        "logs/private.txt",
+        "unet/config.json",
+        "vae/config.json",
+        "vae/old.bin",
+        "v1.safetensors",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    safetensors.torch.save_file({"x": torch.ones(2)}, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+COPIED = ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
 
 
 def test_the_pipeline_around_the_denoiser_is_copied_without_it(integer: Program, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    for name in ("unet/config.json", "vae/config.json", "vae/model.safetensors", "vae/old.bin", "model_index.json"):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_text(name)
+    source = pipeline_source(tmp_path / "source")
     save_program(integer, tmp_path / "p.hqc", pipeline=source)
-    names = {n for n in contents(tmp_path / "p.hqc") if n.startswith("pipeline/")}
-    assert names == {"pipeline/model_index.json", "pipeline/vae/config.json", "pipeline/vae/model.safetensors"}
+    assert list(contents(tmp_path / "p.hqc" / "pipeline")) == COPIED
     load_program(tmp_path / "p.hqc")
+    # What somebody adds to it goes no further.
+    (tmp_path / "p.hqc" / "pipeline" / "notes.txt").write_text("mine")
+    save_program(integer, tmp_path / "next.hqc", pipeline=tmp_path / "p.hqc" / "pipeline")
+    assert list(contents(tmp_path / "next.hqc" / "pipeline")) == COPIED
     (tmp_path / "p.hqc" / "pipeline" / "vae" / "config.json").write_text("vae/c0nfig.json")
     with pytest.raises(ArtefactError, match="is damaged"):
         load_program(tmp_path / "p.hqc")
+
+
+def test_a_program_inside_its_pipeline_is_refused(integer: Program, tmp_path: Path) -> None:
+    source = pipeline_source(tmp_path / "source")
+    before = contents(source)
+    with pytest.raises(ArtefactError, match="lies inside"):
+        save_program(integer, source / "p.hqc", pipeline=source)
+    assert contents(source) == before
+
+
+def test_the_modes_of_a_source_are_not_copied(integer: Program, tmp_path: Path) -> None:
+    source = pipeline_source(tmp_path / "source")
+    for path in (*source.rglob("*"), source):
+        path.chmod(0o500 if path.is_dir() else 0o400)
+    try:
+        save_program(integer, tmp_path / "p.hqc", pipeline=source)
+    finally:
+        for path in (source, *(path for path in source.rglob("*") if path.is_dir())):
+            path.chmod(0o700)
+    usual = {True: 0o755, False: 0o644}
+    umask = 0o777 & ~(tmp_path / "p.hqc").stat().st_mode & 0o022
+    for path in (tmp_path / "p.hqc").rglob("*"):
+        assert path.stat().st_mode & 0o777 == usual[path.is_dir()] & ~umask, path
+
+
+def test_a_file_of_the_pipeline_that_cannot_be_read_is_named(
+    integer: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pipeline_source(tmp_path / "source")
+    real = Path.open
+
+    def denied(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path == source / "vae" / "config.json":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(ArtefactError, match=r"vae/config\.json: cannot be read \(Permission denied\)"):
+        save_program(integer, tmp_path / "p.hqc", pipeline=source)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]

@@ -9,7 +9,7 @@ from hqc.commands.applies import Command, asked, check_sampler, option_name
 from hqc.commands.options import (
     bits_option,
     calib_size_option,
-    check_writable,
+    check_output_file,
     condition_options,
     conditions_asked,
     force_option,
@@ -69,13 +69,12 @@ def analyze(program: Path, output: Path, csv_file: Path | None, **given: Any) ->
     from hqc.evaluation.html_report import html_report
     from hqc.evaluation.inputs import Sampler
     from hqc.program import Stage
-    from hqc.storage import load_program, pipeline_folder, refuse_existing_file
+    from hqc.storage import load_program, pipeline_folder
 
     require_drawing("plotly", "hqc analyze")
     outputs = [file for file in (output, csv_file) if file is not None]
     for file in outputs:
-        refuse_existing_file(file, force=given["force"])
-        check_writable(file)
+        check_output_file(file, force=given["force"])
     conditions = conditions_asked(given)
     loaded = load_program(program)
     if loaded.stage != Stage.CAPTURED:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hqc.commands.applies import Command, asked, option_name
-from hqc.commands.options import check_writable, force_option, json_option, rules_option
+from hqc.commands.options import check_output_file, claim, force_option, json_option, rules_option
 
 if TYPE_CHECKING:
     from hqc.evaluation.bench.workspace import Workspace
@@ -108,7 +108,7 @@ def bench(
     if chart is not None:
         _check_one_batch(batch_sizes)
         check_chart(chart, force=force)
-        check_writable(chart)
+        check_output_file(chart, force=force)
     chosen = tuple(option_name(n) for n in ("bits", "no_hadamard", "rules", *_CALIBRATION) if asked(n))
     quantisation = Quantisation(bits, not no_hadamard, rules, calib_size, num_inference_steps, chosen)
     results = []
@@ -165,6 +165,7 @@ def _workspace(folder: Path | None, force: bool, on_start: Callable[[str], None]
         out.stderr.print(f"{stage.name}: {stage.seconds:.1f} s{note}", markup=False, highlight=False)
 
     if folder is not None:
+        claim(folder, stays=True)
         yield Workspace(folder, force=force, on_start=on_start, on_end=say)
         return
     with tempfile.TemporaryDirectory(prefix="hqc-bench-") as temporary:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hqc.commands.applies import Command, check_sampler
-from hqc.commands.options import check_writable, force_option, json_option, sampler_options
+from hqc.commands.options import check_output_file, force_option, json_option, sampler_options
 from hqc.stages import doing
 
 if TYPE_CHECKING:
@@ -54,11 +54,10 @@ def compare(
     from hqc.evaluation.analysis_report import write_text
     from hqc.evaluation.export_errors import compare_export
     from hqc.evaluation.layer_errors import compare_programs
-    from hqc.storage import load_program, refuse_existing_file
+    from hqc.storage import load_program
 
     if csv_file is not None:
-        refuse_existing_file(csv_file, force=force)
-        check_writable(csv_file)
+        check_output_file(csv_file, force=force)
     exported = _is_export(a, b)
     with doing(f"reading {a}"):
         first = load_program(a)

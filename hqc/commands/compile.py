@@ -81,7 +81,7 @@ def trace(
     from hqc.capture.unreached import left_out
     from hqc.storage import save_program
 
-    check_output(output, force=force)
+    check_output(output, Path(source), force=force)
     start = time.perf_counter()
     found = find_source(
         source,
@@ -95,7 +95,7 @@ def trace(
     )
     program = capture(found)
     with doing(f"writing {output}"):
-        save_program(program, output, force=force, pipeline=found.pipeline)
+        save_program(program, output, force=force, pipeline=found.pipeline, variant=found.notes.get("variant"))
     with doing("looking for what targets do not take"):
         takers = warn_unless_exportable(program, output)
     summary = {
@@ -275,7 +275,7 @@ def export(
     from hqc.export import export_program
     from hqc.storage import load_program, pipeline_folder
 
-    check_output(output, force=force)
+    check_output(output, program, force=force)
     tensorrt = _tensorrt_options(target, dtype, plugins, weight_only, plugin_arch)
     if engine is not None:
         engine.check(target=target, plugins=plugins)

@@ -8,7 +8,7 @@ import click
 from hqc.commands.applies import Command, check_runtime
 from hqc.commands.asking import Asked, asked_for, asking_options, sampled
 from hqc.commands.options import (
-    check_writable,
+    check_output_file,
     force_option,
     json_option,
     runtime_option,
@@ -82,10 +82,8 @@ def sample(
     neither.
     """
     from hqc.evaluation.grid import save_comparison, save_grid
-    from hqc.storage import refuse_existing_file
 
-    refuse_existing_file(output, force=force)
-    check_writable(output)
+    check_output_file(output, force=force)
     models = (model, *compare_with)
     if twice := [name for name in models if models.count(name) > 1]:
         raise ComparisonError(f"model {twice[0]}", "is compared with itself", "Name each model once.")

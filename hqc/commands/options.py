@@ -11,7 +11,8 @@ __all__ = [
     "block_option",
     "calib_size_option",
     "check_output",
-    "check_writable",
+    "check_output_file",
+    "claim",
     "condition_options",
     "conditions_asked",
     "force_option",
@@ -29,30 +30,38 @@ __all__ = [
 ]
 
 
-def check_output(output: Path, *, force: bool) -> None:
-    """Refuses an artefact that is there, and a place that cannot be written, before long work starts."""
-    from hqc.storage import refuse_existing
+def check_output(output: Path, source: Path, *, force: bool, may_be_there: bool = False) -> None:
+    """Claims the place of an artefact until the command ends, before long work starts.
 
-    refuse_existing(output, force=force)
-    check_writable(output)
+    Refuses one that is there (unless it may be), one inside the folder that it is made from, and a place that cannot be
+    written or that another command is writing.
+    """
+    from hqc.atomic import refuse_existing, refuse_nested
+
+    refuse_nested(output, source)
+    claim(output, force=force)
+    if not may_be_there:
+        refuse_existing(output, force=force)
 
 
-def check_writable(output: Path) -> None:
-    """Refuses a place that cannot be written; makes and removes a folder beside it to find out."""
-    import tempfile
+def check_output_file(output: Path, *, force: bool) -> None:
+    """The same of a file. Into a device or a pipe the file is written as it is."""
+    from hqc.atomic import is_stream, refuse_existing_file
 
-    from hqc.errors import ArtefactError
+    if is_stream(output):
+        return
+    claim(output, force=force)
+    refuse_existing_file(output, force=force)
 
-    folder = output.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=folder):
-            pass
-    except OSError as error:
-        raise ArtefactError(
-            str(output.parent), f"cannot be written ({error.strerror})", "Choose a writable folder."
-        ) from error
+
+def claim(output: Path, *, force: bool = False, stays: bool = False) -> None:
+    """Keeps other commands from writing a path until this one ends; refuses a place that cannot be written.
+
+    force, stays: see `hqc.claims.claimed`.
+    """
+    from hqc.claims import claimed
+
+    click.get_current_context().with_resource(claimed(output, force=force, stays=stays))
 
 
 def conditions_asked(given: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Commands that quantise a Program: ptq and qat."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +13,7 @@ from hqc.commands.applies import Command, asked, check_sampler
 from hqc.commands.exportable import warn_unless_exportable
 from hqc.commands.options import (
     check_output,
+    claim,
     conditions_asked,
     force_option,
     json_option,
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from hqc.program import Program
     from hqc.recipes import Recipe, TrainingSettings
     from hqc.training import Task
+    from hqc.training.run import Run
 
 __all__ = ["ptq", "qat"]
 
@@ -62,7 +67,8 @@ def ptq(program: Path, output: Path, hadamard: bool, force: bool, as_json: bool,
         task=job.task,
         keep_float=job.keep_float,
     )
-    _finish(job, result, {}, f"quantised {program}", as_json=as_json)
+    _save(job, result)
+    _say(job, result, {}, f"quantised {program}", as_json=as_json)
 
 
 @click.command(cls=Command)
@@ -74,6 +80,7 @@ def ptq(program: Path, output: Path, hadamard: bool, force: bool, as_json: bool,
 @_training_options
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Log and checkpoints (default: OUTPUT.training).")
 @click.option("--resume", is_flag=True, help="Continue the run in the work folder, to the same bits.")
+@click.option("--restart", is_flag=True, help="Drop the unfinished run in the work folder and begin anew.")
 @force_option
 @json_option
 def qat(
@@ -82,6 +89,7 @@ def qat(
     no_hadamard: bool,
     work_dir: Path | None,
     resume: bool,
+    restart: bool,
     force: bool,
     as_json: bool,
     **given: Any,
@@ -89,33 +97,85 @@ def qat(
     """Quantise PROGRAM and train it against itself: scales and LoRA, merged before export."""
     from hqc import api
     from hqc import console as out
+    from hqc.training.run import Run
 
-    job = _job(program, output, given, force=force, rotated=False if no_hadamard else None)
-    recipe, updates = api.configure(job.recipe, block=job.block), job.recipe.training.total_steps
     folder = work_dir or output.with_name(output.name + ".training")
-    last: list[Any] = []
-    with out.progress(f"{recipe.name} {job.bits}", updates) as advance:
+    run = Run(folder)
+    _check_work_folder(run, program, output, resume=resume, restart=restart)
+    job = _job(program, output, given, force=force, rotated=False if no_hadamard else None, resume=resume)
+    recipe, updates = api.configure(job.recipe, block=job.block), job.recipe.training.total_steps
+    if resume and not force and os.path.lexists(output):
+        result = _finished(job, recipe)
+    else:
+        with _how_to_go_on(run), out.progress(f"{recipe.name} {job.bits}", updates) as advance:
+            result = api.qat(
+                job.captured,
+                recipe,
+                job.bits,
+                task=job.task,
+                keep_float=job.keep_float,
+                work_dir=folder,
+                resume=resume,
+                restart=restart,
+                on_step=lambda record: advance(record.step, f"loss {record.loss:.4g}"),
+            )
+            _save(job, result)
+    api.finish_run(folder)
+    more = {"updates": updates, "last_loss": run.last_loss(), "log": str(run.log_path)}
+    _say(job, result, more, f"trained {program}", as_json=as_json)
 
-        def show(record: Any) -> None:
-            last[:] = [record]
-            advance(record.step, f"loss {record.loss:.4g}")
 
-        result = api.qat(
-            job.captured,
-            recipe,
-            job.bits,
-            task=job.task,
-            keep_float=job.keep_float,
-            work_dir=folder,
-            resume=resume,
-            on_step=show,
+def _check_work_folder(run: "Run", program: Path, output: Path, *, resume: bool, restart: bool) -> None:
+    """Claims the work folder, and refuses one that may not be used, before long work starts."""
+    from hqc.atomic import refuse_nested
+    from hqc.errors import ArtefactError
+
+    if resume and restart:
+        raise ArtefactError("--resume", "and --restart exclude each other", "Give one of them.")
+    place, folder = output.resolve(), run.folder.resolve()
+    own = [path.resolve() for path in (run.folder, run.quantised, run.checkpoint, run.log_path)]
+    if place in (*own, *folder.parents):
+        raise ArtefactError(
+            f"--work-dir {run.folder}", f"and the output {output} overlap", "Choose a folder beside the output."
         )
-    more = {
-        "updates": updates,
-        "last_loss": last[0].loss if last else None,
-        "log": str(folder / "log.jsonl"),
-    }
-    _finish(job, result, more, f"trained {program}", as_json=as_json, work_dir=folder)
+    refuse_nested(run.folder, program)
+    claim(run.folder, stays=True)
+    if not resume:
+        run.check_new(restart=restart)
+
+
+def _finished(job: "_Job", recipe: "Recipe") -> "Program":
+    """The result that a run with these settings has saved: it was killed before it tidied up.
+
+    Raises:
+        ArtefactError: if something else is there.
+    """
+    from hqc.atomic import refuse_existing
+    from hqc.errors import ArtefactError
+    from hqc.program import Stage
+    from hqc.storage import load_program
+    from hqc.training.run import run_settings
+
+    try:
+        result = load_program(job.output)
+    except ArtefactError:
+        refuse_existing(job.output, force=False)
+        raise
+    settings = run_settings(job.captured, recipe, job.bits, job.keep_float, job.task)
+    if result.stage != Stage.TRAINED or dict(result.plan.training) != settings:
+        refuse_existing(job.output, force=False)
+    return result
+
+
+@contextmanager
+def _how_to_go_on(run: "Run") -> Iterator[None]:
+    """Says after Ctrl-C that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if run.unfinished:
+            click.echo(f"hqc: interrupted; the same command with --resume goes on from {run.folder}", err=True)
+        raise
 
 
 # ---- what both commands do -----------------------------------------------------------------------------------------
@@ -139,15 +199,23 @@ class _Job:
     force: bool
 
 
-def _job(program: Path, output: Path, given: dict[str, Any], *, force: bool, rotated: bool | None) -> _Job:
+def _job(
+    program: Path,
+    output: Path,
+    given: dict[str, Any],
+    *,
+    force: bool,
+    rotated: bool | None,
+    resume: bool = False,
+) -> _Job:
     """Checks and loads what both commands take; what is left of `given` are training settings.
 
-    rotated: None asks the recipe.
+    rotated: None asks the recipe. resume: the result may be there already.
     """
     from hqc import api
     from hqc.storage import load_program, pipeline_folder
 
-    check_output(output, force=force)
+    check_output(output, program, force=force, may_be_there=resume)
     conditions = conditions_asked(given)
     recipe = api.configure(given.pop("recipe"), rules=given.pop("rules"))
     block = rotation_order(given.pop("block"), rotated=bool(recipe.block) if rotated is None else rotated)
@@ -164,18 +232,17 @@ def _job(program: Path, output: Path, given: dict[str, Any], *, force: bool, rot
     return _Job(captured, recipe, block, bits, keep_float, task, output, pipeline, force)
 
 
-def _finish(
-    job: _Job, result: "Program", more: dict[str, Any], title: str, *, as_json: bool, work_dir: Path | None = None
-) -> None:
-    """Writes the result, drops the checkpoints of a run that is done, and says what was made."""
-    from hqc import api
-    from hqc import console as out
+def _save(job: _Job, result: "Program") -> None:
     from hqc.storage import save_program
 
     with doing(f"writing {job.output}"):
         save_program(result, job.output, force=job.force, pipeline=job.pipeline)
-    if work_dir is not None:
-        api.finish_run(work_dir)
+
+
+def _say(job: _Job, result: "Program", more: dict[str, Any], title: str, *, as_json: bool) -> None:
+    """What was made."""
+    from hqc import console as out
+
     summary = {
         "program": str(job.output),
         "sites": len(result.plan.quantised),

@@ -7,7 +7,7 @@ import click
 
 from hqc.commands.applies import Command
 from hqc.commands.bench import _BatchSizes
-from hqc.commands.options import json_option, program_argument
+from hqc.commands.options import claim, json_option, program_argument
 
 if TYPE_CHECKING:
     from hqc.kernels.measuring import TuningReport
@@ -63,11 +63,15 @@ def tune(
     was interrupted goes on. Every tile gives the same bits; one that does not is refused and named.
     """
     from hqc import console as out
+    from hqc.kernels.tuned import refuse_foreign_table
     from hqc.runtimes.cuda.session import require_gpu
     from hqc.runtimes.cuda.tune import tune_program
     from hqc.storage import load_program
 
     require_gpu()
+    if output is not None:
+        refuse_foreign_table(output)
+        claim(output, force=True)
     loaded = load_program(program)
     with out.late_progress("products") as advance:
         report = tune_program(

@@ -10,8 +10,8 @@ folder as it was.
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hqc.atomic import write_file
+from hqc.claims import claimed, clear_away, mark, remove_tree
 from hqc.engines.architectures import DEFAULT, capability, check_known, check_rtx
 from hqc.engines.architectures import RTX as RTX_ARCHS
 from hqc.engines.builder_process import run_builder
@@ -47,6 +49,8 @@ from hqc.storage import check_manifest
 __all__ = ["BuiltEngine", "EngineReport", "build_engines", "check_request"]
 
 MODEL, REPORT, MANIFEST = "model.onnx", "report.json", "manifest.json"
+ENGINES = "engines"
+"""What a build is called in the name of its hidden folder."""
 EXPORT_KIND = "hqc-export"
 TARGET = "tensorrt"
 
@@ -181,28 +185,30 @@ def build_engines(
     manifest, network = _read_export(folder)
     shapes = profile_shapes(network, options.profile)
     _check_plugins(folder, found, network, manifest["files"])
-    records = read_records(folder)
-    if (there := [a for a in archs if engine_name(builder, a) in records]) and not force:
-        raise ArtefactError(
-            str(folder),
-            f"already holds {', '.join(records[engine_name(builder, a)].file for a in there)}",
-            "Give --force to build again.",
-        )
-    kept = Path(cache) if cache is not None else default_cache() if found is TRT else None
-    if kept is not None:
-        check_cache(kept)
-    require_memory(f"building engines for {folder}", _build_bytes(folder, network.nodes), "Close other programs")
-    with _staging(folder) as stage:
-        job = _Job(folder, stage, found, version, options, network, shapes, manifest["files"], kept, force)
-        built = []
-        for arch in archs:
-            if on_start is not None:
-                on_start(arch)
-            built.append(job.build(arch))
-        records |= {engine.record.name: engine.record for engine in built}
-        records = {name: record for name, record in records.items() if record.onnx == job.onnx}
-        (stage / BUILD_FILE).write_text(build_text(records, job.onnx_facts()), encoding="utf-8")
-        _extend_report(folder, stage, manifest, built)
+    with claimed(folder, stays=True):
+        clear_away(folder / ENGINES)
+        records = read_records(folder)
+        if (there := [a for a in archs if engine_name(builder, a) in records]) and not force:
+            raise ArtefactError(
+                str(folder),
+                f"already holds {', '.join(records[engine_name(builder, a)].file for a in there)}",
+                "Give --force to build again.",
+            )
+        kept = Path(cache) if cache is not None else default_cache() if found is TRT else None
+        if kept is not None:
+            check_cache(kept)
+        require_memory(f"building engines for {folder}", _build_bytes(folder, network.nodes), "Close other programs")
+        with _staging(folder) as stage:
+            job = _Job(folder, stage, found, version, options, network, shapes, manifest["files"], kept, force)
+            built = []
+            for arch in archs:
+                if on_start is not None:
+                    on_start(arch)
+                built.append(job.build(arch))
+            records |= {engine.record.name: engine.record for engine in built}
+            records = {name: record for name, record in records.items() if record.onnx == job.onnx}
+            (stage / BUILD_FILE).write_text(build_text(records, job.onnx_facts()), encoding="utf-8")
+            _extend_report(folder, stage, manifest, built)
     return EngineReport(folder, tuple(built), round(time.perf_counter() - start, 3))
 
 
@@ -359,19 +365,17 @@ def _staging(folder: Path) -> Iterator[Path]:
     Raises:
         ArtefactError: if the folder cannot be written.
     """
+    stage = folder / f"{mark(folder / ENGINES)}{secrets.token_hex(4)}"
     try:
-        stage = Path(tempfile.mkdtemp(prefix=".engines.", dir=folder))
-    except OSError as error:
-        raise ArtefactError(
-            str(folder), f"cannot be written ({error.strerror})", "Copy it to a writable place."
-        ) from error
-    try:
+        stage.mkdir()
         yield stage
         (stage / "build.log").unlink(missing_ok=True)
         new = sorted(stage.iterdir(), key=lambda path: _ORDER.get(path.name, 0))
         for path in new:
             with path.open("r+b") as file:  # Windows syncs what may be written only
                 os.fsync(file.fileno())
+        if stage / MANIFEST in new:
+            _unlist_report(folder)
         for path in new:
             os.replace(path, folder / path.name)
     except OSError as error:
@@ -379,7 +383,18 @@ def _staging(folder: Path) -> Iterator[Path]:
             str(folder), f"could not be written ({error})", "Free some space or choose another folder."
         ) from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        remove_tree(stage)
+
+
+def _unlist_report(folder: Path) -> None:
+    """Takes report.json out of the manifest, so that at no moment the one has another hash than the other says."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["files"].pop(REPORT, None) is not None:
+        write_file(folder / MANIFEST, _manifest_text(manifest).encode())
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, allow_nan=False) + "\n"
 
 
 _ORDER = {BUILD_FILE: 1, REPORT: 2, MANIFEST: 3}
@@ -387,7 +402,7 @@ _ORDER = {BUILD_FILE: 1, REPORT: 2, MANIFEST: 3}
 
 
 def _extend_report(folder: Path, stage: Path, manifest: Mapping[str, Any], built: Sequence[BuiltEngine]) -> None:
-    """report.json with the engines; the manifest with its new hash, if it lists it."""
+    """report.json with the engines; the manifest with its new hash."""
     path = folder / REPORT
     try:
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -396,7 +411,5 @@ def _extend_report(folder: Path, stage: Path, manifest: Mapping[str, Any], built
         raise ArtefactError(str(path), f"cannot be read ({error})", "Export it again.") from error
     new = stage / REPORT
     new.write_text(json.dumps({**report, "engines": engines}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if REPORT in manifest["files"]:
-        files = {**manifest["files"], REPORT: {"sha256": file_sha256(new), "size": new.stat().st_size}}
-        text = json.dumps({**manifest, "files": files}, indent=1, allow_nan=False) + "\n"
-        (stage / MANIFEST).write_text(text, encoding="utf-8")
+    files = {**manifest["files"], REPORT: {"sha256": file_sha256(new), "size": new.stat().st_size}}
+    (stage / MANIFEST).write_text(_manifest_text({**manifest, "files": files}), encoding="utf-8")

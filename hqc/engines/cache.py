@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from hqc.atomic import staged_folder
 from hqc.engines.record import file_sha256
 from hqc.engines.requests import Answer
 from hqc.errors import ArtefactError
@@ -81,15 +82,10 @@ def keep_engine(root: Path, key: str, plan: Path, answer: Answer) -> None:
         ArtefactError: if it cannot be written.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{key[:16]}.", dir=root) as temporary:
-            new = Path(temporary) / "new"
-            new.mkdir()
+        with staged_folder(root / key) as new:
             shutil.copyfile(plan, new / _PLAN)
             stored = {"sha256": file_sha256(new / _PLAN), "answer": asdict(answer)}
             (new / _ANSWER).write_text(json.dumps(stored) + "\n", encoding="utf-8")
-            if (root / key).exists():
-                os.replace(root / key, Path(temporary) / "old")
-            os.replace(new, root / key)
     except OSError as error:
         raise ArtefactError(
             f"engine cache {root}", f"cannot be written ({error.strerror})", "Give a writable folder with --cache."

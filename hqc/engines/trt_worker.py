@@ -4,10 +4,10 @@ Needs the GPU that the engine is for. Kernels are timed; the timings are kept in
 build of a similar network takes a fraction of the time.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
+from hqc.atomic import write_file
 from hqc.engines.requests import BuildRequest
 from hqc.engines.worker import BuildLog, BuildProblem, Hooks, main
 
@@ -39,7 +39,7 @@ def _take_timings(trt: Any, config: Any, request: BuildRequest) -> None:
 def _layers(trt: Any, config: Any, plan: Any, log: BuildLog, request: BuildRequest) -> str:
     """Keeps the timings; the layers come from the engine's inspector, with the formats of the usual shapes."""
     if request.timing_cache is not None:
-        _replace(Path(request.timing_cache), bytes(config.get_timing_cache().serialize()))
+        write_file(Path(request.timing_cache), bytes(config.get_timing_cache().serialize()))
     engine = trt.Runtime(log.logger).deserialize_cuda_engine(plan)
     if engine is None:
         raise BuildProblem("inspection", "the engine that was built cannot be loaded here")
@@ -48,13 +48,6 @@ def _layers(trt: Any, config: Any, plan: Any, log: BuildLog, request: BuildReque
         context.set_input_shape(name, tuple(usual))
     inspector.execution_context = context
     return str(inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Whole or not at all: another build may read it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 HOOKS = Hooks("tensorrt", _register_plugins, _take_timings, _layers)

@@ -3,15 +3,13 @@
 import csv
 import io
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hqc.errors import ArtefactError
+from hqc.atomic import write_file
 from hqc.evaluation.analysis import SiteAnalysis, SiteRow
 from hqc.evaluation.sensitivity import Sensitivity
 
@@ -137,16 +135,4 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ArtefactError: if it cannot be written.
     """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("wb", prefix=f".{path.name}.", dir=path.parent, delete=False) as file:
-            temporary = Path(file.name)
-            file.write(text.encode("utf-8", "backslashreplace"))
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ArtefactError(str(path), f"cannot be written ({error.strerror})", "Choose another place.") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    write_file(path, text.encode("utf-8", "backslashreplace"))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from hqc.atomic import write_file
 from hqc.errors import EvaluationError
-from hqc.evaluation.images import pil_from_tensor, png_from_pil, write_atomic
+from hqc.evaluation.images import pil_from_tensor, png_from_pil
 from hqc.evaluation.sampling import Samples, describe_seeds
 from hqc.paths import StrPath
 
@@ -70,7 +71,7 @@ def save_grid(path: StrPath, samples: Samples, *, model_name: str, max_per_class
         EvaluationError: see `grid_image`.
     """
     image = grid_image(samples, model_name=model_name, max_per_class=max_per_class)
-    write_atomic(Path(path), png_from_pil(image))
+    write_file(Path(path), png_from_pil(image))
 
 
 def save_comparison(path: StrPath, models: Mapping[str, Samples], *, max_per_class: int = 4) -> None:
@@ -81,7 +82,7 @@ def save_comparison(path: StrPath, models: Mapping[str, Samples], *, max_per_cla
         EvaluationError: see `comparison_image`.
     """
     image = comparison_image(models, max_per_class=max_per_class)
-    write_atomic(Path(path), png_from_pil(image))
+    write_file(Path(path), png_from_pil(image))
 
 
 def grid_image(samples: Samples, *, model_name: str, max_per_class: int = 10) -> Image.Image:

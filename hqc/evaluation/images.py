@@ -1,17 +1,14 @@
-"""Image tensors to PIL and PNG, and writing a file whole or not at all."""
+"""Image tensors to PIL and PNG."""
 
 import io
-import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from hqc.errors import ArtefactError, EvaluationError
+from hqc.errors import EvaluationError
 
-__all__ = ["pil_from_tensor", "png_from_pil", "write_atomic"]
+__all__ = ["pil_from_tensor", "png_from_pil"]
 
 
 def pil_from_tensor(image: Tensor) -> Image.Image:
@@ -37,40 +34,3 @@ def png_from_pil(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file in the same folder, fsync, rename.
-
-    Missing parent folders are made. The file gets the permissions that an ordinary `open` would give it.
-
-    Raises:
-        ArtefactError: the file cannot be written there; what stood at `path` before is untouched.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)  # can only be read by setting it
-    os.umask(mask)
-    return mask
-
-
-def _unwritable(path: Path, error: OSError) -> ArtefactError:
-    return ArtefactError(str(path), f"cannot be written: {error.strerror}", "Choose a folder that takes it.")

@@ -1,5 +1,6 @@
 """Opening an ONNX Runtime session on the CPU, or saying what is missing; running it on a batch of any timesteps."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,14 +12,39 @@ from hqc.errors import ArtefactError, EvaluationError, RuntimeMissingError
 from hqc.memory import resident_bytes, return_free_memory
 from hqc.wording import first_words
 
-__all__ = ["TENSORRT_PRODUCER", "open_session", "run_session"]
+__all__ = ["TENSORRT_PRODUCER", "import_onnxruntime", "open_session", "run_session"]
 
 TENSORRT_PRODUCER = "hqc tensorrt"
 """The producer in a file for TensorRT."""
 
 _SILENT = 4
+_TELEMETRY_OFF = "ORT_DISABLE_TELEMETRY"
 _MUCH = 2**28
 _SMALL_TENSOR = 2**14
+
+
+def import_onnxruntime() -> Any:
+    """onnxruntime, without what it writes into the temporary folder and sends away when it is imported.
+
+    Of late it counts sessions for its makers, and leaves a file `.ses`. Whoever sets ORT_DISABLE_TELEMETRY, or
+    has imported it before, is left alone.
+
+    Raises:
+        RuntimeMissingError: if it is not installed.
+    """
+    ours = _TELEMETRY_OFF not in os.environ
+    if ours:
+        os.environ[_TELEMETRY_OFF] = "1"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RuntimeMissingError(
+            "runtime onnxruntime", "the package is not installed", "Run `pip install onnxruntime`."
+        ) from error
+    finally:
+        if ours:
+            os.environ.pop(_TELEMETRY_OFF, None)
+    return onnxruntime
 
 
 def open_session(
@@ -36,12 +62,7 @@ def open_session(
         RuntimeMissingError: if onnxruntime is not installed.
         ArtefactError: if onnxruntime refuses the model.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise RuntimeMissingError(
-            "runtime onnxruntime", "the package is not installed", "Run `pip install onnxruntime`."
-        ) from error
+    onnxruntime = import_onnxruntime()
     levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT

@@ -13,14 +13,15 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from hqc.atomic import write_file
 from hqc.errors import ArtefactError
 from hqc.kernels.cards import Card, shared_limit
 from hqc.kernels.products import Product, ProductTile
@@ -30,6 +31,7 @@ __all__ = [
     "Timed",
     "kernels_version",
     "read_table",
+    "refuse_foreign_table",
     "shipped_table",
     "tiles_cache",
     "triton_version",
@@ -150,15 +152,24 @@ def write_table(path: Path, table: Table) -> None:
     data = table.to_json()
     products = ",\n".join(f"  {json.dumps(product)}" for product in data.pop("products"))
     text = json.dumps(data, indent=1)[:-2] + f',\n "products": [\n{products}\n ]\n}}\n'
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_file(path, text.encode())
+
+
+def refuse_foreign_table(path: Path) -> None:
+    """Refuses a file of somebody else's: `hqc tune` goes on with a table, and begins a damaged one anew.
+
+    Raises:
+        ArtefactError: if it is there and holds no table.
+    """
+    if not os.path.lexists(path):
+        return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with path.open("rb") as file:
+            ours = re.match(rb'\s*{\s*"format": \d+,\s*"card":', file.read(200)) is not None
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise ArtefactError(str(path), f"cannot be written ({error.strerror})", "Give another --output.") from error
+        raise ArtefactError(str(path), f"cannot be read ({error.strerror})", "Give another --output.") from error
+    if not ours:
+        raise ArtefactError(str(path), "exists and is no table of tiles", "Give another --output.")
 
 
 @cache

@@ -9,11 +9,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from hqc.claims import restore_interrupted
 from hqc.errors import ArtefactError, RuntimeMissingError
 from hqc.export.artefact import EXPORT_KIND
 from hqc.export.model import DATA_FILE, MODEL_FILE
 from hqc.models import digits_path
 from hqc.paths import StrPath
+from hqc.pipeline_parts import pipeline_variant
 from hqc.plan import QuantPlan
 from hqc.program import Program
 from hqc.quiet import quiet_libraries
@@ -156,6 +158,7 @@ def artefact_kind(folder: Path) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    restore_interrupted(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -288,7 +291,13 @@ def _load_pipeline(folder: Path, denoiser: SessionUNet) -> Any:
     try:
         with quiet_libraries():
             # diffusers checks the class of a module that it is handed here, and takes any where it builds a pipeline.
-            loaded = kind.from_pretrained(folder, **{part: None}, use_safetensors=True, local_files_only=True)
+            loaded = kind.from_pretrained(
+                folder,
+                **{part: None},
+                use_safetensors=True,
+                local_files_only=True,
+                variant=pipeline_variant(folder, index),
+            )
             pipeline = _rebuilt(loaded.to(torch.float32), index, part, denoiser)
     except Exception as error:  # whatever a configuration makes diffusers raise
         found = " ".join(str(error).split())[:160] or type(error).__name__

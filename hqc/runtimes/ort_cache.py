@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hqc.claims import claimed
 from hqc.errors import ArtefactError
 from hqc.export.model import DATA_FILE, MODEL_FILE
-from hqc.export.ort_session import open_session
+from hqc.export.ort_session import import_onnxruntime, open_session
 from hqc.storage import atomic_folder, check_manifest, write_manifest
 
 __all__ = ["CACHE_KIND", "cache_key", "optimised_model"]
@@ -49,10 +50,13 @@ def optimised_model(folder: Path, files: Mapping[str, Any], cache: Path) -> Path
         ArtefactError: if the cache cannot be written, or onnxruntime refuses the model.
         RuntimeMissingError: if onnxruntime is not installed.
     """
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     entry = cache / cache_key(files, onnxruntime.__version__, instruction_sets())
-    if not _intact(entry):
+    if _intact(entry):
+        return entry / MODEL_FILE
+    with claimed(entry, force=True, wait=True):  # whoever makes it now makes it for both
+        if _intact(entry):
+            return entry / MODEL_FILE
         with atomic_folder(entry, force=True) as temporary:
             open_session(folder / MODEL_FILE, save_to=temporary / MODEL_FILE)
             write_manifest(temporary, CACHE_KIND, {"source": folder.name, "onnxruntime": onnxruntime.__version__})

@@ -11,29 +11,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from hqc.configurations import CLASS_NAME, check_configuration, read_configuration
+from hqc.configurations import CLASS_NAME, check_configuration
 from hqc.errors import ArtefactError, RuntimeMissingError
+from hqc.pipeline_parts import INDEX, PART, read_index
 
 __all__ = ["check_pipeline", "read_index"]
 
-INDEX = "model_index.json"
 OWN_LIBRARY = "hqc.models.ldm"
 _OLDEST_DIFFUSERS = (0, 38)
-_PART = re.compile(r"[A-Za-z]\w{0,63}")
 _LIBRARY = re.compile(r"[a-z]\w{0,63}")
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json, with a class.
-
-    Raises:
-        ArtefactError: if it cannot be read, or is no index.
-    """
-    index = read_configuration(folder / INDEX)
-    name = index.get("_class_name")
-    if not isinstance(name, str) or not CLASS_NAME.fullmatch(name):
-        raise ArtefactError(str(folder / INDEX), f"names the class {str(name)[:40]!r}", "Check the folder.")
-    return index
 
 
 def check_pipeline(folder: Path, loaded: Collection[str] | None = None) -> dict[str, Any]:
@@ -79,7 +65,7 @@ def _require_diffusers() -> None:
 
 def _check_part(folder: Path, name: str, value: list[Any], *, used: bool) -> None:
     where = str(folder / INDEX)
-    if not _PART.fullmatch(name) or len(value) != 2:
+    if not PART.fullmatch(name) or len(value) != 2:
         raise ArtefactError(where, f"has a part {name[:40]!r} that is not [library, class]", "Check the folder.")
     library, class_name = value
     if not used or (library is None and class_name is None):

@@ -8,9 +8,10 @@ from typing import Any
 
 from hqc.errors import ArtefactError, TrainingError
 from hqc.memory import require_memory, stored_parameters
+from hqc.pipeline_parts import part_variant, read_index
 from hqc.quiet import quiet_libraries
 from hqc.runtimes.model import _pipeline_class
-from hqc.runtimes.pipeline_files import check_pipeline, read_index
+from hqc.runtimes.pipeline_files import check_pipeline
 
 __all__ = ["load_text_pipeline"]
 
@@ -64,7 +65,11 @@ def _load_encoder(folder: Path, class_name: str) -> Any:
     library = latent_diffusion if folder.name == "bert" else transformers
     try:
         encoder, found = getattr(library, class_name).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            variant=part_variant(folder),
         )
     except Exception as error:  # whatever a file or a configuration makes transformers raise
         raise _broken(folder, error) from error

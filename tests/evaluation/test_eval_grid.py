@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hqc.errors import ArtefactError, EvaluationError
+from hqc.errors import EvaluationError
 from hqc.evaluation import grid
-from hqc.evaluation.images import pil_from_tensor, write_atomic
+from hqc.evaluation.images import pil_from_tensor
 
 SIZE = 16
 
@@ -115,32 +115,6 @@ def test_saved_files_are_png_and_leave_nothing_else(tmp_path: Path, samples_fact
     with Image.open(tmp_path / "new" / "grid.png") as image:
         assert image.format == "PNG"
         assert image.size == grid.grid_image(samples, model_name="float").size
-
-
-def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "grid.png"
-    target.write_bytes(b"old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ArtefactError, match="No space left"):
-        write_atomic(target, b"new")
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_written_file_has_ordinary_permissions(tmp_path: Path) -> None:
-    (tmp_path / "plain").write_bytes(b"x")
-    write_atomic(tmp_path / "atomic", b"x")
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ArtefactError, match="cannot be written"):
-        write_atomic(tmp_path / "file" / "grid.png", b"x")
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4), (4, 4)])

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hqc.atomic import write_file
 from hqc.errors import EvaluationError
 from hqc.evaluation.bench.machine import machine_line
 from hqc.evaluation.bench.result import BenchResult, Spread, spread
 from hqc.evaluation.drawing import require_drawing
-from hqc.evaluation.images import write_atomic
 from hqc.storage import refuse_existing_file
 from hqc.wording import printable
 
@@ -71,7 +71,7 @@ def save_chart(path: Path, result: BenchResult) -> None:
     Raises:
         ArtefactError: the file cannot be written.
     """
-    write_atomic(path, chart_bytes(result, path.suffix.lower().removeprefix(".")))
+    write_file(path, chart_bytes(result, path.suffix.lower().removeprefix(".")))
 
 
 def chart_bytes(result: BenchResult, kind: str) -> bytes:

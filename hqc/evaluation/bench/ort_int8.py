@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hqc.export.ort_session import import_onnxruntime
+
 __all__ = ["main", "read_batches", "write_batches"]
 
 EXTERNAL_BYTES = 10**9
@@ -105,6 +107,7 @@ def _preprocess(model: Path, folder: Path, external: bool) -> tuple[Path, list[s
 
 def main() -> None:
     """Runs in an empty folder: the tool leaves files where it stands."""
+    import_onnxruntime()
     model, calibration, target, weights = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -65,9 +65,9 @@ def on_cpu(call: Call) -> Loaded:
 
 def _onnxruntime(threads: int) -> Callable[[Path, Arrays], Loaded]:
     """Default session options: every optimisation, the runtime's own thread pool."""
-    import onnxruntime  # noqa: F401  (imported before the clock of the load starts)
+    from hqc.export.ort_session import import_onnxruntime, open_session, run_session
 
-    from hqc.export.ort_session import open_session, run_session
+    import_onnxruntime()  # before the clock of the load starts
 
     def load(model: Path, inputs: Arrays) -> Loaded:
         session = open_session(model, threads=threads)

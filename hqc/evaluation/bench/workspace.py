@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import hqc
+from hqc.atomic import write_file
 from hqc.errors import ArtefactError
-from hqc.evaluation.images import write_atomic
 from hqc.storage import check_manifest, refuse_existing
 
 __all__ = ["Stage", "Workspace", "content"]
@@ -106,7 +106,7 @@ class Workspace:
         return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {}
 
     def _write(self, keys: Mapping[str, str]) -> None:
-        write_atomic(self.folder / _STAGES, (json.dumps(keys, indent=1) + "\n").encode())
+        write_file(self.folder / _STAGES, (json.dumps(keys, indent=1) + "\n").encode())
 
 
 def content(artefact: Path) -> dict[str, str]:

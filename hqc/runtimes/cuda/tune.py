@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hqc.claims import claimed
 from hqc.kernels.calls import Recorder, Work
 from hqc.kernels.cards import card_of
 from hqc.kernels.measuring import TuningReport, tune
@@ -41,7 +42,7 @@ def tune_program(
     Raises:
         RuntimeMissingError: without triton, without a CUDA device of compute capability 8.0; for a float program.
         ExportError: for a site that the kernels cannot run.
-        ArtefactError: if the file cannot be written.
+        ArtefactError: if the file cannot be written, or another run is writing it.
     """
     require_quantised(program.stage)
     require_gpu()
@@ -55,7 +56,8 @@ def tune_program(
 
     with torch.cuda.device(options.device), cuda_timer(options.device) as timer:
         path = tuning_file(card) if output is None else output
-        return tune(works, timer, card, path, limit_seconds=limit_seconds, on_product=advance)
+        with claimed(path, force=True):
+            return tune(works, timer, card, path, limit_seconds=limit_seconds, on_product=advance)
 
 
 @torch.no_grad()
