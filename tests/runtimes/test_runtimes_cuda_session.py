@@ -104,7 +104,7 @@ def test_without_a_gpu_it_says_so_in_one_line(captured, tmp_path) -> None:
     save_program(program, tmp_path / "q.hqc")
     with pytest.raises(RuntimeMissingError, match="CUDA"):
         load(tmp_path / "q.hqc", runtime="torch-cuda")
-    said = CliRunner().invoke(main, ["sample", str(tmp_path / "q.hqc"), "--runtime", "torch-cuda"])
+    said = CliRunner().invoke(main, ["serve", str(tmp_path / "q.hqc"), "--runtime", "torch-cuda"])
     assert said.exit_code == 2
     assert "CUDA" in said.stderr
     assert "Traceback" not in said.stderr

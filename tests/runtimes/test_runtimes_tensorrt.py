@@ -487,7 +487,7 @@ def test_a_program_is_no_export(tmp_path: Path, machine: Machine) -> None:
 
 def test_the_command_line_exits_with_2_and_one_line(export: Export, machine: Machine) -> None:
     machine.driver = False
-    done = CliRunner().invoke(main, ["sample", str(export()), "--runtime", "tensorrt", "--output", "x.png"])
+    done = CliRunner().invoke(main, ["serve", str(export()), "--runtime", "tensorrt"])
     assert done.exit_code == 2, done.output
     assert "there is no NVIDIA driver here" in done.output
     assert "Traceback" not in done.output
