@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from hqc.cli import main
+from hqc.commands.asking import Asked
 from hqc.engines import builders
 from hqc.engines.gpus import Driver, Gpu
 from hqc.engines.options import BatchProfile, BuildOptions
@@ -485,9 +486,12 @@ def test_a_program_is_no_export(tmp_path: Path, machine: Machine) -> None:
         load(tmp_path, runtime="tensorrt")
 
 
-def test_the_command_line_exits_with_2_and_one_line(export: Export, machine: Machine) -> None:
+def test_the_command_line_exits_with_2_and_one_line(
+    export: Export, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Asked, "check_kind", lambda self, model: None)  # the model has no pipeline, which comes first
     machine.driver = False
-    done = CliRunner().invoke(main, ["serve", str(export()), "--runtime", "tensorrt"])
+    done = CliRunner().invoke(main, ["sample", str(export()), "--runtime", "tensorrt", "--output", "x.png"])
     assert done.exit_code == 2, done.output
     assert "there is no NVIDIA driver here" in done.output
     assert "Traceback" not in done.output
