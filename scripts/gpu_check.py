@@ -38,7 +38,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "arch:ldm4-imagenet"
-BATCHES, PROFILED = (8, 2, 32, 1), (8, 2)
+BATCHES, PROFILED, RUNTIME = (8, 2, 32, 1), (8, 2), "torch-cuda"
 STEPS = ("models", "unet", "profile", "kernels", "tune", "tests")
 WHOLE_SECONDS, COMPILE_SECONDS, PROFILE_SECONDS, KERNEL_SECONDS = 355, 150, 45, 80
 TUNE_RESERVE = 30
@@ -195,30 +195,24 @@ def _unet_line(said: Mapping[str, Any]) -> str:
 def run_profiles(put: Put, clock: Clock, work: Path) -> None:
     """gpu_profile.py of the quantised program; what was profiled before the end counts."""
     _need_models(work)
-    wanted = {"torch-cuda": ("quantised.hqc", PROFILED)}
-    failed = []
-    for runtime, (program, batches) in wanted.items():
-        file = work / f"profile-{runtime}.json"
-        command = [sys.executable, str(ROOT / "scripts" / "gpu_profile.py"), str(work / program), "--json", str(file)]
-        command += ["--runtime", runtime, "--batch-size", ",".join(map(str, batches))]
-        log = work / f"profile-{runtime}.log"
-        with _ended(command, log, _environment(work)) as process:
-            try:
-                code = process.wait(clock.left(PROFILE_SECONDS))
-            except subprocess.TimeoutExpired:
-                code = -1
-        if found := _read_json(file).get("batches"):
-            put(**{runtime: found})
-            print("\n".join(_profile_line(runtime, batch, one) for batch, one in found.items()), flush=True)
-        if code:
-            failed.append(f"{runtime}: {'out of time' if code == -1 else _last_line(log)}")
-    if failed:
-        raise RuntimeError("; ".join(failed))
+    file, log = work / "profile.json", work / "profile.log"
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_profile.py"), str(work / "quantised.hqc")]
+    command += ["--json", str(file), "--runtime", RUNTIME, "--batch-size", ",".join(map(str, PROFILED))]
+    with _ended(command, log, _environment(work)) as process:
+        try:
+            code = process.wait(clock.left(PROFILE_SECONDS))
+        except subprocess.TimeoutExpired:
+            code = -1
+    if found := _read_json(file).get("batches"):
+        put(**{RUNTIME: found})
+        print("\n".join(_profile_line(batch, one) for batch, one in found.items()), flush=True)
+    if code:
+        raise RuntimeError(f"{RUNTIME}: {'out of time' if code == -1 else _last_line(log)}")
 
 
-def _profile_line(runtime: str, batch: str, found: Mapping[str, Any]) -> str:
+def _profile_line(batch: str, found: Mapping[str, Any]) -> str:
     kinds = ", ".join(f"{kind} {row['ms']:.2f}" for kind, row in found["by_kind"].items())
-    return f"{runtime}, batch {batch}: {found['kernels']:.0f} kernels, {found['busy_ms']:.2f} ms ({kinds})"
+    return f"{RUNTIME}, batch {batch}: {found['kernels']:.0f} kernels, {found['busy_ms']:.2f} ms ({kinds})"
 
 
 def run_kernels(put: Put, clock: Clock) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from hqc.errors import HqcError
 from hqc.evaluation.bench.contender import Contender, Loaded
-from hqc.evaluation.bench.result import spread
+from hqc.evaluation.bench.result import ratio, runs_data
 from hqc.evaluation.bench.rounds import take_turns
 
 HQC, PACKED, COMPILED, PLAIN = "hqc", "hqc int4 weights", "torch-fp16-compile", "torch-fp16-cudagraph"
@@ -152,27 +152,18 @@ def _figures(
     error_to_half: ‖y - r‖ / ‖r‖ of the output against the uncompiled half-precision peer's.
     """
     ours = milliseconds.get(HQC, ())
-    ratios = {
-        name: spread([theirs / mine for theirs, mine in zip(times, ours, strict=True)])
-        for name, times in milliseconds.items()
-        if name != HQC and ours
-    }
+    ratios = {name: ratio(times, ours) for name, times in milliseconds.items() if name != HQC and ours}
     outputs = {}
     for name in milliseconds:
         runners[name].save_output(work / "output.npy")
         outputs[name] = np.load(work / "output.npy", allow_pickle=False).astype(np.float64)
     return {
-        "milliseconds": {name: _spread(times) for name, times in milliseconds.items()},
-        "speedup": {name: ratio.median for name, ratio in ratios.items()},
-        "speedup_spread": {name: [ratio.p10, ratio.p90] for name, ratio in ratios.items()},
+        "milliseconds": {name: runs_data(times) for name, times in milliseconds.items()},
+        "speedup": {name: found.median for name, found in ratios.items()},
+        "speedup_spread": {name: [found.p10, found.p90] for name, found in ratios.items()},
         "device_bytes": {name: runners[name].memory().device_bytes for name in milliseconds},
         "error_to_half": _errors(outputs),
     }
-
-
-def _spread(times: Sequence[float]) -> dict[str, Any]:
-    found = spread(times)
-    return {"median": found.median, "p10": found.p10, "p90": found.p90, "runs": list(times)}
 
 
 def _errors(outputs: Mapping[str, np.ndarray[Any, np.dtype[np.float64]]]) -> dict[str, float]:

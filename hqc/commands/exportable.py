@@ -11,14 +11,13 @@ if TYPE_CHECKING:
 
 __all__ = ["print_survey", "warn_unless_exportable"]
 
-_LONGEST = 300
-
 
 def warn_unless_exportable(program: "Program", folder: Path) -> list[str]:
     """The targets that take a program; where there is none, a line on standard error says what is in the way.
 
     folder: where the program lies, for the line.
     """
+    from hqc.errors import LONGEST_LINE
     from hqc.export.surveys import survey_targets
     from hqc.wording import printable, shortened
 
@@ -27,7 +26,7 @@ def warn_unless_exportable(program: "Program", folder: Path) -> list[str]:
     if not takers:
         more = f" `hqc explain --target {surveys[0].target} {folder}` lists everything."
         said = printable(f"hqc: warning: no export target takes this program: {surveys[0].obstacles[0]}")
-        click.echo(shortened(said, _LONGEST - len(more)) + more, err=True)
+        click.echo(shortened(said, LONGEST_LINE - len(more)) + more, err=True)
     return takers
 
 

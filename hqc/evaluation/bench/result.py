@@ -10,7 +10,7 @@ import numpy as np
 from hqc.evaluation.bench.contender import Loaded
 from hqc.evaluation.bench.workspace import Stage
 
-__all__ = ["DEFINITIONS", "BenchResult", "Figures", "Spread", "spread"]
+__all__ = ["DEFINITIONS", "BenchResult", "Figures", "Spread", "ratio", "runs_data", "spread"]
 
 DEFINITIONS: Mapping[str, str] = {
     "speedup": "median over the rounds of (peer ms / hqc ms) in the same round; above 1 hqc is faster",
@@ -101,8 +101,7 @@ class BenchResult:
 
     def speedup(self, peer: str) -> Spread:
         """How many times as long as ours a peer's call takes, round by round."""
-        pairs = zip(self.peers[peer].milliseconds, self.ours.milliseconds, strict=True)
-        return spread([theirs / ours for theirs, ours in pairs])
+        return ratio(self.peers[peer].milliseconds, self.ours.milliseconds)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON data: one mapping a figure, from contender to value; see `definitions` in it."""
@@ -113,7 +112,7 @@ class BenchResult:
             "quantisation": self.quantisation,
             "speedup": {name: ratio.median for name, ratio in ratios.items()},
             "speedup_spread": {name: [ratio.p10, ratio.p90] for name, ratio in ratios.items()},
-            "milliseconds": {name: _milliseconds(figures) for name, figures in everyone.items()},
+            "milliseconds": {name: runs_data(figures.milliseconds) for name, figures in everyone.items()},
             "size_bytes": {name: figures.size_bytes for name, figures in everyone.items()},
             "resident_bytes": {name: figures.resident_bytes for name, figures in everyone.items()},
             "peak_resident_bytes": {name: figures.peak_resident_bytes for name, figures in everyone.items()},
@@ -132,6 +131,16 @@ class BenchResult:
         }
 
 
-def _milliseconds(figures: Figures) -> dict[str, Any]:
-    found = spread(figures.milliseconds)
-    return {"median": found.median, "p10": found.p10, "p90": found.p90, "runs": list(figures.milliseconds)}
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Spread:
+    """How many times as long as ours theirs take, of the runs of the same rounds.
+
+    >>> ratio([2.0, 6.0, 12.0], [1.0, 2.0, 3.0]).median
+    3.0
+    """
+    return spread([one / other for one, other in zip(theirs, ours, strict=True)])
+
+
+def runs_data(values: Sequence[float]) -> dict[str, Any]:
+    """Their spread and all of them, as JSON data."""
+    found = spread(values)
+    return {"median": found.median, "p10": found.p10, "p90": found.p90, "runs": list(values)}
