@@ -18,9 +18,8 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def check() -> ModuleType:
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import gpu_check
 
     return gpu_check

@@ -21,9 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def contest(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def contest() -> ModuleType:
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import gpu_contest
 
     return gpu_contest

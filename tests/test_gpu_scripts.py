@@ -14,16 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def profiler(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+def profiler() -> ModuleType:
     import gpu_profile
 
     return gpu_profile
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+def kernels() -> ModuleType:
     import kernel_bench
 
     return kernel_bench

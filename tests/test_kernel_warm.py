@@ -78,7 +78,6 @@ def test_what_is_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:
 
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Equal kernels are counted once; what went wrong is said, and is no failure: the launch will compile it."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import kernel_warm
 
     job = KernelJob("m", "f", {}, {}, {}, {}, ("cuda", 90, 32))
@@ -96,7 +95,6 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import kernel_warm
 
     monkeypatch.setattr(sys, "argv", ["kernel_warm.py", "q.hqc"])

@@ -202,9 +202,8 @@ def test_a_table_is_the_same_after_a_file(tmp_path: Path) -> None:
     assert tiles_cache().parts[-2:] == ("hqc", "tiles")
 
 
-def test_what_is_measured_anew_ships(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_measured_anew_ships() -> None:
     """A product's new tiles take the place of the old ones, others stay, and the table says what came from where."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
     from ship_tiles import merged
 
     one, two, tile = Product(64, 64, 64), Product(128, 64, 64), ProductTile(64, 64, 64, 4, 3)
