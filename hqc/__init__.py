@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from hqc.export import TensorRtOptions, export_program
     from hqc.program import Program
     from hqc.runtimes import load
+    from hqc.sampling import Task
     from hqc.storage import load_program, save_program
-    from hqc.training import Task
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
 _WHERE = {
     "HqcError": ("hqc.errors", "HqcError"),
     "Program": ("hqc.program", "Program"),
-    "Task": ("hqc.training", "Task"),
+    "Task": ("hqc.sampling", "Task"),
     "TensorRtOptions": ("hqc.export", "TensorRtOptions"),
     "export_program": ("hqc.export", "export_program"),
     "load": ("hqc.runtimes", "load"),

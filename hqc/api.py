@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hqc.calibration import calibrate
 from hqc.capture import ARCHITECTURE
 from hqc.claims import claimed
 from hqc.errors import ArtefactError, PlanError, TrainingError
@@ -35,11 +36,12 @@ from hqc.runtimes.base import named_inputs
 from hqc.runtimes.model import Model
 from hqc.runtimes.text_encoder import load_text_pipeline
 from hqc.runtimes.torch_runtime import TorchSession
+from hqc.sampling import Task, pipeline_task, synthetic_task
+from hqc.sampling.prompts import prompt_task, require_prompt_inputs
+from hqc.sampling.task import Denoise, denoiser, trajectory
 from hqc.stages import doing
-from hqc.training import StepRecord, Task, calibrate, distil, pipeline_task, synthetic_task
-from hqc.training.prompts import prompt_task, require_prompt_inputs
+from hqc.training import StepRecord, distil
 from hqc.training.run import Run, run_settings
-from hqc.training.task import Denoise, denoiser, trajectory
 
 __all__ = ["ForwardLoop", "configure", "finish_run", "ptq", "qat", "quantise", "task_of"]
 

@@ -108,7 +108,7 @@ def prepare(folder: Path, model: str) -> None:
     from hqc.capture import find_source, trace
     from hqc.evaluation.bench.models import Quantisation, recipe_of
     from hqc.evaluation.bench.outline import write_outline
-    from hqc.training import synthetic_task
+    from hqc.sampling import synthetic_task
 
     program = trace(find_source(model))
     write_outline(program, folder / "float", force=True)

@@ -16,8 +16,9 @@ from hqc.api import configure, quantise, task_of
 from hqc.capture import trace
 from hqc.console import console
 from hqc.program import Program
-from hqc.training import Task, distil
-from hqc.training.task import guided, start
+from hqc.sampling import Task
+from hqc.sampling.task import guided, start
+from hqc.training import distil
 
 
 def float_step(teacher: Program, task: Task, batch: int) -> Callable[[], None]:

@@ -14,8 +14,8 @@ from hqc import api
 from hqc.capture import trace
 from hqc.export import export_program
 from hqc.program import Program
+from hqc.sampling import synthetic_task
 from hqc.storage import save_program
-from hqc.training import synthetic_task
 from hqc.training.distillation import TrainingSettings
 
 __all__ = ["make_artefacts"]

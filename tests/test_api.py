@@ -20,7 +20,8 @@ from hqc import api
 from hqc.errors import ArtefactError, PlanError, TrainingError
 from hqc.program import Program, Stage
 from hqc.recipes import CalibrationSettings, Recipe, TrainingSettings, find_recipe
-from hqc.training import StepRecord, synthetic_task
+from hqc.sampling import synthetic_task
+from hqc.training import StepRecord
 from hqc.training.run import run_settings
 
 SETTINGS = TrainingSettings(steps=5, batch_size=2, num_inference_steps=4, checkpoint_every=2, lr_lora=0.5)

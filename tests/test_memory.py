@@ -158,7 +158,7 @@ def test_quantising_says_what_it_needs_before_it_starts(
     captured: Callable[[str], Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hqc import api
-    from hqc.training import synthetic_task
+    from hqc.sampling import synthetic_task
 
     program = captured("cross_attention")
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
@@ -172,7 +172,7 @@ def test_training_says_what_it_needs_before_it_starts(
 ) -> None:
     from hqc import api
     from hqc.recipes import TrainingSettings
-    from hqc.training import synthetic_task
+    from hqc.sampling import synthetic_task
 
     program = captured("cross_attention")
     one, two = (training_bytes(program, rows) for rows in (1, 2))

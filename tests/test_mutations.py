@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_storage import resign
 
+from hqc.calibration.activations import calibrate
 from hqc.errors import LONGEST_LINE, LONGEST_LIST, HqcError
 from hqc.evaluation.stepping import Run, float_program
 from hqc.export.onnxruntime import lower_onnxruntime
@@ -33,10 +34,9 @@ from hqc.passes import (
 from hqc.pipeline import run_pipeline
 from hqc.program import Program, Stage
 from hqc.runtimes.torch_runtime import TorchSession
+from hqc.sampling.task import Denoise
 from hqc.storage import load_program, save_program
 from hqc.text import graph_text
-from hqc.training.calibration import calibrate
-from hqc.training.task import Denoise
 
 MUTATIONS = 200
 LONGEST_SECONDS = 10.0

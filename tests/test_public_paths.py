@@ -15,7 +15,7 @@ import tiny_pipeline
 import hqc
 from hqc.evaluation import grid
 from hqc.models.classifier import load_digit_classifier
-from hqc.training.prompts import read_prompts
+from hqc.sampling.prompts import read_prompts
 
 MODULES = (
     "hqc",
@@ -32,7 +32,7 @@ MODULES = (
     "hqc.runtimes",
     "hqc.runtimes.ort_runtime",
     "hqc.training",
-    "hqc.training.prompts",
+    "hqc.sampling.prompts",
 )
 
 

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from hqc.errors import OptionError
 
 if TYPE_CHECKING:
-    from hqc.training import Task
+    from hqc.sampling import Task
 
 __all__ = ["RULES", "Command", "Rule", "asked", "check_runtime", "check_sampler", "option_name"]
 
@@ -108,7 +108,7 @@ def check_sampler(task: "Task", given: Mapping[str, Any]) -> None:
     """
     import inspect
 
-    from hqc.training.task import guides
+    from hqc.sampling.task import guides
 
     guidance, eta = given["guidance_scale"], given["eta"]
     inside = task.guidance_input is not None  # what is sampled has it

@@ -114,7 +114,7 @@ def asked_for(labels: str | None, prompt: tuple[str, ...], prompts: Path | None,
     if prompt and prompts is not None:
         raise OptionError("--prompts", "and --prompt exclude each other", "Give one of them.")
     if prompts is not None:
-        from hqc.training.prompts import read_prompts
+        from hqc.sampling.prompts import read_prompts
 
         prompt = read_prompts(prompts)
     if any(not text.strip() for text in prompt):
@@ -144,7 +144,7 @@ def sampled(
     from hqc import console as out
     from hqc.evaluation.needs import denoiser_of, needs_of
     from hqc.evaluation.sampling import sample_images
-    from hqc.training.prompt_encoding import cut_prompts
+    from hqc.sampling.prompt_encoding import cut_prompts
 
     width, height = needs_of(pipe).size
     batch = batch_size or max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // (width * height)))

@@ -33,7 +33,7 @@ def _opened(
     """The model's pipeline, what it needs, and the sampler's options, once it is known to take what is asked for."""
     from hqc.evaluation.needs import needs_of
     from hqc.runtimes import load
-    from hqc.training.task import require_steps
+    from hqc.sampling.task import require_steps
 
     pipe = load(model, runtime=runtime).pipeline()
     needs = needs_of(pipe)

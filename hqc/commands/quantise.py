@@ -28,7 +28,7 @@ from hqc.stages import doing
 if TYPE_CHECKING:
     from hqc.program import Program
     from hqc.recipes import Recipe, TrainingSettings
-    from hqc.training import Task
+    from hqc.sampling import Task
     from hqc.training.run import Run
 
 __all__ = ["ptq", "qat"]

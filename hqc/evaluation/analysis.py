@@ -24,8 +24,8 @@ from hqc.passes.insert_qdq import mse_weight_scale
 from hqc.passes.rewriting import channel_axis
 from hqc.plan import Bits, SitePlan, activation_range, parse_bits, weight_range
 from hqc.program import Program, Stage
+from hqc.sampling.task import Task
 from hqc.sites import QuantisedSite, quantised_sites
-from hqc.training.task import Task
 
 __all__ = ["Basis", "SiteAnalysis", "SiteRow", "WeightNumbers", "analyse", "with_scales"]
 

@@ -12,7 +12,7 @@ from hqc.memory import activation_bytes, require_memory
 from hqc.pipeline import run_pipeline
 from hqc.program import Program, Stage
 from hqc.recipes import Recipe
-from hqc.training.task import Task
+from hqc.sampling.task import Task
 
 __all__ = ["LONGEST_UNASKED_SECONDS", "SENSITIVITY_TIMESTEPS", "measure", "planned_program"]
 

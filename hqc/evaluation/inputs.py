@@ -10,7 +10,7 @@ from torch import Tensor
 from hqc.errors import EvaluationError
 from hqc.evaluation.stepping import Run
 from hqc.program import Program
-from hqc.training.task import Denoise, Task, trajectory
+from hqc.sampling.task import Denoise, Task, trajectory
 
 __all__ = [
     "FixedInputs",

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hqc.errors import EvaluationError
+from hqc.sampling.sources import distilled
 from hqc.sizes import sides
-from hqc.training.task_sources import distilled
 
 __all__ = ["Needs", "call_kind", "denoiser_of", "needs_of"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from hqc.errors import EvaluationError
 from hqc.evaluation.needs import Needs, denoiser_of, needs_of
 from hqc.quiet import quiet_libraries
-from hqc.training.prompt_encoding import condition_tokens
-from hqc.training.task import require_steps
+from hqc.sampling.prompt_encoding import condition_tokens
+from hqc.sampling.task import require_steps
 
 __all__ = [
     "MAX_SEED",

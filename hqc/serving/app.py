@@ -13,6 +13,7 @@ from hqc.errors import HqcError, RuntimeMissingError, TrainingError
 from hqc.evaluation.images import pil_from_tensor, png_from_pil
 from hqc.evaluation.needs import denoiser_of, needs_of
 from hqc.evaluation.sampling import SamplingPipeline, sample_images
+from hqc.sampling.task import require_steps
 from hqc.serving.errors import ApiError
 from hqc.serving.limits import Limits
 from hqc.serving.schemas import (
@@ -30,7 +31,6 @@ from hqc.serving.schemas import (
     takes,
 )
 from hqc.serving.worker import Worker
-from hqc.training.task import require_steps
 
 try:
     from fastapi import FastAPI, Request

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from hqc.errors import ArtefactError, TrainingError
 from hqc.program import Program, Stage
 from hqc.recipes import TrainingSettings
+from hqc.sampling.task import Task, advance, denoiser, guided, initial_sample, scaled_input, start
 from hqc.training.checkpoint import Checkpoint
 from hqc.training.module import training_module
-from hqc.training.task import Task, advance, denoiser, guided, initial_sample, scaled_input, start
 
 __all__ = ["StepRecord", "distil"]
 

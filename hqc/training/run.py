@@ -20,10 +20,10 @@ from hqc.claims import clear_away, remove_tree
 from hqc.errors import ArtefactError
 from hqc.program import Program
 from hqc.recipes import Recipe
+from hqc.sampling.task import Task
 from hqc.storage import load_program, save_program
 from hqc.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hqc.training.distillation import StepRecord
-from hqc.training.task import Task
 
 __all__ = ["Run", "run_settings"]
 

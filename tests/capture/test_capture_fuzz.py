@@ -22,7 +22,7 @@ from hqc.capture import find_source
 from hqc.errors import LONGEST_LINE, LONGEST_LIST, HqcError
 from hqc.runtimes.model import _load_pipeline
 from hqc.runtimes.pipeline_files import check_pipeline
-from hqc.training.task import require_steps
+from hqc.sampling.task import require_steps
 
 CHANGES = int(os.environ.get("HQC_FUZZ_CONFIGS", "60"))
 SEED = os.environ.get("HQC_FUZZ_SEED", "0")

@@ -24,11 +24,11 @@ from hqc.passes import InsertQdq, SelectLayers
 from hqc.pipeline import run_pipeline
 from hqc.program import InputSpec, aten, is_op
 from hqc.runtimes import load
+from hqc.sampling.sources import synthetic_task
+from hqc.sampling.task import Task, require_steps, trajectory
+from hqc.sampling.task import denoiser as as_denoise
 from hqc.sizes import LatentSize, sides
 from hqc.storage import save_program
-from hqc.training.task import Task, require_steps, trajectory
-from hqc.training.task import denoiser as as_denoise
-from hqc.training.task_sources import synthetic_task
 
 
 class Mine(nn.Module):

@@ -26,8 +26,8 @@ from hqc.passes.rewriting import channel_axis
 from hqc.pipeline import run_pass, run_pipeline
 from hqc.program import Program
 from hqc.recipes import find_recipe
-from hqc.training import synthetic_task
-from hqc.training.task import Task, trajectory
+from hqc.sampling import synthetic_task
+from hqc.sampling.task import Task, trajectory
 
 Captured = Callable[[str], Program]
 SAMPLER = Sampler(images=3, batch_size=2, num_inference_steps=3, guidance_scale=2.0, seed=5)

@@ -28,8 +28,8 @@ from hqc.evaluation.bench.run import Timing, bench, median_milliseconds
 from hqc.evaluation.bench.workspace import Workspace
 from hqc.export import export_program
 from hqc.program import InputSpec, Program
+from hqc.sampling.sources import synthetic_task
 from hqc.storage import load_program, save_program
-from hqc.training.task_sources import synthetic_task
 
 SOURCE = "zoo:without_attention"
 AS_IT_IS = ("--runs", 2, "--warm-up", 1, "--threads", 1)

@@ -24,9 +24,9 @@ from hqc.pipeline import run_pass, run_pipeline
 from hqc.program import InputSpec, Program, aten, copy_graph, is_op
 from hqc.recipes import find_recipe
 from hqc.runtimes import load
+from hqc.sampling import synthetic_task
 from hqc.storage import load_program, save_program
 from hqc.text import graph_text
-from hqc.training import synthetic_task
 
 Captured = Callable[[str], Program]
 DROP = DropSingleKeyAttention()

@@ -9,7 +9,7 @@ from hqc.capture import trace
 from hqc.capture.sources import Source
 from hqc.program import InputSpec, Origin, Program
 from hqc.recipes import TrainingSettings, find_recipe
-from hqc.training import Task
+from hqc.sampling import Task
 
 
 @pytest.fixture(scope="session")

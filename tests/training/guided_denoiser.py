@@ -5,11 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hqc.calibration import calibrate
 from hqc.pipeline import run_pipeline
 from hqc.program import Program
 from hqc.recipes import Recipe
-from hqc.training import Task, calibrate
-from hqc.training.task import trajectory
+from hqc.sampling import Task
+from hqc.sampling.task import trajectory
 
 __all__ = ["Denoiser", "quantised", "task_with"]
 

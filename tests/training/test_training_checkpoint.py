@@ -18,8 +18,9 @@ from guided_denoiser import task_with
 from hqc.errors import ArtefactError
 from hqc.program import Program
 from hqc.recipes import TrainingSettings
+from hqc.sampling import Task
 from hqc.storage import save_program
-from hqc.training import StepRecord, Task, distil
+from hqc.training import StepRecord, distil
 from hqc.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hqc.training.distillation import trainable
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from hqc.errors import TrainingError
 from hqc.program import Program, Stage
 from hqc.recipes import TrainingSettings
-from hqc.training import StepRecord, Task, distil, distillation
+from hqc.sampling import Task
+from hqc.sampling.task import start
+from hqc.training import StepRecord, distil, distillation
 from hqc.training.distillation import _generator, trainable
-from hqc.training.task import start
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 

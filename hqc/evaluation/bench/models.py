@@ -30,7 +30,7 @@ from hqc.storage import check_manifest, load_program, pipeline_folder, save_prog
 
 if TYPE_CHECKING:
     from hqc.recipes import Recipe
-    from hqc.training import Task
+    from hqc.sampling import Task
 
 __all__ = ["Models", "Quantisation", "calibration_of", "find_models", "inputs_of", "recipe_of"]
 
@@ -271,7 +271,7 @@ def calibration_of(program: Program, folder: Path) -> "tuple[Task, str]":
     """What to calibrate on and its name: the pipeline's conditions, or noise for a program without one."""
     from hqc import api
     from hqc.capture import ARCHITECTURE
-    from hqc.training import synthetic_task
+    from hqc.sampling import synthetic_task
 
     try:
         task = api.task_of(program, folder=pipeline_folder(folder))

@@ -153,7 +153,7 @@ def _run_tool(model: Path, batches: Path, scratch: Path, weights: str) -> list[s
 
 def _float_trajectory(captured: Path, wanted: Quantisation) -> list[Batch]:
     """The inputs of the float sampler's calls: those on which `hqc ptq` calibrates with equal settings."""
-    from hqc.training.task import trajectory
+    from hqc.sampling.task import trajectory
 
     program, recipe, batches = load_program(captured), recipe_of(wanted), list[Batch]()
     session = TorchSession(program)

@@ -11,10 +11,10 @@ from torch import Tensor
 from hqc import api
 from hqc.capture import trace
 from hqc.errors import TrainingError
-from hqc.training import Task, guided, synthetic_task
-from hqc.training.task import advance, start, trajectory
-from hqc.training.task import denoiser as as_denoise
-from hqc.training.task_sources import conditions_of
+from hqc.sampling import Task, guided, synthetic_task
+from hqc.sampling.sources import conditions_of
+from hqc.sampling.task import advance, start, trajectory
+from hqc.sampling.task import denoiser as as_denoise
 
 
 def test_guidance_of_several_conditions() -> None:
@@ -128,7 +128,7 @@ def test_a_shift_that_depends_on_the_number_of_tokens() -> None:
     """mu is linear: 0.5 at 256 tokens, 1.15 at 4096; σ' = e^μ / (e^μ + 1/σ - 1)."""
     import math
 
-    from hqc.training.task_sources import task_settings
+    from hqc.sampling.sources import task_settings
 
     program = captured_denoiser("flux")  # 16 tokens
     task = Task(**task_settings(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), program))

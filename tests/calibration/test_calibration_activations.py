@@ -8,14 +8,14 @@ import torch
 import zoo
 from torch import Tensor, nn
 
+from hqc.calibration import calibrate
 from hqc.capture import trace
 from hqc.capture.sources import Source
 from hqc.errors import TrainingError
 from hqc.passes import InsertHadamard, InsertQdq, SelectLayers
 from hqc.pipeline import run_pipeline
 from hqc.program import InputSpec, Origin, Program
-from hqc.training import calibrate
-from hqc.training.task import Denoise
+from hqc.sampling.task import Denoise
 
 GRID = (0.0, 250.0, 500.0, 750.0)
 

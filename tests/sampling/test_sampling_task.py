@@ -15,8 +15,8 @@ from diffusers import (
 from torch import Tensor
 
 from hqc.errors import TrainingError
-from hqc.training import Task, class_conditional_task, guided
-from hqc.training.task import start, trajectory
+from hqc.sampling import Task, class_conditional_task, guided
+from hqc.sampling.task import start, trajectory
 
 # diffusers' multistep samplers, with numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -17,7 +17,7 @@ from hqc.errors import TrainingError
 from hqc.memory import require_memory
 from hqc.paths import StrPath
 from hqc.program import InputSpec, Program
-from hqc.training.prompt_encoding import (
+from hqc.sampling.prompt_encoding import (
     BESIDE,
     beside,
     cut_prompts,
@@ -25,8 +25,8 @@ from hqc.training.prompt_encoding import (
     encoded_names,
     facts_of,
 )
-from hqc.training.task import Condition, Task
-from hqc.training.task_sources import conditions_of, distilled, task_settings
+from hqc.sampling.sources import conditions_of, distilled, task_settings
+from hqc.sampling.task import Condition, Task
 
 __all__ = ["prompt_task", "read_prompts", "require_prompt_inputs"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hqc.errors import TrainingError
 from hqc.program import InputSpec, Program
+from hqc.sampling.task import Condition, Task
 from hqc.sizes import sides
-from hqc.training.task import Condition, Task
 
 __all__ = [
     "NOISE",

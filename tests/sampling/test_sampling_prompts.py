@@ -20,11 +20,11 @@ from hqc.capture.diffusers_models import denoiser_source
 from hqc.errors import ArtefactError, MemoryShortError, TrainingError
 from hqc.program import Program
 from hqc.runtimes import text_encoder
-from hqc.training import prompt_encoding
-from hqc.training.prompts import prompt_task, read_prompts
-from hqc.training.task import Task, trajectory
-from hqc.training.task import denoiser as as_denoise
-from hqc.training.task_sources import conditions_of
+from hqc.sampling import prompt_encoding
+from hqc.sampling.prompts import prompt_task, read_prompts
+from hqc.sampling.sources import conditions_of
+from hqc.sampling.task import Task, trajectory
+from hqc.sampling.task import denoiser as as_denoise
 
 PROMPTS = ("a cat", "b", "42", "c a t s")
 

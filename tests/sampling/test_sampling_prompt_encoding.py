@@ -13,8 +13,8 @@ import hqc
 from hqc.capture.families import plain_arguments
 from hqc.errors import TrainingError
 from hqc.program import Program
-from hqc.training.task import denoiser, trajectory
-from hqc.training.task_sources import conditions_of
+from hqc.sampling.sources import conditions_of
+from hqc.sampling.task import denoiser, trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 GUIDANCE = 3.0

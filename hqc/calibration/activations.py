@@ -17,8 +17,8 @@ from hqc.errors import TrainingError
 from hqc.passes.insert_qdq import GRID
 from hqc.program import Program
 from hqc.running import node_failure
+from hqc.sampling.task import Denoise
 from hqc.sites import bounds_of
-from hqc.training.task import Denoise
 
 __all__ = ["calibrate"]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from hqc.errors import TrainingError
 from hqc.program import InputSpec, Program
 from hqc.quiet import quiet_libraries
-from hqc.training.task_sources import places, time_ids
+from hqc.sampling.sources import places, time_ids
 
 __all__ = [
     "BESIDE",

@@ -1,0 +1,6 @@
+"""What a denoiser is run on: tasks from pipelines, prompts or noise, and the sampler's trajectory."""
+
+from hqc.sampling.sources import class_conditional_task, pipeline_task, synthetic_task
+from hqc.sampling.task import Task, guided
+
+__all__ = ["Task", "class_conditional_task", "guided", "pipeline_task", "synthetic_task"]
