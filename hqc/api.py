@@ -3,6 +3,7 @@
     program = hqc.trace("digits")
     student = hqc.ptq(program, "rtn", "w4a4")                            # training-free
     student = hqc.qat(program, "hq-dm", "w4a4", work_dir="run")          # distillation, resumable
+    student = hqc.qat(program, "hq-dm", settings={"distil.epochs": 10})  # with options of a step changed
     report = hqc.export_program(student, "onnxruntime", "digits-w4a4")
     pipe.unet = hqc.load("digits-w4a4").as_unet()
 
@@ -12,57 +13,38 @@
 `forward_loop(unet)` may replace the built-in calibration: it runs a pipeline whose `.unet` is the object it is given.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hqc.calibration import calibrate
 from hqc.capture import ARCHITECTURE
 from hqc.claims import claimed
 from hqc.errors import ArtefactError, PlanError, TrainingError
-from hqc.memory import activation_bytes, require_memory, return_free_memory, training_bytes
+from hqc.memory import return_free_memory
 from hqc.models import digits_path
 from hqc.paths import StrPath
-from hqc.pipeline import run_pipeline
 from hqc.program import InputSpec, Program
-from hqc.recipes import Recipe, TrainingSettings, find_recipe
+from hqc.recipes import Recipe, find_recipe
+from hqc.recipes.rotation import Rotation, rotation
+from hqc.recipes.run import Request, run_recipe, run_settings
+from hqc.recipes.work_folder import Run
 from hqc.runtimes import as_unet
 from hqc.runtimes.base import named_inputs
 from hqc.runtimes.model import Model
 from hqc.runtimes.text_encoder import load_text_pipeline
 from hqc.runtimes.torch_runtime import TorchSession
-from hqc.sampling import Task, pipeline_task, synthetic_task
+from hqc.sampling import Observe, Task, Update, Work, pipeline_task, synthetic_task
 from hqc.sampling.prompts import prompt_task, require_prompt_inputs
-from hqc.sampling.task import Denoise, denoiser, trajectory
-from hqc.stages import doing
-from hqc.training import StepRecord, distil
-from hqc.training.run import Run, run_settings
+from hqc.sampling.task import Denoise, denoiser
 
-__all__ = ["ForwardLoop", "configure", "finish_run", "ptq", "qat", "quantise", "task_of"]
+__all__ = ["ForwardLoop", "finish_run", "ptq", "qat", "quantise", "recipe_of", "task_of"]
 
 ForwardLoop = Callable[[nn.Module], Any]
-
-
-def configure(
-    recipe: str | Recipe,
-    *,
-    block: int | None = None,
-    rules: str | None = None,
-    training: TrainingSettings | None = None,
-) -> Recipe:
-    """A recipe with some of its options replaced; `block` 0 turns the rotation off.
-
-    Raises:
-        PlanError: if the recipe is unknown.
-    """
-    found = find_recipe(recipe) if isinstance(recipe, str) else recipe
-    wanted = {"block": block, "rules": rules, "training": training}
-    return found.model_copy(update={key: value for key, value in wanted.items() if value is not None})
 
 
 def task_of(
@@ -138,76 +120,6 @@ def _pipeline_around(program: Program, folder: Path | None) -> Any | None:
     return Model(program.origin.pipeline, "torch", TorchSession(program), program.plan, size, config, found).pipeline()
 
 
-def quantise(
-    program: Program,
-    recipe: Recipe,
-    bits: str,
-    *,
-    task: Task | None = None,
-    forward_loop: ForwardLoop | None = None,
-    keep_float: Sequence[str] = (),
-) -> Program:
-    """Runs a recipe's passes and calibrates: the training-free part of every method.
-
-    The grid of the scale tables is the sampler's timesteps, or with a forward loop the timesteps that it visits.
-
-    Raises:
-        PlanError: bits or rules make no sense. TrainingError: calibration met NaN, or nothing to sample.
-    """
-    if forward_loop is None:
-        task = task or task_of(program)
-        _require_calibration_memory(program, recipe, guided=task.doubles(recipe.training.guidance_scale))
-        grid = task.timesteps(recipe.training.num_inference_steps)
-        run = _sampler_loop(task, recipe)
-    else:
-        run = _user_loop(forward_loop, program)
-        grid = _visited(program, run)
-    with doing("rewriting the graph, choosing weight scales"):
-        quantised = run_pipeline(program, recipe.passes(bits, grid, tuple(keep_float)))
-    quantised = quantised.evolve(plan=replace(quantised.plan, recipe=recipe.name))
-    return calibrate(quantised, run, candidates=recipe.calibration.candidates)
-
-
-def _require_calibration_memory(program: Program, recipe: Recipe, *, guided: bool) -> None:
-    """All calibration images are one batch, twice as large with guidance; the quantised program is a second copy."""
-    batch = recipe.calibration.samples * (2 if guided else 1)
-    require_memory(
-        f"calibrating on {recipe.calibration.samples} images",
-        program.size_bytes() + activation_bytes(program.graph, batch),
-        "Take fewer calibration images (--calib-size), close other programs, or take a larger machine",
-    )
-
-
-def _require_training_memory(program: Program, recipe: Recipe, *, guided: bool) -> None:
-    """A step runs a batch, twice as large with guidance, and keeps what the backward pass needs."""
-    batch = recipe.training.batch_size
-    require_memory(
-        f"training on batches of {batch}",
-        program.size_bytes() + training_bytes(program, batch * (2 if guided else 1)),
-        "Take a smaller --batch-size, close other programs, or take a larger machine",
-    )
-
-
-def _sampler_loop(task: Task, recipe: Recipe) -> Callable[[Denoise], None]:
-    sampler, calibration = recipe.training, recipe.calibration
-
-    def run(denoise: Denoise) -> None:
-        options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta, calibration.seed)
-        steps = len(task.scheduler(sampler.num_inference_steps).timesteps)
-        with doing("calibrating") as stage:
-            for step, _ in enumerate(trajectory(task, denoise, calibration.samples, *options)):
-                stage(step, steps)
-
-    return run
-
-
-def _user_loop(forward_loop: ForwardLoop, program: Program) -> Callable[[Denoise], None]:
-    def run(denoise: Denoise) -> None:
-        forward_loop(as_unet(_Observed(program.inputs, denoise), program.origin.unet_config))
-
-    return run
-
-
 @dataclass(frozen=True)
 class _Observed:
     """The model of a forward loop: what it is called on goes to `denoise`."""
@@ -223,7 +135,14 @@ class _Observed:
         return self.denoise(*given.values())
 
 
-def _visited(program: Program, run: Callable[[Denoise], None]) -> tuple[float, ...]:
+def _user_loop(forward_loop: ForwardLoop, program: Program) -> Observe:
+    def run(denoise: Denoise) -> None:
+        forward_loop(as_unet(_Observed(program.inputs, denoise), program.origin.unet_config))
+
+    return run
+
+
+def _visited(program: Program, run: Observe) -> tuple[float, ...]:
     """The timesteps that a forward loop visits, found by running it once on the float program."""
     denoise, seen = denoiser(program.module()), set[float]()
 
@@ -238,60 +157,46 @@ def _visited(program: Program, run: Callable[[Denoise], None]) -> tuple[float, .
     return tuple(sorted(seen))
 
 
-def ptq(
-    program: Program,
-    recipe: str | Recipe = "rtn",
-    bits: str = "w4a4",
-    *,
-    hadamard: bool = False,
-    block: int = 32,
-    forward_loop: ForwardLoop | None = None,
-    task: Task | None = None,
-    keep_float: Sequence[str] = (),
-) -> Program:
-    """Quantises without training: MSE weight scales, per-timestep activation scales along the float trajectory.
-
-    `hadamard` inserts the rotation (of order `block`) before the quantisers.
+def recipe_of(recipe: str | Recipe, settings: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of that name, or in that file, with options of its steps changed: {"distil.epochs": 10}.
 
     Raises:
-        PlanError, TrainingError: see `quantise`.
+        PlanError, PipelineTextError: if there is none, or it has no such option.
     """
-    found = configure(recipe)
-    if found.trains:
-        raise PlanError(f"recipe {found.name!r}", "needs training", "Use hqc qat, or --recipe rtn here.")
-    if hadamard:
-        found = configure(found, block=block)
-    return quantise(program, found, bits, task=task, forward_loop=forward_loop, keep_float=keep_float)
+    found = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    for path, value in (settings or {}).items():
+        found = found.set(path, value)
+    return found
 
 
-def qat(
+def quantise(
     program: Program,
-    recipe: str | Recipe = "hq-dm",
-    bits: str = "w4a4",
+    recipe: str | Recipe,
+    bits: str,
     *,
-    forward_loop: ForwardLoop | None = None,
     task: Task | None = None,
-    settings: TrainingSettings | None = None,
+    forward_loop: ForwardLoop | None = None,
     keep_float: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
     work_dir: StrPath | None = None,
     resume: bool = False,
     restart: bool = False,
-    on_start: Callable[[Program, int], None] | None = None,
-    on_step: Callable[[StepRecord], None] | None = None,
+    on_update: Callable[[Update], None] | None = None,
 ) -> Program:
-    """Quantises and trains by distillation from `program`; with a work folder it can be killed and resumed.
+    """Runs a recipe's steps on a captured program; with a work folder it can be killed and resumed.
 
-    work_dir: keeps the calibrated program, a JSON-lines log and the last checkpoint; no other run may use it meanwhile.
-    resume: continue there, to the same bits as an uninterrupted run, without calibrating again. restart: begin anew,
-    and drop the unfinished run that is there. on_start(quantised, first step), on_step(record).
+    settings: options of its steps, as {"calibrate_activations.samples": 8}. forward_loop: calibrates instead of the
+    sampler; the grid of the scale tables is then the timesteps that it visits, else the sampler's.
+    work_dir: keeps the program after every long step, a JSON-lines log and the last checkpoint; no other run may use it
+    meanwhile. resume: continue there, to the same bits as an uninterrupted run. restart: begin anew, and drop the
+    unfinished run that is there. on_update: hears of every update of training.
 
     Raises:
-        PlanError, TrainingError: see `quantise`. ArtefactError: nothing to resume, or a run with other settings; with
-        neither resume nor restart, an unfinished run.
+        PlanError, PipelineTextError: bits, rules, recipe or settings make no sense. TrainingError: calibration or
+        training met NaN, or there is nothing to sample. MemoryShortError: before anything runs. ArtefactError: nothing
+        to resume, or a run with other settings; with neither resume nor restart, an unfinished run.
     """
-    found = configure(recipe, training=settings)
-    if not found.trains:
-        raise PlanError(f"recipe {found.name!r}", "does not train", "Use hqc ptq for it, or --recipe hq-dm here.")
+    found = recipe_of(recipe, settings)
     if resume and restart:
         raise ArtefactError("--resume", "and --restart exclude each other", "Give one of them.")
     if resume and work_dir is None:
@@ -300,39 +205,76 @@ def qat(
     with claimed(run.folder, stays=True) if run is not None else nullcontext():
         if run is not None and not resume:
             run.check_new(restart=restart)
-        task = task or task_of(program)
-        settings_used = run_settings(program, found, bits, keep_float, task)
-        checkpoint = None
-        if run is not None and resume:
-            student, checkpoint = run.load(settings_used)
-        else:
-            _require_training_memory(program, found, guided=task.doubles(found.training.guidance_scale))
-            student = quantise(program, found, bits, task=task, forward_loop=forward_loop, keep_float=keep_float)
-            student = student.evolve(plan=replace(student.plan, training=settings_used))
-            if run is not None:
-                run.begin(student)
-        if on_start is not None:
-            on_start(student, checkpoint.step if checkpoint else 0)
-
-        def record(step: StepRecord) -> None:
-            if run is not None:
-                run.log(step)
-            if on_step is not None:
-                on_step(step)
-
-        return distil(
-            student,
+        if task is None and (forward_loop is None or found.kind == "qat"):
+            task = task_of(program)
+        observe = _user_loop(forward_loop, program) if forward_loop is not None else None
+        grid = _visited(program, observe) if observe is not None else _grid(task, found)
+        request = Request(bits, tuple(keep_float), grid)
+        drawn_from = task.drawn_from if task is not None else "the forward loop"
+        return run_recipe(
             program,
-            task,
-            found.training,
-            resume=checkpoint,
-            on_step=record,
-            on_checkpoint=run.save if run is not None else None,
+            found,
+            request,
+            Work(program, task, found.sampler, observe, on_update=_logged(run, on_update)),
+            settings=run_settings(program, found, request, drawn_from),
+            run=run,
+            resume=resume,
         )
 
 
+def _grid(task: Task | None, recipe: Recipe) -> tuple[float, ...]:
+    return task.timesteps(recipe.sampler.num_inference_steps) if task is not None else ()
+
+
+def _logged(run: Run | None, on_update: Callable[[Update], None] | None) -> Callable[[Update], None]:
+    def hear(update: Update) -> None:
+        if run is not None:
+            run.log(update)
+        if on_update is not None:
+            on_update(update)
+
+    return hear
+
+
+def ptq(
+    program: Program,
+    recipe: str | Recipe = "rtn",
+    bits: str = "w4a4",
+    *,
+    hadamard: Rotation | bool = False,
+    block: int = 32,
+    **options: Any,
+) -> Program:
+    """Quantises without training: MSE weight scales, per-timestep activation scales along the float trajectory.
+
+    hadamard: rotate before the quantisers, with the kind (True is "sylvester") and the order `block`.
+    options: those of `quantise`.
+
+    Raises:
+        PlanError: if the recipe trains; else see `quantise`.
+    """
+    found = recipe_of(recipe)
+    if found.kind != "ptq":
+        raise PlanError(f"recipe {found.name!r}", "needs training", "Use hqc qat, or --recipe rtn here.")
+    if hadamard:
+        found = found.rotated(rotation("sylvester" if hadamard is True else hadamard, block))
+    return quantise(program, found, bits, **options)
+
+
+def qat(program: Program, recipe: str | Recipe = "hq-dm", bits: str = "w4a4", **options: Any) -> Program:
+    """Quantises and trains by distillation from `program`. options: those of `quantise`.
+
+    Raises:
+        PlanError: if the recipe does not train; else see `quantise`.
+    """
+    found = recipe_of(recipe)
+    if found.kind != "qat":
+        raise PlanError(f"recipe {found.name!r}", "does not train", "Use hqc ptq for it, or --recipe hq-dm here.")
+    return quantise(program, found, bits, **options)
+
+
 def finish_run(folder: StrPath) -> None:
-    """Drops the calibrated program and the checkpoint of a run whose result is saved; the log stays.
+    """Drops the programs and the checkpoint of a run whose result is saved; the log stays.
 
     Raises:
         ArtefactError: if another command uses the folder.

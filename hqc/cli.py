@@ -18,6 +18,7 @@ from hqc.commands.doctor import doctor
 from hqc.commands.engine import build_engine
 from hqc.commands.models import evaluate, sample, serve
 from hqc.commands.quantise import ptq, qat
+from hqc.commands.recipes import recipes
 from hqc.commands.tune import tune
 from hqc.errors import LONGEST_LINE, HqcError, is_memory_error
 from hqc.output import OutputError, checked_stdout
@@ -116,7 +117,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(trace, explain, inspect, ptq, qat, export, build_engine, tune),
+    *(trace, explain, inspect, recipes, ptq, qat, export, build_engine, tune),
     *(sample, evaluate, analyze, compare, bench, serve, doctor),
 )
 for command in COMMANDS:

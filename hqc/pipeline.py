@@ -1,24 +1,37 @@
-"""Passes and how they run: find, apply, verify, record; pipelines print and parse as text.
+"""Steps and how they run: check, find, apply, verify, record.
 
 A pass is a frozen dataclass whose fields are its options, with two methods: `find(program)`, pure, which reports
 matches *and* misses with their reasons, and `apply(program, matches)`, which returns a new Program. It declares the
-stages it takes, the stage it gives, and whether the numbers stay the same (`preserves`).
+stages it takes, the stage it gives, and whether the numbers stay the same (`preserves`). A procedure (calibration,
+training) is one too, with `run(program, work)` instead: it needs more than the program.
 """
 
-import ast
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
-from hqc.errors import PassError, PipelineTextError
+from hqc.errors import PassError
 from hqc.program import PassRecord, Program, Stage
+from hqc.steps import parse_steps, step_text
 from hqc.verify import verify
 
-__all__ = ["Findings", "Pass", "format_pipeline", "parse_pipeline", "run_pass", "run_pipeline"]
+if TYPE_CHECKING:
+    from hqc.sampling import Work
+
+__all__ = [
+    "Findings",
+    "Pass",
+    "Procedure",
+    "Step",
+    "format_pipeline",
+    "parse_pipeline",
+    "run_pass",
+    "run_pipeline",
+    "run_procedure",
+]
 
 
 @dataclass(frozen=True)
@@ -45,84 +58,44 @@ class Pass(Protocol):
         ...
 
 
-def pass_name(kind: type) -> str:
-    """InsertHadamard -> insert_hadamard."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.__name__).lower()
+class Procedure(Protocol):
+    """A step that runs the program, or looks at its weights, to fill what passes have inserted.
+
+    samples_denoiser: whether it runs the denoiser, along a sampler's trajectory.
+    """
+
+    takes: ClassVar[tuple[Stage, ...]]
+    gives: ClassVar[Stage | None]
+    samples_denoiser: ClassVar[bool]
+
+    def check(self, program: Program, work: "Work") -> None:
+        """Raises what can be known before any step has run: too little memory, a sampler that is refused."""
+        ...
+
+    def run(self, program: Program, work: "Work") -> Program:
+        """The program with other values."""
+        ...
+
+    def cost(self, program: Program, work: "Work") -> float:
+        """Denoiser evaluations of one sample, backward counting two: what equal budgets are counted in."""
+        ...
 
 
-def pass_text(one: Pass) -> str:
-    """The pass as text: its name and the options that differ from their defaults."""
-    options = [
-        f"{f.name}={getattr(one, f.name)!r}"
-        for f in fields(one)  # type: ignore[arg-type]
-        if f.repr and getattr(one, f.name) != f.default
-    ]
-    return f"{pass_name(type(one))}({', '.join(options)})"
+Step = Pass | Procedure
 
 
-def format_pipeline(passes: Sequence[Pass]) -> str:
+def format_pipeline(steps: Sequence[Step]) -> str:
     """The pipeline as text that `parse_pipeline` reads back."""
-    return ", ".join(pass_text(p) for p in passes)
+    return ", ".join(step_text(step) for step in steps)
 
 
-def parse_pipeline(text: str, known: Mapping[str, type]) -> tuple[Pass, ...]:
-    """Reads `insert_hadamard(block=32), insert_qdq()`: known names, literal keyword options, nothing is executed.
+def parse_pipeline(text: str, known: Mapping[str, type]) -> tuple[Any, ...]:
+    """Reads passes as text; see `parse_steps`.
 
     Raises:
         PipelineTextError: for anything else, with the place.
     """
-    try:
-        tree = ast.parse(f"[{text}]", mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise PipelineTextError(f"pipeline {text[:80]!r}", f"cannot be parsed ({error})", _SHAPE) from error
-    if not isinstance(tree, ast.List):
-        raise PipelineTextError(f"pipeline {text[:80]!r}", "is not a list of passes", _SHAPE)
-    return tuple(_parse_call(call, known) for call in tree.elts)
-
-
-_SHAPE = "Write passes as name(option=value), separated by commas."
-
-
-def _parse_call(call: ast.expr, known: Mapping[str, type]) -> Pass:
-    where = f"pipeline item {_unparse(call)!r}"
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-        raise PipelineTextError(where, "is not name(option=value)", _SHAPE)
-    if call.func.id not in known:
-        raise PipelineTextError(where, f"unknown pass; there are {', '.join(known)}", "Use one of them.")
-    kind = known[call.func.id]
-    allowed = {f.name: f.default for f in fields(kind)}
-    options: dict[str, object] = {}
-    for keyword in call.keywords:
-        if keyword.arg is None or keyword.arg not in allowed:
-            raise PipelineTextError(where, f"has no option {keyword.arg!r}; it has {', '.join(allowed)}", "Correct it.")
-        if keyword.arg in options:
-            raise PipelineTextError(where, f"gives option {keyword.arg} twice", "Give it once.")
-        options[keyword.arg] = _option(where, keyword.arg, keyword.value, allowed[keyword.arg])
-    return kind(**options)  # type: ignore[no-any-return]
-
-
-def _unparse(call: ast.expr) -> str:
-    try:
-        return ast.unparse(call)[:80]
-    except RecursionError:
-        return "…"
-
-
-def _option(where: str, name: str, value: ast.expr, default: object) -> object:
-    """The literal, if it is of the default's type; a list is taken for a tuple, a whole number for a float."""
-    try:
-        found = ast.literal_eval(value)
-    except (ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise PipelineTextError(where, f"option {name} is not a literal", "Write a value.") from error
-    found = tuple(found) if isinstance(found, list) and isinstance(default, tuple) else found
-    found = float(found) if type(found) is int and isinstance(default, float) else found
-    if type(found) is not type(default):
-        raise PipelineTextError(
-            where,
-            f"option {name} is a {type(found).__name__}; expected {type(default).__name__}",
-            f"Write it as in {name}={default!r}.",
-        )
-    return found  # type: ignore[no-any-return]
+    return parse_steps(text, known)
 
 
 def run_pass(program: Program, one: Pass, *, check_numerics: bool = False) -> Program:
@@ -133,13 +106,8 @@ def run_pass(program: Program, one: Pass, *, check_numerics: bool = False) -> Pr
     Raises:
         PassError: if the program is at a stage that the pass does not take, or the result breaks a contract.
     """
-    text = pass_text(one)
-    if program.stage not in one.takes:
-        raise PassError(
-            text,
-            f"takes a program that is {' or '.join(one.takes)}; this one is {program.stage}",
-            f"Run it {'earlier' if program.stage == Stage.INTEGER else 'at that stage'}.",
-        )
+    text = step_text(one)
+    _require_stage(program, one, text)
     start = time.perf_counter()
     findings = one.find(program)
     result = one.apply(program, findings.matches)
@@ -151,6 +119,33 @@ def run_pass(program: Program, one: Pass, *, check_numerics: bool = False) -> Pr
     verify(result, after=text)
     if check_numerics and one.preserves == "numerics":
         _check_numerics(program, result, text)
+    return result
+
+
+def _require_stage(program: Program, step: Step, text: str) -> None:
+    if program.stage not in step.takes:
+        raise PassError(
+            text,
+            f"takes a program that is {' or '.join(step.takes)}; this one is {program.stage}",
+            f"Run it {'earlier' if program.stage == Stage.INTEGER else 'at that stage'}.",
+        )
+
+
+def run_procedure(program: Program, step: Procedure, work: "Work") -> Program:
+    """Runs one procedure: stage check, run, verify, record with the sites whose values it changed.
+
+    Raises:
+        PassError: if the program is at a stage that it does not take, or the result breaks a contract.
+    """
+    text = step_text(step)
+    _require_stage(program, step, text)
+    start = time.perf_counter()
+    result = step.run(program, work)
+    changed = {name.rpartition(".")[0] for name, value in result.state.items() if program.state.get(name) is not value}
+    touched = tuple(plan.site for plan in result.plan.sites if plan.site in changed)
+    record = PassRecord(text, touched, (), round(time.perf_counter() - start, 4))
+    result = result.evolve(history=(*result.history, record), stage=step.gives or program.stage)
+    verify(result, after=text)
     return result
 
 

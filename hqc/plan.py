@@ -78,7 +78,8 @@ def weight_range(bits: int) -> tuple[int, int]:
 class Rule:
     """Sites whose name matches the wildcard are left float, or get bits of their own; the last match wins.
 
-    `float_` leaves the site unquantised; `bits` None means the bits asked for; `rotate` False forbids a rotation.
+    `float_` leaves the site unquantised; `bits` None means the bits asked for; `rotate` False forbids a rotation,
+    `trained` False leaves a site with bits of its own as calibration found it.
     """
 
     pattern: str
@@ -86,6 +87,7 @@ class Rule:
     float_: bool = False
     bits: Bits | None = None
     rotate: bool = True
+    trained: bool = True
 
     def __str__(self) -> str:
         action = "float" if self.float_ else f"{self.bits or 'asked bits'}{'' if self.rotate else ', unrotated'}"
@@ -116,16 +118,22 @@ _TRANSFORMER_EDGES = (
 # every token the same way and does not average out; the product is one row a sample and costs next to nothing.
 _MODULATIONS = ("*norm*.linear", "adaln_single.linear", "proj_out_1")
 
+
+def _edge(pattern: str, why: str, *, rotate: bool = True) -> Rule:
+    """8 bits, whatever is asked for, and no training: there is nothing to gain."""
+    return Rule(pattern, why, bits=_EDGE, rotate=rotate, trained=False)
+
+
 _BASE = (
     Rule("*", "every conv and linear layer"),
-    *(Rule(p, "time embedding", bits=_EDGE, rotate=False) for p in _TIME_EMBEDDING),
-    *(Rule(p, "embedding that every block reads", bits=_EDGE, rotate=False) for p in _OTHER_EMBEDDINGS),
-    *(Rule(p, "first or last layer", bits=_EDGE, rotate=False) for p in (*_FIRST_AND_LAST, *_TRANSFORMER_EDGES)),
+    *(_edge(p, "time embedding", rotate=False) for p in _TIME_EMBEDDING),
+    *(_edge(p, "embedding that every block reads", rotate=False) for p in _OTHER_EMBEDDINGS),
+    *(_edge(p, "first or last layer", rotate=False) for p in (*_FIRST_AND_LAST, *_TRANSFORMER_EDGES)),
 )
-_ADALN = tuple(Rule(p, "adaLN modulation", bits=_EDGE) for p in _MODULATIONS)
+_ADALN = tuple(_edge(p, "adaLN modulation") for p in _MODULATIONS)
 
 RULE_SETS: Mapping[str, tuple[Rule, ...]] = {
-    "default": (*_BASE, *_ADALN, *(Rule(p, "shortcut or downsampler", bits=_EDGE) for p in _SHORTCUTS)),
+    "default": (*_BASE, *_ADALN, *(_edge(p, "shortcut or downsampler") for p in _SHORTCUTS)),
     "reference": (*_BASE, *_ADALN, *(Rule(p, "shortcut or downsampler", float_=True) for p in _SHORTCUTS)),
     "all": _BASE,
 }
@@ -138,7 +146,7 @@ class SitePlan:
     """How one layer is treated.
 
     `weight_bits` and `activation_bits` are None for a site left float, and `reason` then says why. `block` is the
-    order of the Hadamard rotation, 0 for none; `lora_rank` 0 for none.
+    order of the Hadamard rotation, 0 for none; `lora_rank` 0 for none; `trained` False leaves it as calibrated.
     """
 
     site: str
@@ -150,6 +158,7 @@ class SitePlan:
     block: int = 0
     lora_rank: int = 0
     reason: str = ""
+    trained: bool = True
 
     @property
     def quantised(self) -> bool:
@@ -165,6 +174,7 @@ class QuantPlan:
     bits: str = ""
     sites: tuple[SitePlan, ...] = ()
     timesteps: tuple[float, ...] = ()
+    keep_float: tuple[str, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, site: str) -> SitePlan:
@@ -202,6 +212,7 @@ class QuantPlan:
                 bits=data["bits"],
                 sites=tuple(_site_plan(site) for site in data["sites"]),
                 timesteps=tuple(float(t) for t in data["timesteps"]),
+                keep_float=tuple(data.get("keep_float", ())),
                 training=dict(data.get("training", {})),
             )
             _check_fields(plan)
@@ -219,6 +230,8 @@ def _check_fields(plan: QuantPlan) -> None:
     """
     if not isinstance(plan.recipe, str) or not isinstance(plan.bits, str):
         raise ValueError("the recipe and the bits are texts")
+    if not all(isinstance(pattern, str) for pattern in plan.keep_float):
+        raise ValueError("the patterns of keep_float are texts")
     if plan.bits:
         parse_bits(plan.bits)
     if not all(math.isfinite(t) for t in plan.timesteps):
@@ -240,6 +253,8 @@ def _site_plan(data: Mapping[str, Any]) -> SitePlan:
     widths = (plan.weight_bits, plan.activation_bits)
     if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in counts):
         raise ValueError(f"site {plan.site!r} has a field of the wrong type")
+    if not isinstance(plan.trained, bool):
+        raise ValueError(f"site {plan.site!r} is trained: {plan.trained!r}")
     quantised = all(type(b) is int and LOWEST_BITS <= b <= HIGHEST_BITS for b in widths)
     if not quantised and widths != (None, None):
         raise ValueError(f"site {plan.site!r} has widths {widths}")

@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import torch
 
-from hqc.api import configure, quantise, task_of
+from hqc.api import quantise, task_of
 from hqc.capture import trace
 from hqc.console import console
 from hqc.program import Program
+from hqc.recipes import find_recipe
 from hqc.sampling import Task
 from hqc.sampling.task import guided, start
-from hqc.training import distil
 
 
 def float_step(teacher: Program, task: Task, batch: int) -> Callable[[], None]:
@@ -50,9 +50,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     program = trace("digits")
     task = task_of(program)
-    recipe = configure("hq-dm")
-    student = quantise(program, recipe, options.bits, task=task)
-    settings = recipe.training.model_copy(update={"steps": options.steps, "batch_size": options.batch_size})
+    recipe = find_recipe("hq-dm").having("distil", updates=options.steps, batch_size=options.batch_size)
     plain = float_step(program, task, options.batch_size)
     floats: list[float] = []
     qats: list[float] = []
@@ -63,7 +61,7 @@ def main() -> None:
         plain()
         floats.append(time.perf_counter() - began)
 
-    distil(student, program, task, settings, on_step=between)
+    quantise(program, recipe, options.bits, task=task, on_update=between)
     skip = min(5, options.steps // 4)
     result = {
         "float_step_ms": round(1e3 * statistics.median(floats[skip:]), 1),

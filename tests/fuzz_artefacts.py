@@ -16,7 +16,6 @@ from hqc.export import export_program
 from hqc.program import Program
 from hqc.sampling import synthetic_task
 from hqc.storage import save_program
-from hqc.training.distillation import TrainingSettings
 
 __all__ = ["make_artefacts"]
 
@@ -66,12 +65,11 @@ def _unconditional(folder: Path) -> Path:
 
 
 def _quantised(program: Program, recipe: str, pipeline: Path | None, *, bits: str = "w4a4") -> Program:
-    found = api.configure(recipe)
-    training = found.training.model_copy(update={"num_inference_steps": 2, "batch_size": 1, "steps": 1})
-    calibration = found.calibration.model_copy(update={"samples": 1})
-    found = found.model_copy(update={"training": TrainingSettings(**training.model_dump()), "calibration": calibration})
+    found = api.recipe_of(recipe, {"sampler.num_inference_steps": 2, "calibrate_activations.samples": 1})
+    if found.kind == "qat":
+        found = found.having("distil", batch_size=1, updates=1)
     task = synthetic_task(program) if pipeline is None else api.task_of(program, folder=pipeline)
-    return (api.qat if found.trains else api.ptq)(program, found, bits, task=task)
+    return api.quantise(program, found, bits, task=task)
 
 
 def make_artefacts(work: Path) -> SimpleNamespace:

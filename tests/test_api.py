@@ -17,14 +17,14 @@ from torch import nn
 
 import hqc
 from hqc import api
+from hqc.calibration import activations
 from hqc.errors import ArtefactError, PlanError, TrainingError
 from hqc.program import Program, Stage
-from hqc.recipes import CalibrationSettings, Recipe, TrainingSettings, find_recipe
-from hqc.sampling import synthetic_task
-from hqc.training import StepRecord
-from hqc.training.run import run_settings
+from hqc.recipes import Recipe, find_recipe
+from hqc.recipes.run import Request, run_settings
+from hqc.sampling import Update
 
-SETTINGS = TrainingSettings(steps=5, batch_size=2, num_inference_steps=4, checkpoint_every=2, lr_lora=0.5)
+SETTINGS = {"distil.updates": 5, "distil.batch_size": 2, "distil.checkpoint_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def program(folder: Path) -> Program:
 
 def small(name: str) -> Recipe:
     """The recipe, calibrated on two images of four steps."""
-    found = find_recipe(name)
-    calibration = CalibrationSettings(samples=2, candidates=10)
-    return found.model_copy(update={"training": SETTINGS, "calibration": calibration, "lora_rank": 2 * found.trains})
+    short = {"calibrate_activations.samples": 2, "calibrate_activations.candidates": 10}
+    found = api.recipe_of(name, {**short, "sampler.num_inference_steps": 4})
+    return found.set("attach_lora.rank", 2).with_rate("lora_a", 0.5) if found.kind == "qat" else found
 
 
 def forward_loop(unet: nn.Module) -> None:
@@ -163,13 +163,12 @@ def _same_bits(ours: Program, theirs: Program) -> bool:
 
 
 def test_qat_trains_and_tells(program: Program, uninterrupted: Program) -> None:
-    starts, steps = [], list[StepRecord]()
-    result = _qat(program, on_start=lambda p, first: starts.append((p.stage, first)), on_step=steps.append)
+    steps = list[Update]()
+    result = _qat(program, on_update=steps.append)
     assert (result.stage, result.plan.recipe) == (Stage.TRAINED, "hq-dm")
-    assert starts == [(Stage.QUANTISED, 0)]
     assert [(s.step, s.total) for s in steps] == [(k, 5) for k in range(1, 6)]
     assert _same_bits(result, uninterrupted)
-    assert result.plan.training["recipe"]["training"]["steps"] == 5
+    assert result.plan.training["steps"]["distil.updates"] == 5
     assert len(result.plan.training["weights_sha256"]) == 64
 
 
@@ -183,8 +182,8 @@ class _Interrupted(Exception):
     pass
 
 
-def _stop_after(step: int) -> Callable[[StepRecord], None]:
-    def on_step(record: StepRecord) -> None:
+def _stop_after(step: int) -> Callable[[Update], None]:
+    def on_step(record: Update) -> None:
         if record.step == step:
             raise _Interrupted
 
@@ -200,27 +199,27 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     program: Program, uninterrupted: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     with pytest.raises(_Interrupted):
-        _qat(program, work_dir=tmp_path, on_step=_stop_after(after))
+        _qat(program, work_dir=tmp_path, on_update=_stop_after(after))
     assert _log(tmp_path) == list(range(1, after + 1))
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(api, "calibrate", refuse)
-    starts: list[int] = []
-    result = _qat(program, work_dir=tmp_path, resume=True, on_start=lambda _, first: starts.append(first))
+    monkeypatch.setattr(activations, "calibrate", refuse)
+    went_on: list[int] = []
+    result = _qat(program, work_dir=tmp_path, resume=True, on_update=lambda update: went_on.append(update.step))
     assert _same_bits(result, uninterrupted)
     assert _log(tmp_path) == [1, 2, 3, 4, 5]
     # A checkpoint is written after the step is told, so the one of this step is not there yet.
-    assert starts == [(after - 1) // 2 * 2]
+    assert went_on[0] == (after - 1) // 2 * 2 + 1
 
 
 def test_finish_run_leaves_the_log(program: Program, tmp_path: Path) -> None:
     _qat(program, work_dir=tmp_path)
     (tmp_path / ".checkpoint.hqc-1234abcd").mkdir()  # what a kill in the middle of writing leaves
     assert {path.name for path in tmp_path.iterdir()} == {
-        "quantised.hqc",
-        "checkpoint",
+        "run.json",
+        "08-distil.hqc",
         "log.jsonl",
         ".checkpoint.hqc-1234abcd",
     }
@@ -231,9 +230,9 @@ def test_finish_run_leaves_the_log(program: Program, tmp_path: Path) -> None:
 def test_a_new_run_forgets_the_old_one_if_it_is_told_to(
     program: Program, uninterrupted: Program, tmp_path: Path
 ) -> None:
-    other = SETTINGS.model_copy(update={"seed": 1})
+    other = {**SETTINGS, "distil.seed": 1}
     with pytest.raises(_Interrupted):
-        _qat(program, work_dir=tmp_path, settings=other, on_step=_stop_after(4))
+        _qat(program, work_dir=tmp_path, settings=other, on_update=_stop_after(4))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ArtefactError) as caught:
         _qat(program, work_dir=tmp_path)
@@ -243,7 +242,7 @@ def test_a_new_run_forgets_the_old_one_if_it_is_told_to(
     )
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     with pytest.raises(_Interrupted):  # before its own first checkpoint
-        _qat(program, work_dir=tmp_path, restart=True, on_step=_stop_after(1))
+        _qat(program, work_dir=tmp_path, restart=True, on_update=_stop_after(1))
     assert _same_bits(_qat(program, work_dir=tmp_path, resume=True), uninterrupted)
     assert _log(tmp_path) == [1, 2, 3, 4, 5]
 
@@ -258,20 +257,22 @@ def test_two_runs_never_share_a_work_folder(program: Program, tmp_path: Path) ->
         except ArtefactError as error:
             refused.append(error.found)
 
-    def on_step(record: StepRecord) -> None:
+    def on_step(record: Update) -> None:
         if record.step == 1:
             thread = threading.Thread(target=second)
             thread.start()
             thread.join()
 
-    _qat(program, work_dir=tmp_path / "run", on_step=on_step)
+    _qat(program, work_dir=tmp_path / "run", on_update=on_step)
     assert refused == [f"is being written by another hqc command (process {os.getpid()})"]
     assert _log(tmp_path / "run") == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "quantised.hqc", "log.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint", "quantised.hqc", "06-calibrate_activations.hqc", "run.json", "log.jsonl"]
+)
 def test_what_is_not_hqcs_in_a_work_folder_is_left_alone(program: Program, tmp_path: Path, name: str) -> None:
-    mine = tmp_path / name if name == "log.jsonl" else tmp_path / name / "weights.pt"
+    mine = tmp_path / name if "json" in name else tmp_path / name / "weights.pt"
     mine.parent.mkdir(exist_ok=True)
     mine.write_text('{"epoch": 1}\n')
     for restart in (False, True):
@@ -293,15 +294,15 @@ def test_resuming_and_restarting_exclude_each_other(program: Program, tmp_path: 
 def interrupted(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interrupted")
     with pytest.raises(_Interrupted):
-        _qat(program, work_dir=folder, on_step=_stop_after(3))
+        _qat(program, work_dir=folder, on_update=_stop_after(3))
     return folder
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"settings": SETTINGS.model_copy(update={"seed": 1})}, "recipe.training.seed was 3407, now 1"),
-        ({"settings": SETTINGS.model_copy(update={"eta": 0.5})}, "recipe.training.eta was 0.0, now 0.5"),
+        ({"settings": {**SETTINGS, "distil.seed": 1}}, "steps.distil.seed was 3407, now 1"),
+        ({"settings": {**SETTINGS, "sampler.eta": 0.5}}, "sampler.eta was 0.0, now 0.5"),
         ({"keep_float": ("conv_in",)}, "keep_float was [], now ['conv_in']"),
     ],
     ids=["seed", "eta", "keep_float"],
@@ -317,10 +318,10 @@ def test_resuming_with_other_settings_is_refused(
 
 
 def test_resuming_with_several_differences_lists_them_all(program: Program, interrupted: Path) -> None:
-    settings = SETTINGS.model_copy(update={"seed": 1, "batch_size": 3})
+    settings = {**SETTINGS, "distil.seed": 1, "distil.batch_size": 3}
     with pytest.raises(ArtefactError) as caught:
         hqc.qat(program, small("hq-dm"), "w4a3", settings=settings, work_dir=interrupted, resume=True)
-    for part in ("bits was 'w4a4', now 'w4a3'", "training.batch_size was 2, now 3", "training.seed was 3407, now 1"):
+    for part in ("bits was 'w4a4', now 'w4a3'", "distil.batch_size was 2, now 3", "distil.seed was 3407, now 1"):
         assert part in str(caught.value)
 
 
@@ -332,7 +333,7 @@ def test_resuming_with_other_weights_is_refused(program: Program, interrupted: P
 
 
 def test_checkpointing_more_often_is_no_other_run(program: Program, interrupted: Path, uninterrupted: Program) -> None:
-    often = SETTINGS.model_copy(update={"checkpoint_every": 1})
+    often = {**SETTINGS, "distil.checkpoint_every": 1}
     assert _same_bits(_qat(program, work_dir=interrupted, resume=True, settings=often), uninterrupted)
 
 
@@ -350,7 +351,7 @@ def test_resuming_without_a_work_folder_is_refused(program: Program) -> None:
 
 def test_a_damaged_checkpoint_is_refused(program: Program, tmp_path: Path) -> None:
     with pytest.raises(_Interrupted):
-        _qat(program, work_dir=tmp_path, on_step=_stop_after(3))
+        _qat(program, work_dir=tmp_path, on_update=_stop_after(3))
     path = tmp_path / "checkpoint" / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(ArtefactError, match="is damaged"):
@@ -363,7 +364,7 @@ def test_a_fingerprint_takes_weights_without_axes(captured: Callable[[str], Prog
 
     def digest(value: float) -> object:
         changed = program.evolve(state={**program.state, "scalar": torch.tensor(value)})
-        return run_settings(changed, find_recipe("hq-dm"), "w4a4", (), synthetic_task(changed))["weights_sha256"]
+        return run_settings(changed, find_recipe("hq-dm"), Request("w4a4"), "noise")["weights_sha256"]
 
     assert digest(1.0) == digest(1.0)
     assert digest(1.0) != digest(2.0)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_pipeline
 import torch
-from click import Option
+from click import Group, Option
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from test_cli import ok, refused
 
@@ -34,8 +34,17 @@ MISUSED = [
     ("explain {captured} --target portable --rules all", "--rules"),
     ("explain {captured} --target portable --no-hadamard", "--no-hadamard"),
     ("explain {captured} --target portable --block 16", "--block"),
+    ("explain {captured} --target portable --hadamard", "--hadamard"),
+    ("explain {captured} --target portable --set distil.epochs=1", "--set"),
+    ("explain {captured} --hadamard --no-hadamard", "--hadamard"),
+    ("explain {captured} --set select_layers.rule=all", "--set select_layers.rule"),
     ("explain {captured} --target portable --keep-float conv_in", "--keep-float"),
     ("ptq {captured} -o x --block 16", "--block 16"),
+    ("ptq {captured} -o x --hadamard --no-hadamard", "--hadamard"),
+    ("ptq {captured} -o x --set distil.epochs=1", "option distil.epochs"),
+    ("ptq {captured} -o x --resume", "--resume"),
+    ("ptq {captured} -o x --restart", "--restart"),
+    ("ptq {captured} -o x --work-dir w --resume --restart", "--resume: and --restart exclude each other"),
     ("ptq {plain} -o x --synthetic --guidance-scale 3", "--guidance-scale 3"),
     ("ptq {plain} -o x --eta 0.5", "--eta 0.5"),
     ("ptq {captured} -o x --prompts {words} --synthetic", "--prompts"),
@@ -43,6 +52,9 @@ MISUSED = [
     ("qat {captured} -o x.hqc --resume --restart", "--resume: and --restart exclude each other"),
     ("qat {captured} -o x --no-hadamard --block 16", "--block 16"),
     ("qat {captured} -o x --epochs 1 --steps 1", "--epochs"),
+    ("qat {captured} -o x --hadamard --no-hadamard", "--hadamard"),
+    ("qat {captured} -o x --set distil.epoch=1", "--set distil.epoch"),
+    ("recipes export rtn --force", "--force"),
     ("qat {plain} -o x --guidance-scale 3", "--guidance-scale 3"),
     ("qat {plain} -o x --eta 1", "--eta 1"),
     ("qat {captured} -o x --prompts {words} --synthetic", "--prompts"),
@@ -106,8 +118,11 @@ ALWAYS = {
     "trace": "output force as_json",
     "explain": "target as_json",
     "inspect": "graph as_json",
-    "ptq": "output recipe hadamard bits rules keep_float calib_size synthetic num_inference_steps force as_json",
-    "qat": "output recipe no_hadamard bits rules keep_float calib_size synthetic num_inference_steps batch_size seed "
+    "recipes list": "as_json",
+    "recipes show": "as_json",
+    "recipes export": "output",
+    "ptq": "output recipe bits rules keep_float calib_size synthetic num_inference_steps work_dir force as_json",
+    "qat": "output recipe bits rules keep_float calib_size synthetic num_inference_steps batch_size seed "
     "lr_lora lr_weight_scale lr_activation_scale checkpoint_every work_dir resume steps force as_json",
     "export": "output target opset one_timestep force as_json",
     "build-engine": "builder arch min_batch opt_batch max_batch workspace tf32 cache force as_json",
@@ -123,15 +138,17 @@ ALWAYS = {
 
 
 def options() -> Iterator[tuple[str, Option]]:
-    """Every option of every command."""
+    """Every option of every command, and of the commands in it."""
     for name, command in main.commands.items():
-        yield from ((name, parameter) for parameter in command.params if isinstance(parameter, Option))
+        inner = command.commands.items() if isinstance(command, Group) else ()
+        for path, one in [(name, command), *((f"{name} {sub}", found) for sub, found in inner)]:
+            yield from ((path, parameter) for parameter in one.params if isinstance(parameter, Option))
 
 
 def misused(command: str, option: Option) -> bool:
     """Whether a line above misuses it."""
     spelled = {*option.opts, *option.secondary_opts}
-    lines = [line.split() for line, _ in MISUSED if line.split()[0] == command]
+    lines = [line.split() for line, _ in MISUSED if line.startswith(f"{command} ")]
     return any(spelled & set(words) for words in lines)
 
 

@@ -138,7 +138,7 @@ def test_an_interrupted_run_is_not_dropped(made: SimpleNamespace, tmp_path: Path
     command = ("qat", made.program, "-o", tmp_path / "x.hqc", *QUICK, "--steps", "2", "--batch-size", "1")
     work = tmp_path / "x.hqc.training"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hqc.api.distil", raising(KeyboardInterrupt()))
+        patch.setattr("hqc.training.distil.visited", raising(KeyboardInterrupt()))
         stopped = run(*command)
     assert stopped.exit_code == 1
     assert f"the same command with --resume goes on from {work}" in stopped.stderr
@@ -160,7 +160,7 @@ def test_a_run_that_was_killed_before_it_tidied_up_is_finished(made: SimpleNames
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hqc.api.finish_run", raising(KeyboardInterrupt()))
         assert run(*command).exit_code == 1
-    assert {"quantised.hqc", "checkpoint", "log.jsonl"} <= set(names(work))
+    assert {"08-distil.hqc", "run.json", "log.jsonl"} <= set(names(work))
     kept = (output / "weights.safetensors").read_bytes()
     # A result of other settings is not this run's, and another program is not either.
     assert "already exists" in refused(*command, "--resume", "--seed", "1")
@@ -184,7 +184,7 @@ def test_a_folder_made_while_a_command_runs_is_kept(
         (tmp_path / "q.hqc" / "notes.txt").write_text("precious")
         return load_program(made.program)
 
-    monkeypatch.setattr("hqc.api.ptq", quantise)
+    monkeypatch.setattr("hqc.api.quantise", quantise)
     said = refused("ptq", made.program, "-o", tmp_path / "q.hqc", *QUICK)
     assert f"the result is kept as {tmp_path / 'q.hqc.new'}" in said
     assert (tmp_path / "q.hqc" / "notes.txt").read_text() == "precious"

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from hqc import console, stages
-from hqc.pipeline import run_pipeline
 from hqc.program import Program
 from hqc.recipes import find_recipe
+from hqc.recipes.run import Request, planned
 
 
 def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +70,7 @@ def test_progress_on_a_terminal_is_drawn_on_standard_error(
 
 
 def test_sites_table_has_a_row_and_a_reason_for_every_site(captured: Callable[[str], Program]) -> None:
-    program = run_pipeline(captured("awkward"), find_recipe("hq-dm").passes("w4a3", (0.0,)))
+    program = planned(captured("awkward"), find_recipe("hq-dm"), Request("w4a3"))
     table = console.sites_table(program)
     rows = [tuple(map(str, row)) for row in zip(*(column.cells for column in table.columns), strict=True)]
     assert [row[0] for row in rows] == [plan.site for plan in program.plan.sites]
@@ -84,7 +84,7 @@ def test_sites_table_has_a_row_and_a_reason_for_every_site(captured: Callable[[s
 def test_sites_table_prints_names_with_brackets(
     captured: Callable[[str], Program], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = run_pipeline(captured("two_sites"), find_recipe("rtn").passes("w4a4", (0.0,), ("[hx]ead",)))
+    program = planned(captured("two_sites"), find_recipe("rtn"), Request("w4a4", ("[hx]ead",)))
     console.console.print(console.sites_table(program))
     text = capsys.readouterr().out
     assert "rule '[hx]ead'" in " ".join(text.split())

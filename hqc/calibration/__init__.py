@@ -1,5 +1,6 @@
 """Calibration: scales from what the sites see along the float trajectory, and from the weights."""
 
-from hqc.calibration.activations import calibrate
+from hqc.calibration.activations import CalibrateActivations, calibrate
+from hqc.calibration.weights import CalibrateWeights, mse_weight_scale
 
-__all__ = ["calibrate"]
+__all__ = ["CalibrateActivations", "CalibrateWeights", "calibrate", "mse_weight_scale"]

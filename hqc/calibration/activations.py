@@ -1,4 +1,4 @@
-"""Calibration: activation scale tables by MSE search along a float trajectory.
+"""Activation scale tables by MSE search along a float trajectory.
 
 For every site and timestep the scale minimises Σ (x - s·clip(round(x/s), -Q, Q))² over candidate clip ranges, x being
 the input of the site's quantiser (rotated where the plan says so). The quantisers are bypassed while observing, so the
@@ -8,19 +8,84 @@ trajectory is the float model's own.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, fx
 
 from hqc.errors import TrainingError
+from hqc.memory import activation_bytes, require_memory
 from hqc.passes.insert_qdq import GRID
-from hqc.program import Program
+from hqc.program import Program, Stage
 from hqc.running import node_failure
-from hqc.sampling.task import Denoise
+from hqc.sampling import Work
+from hqc.sampling.task import Denoise, trajectory
 from hqc.sites import bounds_of
+from hqc.stages import doing
+from hqc.steps import check_options
 
-__all__ = ["calibrate"]
+__all__ = ["CalibrateActivations", "calibrate"]
+
+
+@dataclass(frozen=True)
+class CalibrateActivations:
+    """Fills the activation scale tables along the float model's own trajectory.
+
+    `samples` images are sampled in one go; per site and timestep the scale minimises the squared quantisation error
+    over `candidates` clip ranges. seed: of the noise and the conditions.
+    """
+
+    samples: Annotated[int, Field(ge=1, le=4096)] = 16
+    candidates: Annotated[int, Field(ge=2, le=1000)] = 60
+    seed: Annotated[int, Field(ge=0)] = 2024
+
+    takes: ClassVar[tuple[Stage, ...]] = (Stage.QUANTISED,)
+    gives: ClassVar[Stage | None] = None
+    samples_denoiser: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def check(self, program: Program, work: Work) -> None:
+        """All images are one batch, twice as large with guidance; the quantised program is a second copy.
+
+        Raises:
+            MemoryShortError: if that does not fit.
+        """
+        if work.observe is not None:
+            return
+        batch = self.samples * work.halves()
+        require_memory(
+            f"calibrating on {self.samples} images",
+            program.size_bytes() + activation_bytes(program.graph, batch),
+            "Take fewer calibration images (--calib-size), close other programs, or take a larger machine",
+        )
+
+    def run(self, program: Program, work: Work) -> Program:
+        """The program with other activation scales.
+
+        Raises:
+            TrainingError: see `calibrate`.
+        """
+        return calibrate(program, work.observe or self._trajectory(work), candidates=self.candidates)
+
+    def _trajectory(self, work: Work) -> Callable[[Denoise], None]:
+        task, sampler = work.sampled, work.sampler
+
+        def run(denoise: Denoise) -> None:
+            options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta, self.seed)
+            steps = len(task.scheduler(sampler.num_inference_steps).timesteps)
+            with doing("calibrating") as stage:
+                for step, _ in enumerate(trajectory(task, denoise, self.samples, *options)):
+                    stage(step, steps)
+
+        return run
+
+    def cost(self, program: Program, work: Work) -> float:
+        """One trajectory of every image."""
+        return float(self.samples * work.halves() * work.sampler.num_inference_steps)
+
 
 _VALUES_A_CALL = 16_384
 _CACHED_VALUES = 2_048

@@ -1,7 +1,7 @@
 """The command that looks into a Program: analyze."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,9 @@ from hqc.commands.options import (
     sampler_options,
 )
 from hqc.errors import OptionError
+
+if TYPE_CHECKING:
+    from hqc.recipes import Recipe
 
 __all__ = ["analyze"]
 
@@ -80,7 +83,7 @@ def analyze(program: Path, output: Path, csv_file: Path | None, **given: Any) ->
     if loaded.stage != Stage.CAPTURED:
         _refuse_plan(given["block"])
     block = None if given["block"] is None else int(given["block"])
-    recipe = api.configure(given["recipe"], rules=given["rules"], block=block)
+    recipe = _recipe(given["recipe"], given["rules"], block)
     guidance = given["guidance_scale"] if asked("guidance_scale") else None
     task = api.task_of(loaded, folder=pipeline_folder(program), guidance_scale=guidance, **conditions)
     check_sampler(task, given)
@@ -100,7 +103,9 @@ def analyze(program: Path, output: Path, csv_file: Path | None, **given: Any) ->
         "stage": str(loaded.stage),
         "source": loaded.origin.source,
         "bits": planned.plan.bits,
-        "plan": planned.plan.recipe if loaded.stage != Stage.CAPTURED else f"{recipe.name}, rules {recipe.rules}",
+        "plan": planned.plan.recipe
+        if loaded.stage != Stage.CAPTURED
+        else f"{recipe.name}, rules {recipe.step('select_layers').rules}",
         "calibrated_on": task.drawn_from,
         "sampler": type(task.new_scheduler()).__name__,
         "steps": sampler.num_inference_steps,
@@ -132,6 +137,19 @@ def analyze(program: Path, output: Path, csv_file: Path | None, **given: Any) ->
     out.fields(f"analysed {program}", _lines(summary(report), report.sensitivity_note))
     for file in outputs:
         click.echo(f"wrote {file}")
+
+
+def _recipe(name: str, rules: str | None, block: int | None) -> "Recipe":
+    """The recipe whose plan is measured; block 0 leaves its rotation out."""
+    from hqc.recipes import find_recipe
+    from hqc.recipes.rotation import rotation
+
+    found = find_recipe(name)
+    if rules is not None:
+        found = found.set("select_layers.rules", rules)
+    if block == 0:
+        return found.unrotated()
+    return found if block is None else found.rotated(rotation("sylvester", block))
 
 
 def _refuse_plan(block: str | None) -> None:

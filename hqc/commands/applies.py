@@ -4,7 +4,7 @@ What depends on the model is refused where the model is known: by `trace` for it
 `check_runtime`, and by the Python API for a target or a program's stage.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,10 @@ def _planned(parameter: str) -> Rule:
     )
 
 
+_OF_A_RECIPE = ("recipe", "changes", "bits", "rules", "hadamard", "no_hadamard", "block", "keep_float")
+
 RULES: Mapping[str, tuple[Rule, ...]] = {
-    "explain": tuple(map(_planned, ("recipe", "bits", "rules", "no_hadamard", "block", "keep_float"))),
+    "explain": tuple(map(_planned, _OF_A_RECIPE)),
     "qat": (Rule("epochs", lambda p: p["steps"] is None, "and --steps exclude each other", "Give one of them."),),
     "analyze": (
         Rule("sensitivity_samples", lambda p: p["sensitivity"] is not False, "is for what --no-sensitivity leaves out"),
@@ -63,13 +65,31 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 
 
 class Command(click.Command):
-    """A command that refuses options without an effect before it begins."""
+    """A command that refuses options without an effect before it begins.
+
+    An option whose value may be left out takes the next word only if that is one of its choices.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """The same, with the values written out that were left out."""
+        for option in self.params:
+            if isinstance(option, click.Option) and option.flag_value and isinstance(option.type, click.Choice):
+                args = _written_out(args, option.opts[0], option.type.choices, str(option.flag_value))
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         for rule in RULES.get(self.name or "", ()):
             if asked(rule.parameter, ctx) and not rule.where(ctx.params):
                 raise OptionError(option_name(rule.parameter, ctx), rule.found, rule.do)
         return super().invoke(ctx)
+
+
+def _written_out(args: list[str], name: str, choices: Sequence[Any], value: str) -> list[str]:
+    following = [*args[1:], ""]
+    return [
+        f"{name}={value}" if arg == name and after not in choices else arg
+        for arg, after in zip(args, following, strict=True)
+    ]
 
 
 def asked(parameter: str, context: click.Context | None = None) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,16 +11,14 @@ from hqc.commands.engine import EngineArguments, engine_options
 from hqc.commands.exportable import print_survey, warn_unless_exportable
 from hqc.commands.options import (
     bits_option,
-    block_option,
     check_output,
     force_option,
     json_option,
     keep_float_option,
     latent_size_option,
     output_option,
-    rotation_order,
-    rules_option,
 )
+from hqc.commands.recipe_options import recipe_asked, recipe_options
 from hqc.stages import doing
 
 if TYPE_CHECKING:
@@ -117,9 +115,7 @@ def trace(
 @click.argument("program", type=click.Path(path_type=Path))
 @click.option("--recipe", default="hq-dm", show_default=True)
 @bits_option
-@rules_option
-@click.option("--no-hadamard", is_flag=True, help="Without rotation.")
-@block_option
+@recipe_options
 @keep_float_option
 @click.option(
     "--target",
@@ -131,18 +127,15 @@ def explain(
     program: Path,
     recipe: str,
     bits: str,
-    rules: str | None,
-    no_hadamard: bool,
-    block: str | None,
     keep_float: tuple[str, ...],
     target: "Target | None",
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Show what a recipe would do to PROGRAM: every site with its bits, rotation, and the reason of every miss."""
     from hqc import console as out
-    from hqc.api import configure
-    from hqc.pipeline import dry_run, format_pipeline
     from hqc.plan import RULE_SETS
+    from hqc.recipes.run import Request, planned
     from hqc.storage import load_program
 
     if target is not None:
@@ -150,25 +143,20 @@ def explain(
 
         print_survey(program, survey(load_program(program), target), as_json=as_json)
         return
-    found = configure(recipe, rules=rules)
-    rotated = bool(found.block) and not no_hadamard
-    found = configure(found, block=rotation_order(block, rotated=rotated))
+    found = recipe_asked(recipe, given)
     captured = load_program(program)
-    passes = found.passes(bits, (0.0,), keep_float)
-    *_, (_, _, result) = dry_run(captured, passes)
-    result = result.evolve(plan=replace(result.plan, recipe=found.name))
+    result = planned(captured, found, Request(bits, keep_float), calibrated=False)
     if as_json:
         ran = [
             {"pass": str(r.text), "missed": dict(r.missed), "removed": list(r.removed)}
             for r in result.history[len(captured.history) :]
         ]
-        out.print_json({"plan": result.plan.to_dict(), "pipeline": format_pipeline(passes), "passes": ran})
+        out.print_json({"plan": result.plan.to_dict(), "pipeline": found.text, "passes": ran})
         return
     out.console.print(out.sites_table(result))
-    out.console.print(
-        "rules, last match wins:", *(f"  {rule}" for rule in RULE_SETS[found.rules]), sep="\n", markup=False
-    )
-    out.console.print(f"pipeline: {format_pipeline(passes)}", markup=False)
+    rules = found.step("select_layers").rules
+    out.console.print("rules, last match wins:", *(f"  {rule}" for rule in RULE_SETS[rules]), sep="\n", markup=False)
+    out.console.print(f"pipeline: {found.text}", markup=False)
     for record in result.history[len(captured.history) :]:
         out.console.print(str(record), markup=False, highlight=False)
 

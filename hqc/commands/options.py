@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 __all__ = [
+    "ROTATION_KINDS",
     "bits_option",
-    "block_option",
     "calib_size_option",
     "check_output",
     "check_output_file",
@@ -22,8 +22,6 @@ __all__ = [
     "options",
     "output_option",
     "program_argument",
-    "quantising_options",
-    "rotation_order",
     "rules_option",
     "runtime_option",
     "sampler_options",
@@ -153,26 +151,5 @@ runtime_option = click.option(
 calib_size_option = click.option(
     "--calib-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Images."
 )
-block_option = click.option(
-    "--block",
-    type=click.Choice(["8", "16", "32", "64", "128"]),
-    help="Hadamard order (default: 32).",
-)
-quantising_options = options(
-    bits_option,
-    block_option,
-    rules_option,
-    keep_float_option,
-    calib_size_option,
-    condition_options,
-    sampler_options,
-)
-
-
-def rotation_order(block: str | None, *, rotated: bool) -> int:
-    """The Hadamard order that --block asks for: 32 by default, 0 without a rotation."""
-    from hqc.errors import PlanError
-
-    if block is not None and not rotated:
-        raise PlanError(f"--block {block}", "there is no rotation to give an order to", "Ask for the rotation too.")
-    return int(block or 32) if rotated else 0
+ROTATION_KINDS = ("sylvester",)
+"""What --hadamard takes; alone it is the first."""

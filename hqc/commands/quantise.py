@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,27 +12,42 @@ import click
 from hqc.commands.applies import Command, asked, check_sampler
 from hqc.commands.exportable import warn_unless_exportable
 from hqc.commands.options import (
+    bits_option,
     check_output,
     claim,
+    condition_options,
     conditions_asked,
     force_option,
     json_option,
+    keep_float_option,
     options,
     output_option,
     program_argument,
-    quantising_options,
-    rotation_order,
+)
+from hqc.commands.recipe_options import (
+    recipe_asked,
+    recipe_options,
+    sampler_of_recipe_options,
+    with_sampler,
 )
 from hqc.stages import doing
 
 if TYPE_CHECKING:
     from hqc.program import Program
-    from hqc.recipes import Recipe, TrainingSettings
+    from hqc.recipes import Recipe
+    from hqc.recipes.work_folder import Run
     from hqc.sampling import Task
-    from hqc.training.run import Run
 
 __all__ = ["ptq", "qat"]
 
+_quantising_options = options(
+    bits_option,
+    recipe_options,
+    keep_float_option,
+    click.option("--calib-size", type=click.IntRange(1, 4096), help="Images to calibrate on (default: the recipe's)."),
+    condition_options,
+    sampler_of_recipe_options,
+)
 _training_options = options(
     click.option("--epochs", type=click.IntRange(1), help="Trajectories (default: the recipe's)."),
     click.option("--steps", type=click.IntRange(1), help="Updates in all, instead of --epochs."),
@@ -43,98 +58,152 @@ _training_options = options(
     click.option("--lr-activation-scale", type=float),
     click.option("--checkpoint-every", type=click.IntRange(1), help="Updates between checkpoints."),
 )
+_work_options = options(
+    click.option(
+        "--work-dir",
+        type=click.Path(path_type=Path),
+        help="Log, checkpoints, and the program after every long step (qat: OUTPUT.training by default).",
+    ),
+    click.option("--resume", is_flag=True, help="Continue the run in the work folder, to the same bits."),
+    click.option("--restart", is_flag=True, help="Drop the unfinished run in the work folder and begin anew."),
+)
 
 
 @click.command(cls=Command)
 @program_argument
 @output_option
-@click.option("--recipe", default="rtn", show_default=True)
-@click.option("--hadamard", is_flag=True, help="Rotate activations before quantising.")
-@quantising_options
+@click.option("--recipe", default="rtn", show_default=True, metavar="NAME|FILE.yaml")
+@_quantising_options
+@_work_options
 @force_option
 @json_option
-def ptq(program: Path, output: Path, hadamard: bool, force: bool, as_json: bool, **given: Any) -> None:
+def ptq(program: Path, output: Path, work_dir: Path | None, as_json: bool, **given: Any) -> None:
     """Quantise PROGRAM without training: the baseline that every gain is measured against."""
-    from hqc import api
-
-    job = _job(program, output, given, force=force, rotated=hadamard)
-    result = api.ptq(
-        job.captured,
-        job.recipe,
-        job.bits,
-        hadamard=hadamard,
-        block=job.block,
-        task=job.task,
-        keep_float=job.keep_float,
-    )
-    _save(job, result)
+    job = _job("ptq", program, output, given, work_dir)
+    result = _quantised(job)
     _say(job, result, {}, f"quantised {program}", as_json=as_json)
 
 
 @click.command(cls=Command)
 @program_argument
 @output_option
-@click.option("--recipe", default="hq-dm", show_default=True)
-@click.option("--no-hadamard", is_flag=True, help="The same training without rotation (the method's ablation).")
-@quantising_options
+@click.option("--recipe", default="hq-dm", show_default=True, metavar="NAME|FILE.yaml")
+@_quantising_options
 @_training_options
-@click.option("--work-dir", type=click.Path(path_type=Path), help="Log and checkpoints (default: OUTPUT.training).")
-@click.option("--resume", is_flag=True, help="Continue the run in the work folder, to the same bits.")
-@click.option("--restart", is_flag=True, help="Drop the unfinished run in the work folder and begin anew.")
+@_work_options
 @force_option
 @json_option
-def qat(
-    program: Path,
-    output: Path,
-    no_hadamard: bool,
-    work_dir: Path | None,
-    resume: bool,
-    restart: bool,
-    force: bool,
-    as_json: bool,
-    **given: Any,
-) -> None:
+def qat(program: Path, output: Path, work_dir: Path | None, as_json: bool, **given: Any) -> None:
     """Quantise PROGRAM and train it against itself: scales and LoRA, merged before export."""
-    from hqc import api
-    from hqc import console as out
-    from hqc.training.run import Run
-
-    folder = work_dir or output.with_name(output.name + ".training")
-    run = Run(folder)
-    _check_work_folder(run, program, output, resume=resume, restart=restart)
-    job = _job(program, output, given, force=force, rotated=False if no_hadamard else None, resume=resume)
-    recipe, updates = api.configure(job.recipe, block=job.block), job.recipe.training.total_steps
-    if resume and not force and os.path.lexists(output):
-        result = _finished(job, recipe)
-    else:
-        with _how_to_go_on(run), out.progress(f"{recipe.name} {job.bits}", updates) as advance:
-            result = api.qat(
-                job.captured,
-                recipe,
-                job.bits,
-                task=job.task,
-                keep_float=job.keep_float,
-                work_dir=folder,
-                resume=resume,
-                restart=restart,
-                on_step=lambda record: advance(record.step, f"loss {record.loss:.4g}"),
-            )
-            _save(job, result)
-    api.finish_run(folder)
-    more = {"updates": updates, "last_loss": run.last_loss(), "log": str(run.log_path)}
+    job = _job("qat", program, output, given, work_dir or output.with_name(output.name + ".training"))
+    result = _quantised(job)
+    run = job.kept
+    more = {"updates": job.updates, "last_loss": run.last_loss(), "log": str(run.log_path)} if run is not None else {}
     _say(job, result, more, f"trained {program}", as_json=as_json)
 
 
-def _check_work_folder(run: "Run", program: Path, output: Path, *, resume: bool, restart: bool) -> None:
+# ---- what both commands do -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A program to quantise, how, what to calibrate it on, and where the result goes."""
+
+    captured: "Program"
+    recipe: "Recipe"
+    bits: str
+    keep_float: tuple[str, ...]
+    task: "Task"
+    output: Path
+    pipeline: Path | None
+    force: bool
+    kept: "Run | None"
+    resume: bool
+    restart: bool
+
+    @property
+    def updates(self) -> int:
+        """Of the recipe's training, all in all."""
+        from hqc.sampling import Work
+
+        work = Work(self.captured, self.task, self.recipe.sampler)
+        return sum(step.total(work) for step in self.recipe.steps if hasattr(step, "total"))
+
+
+def _job(kind: str, program: Path, output: Path, given: dict[str, Any], work_dir: Path | None) -> _Job:
+    """Checks and loads what both commands take."""
+    from hqc import api
+    from hqc.recipes.work_folder import Run
+    from hqc.storage import load_program, pipeline_folder
+
+    force, resume, restart = (given.pop(name) for name in ("force", "resume", "restart"))
+    run = Run(work_dir) if work_dir is not None else None
+    _check_work_folder(run, program, output, resume=resume, restart=restart)
+    check_output(output, program, force=force, may_be_there=resume)
+    conditions = conditions_asked(given)
+    recipe = _recipe(kind, given)
+    bits, keep_float = given.pop("bits").lower(), given.pop("keep_float")
+    with doing(f"reading {program}"):
+        captured, pipeline = load_program(program), pipeline_folder(program)
+    warn_unless_exportable(captured, program)
+    guidance = recipe.sampler.guidance_scale if asked("guidance_scale") else None
+    task = api.task_of(captured, folder=pipeline, guidance_scale=guidance, **conditions)
+    check_sampler(task, {"guidance_scale": recipe.sampler.guidance_scale, "eta": recipe.sampler.eta})
+    return _Job(captured, recipe, bits, keep_float, task, output, pipeline, force, run, resume, restart)
+
+
+def _recipe(kind: str, given: dict[str, Any]) -> "Recipe":
+    """The recipe that the options ask for, of the command's kind.
+
+    Raises:
+        PlanError: if it is of the other kind.
+    """
+    from hqc.errors import PlanError
+    from hqc.steps import typed_option
+    from hqc.training import Group
+
+    recipe = recipe_asked(given.pop("recipe"), given)
+    if recipe.kind != kind:
+        do = "Use hqc qat, or --recipe rtn here." if kind == "ptq" else "Use hqc ptq for it, or --recipe hq-dm here."
+        found = "needs training" if kind == "ptq" else "does not train"
+        raise PlanError(f"recipe {recipe.name!r}", found, do)
+    recipe = with_sampler(recipe, given)
+    if (size := given.pop("calib_size")) is not None:
+        recipe = recipe.set("calibrate_activations.samples", size)
+    if kind == "ptq":
+        return recipe
+    rates = {
+        "--lr-lora": ("lora_a", given.pop("lr_lora")),
+        "--lr-weight-scale": ("weight_scale", given.pop("lr_weight_scale")),
+        "--lr-activation-scale": ("activation_scale_table", given.pop("lr_activation_scale")),
+    }
+    changes = {
+        "distil.epochs": given["epochs"],
+        "distil.updates": given["steps"],
+        "distil.batch_size": given["batch_size"],
+        "distil.seed": given["seed"],
+        "distil.checkpoint_every": given["checkpoint_every"],
+        "attach_lora.seed": given["seed"] if recipe.step("attach_lora") is not None else None,
+    }
+    for path, value in changes.items():
+        recipe = recipe if value is None else recipe.set(path, value)
+    for option, (leaf, rate) in rates.items():
+        recipe = recipe if rate is None else recipe.with_rate(leaf, typed_option(option, Group, "rate", rate))
+    return recipe
+
+
+def _check_work_folder(run: "Run | None", program: Path, output: Path, *, resume: bool, restart: bool) -> None:
     """Claims the work folder, and refuses one that may not be used, before long work starts."""
     from hqc.atomic import refuse_nested
-    from hqc.errors import ArtefactError
+    from hqc.errors import ArtefactError, OptionError
 
     if resume and restart:
         raise ArtefactError("--resume", "and --restart exclude each other", "Give one of them.")
-    place, folder = output.resolve(), run.folder.resolve()
-    own = [path.resolve() for path in (run.folder, run.quantised, run.checkpoint, run.log_path)]
-    if place in (*own, *folder.parents):
+    if run is None:
+        if resume or restart:
+            raise OptionError("--resume" if resume else "--restart", "needs --work-dir", "Give the run's work folder.")
+        return
+    if run.owns(output) or output.resolve() in run.folder.resolve().parents:
         raise ArtefactError(
             f"--work-dir {run.folder}", f"and the output {output} overlap", "Choose a folder beside the output."
         )
@@ -144,7 +213,39 @@ def _check_work_folder(run: "Run", program: Path, output: Path, *, resume: bool,
         run.check_new(restart=restart)
 
 
-def _finished(job: "_Job", recipe: "Recipe") -> "Program":
+def _quantised(job: _Job) -> "Program":
+    """Runs the job and saves the result; what is kept to resume is dropped afterwards."""
+    from hqc import api
+    from hqc import console as out
+
+    run = job.kept
+    if job.resume and not job.force and os.path.lexists(job.output):
+        result = _finished(job)
+    else:
+        bar = out.progress(f"{job.recipe.name} {job.bits}", job.updates) if job.updates else nullcontext(_silent)
+        with _how_to_go_on(run), bar as advance:
+            result = api.quantise(
+                job.captured,
+                job.recipe,
+                job.bits,
+                task=job.task,
+                keep_float=job.keep_float,
+                work_dir=None if run is None else run.folder,
+                resume=job.resume,
+                restart=job.restart,
+                on_update=lambda update: advance(update.step, f"loss {update.loss:.4g}"),
+            )
+            _save(job, result)
+    if run is not None:
+        api.finish_run(run.folder)
+    return result
+
+
+def _silent(done: int, note: str) -> None:
+    """Nothing is trained: there is no bar to move."""
+
+
+def _finished(job: _Job) -> "Program":
     """The result that a run with these settings has saved: it was killed before it tidied up.
 
     Raises:
@@ -153,83 +254,31 @@ def _finished(job: "_Job", recipe: "Recipe") -> "Program":
     from hqc.atomic import refuse_existing
     from hqc.errors import ArtefactError
     from hqc.program import Stage
+    from hqc.recipes.run import Request, run_settings
     from hqc.storage import load_program
-    from hqc.training.run import run_settings
 
     try:
         result = load_program(job.output)
     except ArtefactError:
         refuse_existing(job.output, force=False)
         raise
-    settings = run_settings(job.captured, recipe, job.bits, job.keep_float, job.task)
-    if result.stage != Stage.TRAINED or dict(result.plan.training) != settings:
+    request = Request(job.bits, job.keep_float)
+    settings = run_settings(job.captured, job.recipe, request, job.task.drawn_from)
+    stage = Stage.TRAINED if job.recipe.kind == "qat" else Stage.QUANTISED
+    if result.stage != stage or dict(result.plan.training) != settings:
         refuse_existing(job.output, force=False)
     return result
 
 
 @contextmanager
-def _how_to_go_on(run: "Run") -> Iterator[None]:
+def _how_to_go_on(run: "Run | None") -> Iterator[None]:
     """Says after Ctrl-C that nothing is lost."""
     try:
         yield
     except KeyboardInterrupt:
-        if run.unfinished:
+        if run is not None and run.unfinished:
             click.echo(f"hqc: interrupted; the same command with --resume goes on from {run.folder}", err=True)
         raise
-
-
-# ---- what both commands do -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A program to quantise, how, what to calibrate it on, and where the result goes.
-
-    block: the rotation's order, 0 without one.
-    """
-
-    captured: "Program"
-    recipe: "Recipe"
-    block: int
-    bits: str
-    keep_float: tuple[str, ...]
-    task: "Task"
-    output: Path
-    pipeline: Path | None
-    force: bool
-
-
-def _job(
-    program: Path,
-    output: Path,
-    given: dict[str, Any],
-    *,
-    force: bool,
-    rotated: bool | None,
-    resume: bool = False,
-) -> _Job:
-    """Checks and loads what both commands take; what is left of `given` are training settings.
-
-    rotated: None asks the recipe. resume: the result may be there already.
-    """
-    from hqc import api
-    from hqc.storage import load_program, pipeline_folder
-
-    check_output(output, program, force=force, may_be_there=resume)
-    conditions = conditions_asked(given)
-    recipe = api.configure(given.pop("recipe"), rules=given.pop("rules"))
-    block = rotation_order(given.pop("block"), rotated=bool(recipe.block) if rotated is None else rotated)
-    bits, keep_float = given.pop("bits").lower(), given.pop("keep_float")
-    sampler = {name: given[name] for name in ("guidance_scale", "eta")}
-    calibration = recipe.calibration.model_copy(update={"samples": given.pop("calib_size")})
-    recipe = recipe.model_copy(update={"calibration": calibration, "training": _training(recipe.training, given)})
-    with doing(f"reading {program}"):
-        captured, pipeline = load_program(program), pipeline_folder(program)
-    warn_unless_exportable(captured, program)
-    guidance = recipe.training.guidance_scale if asked("guidance_scale") else None
-    task = api.task_of(captured, folder=pipeline, guidance_scale=guidance, **conditions)
-    check_sampler(task, sampler)
-    return _Job(captured, recipe, block, bits, keep_float, task, output, pipeline, force)
 
 
 def _save(job: _Job, result: "Program") -> None:
@@ -251,17 +300,3 @@ def _say(job: _Job, result: "Program", more: dict[str, Any], title: str, *, as_j
         **more,
     }
     out.print_json(summary) if as_json else out.fields(title, summary)
-
-
-def _training(defaults: "TrainingSettings", given: dict[str, Any]) -> "TrainingSettings":
-    from pydantic import ValidationError
-
-    from hqc.errors import PlanError
-
-    values = defaults.model_dump() | {key: value for key, value in given.items() if value is not None}
-    try:
-        return type(defaults)(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "--" + str(first["loc"][0]).replace("_", "-")
-        raise PlanError(name, f"{first['input']!r}: {first['msg']}", "Give a value in range.") from error

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hqc.calibration import mse_weight_scale
 from hqc.errors import EvaluationError, TrainingError
 from hqc.evaluation.analysis_statistics import Moments, best_scale, channel_rows, sample_rows, snr_db
 from hqc.evaluation.inputs import FixedInputs, Sampler, sample_in_step, unbatched
@@ -20,7 +21,6 @@ from hqc.evaluation.stepping import Run, float_program
 from hqc.export.reference import evaluate
 from hqc.ops import block_size
 from hqc.ops.hadamard import hadamard
-from hqc.passes.insert_qdq import mse_weight_scale
 from hqc.passes.rewriting import channel_axis
 from hqc.plan import Bits, SitePlan, activation_range, parse_bits, weight_range
 from hqc.program import Program, Stage

@@ -1,7 +1,6 @@
 """`measure`: from a program to a report, as `hqc analyze` runs it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from hqc.evaluation.analysis import analyse, with_scales
@@ -9,9 +8,9 @@ from hqc.evaluation.analysis_report import Report
 from hqc.evaluation.inputs import Sampler, fixed_inputs
 from hqc.evaluation.sensitivity import Sensitivity, SensitivityProbe
 from hqc.memory import activation_bytes, require_memory
-from hqc.pipeline import run_pipeline
 from hqc.program import Program, Stage
 from hqc.recipes import Recipe
+from hqc.recipes.run import Request, planned
 from hqc.sampling.task import Task
 
 __all__ = ["LONGEST_UNASKED_SECONDS", "SENSITIVITY_TIMESTEPS", "measure", "planned_program"]
@@ -30,9 +29,7 @@ def planned_program(
     """What the recipe's passes make of a captured program (without LoRA: nothing is trained); others as they are."""
     if program.stage != Stage.CAPTURED:
         return program
-    plain = recipe.model_copy(update={"lora_rank": 0})
-    planned = run_pipeline(program, plain.passes(bits, timesteps, keep_float))
-    return planned.evolve(plan=replace(planned.plan, recipe=recipe.name))
+    return planned(program, recipe.untrained(), Request(bits, keep_float, timesteps))
 
 
 def measure(

@@ -12,7 +12,7 @@ from hqc.passes.pack_int4 import PackInt4
 from hqc.passes.rotate_weights import RotateWeights
 from hqc.passes.select_layers import SelectLayers
 from hqc.passes.split_digits import SplitDigits
-from hqc.pipeline import pass_name
+from hqc.steps import step_name
 
 __all__ = [
     "PASSES",
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 PASSES: Mapping[str, type] = {
-    pass_name(kind): kind
+    step_name(kind): kind
     for kind in (
         DropSingleKeyAttention,
         SelectLayers,

@@ -44,12 +44,12 @@ class AttachLora:
             raise PlanError(f"rank {self.rank}", "a LoRA needs a rank of at least 1", "Leave attach_lora out instead.")
 
     def find(self, program: Program) -> Findings:
-        """Quantised sites below 8 weight bits."""
+        """Quantised sites that are trained."""
         matches, misses = [], []
         for plan in program.plan.sites:
             if not plan.quantised:
                 misses.append((plan.site, f"float: {plan.reason}"))
-            elif plan.weight_bits == 8 and plan.activation_bits == 8 and program.plan.bits != "w8a8":
+            elif not plan.trained:
                 misses.append((plan.site, "8-bit edge layer: not trained"))
             elif plan.lora_rank:
                 misses.append((plan.site, "has a LoRA already"))

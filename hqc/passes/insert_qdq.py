@@ -5,8 +5,7 @@
 
 Q_a is symmetric with narrow range ±(2^(n-1) - 1), Q_w symmetric with full range and one scale per output channel.
 The row i comes from the graph's own `timestep` input, so the program stays a pure function and a batch may mix
-timesteps. Weight scales minimise ‖W - Q_w(W)‖² channel by channel; the activation tables start at 1 and are filled by
-calibration.
+timesteps. Weight scales start at max|W_o|/qmax, the activation tables at 1: calibration fills both.
 """
 
 import math
@@ -23,7 +22,7 @@ from hqc.pipeline import Findings
 from hqc.plan import activation_range, weight_range
 from hqc.program import BATCH, Program, Stage, aten
 
-__all__ = ["GRID", "InsertQdq", "mse_weight_scale"]
+__all__ = ["GRID", "InsertQdq"]
 
 GRID = "timestep_grid"
 FAKE_QUANTIZE = torch.ops.hqc.fake_quantize.default
@@ -33,10 +32,10 @@ FAKE_QUANTIZE = torch.ops.hqc.fake_quantize.default
 class InsertQdq:
     """Puts quantisers on the input and the weight of every quantised site.
 
-    timesteps: the calibrated grid, one row of every scale table each.
+    timesteps: the calibrated grid, one row of every scale table each; empty: what the plan asks for, or one row.
     """
 
-    timesteps: tuple[float, ...] = (0.0,)
+    timesteps: tuple[float, ...] = ()
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
     gives: ClassVar[Stage | None] = Stage.QUANTISED
@@ -45,8 +44,8 @@ class InsertQdq:
     def __post_init__(self) -> None:
         if not all(isinstance(t, (int, float)) and math.isfinite(t) for t in self.timesteps):
             raise PlanError("timesteps", f"the grid {self.timesteps} is not all numbers", "Give finite timesteps.")
-        if not self.timesteps or len(set(self.timesteps)) != len(self.timesteps):
-            raise PlanError("timesteps", "the grid is empty or repeats a timestep", "Give distinct timesteps.")
+        if len(set(self.timesteps)) != len(self.timesteps):
+            raise PlanError("timesteps", "the grid repeats a timestep", "Give distinct timesteps.")
 
     def find(self, program: Program) -> Findings:
         """Every site that the plan quantises."""
@@ -57,8 +56,9 @@ class InsertQdq:
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Inserts the grid lookup once, then both quantisers of each site."""
         edit = rewrite(program)
+        planned = replace(program.plan, timesteps=self.timesteps or program.plan.timesteps or (0.0,))
         if not matches:
-            return edit.finish(plan=replace(program.plan, timesteps=self.timesteps))
+            return edit.finish(plan=planned)
         inputs = {node.name: node for node in edit.graph.nodes if node.op == "placeholder"}
         if "timestep" not in inputs:
             raise PassError(
@@ -69,7 +69,7 @@ class InsertQdq:
         timestep = inputs["timestep"]
         # The lookup stands right behind its input: it depends on nothing else.
         first = timestep.next
-        grid = edit.weight(GRID, torch.tensor(self.timesteps, dtype=torch.float32), first)
+        grid = edit.weight(GRID, torch.tensor(planned.timesteps, dtype=torch.float32), first)
         row = edit.call(
             first, torch.ops.hqc.nearest_timestep.default, timestep, grid, shape=(BATCH,), dtype="int64", role="row"
         )
@@ -77,7 +77,7 @@ class InsertQdq:
             plan, layer = program.plan[site], edit.layers[site]
             x, weight, _ = layer_inputs(layer)
             rotated, reader = (x.all_input_nodes[0], x) if x.meta.get("role") == "rotation_back" else (x, layer)
-            table = edit.weight(f"{site}.activation_scale_table", torch.ones(len(self.timesteps)), reader)
+            table = edit.weight(f"{site}.activation_scale_table", torch.ones(len(planned.timesteps)), reader)
             scale = edit.call(reader, aten.index_select.default, table, 0, row, shape=(BATCH,), dtype="float32")
             low, high = activation_range(plan.activation_bits or 8)
             quantised = edit.call(
@@ -87,12 +87,12 @@ class InsertQdq:
             self._quantise_weight(
                 edit.program.state[str(weight.target)], site, layer, weight, edit, plan.weight_bits or 8
             )
-        return edit.finish(plan=replace(program.plan, timesteps=self.timesteps))
+        return edit.finish(plan=planned)
 
     @staticmethod
     def _quantise_weight(value: Tensor, site: str, layer: fx.Node, weight: fx.Node, edit, bits: int) -> None:  # type: ignore[no-untyped-def]
         low, high = weight_range(bits)
-        scale = edit.weight(f"{site}.weight_scale", mse_weight_scale(value, low, high), layer)
+        scale = edit.weight(f"{site}.weight_scale", _range_scale(value, high), layer)
         quantised = edit.call(
             layer, FAKE_QUANTIZE, weight, scale, low, high, like=weight, site=site, role="weight_quantizer"
         )
@@ -100,42 +100,7 @@ class InsertQdq:
 
 
 @torch.no_grad()
-def mse_weight_scale(weight: Tensor, qmin: int, qmax: int, candidates: int = 80) -> Tensor:
-    """Scale per output channel [O] that minimises ‖W_o - s·clip(round(W_o/s))‖² over shrunken ranges.
-
-    Candidates are absmax/qmax·r for r evenly in (0.2, 1.2]: above 1 because the range is asymmetric at its ends. In a
-    layer of more than a million weights of at most four bits every eighth is tried, then those around the best at half,
-    a quarter and an eighth of that distance. An all-zero channel gets scale 1, which represents it exactly.
-    """
-    flat = weight.flatten(1).to(torch.float32)
-    # Some rows at a time: every candidate goes over them again, in the cache.
-    rows = max(1, _CACHED_VALUES // flat.shape[1])
-    step = 8 if flat.numel() > _LARGE_LAYER and qmax <= 7 else 1
-    ratios = torch.linspace(0.2, 1.2, candidates + 1)[1:]
-    parts = [_best_scale(part, qmin, qmax, ratios, step) for part in torch.split(flat, rows)]
-    return torch.cat(parts) if parts else flat.new_ones(0)
-
-
-_CACHED_VALUES = 2**20
-_LARGE_LAYER = 2**20
-
-
-def _best_scale(flat: Tensor, qmin: int, qmax: int, ratios: Tensor, step: int) -> Tensor:
-    absmax = flat.abs().amax(1)
-    base = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
-    best = torch.zeros(len(flat), dtype=torch.int64)
-    best_error = torch.full_like(base, torch.inf)
-
-    def attempt(index: Tensor) -> None:
-        scale = (base * ratios[index]).unsqueeze(1)
-        error = (flat * scale.reciprocal()).round_().clamp_(qmin, qmax).mul_(scale).sub_(flat).square_().sum(1)
-        better = error < best_error
-        best[better], best_error[better] = index[better], error[better]
-
-    for start in range(step - 1, len(ratios), step):
-        attempt(torch.full_like(best, start))
-    while step := step // 2:
-        middle = best.clone()
-        attempt((middle - step).clamp_min(0))
-        attempt((middle + step).clamp_max(len(ratios) - 1))
-    return torch.where(absmax > 0, base * ratios[best], torch.ones_like(absmax))
+def _range_scale(weight: Tensor, qmax: int) -> Tensor:
+    """max|W_o|/qmax [O]; 1 for a channel of zeros, which it represents exactly."""
+    absmax = weight.flatten(1).abs().amax(1).to(torch.float32) if weight.numel() else weight.new_zeros(len(weight))
+    return torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))

@@ -16,7 +16,7 @@ from torch import fx
 from hqc.errors import PassError, PlanError
 from hqc.passes.rewriting import CONV, LINEAR
 from hqc.pipeline import Findings
-from hqc.plan import RULE_SETS, QuantPlan, Rule, SitePlan, decide, parse_bits
+from hqc.plan import RULE_SETS, Rule, SitePlan, decide, parse_bits
 from hqc.program import BATCH, Program, Stage, aten, is_op
 
 __all__ = ["SelectLayers"]
@@ -38,11 +38,12 @@ _UNSUPPORTED = {
 class SelectLayers:
     """Decides for every conv and linear layer: bits, float, rotation allowed.
 
-    bits: `wNaM`. rules: the name of a rule set (`default`, `reference`, `all`). keep_float: wildcard patterns of
-    further sites to leave float; a pattern that matches nothing is an error.
+    bits: `wNaM`; empty: what the plan asks for, or w4a4. rules: the name of a rule set (`default`, `reference`,
+    `all`). keep_float: wildcard patterns of sites to leave float, besides those of the plan; one that matches nothing
+    is an error.
     """
 
-    bits: str = "w4a4"
+    bits: str = ""
     rules: str = "default"
     keep_float: tuple[str, ...] = ()
 
@@ -50,10 +51,13 @@ class SelectLayers:
     gives: ClassVar[Stage | None] = None
     preserves: ClassVar[str] = "numerics"
 
-    def _rules(self) -> tuple[Rule, ...]:
+    def _patterns(self, program: Program) -> tuple[str, ...]:
+        return (*program.plan.keep_float, *self.keep_float)
+
+    def _rules(self, program: Program) -> tuple[Rule, ...]:
         if self.rules not in RULE_SETS:
             raise PlanError(f"rules {self.rules!r}", f"unknown; there are {', '.join(RULE_SETS)}", "Use one of them.")
-        kept = tuple(Rule(pattern, "asked for", float_=True) for pattern in self.keep_float)
+        kept = tuple(Rule(pattern, "asked for", float_=True) for pattern in self._patterns(program))
         return (*RULE_SETS[self.rules], *kept)
 
     def find(self, program: Program) -> Findings:
@@ -62,7 +66,7 @@ class SelectLayers:
             raise PassError("select_layers", f"{rotated[0]} is rotated already", "Run it before insert_hadamard.")
         matches, misses = [], []
         for site, node in program.sites():
-            reason = _unfit(node) or self._float_reason(site)
+            reason = _unfit(node) or self._float_reason(program, site)
             misses.append((site, reason)) if reason else matches.append(site)
         for node in program.graph.nodes:
             if node.op == "call_function" and node.target in _UNSUPPORTED:
@@ -72,15 +76,15 @@ class SelectLayers:
         self._check_patterns(program)
         return Findings(tuple(matches), tuple(misses))
 
-    def _float_reason(self, site: str) -> str:
-        rule = decide(site, self._rules())
+    def _float_reason(self, program: Program, site: str) -> str:
+        rule = decide(site, self._rules(program))
         if rule is None:
             return "no rule names it"
         return f"rule {rule.pattern!r}: {rule.why}" if rule.float_ else ""
 
     def _check_patterns(self, program: Program) -> None:
         sites = [site for site, _ in program.sites()]
-        for pattern in self.keep_float:
+        for pattern in self._patterns(program):
             if any(decide(site, [Rule(pattern, "")]) for site in sites):
                 continue
             for record in program.history:
@@ -92,17 +96,19 @@ class SelectLayers:
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Writes the plan: one entry for every layer, quantised or float with the reason."""
-        asked, misses = parse_bits(self.bits), dict(self.find(program).misses)
+        asked, misses = parse_bits(self.bits or program.plan.bits or "w4a4"), dict(self.find(program).misses)
         plans = []
         for site, node in program.sites():
-            rule, plan = decide(site, self._rules()), _describe(site, node)
+            rule, plan = decide(site, self._rules(program)), _describe(site, node)
             if site not in matches or rule is None:
                 plans.append(replace(plan, reason=misses.get(site, "not selected")))
                 continue
             bits = rule.bits or asked
             reason = "" if rule.rotate else f"unrotated: {rule.why}"
-            plans.append(replace(plan, weight_bits=bits.weight, activation_bits=bits.activation, reason=reason))
-        return program.evolve(plan=QuantPlan(recipe=program.plan.recipe, bits=str(asked), sites=tuple(plans)))
+            trained = rule.trained or bits == asked
+            plan = replace(plan, weight_bits=bits.weight, activation_bits=bits.activation, reason=reason)
+            plans.append(replace(plan, trained=trained))
+        return program.evolve(plan=replace(program.plan, bits=str(asked), sites=tuple(plans)))
 
 
 def _describe(site: str, node: fx.Node) -> SitePlan:

@@ -1,24 +1,29 @@
-"""Published methods as data: which passes, how to calibrate, how to train."""
+"""Published methods as data: a recipe is a tuple of steps. One file a method."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from hqc.errors import PlanError
+from hqc.recipes.files import read_recipe
 from hqc.recipes.hq_dm import HQ_DM, HQ_DM_REFERENCE
-from hqc.recipes.recipe import CalibrationSettings, Recipe, TrainingSettings
+from hqc.recipes.recipe import Recipe
 from hqc.recipes.rtn import RTN
 
-__all__ = ["RECIPES", "CalibrationSettings", "Recipe", "TrainingSettings", "find_recipe"]
+__all__ = ["RECIPES", "Recipe", "find_recipe"]
 
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (HQ_DM, HQ_DM_REFERENCE, RTN)}
 """Every recipe by its name."""
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name.
+    """The recipe of that name, or the one in a YAML file: a name that ends in .yaml or .yml, or has a slash.
 
     Raises:
-        PlanError: if there is none.
+        PlanError, PipelineTextError: if there is none, or the file holds none.
     """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        return read_recipe(Path(name))
     if name not in RECIPES:
-        raise PlanError(f"recipe {name!r}", f"unknown; there are {', '.join(RECIPES)}", "Use one of them.")
+        known = ", ".join(RECIPES)
+        raise PlanError(f"recipe {name!r}", f"unknown; there are {known}", "Use one of them, or a .yaml file.")
     return RECIPES[name]

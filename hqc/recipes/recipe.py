@@ -1,78 +1,181 @@
-"""What a recipe is: options of the passes, of calibration and of training, checked by pydantic."""
+"""What a recipe is: a method as a tuple of steps, in the order in which they run."""
 
-from pydantic import BaseModel, ConfigDict, Field
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
-from hqc.passes import AttachLora, DropSingleKeyAttention, InsertHadamard, InsertQdq, SelectLayers
-from hqc.pipeline import Pass
+from hqc.errors import PlanError
+from hqc.passes import InsertHadamard
+from hqc.pipeline import Step, format_pipeline
+from hqc.program import Stage
+from hqc.sampling import Sampler
+from hqc.steps import step_name, step_text, typed_option
 
-__all__ = ["CalibrationSettings", "Recipe", "TrainingSettings"]
+__all__ = ["Recipe"]
 
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class CalibrationSettings(_Settings):
-    """The float sampler's trajectory from which activation scales are found by MSE search.
-
-    `samples` images are sampled in one go with the training's sampler settings; per site and timestep the scale
-    minimises the squared quantisation error over `candidates` clip ranges.
-    """
-
-    samples: int = Field(default=16, ge=1, le=4096)
-    candidates: int = Field(default=60, ge=2, le=1000)
-    seed: int = Field(default=2024, ge=0)
+Kind = Literal["ptq", "qat"]
 
 
-class TrainingSettings(_Settings):
-    """The distillation loop: an epoch is one trajectory of the float sampler, a step one timestep of it.
+@dataclass(frozen=True)
+class Recipe:
+    """One method: steps that quantise a captured program, and the sampler that they calibrate and train along.
 
-    Learning rates: LoRA factors of a site get `lr_lora` times the mean of the site's weight scales (scale-aware),
-    weight scales `lr_weight_scale`, activation tables `lr_activation_scale`; all decay linearly to zero.
-    """
+    source: where the method is published. doc: what it computes, for `hqc recipes show`. Bits, layers to keep float and
+    what is sampled are not the recipe's: they are asked for when it runs.
 
-    epochs: int = Field(default=30, ge=1)
-    steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=8, ge=1, le=1024)
-    num_inference_steps: int = Field(default=20, ge=1, le=1000)
-    guidance_scale: float = Field(default=1.5, ge=0, le=100)
-    eta: float = Field(default=0.0, ge=0, le=1)
-    seed: int = Field(default=3407, ge=0)
-    lr_lora: float = Field(default=3e-2, gt=0)
-    lr_weight_scale: float = Field(default=1e-5, gt=0)
-    lr_activation_scale: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    checkpoint_every: int = Field(default=200, ge=1)
-
-    @property
-    def total_steps(self) -> int:
-        """Updates in all: `steps` if given, else whole epochs."""
-        return self.steps or self.epochs * self.num_inference_steps
-
-
-class Recipe(_Settings):
-    """One published method over hqc's passes.
-
-    `block` 0 means no rotation; `lora_rank` 0 no LoRA; `trains` says whether `hqc qat` takes it.
+    Raises:
+        PlanError: if the steps cannot run in this order.
     """
 
     name: str
     source: str
-    rules: str = "default"
-    block: int = Field(default=0, ge=0)
-    rotate_tokens: bool = True
-    lora_rank: int = Field(default=0, ge=0)
-    trains: bool = False
-    calibration: CalibrationSettings = CalibrationSettings()
-    training: TrainingSettings = TrainingSettings()
+    steps: tuple[Step, ...]
+    sampler: Sampler = field(default_factory=Sampler)
+    doc: str = field(default="", compare=False)
 
-    def passes(self, bits: str, timesteps: tuple[float, ...], keep_float: tuple[str, ...] = ()) -> tuple[Pass, ...]:
-        """The passes that quantise a captured program, in order."""
-        selection = SelectLayers(bits=bits, rules=self.rules, keep_float=keep_float)
-        chain: list[Pass] = [DropSingleKeyAttention(), selection]
-        if self.block:
-            chain.append(InsertHadamard(block=self.block, tokens=self.rotate_tokens))
-        chain.append(InsertQdq(timesteps=timesteps))
-        if self.lora_rank:
-            chain.append(AttachLora(rank=self.lora_rank, seed=self.training.seed))
-        return tuple(chain)
+    def __post_init__(self) -> None:
+        check_order(self.name, self.steps)
+
+    @property
+    def kind(self) -> Kind:
+        """Whether it trains (`qat`) or not (`ptq`)."""
+        return "qat" if any(step.gives == Stage.TRAINED for step in self.steps) else "ptq"
+
+    @property
+    def text(self) -> str:
+        """The steps as text."""
+        return format_pipeline(self.steps)
+
+    def step(self, name: str) -> Any:
+        """The first step of that name, if there is one."""
+        return next((step for step in self.steps if step_name(type(step)) == name), None)
+
+    def set(self, path: str, value: Any) -> "Recipe":
+        """With one option changed, in every step of that name: `distil.epochs`, or `sampler.eta`.
+
+        Raises:
+            PlanError, PipelineTextError: if no step has it, or the value does not fit.
+        """
+        name, _, option = path.partition(".")
+        if name == "sampler":
+            return replace(self, sampler=_changed(f"--set {path}", self.sampler, option, value))
+        self._require(name, path)
+        return self._mapped(lambda step: _changed(f"--set {path}", step, option, value), name)
+
+    def with_rate(self, leaf: str, rate: float) -> "Recipe":
+        """With another learning rate: of the group that decides for tensors of that name (`lora_a`, `weight_scale`).
+
+        Raises:
+            PlanError: if no group does.
+        """
+        if all(_deciding(step, leaf) is None for step in self.steps):
+            raise PlanError(f"recipe {self.name!r}", f"has no group that trains {leaf}", "Leave its rate out.")
+        return replace(self, steps=tuple(_with_rate(step, leaf, rate) for step in self.steps))
+
+    def having(self, name: str, **options: Any) -> "Recipe":
+        """With options of a step changed."""
+        changed = self
+        for option, value in options.items():
+            changed = changed.set(f"{name}.{option}", value)
+        return changed
+
+    def without(self, name: str) -> "Recipe":
+        """Without the steps of that name; the same recipe if there is none."""
+        return replace(self, steps=tuple(step for step in self.steps if step_name(type(step)) != name))
+
+    def rotated(self, rotation: Step) -> "Recipe":
+        """With that rotation, in place of the recipe's own or in front of insert_qdq."""
+        plain = [step for step in self.steps if step_name(type(step)) not in ROTATIONS]
+        place = next(i for i, step in enumerate(plain) if step_name(type(step)) == "insert_qdq")
+        own = next((i for i, step in enumerate(self.steps) if step_name(type(step)) in ROTATIONS), place)
+        return replace(self, steps=(*plain[:own], rotation, *plain[own:]))
+
+    def unrotated(self) -> "Recipe":
+        """Without a rotation."""
+        return replace(self, steps=tuple(step for step in self.steps if step_name(type(step)) not in ROTATIONS))
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it has a rotation."""
+        return any(self.step(name) is not None for name in ROTATIONS)
+
+    def untrained(self) -> "Recipe":
+        """Without what is there for training: the steps that train, and LoRA."""
+        kept = [s for s in self.steps if s.gives != Stage.TRAINED and step_name(type(s)) != "attach_lora"]
+        return replace(self, steps=tuple(kept))
+
+    def named(self, name: str) -> "Recipe":
+        """Under another name."""
+        return replace(self, name=name)
+
+    def _mapped(self, change: Callable[[Any], Any], name: str) -> "Recipe":
+        return replace(self, steps=tuple(change(s) if step_name(type(s)) == name else s for s in self.steps))
+
+    def _require(self, name: str, path: str) -> None:
+        names = [step_name(type(step)) for step in self.steps]
+        if name not in names:
+            has = ", ".join(dict.fromkeys(names))
+            raise PlanError(f"option {path}", f"recipe {self.name!r} has no step {name!r}; it has {has}", "Correct it.")
+
+
+ROTATIONS = (step_name(InsertHadamard),)
+"""The steps that rotate: a recipe has one of them at most."""
+
+
+def _deciding(step: Any, leaf: str) -> int | None:
+    """Which of a step's groups decides for tensors of that name."""
+    groups = getattr(step, "groups", ())
+    fitting = [i for i, group in enumerate(groups) if fnmatch.fnmatchcase(f"x.{leaf}", group.pattern)]
+    return fitting[-1] if fitting else None
+
+
+def _with_rate(step: Any, leaf: str, rate: float) -> Any:
+    place = _deciding(step, leaf)
+    if place is None:
+        return step
+    groups = [replace(group, rate=rate) if i == place else group for i, group in enumerate(step.groups)]
+    return replace(step, groups=tuple(groups))
+
+
+def _changed(where: str, step: Any, option: str, value: Any) -> Any:
+    names = [f.name for f in fields(step)]
+    if option not in names:
+        has = ", ".join(names) or "none"
+        raise PlanError(where, f"{step_name(type(step))} has no option {option!r}; it has {has}", "Correct it.")
+    return replace(step, **{option: typed_option(where, type(step), option, value)})
+
+
+# ---- the order -------------------------------------------------------------------------------------------------------
+
+_AFTER = {
+    "insert_hadamard": ("select_layers",),
+    "choose_rotation": ("select_layers",),
+    "insert_qdq": ("select_layers",),
+}
+_LATER = {"insert_qdq": ("calibrate_activations",)}
+_ONCE = ("select_layers", "insert_qdq", "attach_lora")
+
+
+def check_order(name: str, steps: Sequence[Step]) -> None:
+    """Refuses steps that cannot run one after the other, before any of them runs.
+
+    Raises:
+        PlanError: naming the first step that comes at the wrong place.
+    """
+    names = [step_name(type(step)) for step in steps]
+    stage = Stage.CAPTURED
+    for index, step in enumerate(steps):
+        where, own = f"recipe {name!r}, step {index + 1} {step_text(step)}", names[index]
+        if stage not in step.takes:
+            wanted = " or ".join(step.takes)
+            raise PlanError(where, f"takes a program that is {wanted}; here it is {stage}", "Put it elsewhere.")
+        stage = step.gives or stage
+        if missing := [one for one in _AFTER.get(own, ()) if one not in names[:index]]:
+            raise PlanError(where, f"comes before {missing[0]}, which it needs", f"Put {missing[0]} in front of it.")
+        if missing := [one for one in _LATER.get(own, ()) if one not in names[index:]]:
+            raise PlanError(where, f"leaves scales that no {missing[0]} fills", f"Put {missing[0]} behind it.")
+        if own in _ONCE and own in names[:index]:
+            raise PlanError(where, "is there twice", "Leave one out.")
+    if stage not in (Stage.QUANTISED, Stage.TRAINED):
+        raise PlanError(f"recipe {name!r}", f"leaves the program {stage}", "End it with a quantised program.")

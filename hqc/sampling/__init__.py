@@ -1,6 +1,18 @@
 """What a denoiser is run on: tasks from pipelines, prompts or noise, and the sampler's trajectory."""
 
+from hqc.sampling.sampler import Sampler
 from hqc.sampling.sources import class_conditional_task, pipeline_task, synthetic_task
 from hqc.sampling.task import Task, guided
+from hqc.sampling.work import Observe, Update, Work
 
-__all__ = ["Task", "class_conditional_task", "guided", "pipeline_task", "synthetic_task"]
+__all__ = [
+    "Observe",
+    "Sampler",
+    "Task",
+    "Update",
+    "Work",
+    "class_conditional_task",
+    "guided",
+    "pipeline_task",
+    "synthetic_task",
+]

@@ -1,5 +1,7 @@
-"""The distillation loop that trains a quantised graph against the float graph."""
+"""Training a quantised graph against the float graph: the loop, its losses, and which tensors learn how."""
 
-from hqc.training.distillation import StepRecord, distil
+from hqc.training.distil import Distil
+from hqc.training.groups import Group
+from hqc.training.losses import LOSSES, GuidedNoise
 
-__all__ = ["StepRecord", "distil"]
+__all__ = ["LOSSES", "Distil", "Group", "GuidedNoise"]

@@ -23,7 +23,7 @@ from hqc.evaluation.sensitivity import SensitivityProbe
 from hqc.evaluation.stepping import Run, float_program
 from hqc.passes import FreezeIntegers
 from hqc.passes.rewriting import channel_axis
-from hqc.pipeline import run_pass, run_pipeline
+from hqc.pipeline import run_pass
 from hqc.program import Program
 from hqc.recipes import find_recipe
 from hqc.sampling import synthetic_task
@@ -151,7 +151,7 @@ def test_sites_that_do_not_rotate_say_so(captured: Captured, task: Callable[[Pro
     }
     assert all(row.rotated is None for row in found["none"].rows)
     # A plan without rotation is still told what one would bring.
-    recipe = api.configure("rtn")
+    recipe = find_recipe("rtn")
     plain = planned_program(program, recipe, "w4a4", task(program).timesteps(3))
     unplanned = {s.plan.site: s for s in analyse(program, plain, task(program), SAMPLER)}
     assert unplanned["sixteen"].plan.block == 0
@@ -171,11 +171,10 @@ def test_a_quantised_program_shows_its_own_scales_on_the_float_trajectory(
     captured: Captured, task: Callable[[Program], Task], recipe: str
 ) -> None:
     program = captured("cross_attention")
-    found = find_recipe(recipe)
-    sampler = found.training.model_copy(update={"num_inference_steps": 3, "guidance_scale": 2.0})
-    calibration = found.calibration.model_copy(update={"samples": 2, "seed": 9})
-    found = found.model_copy(update={"training": sampler, "calibration": calibration})
-    quantised = api.quantise(program, found, "w4a4", task=task(program))
+    sampler = {"sampler.num_inference_steps": 3, "sampler.guidance_scale": 2.0}
+    settings = {**sampler, "calibrate_activations.samples": 2, "calibrate_activations.seed": 9}
+    found = find_recipe(recipe).untrained()
+    quantised = api.quantise(program, found, "w4a4", task=task(program), settings=settings)
     one_batch = replace(SAMPLER, images=2, seed=9)
     own = analyse(quantised, quantised, task(program), one_batch)
     float_ = analyse(program, plan_of(program, task(program)), task(program), one_batch)
@@ -197,7 +196,7 @@ def test_a_quantised_program_shows_its_own_scales_on_the_float_trajectory(
 def test_the_float_program_is_the_captured_one(captured: Captured, task: Callable[[Program], Task]) -> None:
     program = captured("tied_time_embedding")
     grid = task(program).timesteps(3)
-    quantised = run_pipeline(program, find_recipe("hq-dm").passes("w4a4", grid))
+    quantised = planned_program(program, find_recipe("hq-dm"), "w4a4", grid)
     args = program.example_inputs(3)
     wanted = program.module()(*args)
     assert torch.equal(float_program(quantised).module()(*args), wanted)

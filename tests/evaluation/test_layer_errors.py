@@ -17,9 +17,10 @@ from hqc.evaluation.inputs import noise_inputs, spread
 from hqc.evaluation.layer_errors import Comparison, ErrorNumbers, LayerError, compare_programs, error_numbers
 from hqc.export import export_program
 from hqc.export.prepare import prepare
-from hqc.pipeline import run_pipeline
+from hqc.passes import InsertHadamard
 from hqc.program import Program
 from hqc.recipes import find_recipe
+from hqc.recipes.run import Request, planned
 from hqc.storage import write_manifest
 
 Captured = Callable[[str], Program]
@@ -28,9 +29,9 @@ GRID = (0.0, 400.0, 900.0)
 
 def quantised(program: Program) -> Program:
     """With scales that clip little of these models' values and leave their products above zero."""
-    planned = run_pipeline(program, find_recipe("rtn").model_copy(update={"block": 32}).passes("w4a4", GRID))
-    state = {n: torch.full_like(t, 0.08) if n.endswith("scale_table") else t for n, t in planned.state.items()}
-    return planned.evolve(state=state)
+    made = planned(program, find_recipe("rtn").rotated(InsertHadamard()), Request("w4a4", timesteps=GRID))
+    state = {n: torch.full_like(t, 0.08) if n.endswith("scale_table") else t for n, t in made.state.items()}
+    return made.evolve(state=state)
 
 
 def inputs_of(program: Program) -> tuple[Tensor, ...]:

@@ -9,21 +9,19 @@ from denoisers import DENOISERS, TRANSFORMERS, captured_denoiser
 from hqc import api
 from hqc.export import export_program
 from hqc.program import Program
-from hqc.recipes import TrainingSettings
 from hqc.runtimes import load
 from hqc.storage import load_program, save_program
 
 # The last block of SD3 drops its context tokens, and with them all that their queries change.
 UNHEARD = {"sd3": {"transformer_blocks.1.attn.add_q_proj"}}
-SHORT = {"num_inference_steps": 3, "batch_size": 2}
+SHORT = {"sampler.num_inference_steps": 3, "calibrate_activations.samples": 2}
 
 
 @cache
 def quantised_denoiser(name: str) -> Program:
     program = captured_denoiser(name)
-    recipe = api.configure("rtn", training=TrainingSettings(num_inference_steps=3))
-    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"samples": 2})})
-    return api.ptq(program, recipe, "w4a4", hadamard=True, task=api.task_of(program, synthetic=True))
+    task = api.task_of(program, synthetic=True)
+    return api.ptq(program, "rtn", "w4a4", hadamard=True, task=task, settings=SHORT)
 
 
 # A portable file of a UNet takes long to verify; sdxl and labelled stand for the other UNets there.
@@ -63,13 +61,10 @@ def test_trained(name: str) -> None:
     """A few steps of distillation reach the LoRA factors of every site that has them."""
     program = captured_denoiser(name)
     task = api.task_of(program, synthetic=True)
-    settings = TrainingSettings(**SHORT, epochs=4, lr_lora=2e-2, lr_weight_scale=1e-4, lr_activation_scale=1e-3)
+    settings = {**SHORT, "distil.epochs": 4, "distil.batch_size": 2}
+    recipe = api.recipe_of("hq-dm").with_rate("lora_a", 2e-2).with_rate("weight_scale", 1e-4)
     losses = []
-    recipe = api.configure("hq-dm")
-    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"samples": 2})})
-    trained = api.qat(
-        program, recipe, "w4a4", task=task, settings=settings, on_step=lambda record: losses.append(record)
-    )
+    trained = api.qat(program, recipe, "w4a4", task=task, settings=settings, on_update=losses.append)
     assert len(losses) == 12
     assert all(record.loss > 0 for record in losses)
     sites = {plan.site for plan in trained.plan.sites if plan.lora_rank}

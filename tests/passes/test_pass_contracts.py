@@ -24,8 +24,9 @@ from hqc.passes import (
     SelectLayers,
     SplitDigits,
 )
-from hqc.pipeline import Pass, pass_name, run_pass, run_pipeline
+from hqc.pipeline import Pass, run_pass, run_pipeline
 from hqc.program import Program, Stage, aten
+from hqc.steps import step_name
 from hqc.text import graph_text
 
 GRID = (0.0, 250.0, 500.0, 999.0)
@@ -41,7 +42,7 @@ CHAIN: tuple[Pass, ...] = (
     SplitDigits(),
     PackInt4(),
 )
-NAMES = [pass_name(type(one)) for one in CHAIN]
+NAMES = [step_name(type(one)) for one in CHAIN]
 ops = torch.ops.hqc
 
 
@@ -303,17 +304,17 @@ def test_the_graph_text_is_the_same_on_every_run(model: str, before: Callable[[s
     assert graph_text(run_pass(program, one)) == graph_text(run_pass(program, one))
 
 
-@pytest.mark.parametrize("one", [RotateWeights(), SplitDigits(), PackInt4()], ids=lambda one: pass_name(type(one)))
+@pytest.mark.parametrize("one", [RotateWeights(), SplitDigits(), PackInt4()], ids=lambda one: step_name(type(one)))
 def test_integer_passes_that_run_again_do_nothing_and_say_so(one: Pass, after: Callable[[str, str], Program]) -> None:
     reasons = {
         "rotate_weights": "is an integer product already",
         "split_digits": "its weight is a digit already",
         "pack_int4": "is packed already",
     }
-    program = after("two_sites", pass_name(type(one)))
+    program = after("two_sites", step_name(type(one)))
     findings = one.find(program)
     assert findings.matches == ()
-    assert dict(findings.misses) == dict.fromkeys(("conv", "head"), reasons[pass_name(type(one))])
+    assert dict(findings.misses) == dict.fromkeys(("conv", "head"), reasons[step_name(type(one))])
     assert graph_text(run_pass(program, one)) == graph_text(program)
 
 

@@ -21,8 +21,9 @@ from hqc.passes import (
     SelectLayers,
     SplitDigits,
 )
-from hqc.pipeline import Pass, pass_name, run_pass, run_pipeline
+from hqc.pipeline import Pass, run_pass, run_pipeline
 from hqc.program import Program
+from hqc.steps import step_name
 from hqc.text import graph_text
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,9 +50,9 @@ def described(program: Program) -> str:
     return f"# stage {program.stage}\n" + "".join(f"# {site}\n" for site in sites) + graph_text(program)
 
 
-@pytest.mark.parametrize("index", range(len(CHAIN)), ids=[pass_name(type(one)) for one in CHAIN])
+@pytest.mark.parametrize("index", range(len(CHAIN)), ids=[step_name(type(one)) for one in CHAIN])
 def test_golden(index: int, captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:
-    name = pass_name(type(CHAIN[index]))
+    name = step_name(type(CHAIN[index]))
     before = run_pipeline(captured("two_sites"), CHAIN[:index])
     golden(GOLDEN / f"{name}.before.txt", described(before))
     golden(GOLDEN / f"{name}.after.txt", described(run_pass(before, CHAIN[index])))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from zoo import fingerprint
 
+from hqc.calibration import mse_weight_scale
 from hqc.passes import (
     AttachLora,
     FreezeIntegers,
@@ -18,7 +19,6 @@ from hqc.passes import (
     SelectLayers,
     SplitDigits,
 )
-from hqc.passes.insert_qdq import mse_weight_scale
 from hqc.passes.split_digits import digit_limit
 from hqc.pipeline import run_pipeline
 from hqc.program import Program

@@ -18,6 +18,7 @@ from hqc.passes import (
     SplitDigits,
 )
 from hqc.pipeline import Pass, run_pass, run_pipeline
+from hqc.plan import QuantPlan
 from hqc.program import Program
 
 GRID = (0.0, 500.0)
@@ -200,9 +201,9 @@ def test_a_block_that_is_none_is_an_error(block: object) -> None:
         InsertHadamard(block=block)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("timesteps", [(), (1.0, 1.0), (1, 1.0)], ids=str)
-def test_a_grid_that_is_empty_or_repeats_is_an_error(timesteps: tuple[float, ...]) -> None:
-    with pytest.raises(PlanError, match="the grid is empty or repeats a timestep"):
+@pytest.mark.parametrize("timesteps", [(1.0, 1.0), (1, 1.0)], ids=str)
+def test_a_grid_that_repeats_is_an_error(timesteps: tuple[float, ...]) -> None:
+    with pytest.raises(PlanError, match="the grid repeats a timestep"):
         InsertQdq(timesteps)
 
 
@@ -218,7 +219,18 @@ def test_a_rank_below_one_is_an_error(rank: int) -> None:
         AttachLora(rank=rank)
 
 
-@pytest.mark.parametrize("bits", ["w1a4", "w4a9", "4", "w4", "w4a4x", "", "wa", "w4a-3", "w04a44"])
+def test_bits_and_the_grid_come_from_the_plan_unless_they_are_given(captured: Callable[[str], Program]) -> None:
+    asked = captured("two_sites").evolve(plan=QuantPlan(bits="w3a5", timesteps=(1.0, 2.0), keep_float=("head",)))
+    plan = run_pipeline(asked, [SelectLayers(), InsertQdq()]).plan
+    assert (plan.bits, plan.timesteps, plan.keep_float) == ("w3a5", (1.0, 2.0), ("head",))
+    assert [(p.site, p.weight_bits, p.activation_bits) for p in plan.quantised] == [("conv", 3, 5)]
+    given = run_pipeline(asked, [SelectLayers(bits="w8a8"), InsertQdq((7.0,))]).plan
+    assert (given.bits, given.timesteps) == ("w8a8", (7.0,))
+    nothing = run_pipeline(captured("two_sites"), [SelectLayers(), InsertQdq()]).plan
+    assert (nothing.bits, nothing.timesteps) == ("w4a4", (0.0,))
+
+
+@pytest.mark.parametrize("bits", ["w1a4", "w4a9", "4", "w4", "w4a4x", " ", "wa", "w4a-3", "w04a44"])
 def test_bits_that_are_none_are_an_error(bits: str, captured: Callable[[str], Program]) -> None:
     with pytest.raises(PlanError, match=r"expected wNaM with N and M in 2…8"):
         run_pass(captured("two_sites"), SelectLayers(bits=bits))

@@ -20,9 +20,10 @@ from hqc.capture.source import Source
 from hqc.errors import PlanError
 from hqc.export import export_program
 from hqc.passes import DropSingleKeyAttention, SelectLayers
-from hqc.pipeline import run_pass, run_pipeline
+from hqc.pipeline import run_pass
 from hqc.program import InputSpec, Program, aten, copy_graph, is_op
 from hqc.recipes import find_recipe
+from hqc.recipes.run import Request, planned
 from hqc.runtimes import load
 from hqc.sampling import synthetic_task
 from hqc.storage import load_program, save_program
@@ -270,21 +271,21 @@ def test_the_record_lists_what_went(captured: Captured, tmp_path: Path) -> None:
 def test_keep_float_of_a_site_that_went_says_so(captured: Captured) -> None:
     program = captured("single_key")
     with pytest.raises(PlanError) as caught:
-        run_pipeline(program, find_recipe("rtn").passes("w4a4", (0.0,), ("*to_q",)))
+        planned(program, find_recipe("rtn"), Request("w4a4", ("*to_q",)))
     assert str(caught.value) == (
         "pattern '*to_q': matches no site that is left: drop_single_key_attention removed to_q. "
         "Nothing of it is quantised: leave the pattern out."
     )
     with pytest.raises(PlanError, match=r"pattern 'to_x': matches no site\. Sites are named like to_v"):
-        run_pipeline(program, find_recipe("rtn").passes("w4a4", (0.0,), ("to_x",)))
-    plan = run_pipeline(program, find_recipe("rtn").passes("w4a4", (0.0,), ("to_*",))).plan
+        planned(program, find_recipe("rtn"), Request("w4a4", ("to_x",)))
+    plan = planned(program, find_recipe("rtn"), Request("w4a4", ("to_*",))).plan
     assert [p.site for p in plan.sites if not p.quantised] == ["to_v", "to_out"]
 
 
 def test_the_sites_that_went_are_not_in_the_plan(captured: Captured) -> None:
     program = captured("single_key")
     before = fingerprint(program)
-    plan = run_pipeline(program, find_recipe("hq-dm").passes("w4a4", (0.0,))).plan
+    plan = planned(program, find_recipe("hq-dm"), Request("w4a4")).plan
     assert [p.site for p in plan.sites] == ["to_v", "to_out", "head"]
     assert [p.site for p in run_pass(program, SelectLayers()).plan.sites][:2] == ["to_q", "to_k"]
     assert fingerprint(program) == before

@@ -1,61 +1,238 @@
-"""Recipes as data: their pipeline text, their plan on a small UNet, and the limits that pydantic keeps."""
+"""Recipes as data: text, YAML and schema, the order of their steps, their plan on a small UNet, what they refuse."""
 
+import contextlib
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
-from pydantic import ValidationError
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hqc.errors import PlanError
-from hqc.passes import PASSES
-from hqc.pipeline import format_pipeline, parse_pipeline, run_pipeline
+from hqc.calibration import CalibrateActivations, CalibrateWeights
+from hqc.errors import PassError, PipelineTextError, PlanError
+from hqc.passes import AttachLora, FreezeIntegers, InsertHadamard, InsertQdq, SelectLayers
 from hqc.program import Program, Stage
-from hqc.recipes import RECIPES, CalibrationSettings, Recipe, TrainingSettings, find_recipe
+from hqc.recipes import RECIPES, Recipe, find_recipe
+from hqc.recipes.files import option_value, read_recipe, recipe_schema, recipe_yaml
+from hqc.recipes.known import PARTS, STEPS
+from hqc.recipes.run import Request
+from hqc.recipes.run import planned as planned_by
+from hqc.sampling import Sampler
+from hqc.steps import parse_steps
+from hqc.training import Distil, Group, GuidedNoise
 
+HQ_DM_TEXT = (
+    "drop_single_key_attention(), select_layers(), insert_hadamard(), insert_qdq(), calibrate_weights(), "
+    "calibrate_activations(), attach_lora(seed=3407), distil(groups=("
+    "group(pattern='*.lora_?', rate=0.03, relative='weight_scale', decay=0.01), "
+    "group(pattern='*.weight_scale', rate=1e-05, positive=True), "
+    "group(pattern='*.activation_scale_table', rate=0.001, positive=True)))"
+)
 TEXTS = {
-    "hq-dm": (
-        "drop_single_key_attention(), select_layers(), insert_hadamard(), insert_qdq(timesteps=(0.0, 500.0)), "
-        "attach_lora(seed=3407)"
+    "hq-dm": HQ_DM_TEXT,
+    "hq-dm-reference": HQ_DM_TEXT.replace("select_layers()", "select_layers(rules='reference')").replace(
+        "insert_hadamard()", "insert_hadamard(tokens=False)"
     ),
-    "hq-dm-reference": (
-        "drop_single_key_attention(), select_layers(rules='reference'), insert_hadamard(tokens=False), "
-        "insert_qdq(timesteps=(0.0, 500.0)), attach_lora(seed=3407)"
-    ),
-    "rtn": "drop_single_key_attention(), select_layers(), insert_qdq(timesteps=(0.0, 500.0))",
+    "rtn": "drop_single_key_attention(), select_layers(), insert_qdq(), calibrate_weights(), calibrate_activations()",
 }
+relaxed = settings(deadline=None, derandomize=True, max_examples=100)
+PTQ = (SelectLayers(), InsertQdq(), CalibrateWeights(), CalibrateActivations())
 
 
-def test_every_recipe_has_its_text_here() -> None:
-    assert TEXTS.keys() == RECIPES.keys()
+def test_every_recipe_has_a_name_a_source_and_a_docstring() -> None:
     assert all(name == recipe.name for name, recipe in RECIPES.items())
-    assert all(recipe.source for recipe in RECIPES.values())
+    assert all(recipe.source and len(recipe.doc) > 100 for recipe in RECIPES.values())
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_pipeline_text(name: str) -> None:
-    passes = find_recipe(name).passes("w4a4", (0.0, 500.0))
-    assert format_pipeline(passes) == TEXTS[name]
-    assert parse_pipeline(TEXTS[name], PASSES) == passes
+def test_text(name: str) -> None:
+    recipe = find_recipe(name)
+    assert recipe.text == TEXTS[name]
+    assert parse_steps(TEXTS[name], STEPS, PARTS) == recipe.steps
 
 
-def test_options_reach_the_passes() -> None:
-    recipe = find_recipe("hq-dm").model_copy(
-        update={"block": 64, "lora_rank": 8, "rules": "all", "training": TrainingSettings(seed=5)}
+def test_kinds() -> None:
+    assert {name: RECIPES[name].kind for name in TEXTS} == {"hq-dm": "qat", "hq-dm-reference": "qat", "rtn": "ptq"}
+    assert find_recipe("hq-dm").untrained().kind == "ptq"
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
+    recipe = replace(find_recipe(name), sampler=Sampler(7, 2.0, 0.5))
+    (tmp_path / "mine.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
+    found = find_recipe(str(tmp_path / "mine.yaml"))
+    assert (found.name, found.source, found.steps, found.sampler) == (name, recipe.source, recipe.steps, recipe.sampler)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_schema_takes_what_is_written(name: str) -> None:
+    jsonschema.Draft202012Validator.check_schema(recipe_schema())
+    jsonschema.validate(yaml.safe_load(recipe_yaml(find_recipe(name))), recipe_schema())
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"select_layer": {}}],
+        [{"select_layers": {"bits": 4}}],
+        [{"insert_qdq": {"size": 1}}],
+        [],
+        [{"distil": {}, "a": 1}],
+    ],
+    ids=json.dumps,
+)
+def test_the_schema_refuses(steps: Any) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"name": "x", "steps": steps}, recipe_schema())
+
+
+BAD_FILES = {
+    "": "is no mapping",
+    "- a": "is no mapping",
+    "name: x": "lacks 'steps'",
+    "steps: [insert_qdq]": "lacks 'name'",
+    "name: x\nsteps: insert_qdq": "steps is no list",
+    "name: x\nsteps: []": "steps is no list",
+    "name: 3\nsteps: [insert_qdq]": "name is 3; expected a text",
+    "name: x\nblock: 3\nsteps: [insert_qdq]": "has no field 'block'",
+    "name: x\nsteps: [insert_qqd]": "unknown step 'insert_qqd'; there are drop_single_key_attention, select_layers",
+    "name: x\nsteps: [guided_noise]": "unknown step 'guided_noise'",
+    "name: x\nsteps: [{insert_hadamard: {block: '32'}}]": "option block is a str; expected int",
+    "name: x\nsteps: [{insert_hadamard: {size: 32}}]": "has no option 'size'; it has block",
+    "name: x\nsteps: [{insert_hadamard: {block: 33}}]": "block 33",
+    "name: x\nsteps: [{insert_hadamard: 32}]": "its options are 32",
+    "name: x\nsteps: [{insert_hadamard: {}, insert_qdq: {}}]": "is not `name: {option: value}`",
+    "name: x\nsteps: [[insert_qdq]]": "is not `name: {option: value}`",
+    "name: x\nsteps: [{distil: {losses: [{noise: {}}]}}]": "unknown step 'noise'; there are group, guided_noise",
+    "name: x\nsteps: [{distil: {losses: [3]}}]": "option losses is (3,)",
+    "name: x\nsteps: [{distil: {epochs: 0}}]": "option epochs is 0: Input should be greater than or equal to 1",
+    "name: x\nsteps: [{distil: {groups: [{group: {rate: 1.0}}]}}]": "lacks its option pattern",
+    "name: x\nsampler: 3\nsteps: [insert_qdq]": "sampler: is no mapping",
+    "name: x\nsampler: {steps: 3}\nsteps: [insert_qdq]": "has no option 'steps'; it has num_inference_steps",
+    "name: x\nsampler: {eta: 2}\nsteps: [insert_qdq]": "option eta is 2",
+    "name: &a x\nsource: *a\nsteps: [insert_qdq]": "line 2: is no YAML (an alias is not taken)",
+    "name: x\nname: y\nsteps: [insert_qdq]": "line 1: is no YAML ('name' stands there twice)",
+    "name: [": "is no YAML",
+    "name: !!python/object/apply:os.system ['true']\nsteps: [insert_qdq]": "is no YAML",
+    "name: x\nsteps: [insert_qdq]": "takes",
+    "a: \0": "is no YAML",
+    "[" * 3000: "is no YAML",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES, ids=lambda text: text[:50])
+def test_bad_files_are_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises((PlanError, PipelineTextError)) as caught:
+        read_recipe(path)
+    if text != "name: x\nsteps: [insert_qdq]":
+        assert BAD_FILES[text] in str(caught.value)
+    assert "\n" not in caught.value.line
+
+
+@relaxed
+@given(st.text(max_size=80))
+def test_any_text_gives_a_value_or_the_one_error(text: str) -> None:
+    with contextlib.suppress(PlanError, PipelineTextError):  # any other error fails the test
+        option_value(text, "--set x")
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match="cannot be read"):
+        read_recipe(tmp_path / "r.yaml")
+    with pytest.raises(PlanError, match="cannot be read"):
+        find_recipe(str(tmp_path / "none.yaml"))
+    with pytest.raises(PlanError, match="cannot be read"):
+        find_recipe(f"{tmp_path}/")
+
+
+# ---- changing one ----------------------------------------------------------------------------------------------------
+
+
+def test_options_are_set_by_path() -> None:
+    recipe = find_recipe("hq-dm").set("distil.epochs", 10).set("sampler.eta", 1)
+    assert recipe.step("distil").epochs == 10
+    assert recipe.sampler.eta == 1.0
+    assert find_recipe("hq-dm").step("distil").epochs == 30
+    groups = option_value("[{group: {pattern: '*.lora_?', rate: 1}}]", "--set")
+    assert recipe.set("distil.groups", groups).step("distil").groups == (Group("*.lora_?", 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("distill.epochs", 3, "recipe 'hq-dm' has no step 'distill'; it has drop_single_key_attention, select_layers"),
+        ("distil.epoch", 3, "distil has no option 'epoch'; it has losses, groups, epochs"),
+        ("distil.epochs", "ten", "option epochs is a str; expected int"),
+        ("distil.epochs", -1, "option epochs is -1"),
+        ("sampler.steps", 1, "sampler has no option 'steps'"),
+        ("insert_hadamard.block", 7, "block 7"),
+    ],
+)
+def test_a_path_that_is_not_there_lists_what_is(path: str, value: Any, said: str) -> None:
+    with pytest.raises((PlanError, PipelineTextError)) as caught:
+        find_recipe("hq-dm").set(path, value)
+    assert said in str(caught.value)
+
+
+def test_rates_are_those_of_the_deciding_group() -> None:
+    changed = find_recipe("hq-dm").with_rate("lora_a", 0.5).step("distil").groups
+    assert [group.rate for group in changed] == [0.5, 1e-5, 1e-3]
+    with pytest.raises(PlanError, match="recipe 'rtn': has no group that trains lora_a"):
+        find_recipe("rtn").with_rate("lora_a", 0.5)
+
+
+def test_a_rotation_goes_where_it_belongs() -> None:
+    rotated = find_recipe("rtn").rotated(InsertHadamard(16))
+    assert "select_layers(), insert_hadamard(block=16), insert_qdq()" in rotated.text
+    assert rotated.rotates
+    assert rotated.unrotated() == find_recipe("rtn")
+    assert find_recipe("hq-dm").rotated(InsertHadamard(64)).text == HQ_DM_TEXT.replace(
+        "insert_hadamard()", "insert_hadamard(block=64)"
     )
-    assert format_pipeline(recipe.passes("W3A4", (1.0,), ("conv_in", "to_*"))) == (
-        "drop_single_key_attention(), select_layers(bits='W3A4', rules='all', keep_float=('conv_in', 'to_*')), "
-        "insert_hadamard(block=64), "
-        "insert_qdq(timesteps=(1.0,)), attach_lora(rank=8, seed=5)"
-    )
 
 
-def test_only_the_trained_recipes_train() -> None:
-    assert {name: recipe.trains for name, recipe in RECIPES.items()} == {
-        "hq-dm": True,
-        "hq-dm-reference": True,
-        "rtn": False,
-    }
-    assert all(bool(recipe.lora_rank) == recipe.trains for recipe in RECIPES.values())
+# ---- the order -------------------------------------------------------------------------------------------------------
+
+ORDERS = {
+    "before select_layers": ((InsertQdq(), *PTQ), "comes before select_layers, which it needs"),
+    "rotation first": ((InsertHadamard(), *PTQ), "comes before select_layers, which it needs"),
+    "rotation last": ((*PTQ, InsertHadamard()), "takes a program that is captured; here it is quantised"),
+    "calibrated before": ((CalibrateWeights(), *PTQ), "takes a program that is quantised; here it is captured"),
+    "not calibrated": (PTQ[:3], "leaves scales that no calibrate_activations fills"),
+    "twice": ((SelectLayers(), *PTQ), "is there twice"),
+    "lora first": ((AttachLora(), *PTQ), "takes a program that is quantised; here it is captured"),
+    "nothing quantised": ((SelectLayers(),), "leaves the program captured"),
+    "frozen": ((*PTQ, FreezeIntegers()), "leaves the program integer"),
+}
+
+
+@pytest.mark.parametrize("steps", ORDERS)
+def test_an_impossible_order_is_said_before_anything_runs(steps: str) -> None:
+    chain, said = ORDERS[steps]
+    with pytest.raises(PlanError) as caught:
+        Recipe("mine", "", chain)
+    assert said in str(caught.value)
+    assert caught.value.where.startswith("recipe 'mine'")
+
+
+def test_training_without_losses_or_groups_is_refused() -> None:
+    with pytest.raises(PlanError, match="has no losses or no groups"):
+        Distil()
+    with pytest.raises(PlanError, match="has no losses or no groups"):
+        Distil(losses=(), groups=(Group("*", 1.0),))
+    with pytest.raises(PipelineTextError, match="option weight is 0"):
+        GuidedNoise(weight=0)
 
 
 # ---- plans on the cross-attention UNet -----------------------------------------------------------------------------
@@ -63,7 +240,7 @@ def test_only_the_trained_recipes_train() -> None:
 
 @pytest.fixture(scope="module")
 def planned(captured: Callable[[str], Program]) -> Callable[[str], Program]:
-    return lambda name: run_pipeline(captured("cross_attention"), find_recipe(name).passes("w4a4", (0.0,)))
+    return lambda name: planned_by(captured("cross_attention"), find_recipe(name), Request("w4a4"))
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -111,62 +288,23 @@ def test_no_site_is_lost(planned: Callable[[str], Program], captured: Callable[[
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(PlanError) as caught:
         find_recipe("hqdm")
-    assert str(caught.value) == "recipe 'hqdm': unknown; there are hq-dm, hq-dm-reference, rtn. Use one of them."
+    assert all(name in str(caught.value) for name in RECIPES)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (TrainingSettings, {"epochs": 0}),
-        (TrainingSettings, {"steps": 0}),
-        (TrainingSettings, {"batch_size": 0}),
-        (TrainingSettings, {"batch_size": 1025}),
-        (TrainingSettings, {"num_inference_steps": 0}),
-        (TrainingSettings, {"num_inference_steps": 1001}),
-        (TrainingSettings, {"guidance_scale": -0.1}),
-        (TrainingSettings, {"eta": 1.01}),
-        (TrainingSettings, {"lr_lora": 0.0}),
-        (TrainingSettings, {"lr_lora": float("nan")}),
-        (TrainingSettings, {"lr_lora": float("inf")}),
-        (TrainingSettings, {"lr_weight_scale": -1e-5}),
-        (TrainingSettings, {"weight_decay": -1.0}),
-        (TrainingSettings, {"checkpoint_every": 0}),
-        (TrainingSettings, {"seed": -1}),
-        (TrainingSettings, {"unknown": 1}),
-        (TrainingSettings, {"epochs": 1.5}),
-        (CalibrationSettings, {"samples": 0}),
-        (CalibrationSettings, {"samples": 4097}),
-        (CalibrationSettings, {"candidates": 1}),
-        (CalibrationSettings, {"percentile": 99.9}),
-        (Recipe, {"name": "x", "source": "y", "block": "many"}),
-        (Recipe, {"name": "x", "source": "y", "block": -8}),
-        (Recipe, {"name": "x", "source": "y", "lora_rank": -1}),
-        (Recipe, {"name": "x"}),
-    ],
-    ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(map(str, value.items())),
-)
-def test_limits(kind: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        kind(**options)
+def test_a_quantised_program_is_refused(captured: Callable[[str], Program]) -> None:
+    program = planned_by(captured("two_sites"), find_recipe("rtn"), Request("w4a4"))
+    assert program.stage == Stage.QUANTISED
+    with pytest.raises(PassError, match="takes a program that is captured; this one is quantised"):
+        planned_by(program, find_recipe("rtn"), Request("w4a4"))
 
 
-def test_settings_are_frozen() -> None:
-    with pytest.raises(ValidationError):
-        TrainingSettings().epochs = 3  # type: ignore[misc]
-
-
-def test_total_steps() -> None:
-    assert TrainingSettings(epochs=3, num_inference_steps=20).total_steps == 60
-    assert TrainingSettings(epochs=3, num_inference_steps=20, steps=7).total_steps == 7
-
-
-@pytest.mark.parametrize("block", [7, 12, 256])
+@pytest.mark.parametrize("block", [7, 12])
 def test_a_block_that_is_no_hadamard_order_is_refused(block: int) -> None:
-    with pytest.raises(PlanError, match=f"block {block}: expected 8, 16, 32, 64 or 128"):
-        find_recipe("hq-dm").model_copy(update={"block": block}).passes("w4a4", (0.0,))
+    with pytest.raises(PlanError, match=f"block {block}"):
+        find_recipe("hq-dm").set("insert_hadamard.block", block)
 
 
 def test_unknown_rules_are_refused(captured: Callable[[str], Program]) -> None:
-    recipe = find_recipe("rtn").model_copy(update={"rules": "mine"})
+    recipe = find_recipe("rtn").set("select_layers.rules", "mine")
     with pytest.raises(PlanError, match="rules 'mine': unknown; there are default, reference, all"):
-        run_pipeline(captured("two_sites"), recipe.passes("w4a4", (0.0,)))
+        planned_by(captured("two_sites"), recipe, Request("w4a4"))

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from guided_denoiser import Denoiser, quantised, task_with
+from guided_denoiser import Denoiser, Settings, quantised, task_with
 
 from hqc.capture import trace
 from hqc.capture.sources import Source
 from hqc.program import InputSpec, Origin, Program
-from hqc.recipes import TrainingSettings, find_recipe
+from hqc.recipes import find_recipe
 from hqc.sampling import Task
 
 
@@ -30,9 +30,9 @@ def task() -> Task:
 
 @pytest.fixture(scope="session")
 def student(teacher: Program, task: Task) -> Program:
-    return quantised(teacher, task, find_recipe("hq-dm").model_copy(update={"lora_rank": 4}))
+    return quantised(teacher, task, find_recipe("hq-dm"))
 
 
 @pytest.fixture(scope="session")
-def settings() -> TrainingSettings:
-    return TrainingSettings(epochs=3, batch_size=4, num_inference_steps=4, guidance_scale=1.5, checkpoint_every=3)
+def settings() -> Settings:
+    return Settings()

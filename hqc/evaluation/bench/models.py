@@ -254,17 +254,20 @@ def _quantise(captured: Path, bits: str, wanted: Quantisation, target: Path, run
     task, name = calibration_of(program, captured)
     result = api.ptq(program, recipe_of(wanted), bits, hadamard=wanted.hadamard, task=task)
     del program
-    save_program(result.evolve(plan=replace(result.plan, training={"calibrated_on": name})), target, force=True)
+    save_program(
+        result.evolve(plan=replace(result.plan, training={**result.plan.training, "calibrated_on": name})),
+        target,
+        force=True,
+    )
 
 
 def recipe_of(wanted: Quantisation) -> "Recipe":
     """Round-to-nearest with the benchmark's calibration."""
-    from hqc import api
+    from hqc.recipes import RECIPES
 
-    found = api.configure("rtn", rules=wanted.rules)
-    training = found.training.model_copy(update={"num_inference_steps": wanted.n_steps})
-    calibration = found.calibration.model_copy(update={"samples": wanted.calib_size})
-    return found.model_copy(update={"training": training, "calibration": calibration})
+    found = RECIPES["rtn"].set("sampler.num_inference_steps", wanted.n_steps)
+    found = found.set("calibrate_activations.samples", wanted.calib_size)
+    return found if wanted.rules is None else found.set("select_layers.rules", wanted.rules)
 
 
 def calibration_of(program: Program, folder: Path) -> "tuple[Task, str]":

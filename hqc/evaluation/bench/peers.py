@@ -153,6 +153,7 @@ def _run_tool(model: Path, batches: Path, scratch: Path, weights: str) -> list[s
 
 def _float_trajectory(captured: Path, wanted: Quantisation) -> list[Batch]:
     """The inputs of the float sampler's calls: those on which `hqc ptq` calibrates with equal settings."""
+    from hqc.calibration import CalibrateActivations
     from hqc.sampling.task import trajectory
 
     program, recipe, batches = load_program(captured), recipe_of(wanted), list[Batch]()
@@ -164,7 +165,7 @@ def _float_trajectory(captured: Path, wanted: Quantisation) -> list[Batch]:
         batches.append({name: tensor.numpy().copy() for name, tensor in tensors.items()})
         return session(sample, timestep, *conditions)
 
-    sampler, calibration = recipe.training, recipe.calibration
+    sampler, calibration = recipe.sampler, recipe.step("calibrate_activations") or CalibrateActivations()
     options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta, calibration.seed)
     for _ in trajectory(task, record, calibration.samples, *options):
         pass

@@ -8,16 +8,15 @@ import pytest
 import torch
 import zoo
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from guided_denoiser import task_with
+from guided_denoiser import Settings, distil, task_with, trained_tensors
 from torch import Tensor
 
 from hqc.errors import TrainingError
 from hqc.program import Program, Stage
-from hqc.recipes import TrainingSettings
-from hqc.sampling import Task
+from hqc.sampling import Task, Update
 from hqc.sampling.task import start
-from hqc.training import StepRecord, distil, distillation
-from hqc.training.distillation import _generator, trainable
+from hqc.training import trajectories
+from hqc.training.trajectories import generator
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
@@ -50,45 +49,40 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], _Recorder
     _Recorder.made.clear()
 
 
-def _run(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings
-) -> tuple[Program, list[StepRecord]]:
-    steps: list[StepRecord] = []
+def _run(student: Program, teacher: Program, task: Task, settings: Settings) -> tuple[Program, list[Update]]:
+    steps: list[Update] = []
     return distil(student, teacher, task, settings, on_step=steps.append), steps
 
 
 @pytest.fixture(scope="module")
-def trained(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings
-) -> tuple[Program, list[StepRecord]]:
-    return _run(student, teacher, task, settings.model_copy(update={"epochs": 30}))
+def trained(student: Program, teacher: Program, task: Task, settings: Settings) -> tuple[Program, list[Update]]:
+    return _run(student, teacher, task, settings.having({"epochs": 30}))
 
 
 # ---- what is learnt ------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_falls(trained: tuple[Program, list[StepRecord]]) -> None:
+def test_the_loss_falls(trained: tuple[Program, list[Update]]) -> None:
     """Mean relative error of the last five trajectories against the first five; chance differs by far less."""
     errors = [step.relative_error for step in trained[1]]
     assert sum(errors[-20:]) < 0.8 * sum(errors[:20])
 
 
 def test_the_trained_program_is_nearer_on_trajectories_that_it_never_saw(
-    trained: tuple[Program, list[StepRecord]],
+    trained: tuple[Program, list[Update]],
     student: Program,
     teacher: Program,
     task: Task,
-    settings: TrainingSettings,
+    settings: Settings,
 ) -> None:
     still = {"lr_lora": 1e-12, "lr_weight_scale": 1e-12, "lr_activation_scale": 1e-12, "seed": 777, "epochs": 5}
     before, after = (
-        sum(s.relative_error for s in _run(p, teacher, task, settings.model_copy(update=still))[1])
-        for p in (student, trained[0])
+        sum(s.relative_error for s in _run(p, teacher, task, settings.having(still))[1]) for p in (student, trained[0])
     )
     assert after < 0.9 * before
 
 
-def test_records_are_complete(trained: tuple[Program, list[StepRecord]], task: Task) -> None:
+def test_records_are_complete(trained: tuple[Program, list[Update]], task: Task) -> None:
     steps = trained[1]
     assert [s.step for s in steps] == list(range(1, 121))
     assert {s.total for s in steps} == {120}
@@ -98,9 +92,9 @@ def test_records_are_complete(trained: tuple[Program, list[StepRecord]], task: T
 
 
 def test_only_the_trainable_tensors_change_and_all_of_them_do(
-    trained: tuple[Program, list[StepRecord]], student: Program
+    trained: tuple[Program, list[Update]], student: Program
 ) -> None:
-    result, names = trained[0], set(trainable(student))
+    result, names = trained[0], set(trained_tensors(student))
     assert names == {
         f"{site}.{leaf}"
         for site in ("token", "middle")
@@ -113,15 +107,13 @@ def test_only_the_trainable_tensors_change_and_all_of_them_do(
     assert not any(tensor.requires_grad for tensor in result.state.values())
 
 
-def test_every_row_of_the_activation_tables_is_trained(
-    trained: tuple[Program, list[StepRecord]], student: Program
-) -> None:
+def test_every_row_of_the_activation_tables_is_trained(trained: tuple[Program, list[Update]], student: Program) -> None:
     name = "middle.activation_scale_table"
     assert bool((trained[0].state[name] != student.state[name]).all())
 
 
 def test_the_programs_given_stay_as_they_were(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings
+    student: Program, teacher: Program, task: Task, settings: Settings
 ) -> None:
     before = zoo.fingerprint(student), zoo.fingerprint(teacher)
     _run(student, teacher, task, settings)
@@ -129,16 +121,14 @@ def test_the_programs_given_stay_as_they_were(
     assert not any(tensor.requires_grad for p in (student, teacher) for tensor in p.state.values())
 
 
-def test_scales_stay_positive_at_any_rate(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings
-) -> None:
+def test_scales_stay_positive_at_any_rate(student: Program, teacher: Program, task: Task, settings: Settings) -> None:
     """A rate that throws the scales below zero in a step: they stop at the smallest positive one."""
     rates = {"lr_weight_scale": 1.0, "lr_activation_scale": 10.0, "steps": 3}
     try:
-        result, _ = _run(student, teacher, task, settings.model_copy(update=rates))
+        result, _ = _run(student, teacher, task, settings.having(rates))
     except TrainingError as error:  # a scale of 1e-8 may blow up its own gradient, which is then said
         pytest.fail(str(error))
-    scales = [result.state[name] for name, kind in trainable(student).items() if kind != "lora"]
+    scales = [result.state[name] for name, kind in trained_tensors(student).items() if "lora" not in kind.pattern]
     assert min(float(scale.min()) for scale in scales) > 0
     assert min(float(scale.min()) for scale in scales) == pytest.approx(1e-8)
 
@@ -147,14 +137,14 @@ def test_scales_stay_positive_at_any_rate(
 
 
 def _one_step_by_hand(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings
+    student: Program, teacher: Program, task: Task, settings: Settings
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, relative error and gradients of the first step: both halves of guidance called by themselves."""
-    noise, conditions = start(task, settings.batch_size, _generator(settings.seed, 0, 0))
+    noise, conditions = start(task, settings.batch_size, generator(settings.seed, 0, 0))
     assert conditions is not None
     time, g = torch.full((settings.batch_size,), 75.0), settings.guidance_scale
     module, parameters = student.module(), {}
-    for name in trainable(student):
+    for name in trained_tensors(student):
         parameters[name] = module.get_parameter(name).requires_grad_(True)
     null, wanted = (teacher.module()(noise, time, condition) for condition in conditions)
     target = (1 - g) * null + g * wanted
@@ -168,9 +158,9 @@ def _one_step_by_hand(
 
 
 def test_the_loss_is_the_summed_square_of_the_guided_noises(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings, recorder: Callable[[], _Recorder]
+    student: Program, teacher: Program, task: Task, settings: Settings, recorder: Callable[[], _Recorder]
 ) -> None:
-    one = settings.model_copy(update={"steps": 1})
+    one = settings.having({"steps": 1})
     _, (record,) = _run(student, teacher, task, one)
     loss, relative, gradients = _one_step_by_hand(student, teacher, task, one)
     # Batches of 4 and of 8 may round a matrix product differently, and a code may flip for it.
@@ -185,11 +175,11 @@ def test_the_loss_is_the_summed_square_of_the_guided_noises(
 
 
 def test_every_trainable_tensor_has_a_gradient(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings, recorder: Callable[[], _Recorder]
+    student: Program, teacher: Program, task: Task, settings: Settings, recorder: Callable[[], _Recorder]
 ) -> None:
     _run(student, teacher, task, settings)
     second = recorder().gradients[1]
-    assert second.keys() == trainable(student).keys()
+    assert second.keys() == trained_tensors(student).keys()
     for name, gradient in second.items():
         assert gradient is not None, name
         assert float(gradient.abs().max()) > 0, name
@@ -199,7 +189,7 @@ def test_every_trainable_tensor_has_a_gradient(
 
 
 def test_rates_are_scale_aware_and_decay_linearly(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings, recorder: Callable[[], _Recorder]
+    student: Program, teacher: Program, task: Task, settings: Settings, recorder: Callable[[], _Recorder]
 ) -> None:
     _run(student, teacher, task, settings)
     rates, total = recorder().rates, settings.total_steps
@@ -215,10 +205,10 @@ def test_rates_are_scale_aware_and_decay_linearly(
 
 
 def test_the_first_step_of_adamw_moves_by_the_rate(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings
+    student: Program, teacher: Program, task: Task, settings: Settings
 ) -> None:
     """AdamW's first update is rate·sign(gradient), so a scale moves by its own rate, decay or no decay."""
-    heavy = settings.model_copy(update={"steps": 1, "weight_decay": 10.0})
+    heavy = settings.having({"steps": 1, "weight_decay": 10.0})
     result, _ = _run(student, teacher, task, heavy)
     gradients = _one_step_by_hand(student, teacher, task, heavy)[2]
     name = "middle.weight_scale"
@@ -231,14 +221,12 @@ def test_the_first_step_of_adamw_moves_by_the_rate(
 
 
 def test_weight_decay_touches_lora_and_not_the_scales(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings
+    student: Program, teacher: Program, task: Task, settings: Settings
 ) -> None:
-    one = settings.model_copy(update={"steps": 1})
-    none, heavy = (
-        _run(student, teacher, task, one.model_copy(update={"weight_decay": decay}))[0].state for decay in (0.0, 10.0)
-    )
-    for name, kind in trainable(student).items():
-        if kind != "lora":
+    one = settings.having({"steps": 1})
+    none, heavy = (_run(student, teacher, task, one.having({"weight_decay": decay}))[0].state for decay in (0.0, 10.0))
+    for name, kind in trained_tensors(student).items():
+        if "lora" not in kind.pattern:
             assert torch.equal(none[name], heavy[name]), name
     assert not torch.equal(none["middle.lora_a"], heavy["middle.lora_a"])
 
@@ -247,44 +235,44 @@ def test_weight_decay_touches_lora_and_not_the_scales(
 
 
 def test_the_global_generator_is_neither_read_nor_moved(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings
+    student: Program, teacher: Program, task: Task, settings: Settings
 ) -> None:
-    short, results = settings.model_copy(update={"steps": 3, "eta": 0.5}), []
+    short, results = settings.having({"steps": 3, "eta": 0.5}), []
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
         results.append(_run(student, teacher, task, short)[1])
         assert torch.equal(torch.get_rng_state(), before)
     assert [s.loss for s in results[0]] == [s.loss for s in results[1]]
-    other = _run(student, teacher, task, short.model_copy(update={"seed": 1}))[1]
+    other = _run(student, teacher, task, short.having({"seed": 1}))[1]
     assert other[0].loss != results[0][0].loss
 
 
-def test_every_epoch_draws_anew(student: Program, teacher: Program, task: Task, settings: TrainingSettings) -> None:
-    draws = [start(task, 4, _generator(settings.seed, epoch, 0))[0] for epoch in range(3)]
+def test_every_epoch_draws_anew(student: Program, teacher: Program, task: Task, settings: Settings) -> None:
+    draws = [start(task, 4, generator(settings.seed, epoch, 0))[0] for epoch in range(3)]
     assert not torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[1], draws[2])
     numbers = itertools.product(range(3), range(5), range(21))
-    assert len({_generator(*three).initial_seed() for three in numbers}) == 3 * 5 * 21
+    assert len({generator(*three).initial_seed() for three in numbers}) == 3 * 5 * 21
 
 
 def test_every_step_of_the_sampler_has_noise_of_its_own(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings, monkeypatch: pytest.MonkeyPatch
+    student: Program, teacher: Program, task: Task, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seeds, real = [], distillation.advance
+    seeds, real = [], trajectories.advance
 
     def spy(*args: Any) -> Tensor:
         seeds.append(args[-1].initial_seed())
         return real(*args)
 
-    monkeypatch.setattr(distillation, "advance", spy)
+    monkeypatch.setattr(trajectories, "advance", spy)
     _run(student, teacher, task, settings)
     assert len(seeds) == len(set(seeds)) == 12
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
 def test_a_second_epoch_starts_the_sampler_afresh(
-    student: Program, teacher: Program, settings: TrainingSettings, kind: Any
+    student: Program, teacher: Program, settings: Settings, kind: Any
 ) -> None:
     """Samplers with a counter or a history: the teacher's trajectory of epoch 1 is the one it would sample alone."""
     made, seen = task_with(kind), []
@@ -297,11 +285,11 @@ def test_a_second_epoch_starts_the_sampler_afresh(
 
     spied = teacher.evolve()
     object.__setattr__(spied, "module", _Spy)
-    two = settings.model_copy(update={"steps": 8, "lr_lora": 1e-9})
+    two = settings.having({"steps": 8, "lr_lora": 1e-9})
     _run(student, spied, made, two)
     scheduler = made.new_scheduler()
     scheduler.set_timesteps(4)
-    noise, conditions = start(made, 4, _generator(settings.seed, 1, 0))
+    noise, conditions = start(made, 4, generator(settings.seed, 1, 0))
     x = noise * scheduler.init_noise_sigma
     for index, t in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(x, t)
@@ -318,7 +306,7 @@ def test_a_second_epoch_starts_the_sampler_afresh(
 
 
 def test_a_teacher_that_is_not_finite_is_named_with_the_step(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings
+    student: Program, teacher: Program, task: Task, settings: Settings
 ) -> None:
     broken = dict(teacher.state)
     name = next(name for name in broken if name.endswith("conv_out.bias"))
@@ -327,8 +315,6 @@ def test_a_teacher_that_is_not_finite_is_named_with_the_step(
         _run(student, teacher.evolve(state=broken), task, settings)
 
 
-def test_a_rate_that_diverges_is_reported(
-    student: Program, teacher: Program, task: Task, settings: TrainingSettings
-) -> None:
+def test_a_rate_that_diverges_is_reported(student: Program, teacher: Program, task: Task, settings: Settings) -> None:
     with pytest.raises(TrainingError, match=r"training step \d+: the loss is (nan|inf)\. Lower"):
-        _run(student, teacher, task, settings.model_copy(update={"lr_lora": 1e38}))
+        _run(student, teacher, task, settings.having({"lr_lora": 1e38}))

@@ -1,4 +1,4 @@
-"""Checkpoints of the distillation loop: a folder of safetensors and JSON, replaced atomically, checked by hash."""
+"""Checkpoints of a long step: a folder of safetensors and JSON, replaced atomically, checked by hash."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,17 +20,18 @@ _TENSORS = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run stands: updates done, values and AdamW moments by name."""
+    """Where a step stands: updates done, tensors by name (values, moments of AdamW). of: which step of the recipe."""
 
     step: int
     tensors: Mapping[str, Tensor]
+    of: int = 0
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Replaces the checkpoint in `folder`."""
     with atomic_folder(folder, force=True) as temporary:
         save_file(dict(checkpoint.tensors), temporary / _TENSORS)
-        write_manifest(temporary, _KIND, {"step": checkpoint.step})
+        write_manifest(temporary, _KIND, {"step": checkpoint.step, "of": checkpoint.of})
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -46,8 +47,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         tensors = load_file(folder / _TENSORS)
         if (step := int(manifest["step"])) < 1:
             raise ValueError(f"step {step}")
+        of = int(manifest.get("of", 0))
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ArtefactError(str(folder), f"cannot be read ({error})", "Start again without --resume.") from error
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
         raise ArtefactError(str(folder), "holds NaN or infinity", "Start again without --resume.")
-    return Checkpoint(step, tensors)
+    return Checkpoint(step, tensors, of)

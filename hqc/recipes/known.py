@@ -1,0 +1,28 @@
+"""Every step that a recipe may have, and every part of one, by the names that files and texts use."""
+
+from collections.abc import Mapping
+
+from hqc.calibration import CalibrateActivations, CalibrateWeights
+from hqc.passes import AttachLora, DropSingleKeyAttention, InsertHadamard, InsertQdq, SelectLayers
+from hqc.steps import step_name
+from hqc.training import LOSSES, Distil, Group
+
+__all__ = ["PARTS", "STEPS"]
+
+STEPS: Mapping[str, type] = {
+    step_name(kind): kind
+    for kind in (
+        DropSingleKeyAttention,
+        SelectLayers,
+        InsertHadamard,
+        InsertQdq,
+        CalibrateWeights,
+        CalibrateActivations,
+        AttachLora,
+        Distil,
+    )
+}
+"""Steps, in the order in which recipes have them."""
+
+PARTS: Mapping[str, type] = {step_name(Group): Group, **LOSSES}
+"""What options of steps hold."""

@@ -1,0 +1,141 @@
+"""Running a recipe: every step in order, recorded; with a work folder it can be killed and goes on."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from typing_extensions import TypeIs
+
+from hqc.errors import PassError
+from hqc.pipeline import Procedure, Step, run_pass, run_procedure
+from hqc.plan import QuantPlan, parse_bits
+from hqc.program import Program, Stage
+from hqc.recipes.recipe import Recipe
+from hqc.recipes.work_folder import Run
+from hqc.sampling import Work
+from hqc.stages import doing
+from hqc.steps import flat_options, step_name
+
+__all__ = ["Request", "begin", "is_procedure", "planned", "run_recipe", "run_settings"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run is asked for besides the recipe: bits, layers to keep float, the grid of the scale tables."""
+
+    bits: str
+    keep_float: tuple[str, ...] = ()
+    timesteps: tuple[float, ...] = ()
+
+
+def run_settings(program: Program, recipe: Recipe, request: Request, conditions: str) -> dict[str, Any]:
+    """Everything that decides a run's result, as JSON data. conditions: what they are drawn from."""
+    return {
+        "recipe": recipe.name,
+        "steps": flat_options(recipe.steps),
+        "sampler": asdict(recipe.sampler),
+        "bits": str(parse_bits(request.bits)),
+        "keep_float": list(request.keep_float),
+        "weights_sha256": _weights_digest(program),
+        "threads": torch.get_num_threads(),
+        "conditions": conditions,
+    }
+
+
+def _weights_digest(program: Program) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(program.state):
+        digest.update(name.encode())
+        digest.update(program.state[name].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def begin(program: Program, recipe: Recipe, request: Request, settings: Mapping[str, Any] | None = None) -> Program:
+    """The captured program with what is asked for in its plan.
+
+    Raises:
+        PlanError: bits that make no sense. PassError: a program that is quantised already.
+    """
+    if program.stage != Stage.CAPTURED:
+        raise PassError(
+            f"recipe {recipe.name!r}",
+            f"takes a program that is captured; this one is {program.stage}",
+            "Give hqc trace's.",
+        )
+    bits = str(parse_bits(request.bits))
+    plan = QuantPlan(recipe.name, bits, (), request.timesteps, request.keep_float, dict(settings or {}))
+    return program.evolve(plan=plan)
+
+
+def is_procedure(step: Step) -> TypeIs[Procedure]:
+    """Whether a step needs more than the program."""
+    return hasattr(step, "run")
+
+
+def planned(program: Program, recipe: Recipe, request: Request, *, calibrated: bool = True) -> Program:
+    """What the recipe plans: its passes, and if `calibrated` those procedures that need no samples."""
+    current = begin(program, recipe, request)
+    for step in recipe.steps:
+        if not is_procedure(step):
+            current = run_pass(current, step)
+        elif calibrated and not step.samples_denoiser:
+            current = run_procedure(current, step, Work(program))
+    return current
+
+
+def run_recipe(
+    program: Program,
+    recipe: Recipe,
+    request: Request,
+    work: Work,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    run: Run | None = None,
+    resume: bool = False,
+) -> Program:
+    """Runs a recipe on a captured program.
+
+    settings: goes into the plan, and tells one run in a work folder from another. resume: goes on in the folder of
+    `run`, to the same bits as a run that was never killed.
+
+    Raises:
+        PlanError, PassError: bits, layers or a program that the recipe does not take. TrainingError: calibration or
+        training met what they cannot go on with. MemoryShortError: said before anything runs. ArtefactError: nothing to
+        resume, or a run with other settings.
+    """
+    current = begin(program, recipe, request, settings)
+    _check(current, recipe.steps, work)
+    done, checkpoint = 0, None
+    if run is not None and resume:
+        done, saved, checkpoint = run.load(settings or {})
+        current = saved or current
+    elif run is not None:
+        run.begin(settings or {})
+    for number, step in enumerate(recipe.steps, 1):
+        if number > done:
+            own = checkpoint if checkpoint is not None and checkpoint.of == number else None
+            current = _one(current, step, number, replace(work, checkpoint=own), run)
+    return current
+
+
+def _check(program: Program, steps: Sequence[Step], work: Work) -> None:
+    for step in reversed(steps):  # the last need the most
+        if is_procedure(step):
+            step.check(program, work)
+
+
+def _one(program: Program, step: Step, number: int, work: Work, run: Run | None) -> Program:
+    name = step_name(type(step))
+    if not is_procedure(step):
+        with doing(f"rewriting the graph: {name}"):
+            return run_pass(program, step)
+    if run is not None:
+        run.at(number)
+        work = replace(work, on_checkpoint=run.save)
+    with doing(name.replace("_", " ")):
+        result = run_procedure(program, step, work)
+    if run is not None and step.samples_denoiser:  # the others are quicker to run again
+        run.keep(result, name)
+    return result

@@ -1,0 +1,60 @@
+"""What a procedure may need besides the program: the float graph, what to sample, and where a killed one goes on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hqc.checkpoint import Checkpoint
+from hqc.errors import TrainingError
+from hqc.program import Program
+from hqc.sampling.sampler import Sampler
+from hqc.sampling.task import Denoise, Task
+
+__all__ = ["Observe", "Update", "Work"]
+
+Observe = Callable[[Denoise], None]
+"""Runs the denoiser that it is given on whatever it likes, one timestep a call."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update: its number from 1, of how many, the timestep, the loss (sum of squares), mean squares, seconds."""
+
+    step: int
+    total: int
+    epoch: int
+    timestep: float
+    loss: float
+    relative_error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Around the program of a run.
+
+    teacher: the captured float program. task: what to sample; None with `observe` only. observe: calibrates instead
+    of the sampler. checkpoint: where the step was when it was killed. on_checkpoint, on_update: hear of its progress.
+    """
+
+    teacher: Program
+    task: Task | None = None
+    sampler: Sampler = field(default_factory=Sampler)
+    observe: Observe | None = None
+    checkpoint: Checkpoint | None = None
+    on_checkpoint: Callable[[Checkpoint], None] | None = None
+    on_update: Callable[[Update], None] | None = None
+
+    @property
+    def sampled(self) -> Task:
+        """The task.
+
+        Raises:
+            TrainingError: if there is none.
+        """
+        if self.task is None:
+            raise TrainingError("training", "there is nothing to sample", "Give task=… besides the forward loop.")
+        return self.task
+
+    def halves(self) -> int:
+        """How many samples the denoiser is run on for one: two with guidance."""
+        return 2 if self.task is not None and self.task.doubles(self.sampler.guidance_scale) else 1

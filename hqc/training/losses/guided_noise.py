@@ -1,0 +1,30 @@
+"""The noise after guidance: what the sampler steps with."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from hqc.steps import check_options
+from hqc.training.losses.seen import Seen
+
+__all__ = ["GuidedNoise"]
+
+
+@dataclass(frozen=True)
+class GuidedNoise:
+    """weight·Σ (ε̂ - ε)² over all elements, ε = ε_u + g·(ε_c - ε_u).
+
+    Source: HQ-DM; EfficientDM (arXiv 2310.03270).
+    """
+
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def __call__(self, student: Seen, teacher: Seen) -> Tensor:
+        """The loss, a scalar."""
+        found = (student.noise - teacher.noise).square().sum()
+        return found if self.weight == 1 else found * self.weight
