@@ -84,6 +84,10 @@ class Metrics:
         fid_real: the same to real images; None when no real features were given.
         accuracy: part of the images that the classifier puts in the class they were asked for, 0…1.
         protocol: what has to be equal for two models' figures to be comparable.
+        inception_score_reference: the reference's own.
+        inception_score_gain_1: of images sampled with ε̂/k, k the gain at each timestep (`hqc.evaluation.gain`);
+            None when there were none.
+        inception_score_gain_1_std: as above.
     """
 
     num_images: int
@@ -94,11 +98,33 @@ class Metrics:
     fid_real: float | None
     accuracy: float
     protocol: dict[str, JsonValue]
+    inception_score_reference: float | None = None
+    inception_score_gain_1: float | None = None
+    inception_score_gain_1_std: float | None = None
+
+    @property
+    def inception_score_deviation(self) -> float | None:
+        """|IS/IS_reference − 1|: a score above the float model's is as wrong as one below it."""
+        return self._deviation(self.inception_score)
+
+    @property
+    def inception_score_gain_1_deviation(self) -> float | None:
+        """The same of the images at gain 1."""
+        return self._deviation(self.inception_score_gain_1)
+
+    def _deviation(self, score: float | None) -> float | None:
+        if score is None or self.inception_score_reference is None:
+            return None
+        return abs(score / self.inception_score_reference - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready and flat but for `protocol`; infinite PSNR (identical images) becomes null."""
         values = asdict(self)
-        flat = {**values.pop("fidelity"), **values}
+        deviations = {
+            "inception_score_deviation": self.inception_score_deviation,
+            "inception_score_gain_1_deviation": self.inception_score_gain_1_deviation,
+        }
+        flat = {**values.pop("fidelity"), **values, **deviations}
         return {key: _json_number(value) for key, value in flat.items()}
 
 
@@ -109,6 +135,7 @@ def evaluate(
     *,
     train_features: Tensor | None = None,
     splits: int = IS_SPLITS,
+    at_gain_one: Samples | None = None,
 ) -> Metrics:
     """Measure a model's samples against the float model's samples of the same seeds, labels and sampler.
 
@@ -119,17 +146,22 @@ def evaluate(
         train_features: `[M, F]` features of real images, from `classifier_outputs`; adds `fid_real`.
         splits: parts that the Inception Score is averaged over, drawn with a fixed seed. Where N does not
             divide there may be fewer; the protocol states how many there were.
+        at_gain_one: the model's images once more, sampled inside `hqc.evaluation.gain.at_gain_one`.
 
     Raises:
         EvaluationError: seeds, labels, sizes or sampler differ, or there are too few images for the splits or
             for a covariance of full rank (N > F, and M > F).
     """
     _check_comparable(samples, reference)
+    if at_gain_one is not None:
+        _check_comparable(at_gain_one, reference)
     near = fidelity(samples, reference)
     features, logits = classifier_outputs(classifier, samples.images)
-    reference_features, _ = classifier_outputs(classifier, reference.images)
+    reference_features, reference_logits = classifier_outputs(classifier, reference.images)
     check_enough(len(samples), features.shape[1], splits, train_features)
     score, score_std, used_splits = _inception_score(logits, splits)
+    gain_1 = None if at_gain_one is None else classifier_outputs(classifier, at_gain_one.images)[1]
+    score_gain_1, score_gain_1_std = (None, None) if gain_1 is None else _inception_score(gain_1, splits)[:2]
     return Metrics(
         num_images=len(samples),
         fidelity=near,
@@ -139,6 +171,9 @@ def evaluate(
         fid_real=None if train_features is None else _fid(train_features, features),
         accuracy=_accuracy(logits, samples.labels),
         protocol=_protocol(samples, classifier, features, logits, train_features, used_splits),
+        inception_score_reference=_inception_score(reference_logits, splits)[0],
+        inception_score_gain_1=score_gain_1,
+        inception_score_gain_1_std=score_gain_1_std,
     )
 
 

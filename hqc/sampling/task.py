@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from hqc.errors import TrainingError
 from hqc.running import run_module
 
-__all__ = ["Condition", "Conditions", "Denoise", "Task", "denoiser", "guided", "guides", "require_steps", "trajectory"]
+__all__ = [
+    "Condition",
+    "Conditions",
+    "Denoise",
+    "Task",
+    "denoiser",
+    "guided",
+    "guides",
+    "noise_only",
+    "require_steps",
+    "trajectory",
+]
 
 Denoise = Callable[..., Tensor]
 """(sample [N, …], timestep [N], *conditions in the order of the program's inputs) -> noise [N, …].
@@ -147,11 +158,11 @@ def guided(denoise: Denoise, sample: Tensor, timestep: float, conditions: Condit
     null, wanted = conditions if conditions is not None else (None, (None,))
     if null is None or not guides(g):
         times = torch.full((len(sample),), timestep)
-        return _noise_only(denoise(sample, times, *_each(wanted)), sample)
+        return noise_only(denoise(sample, times, *_each(wanted)), sample)
     times = torch.full((2 * len(sample),), timestep)
     both = [b if a is None or b is None else torch.cat([a, b]) for a, b in zip(_each(null), _each(wanted), strict=True)]
     without, with_condition = denoise(torch.cat([sample, sample]), times, *both).chunk(2)
-    return _noise_only(without + g * (with_condition - without), sample)
+    return noise_only(without + g * (with_condition - without), sample)
 
 
 def _each(condition: Condition) -> tuple[Tensor | None, ...]:
@@ -163,7 +174,8 @@ def _channel_axis(tensor: Tensor) -> int:
     return 1 if tensor.ndim >= 4 else -1
 
 
-def _noise_only(found: Tensor, sample: Tensor) -> Tensor:
+def noise_only(found: Tensor, sample: Tensor) -> Tensor:
+    """A denoiser's output without the variance that some predict behind it; a view."""
     axis = _channel_axis(sample)
     if found.ndim != sample.ndim or found.shape[axis] != 2 * sample.shape[axis]:
         return found

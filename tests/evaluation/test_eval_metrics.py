@@ -137,6 +137,36 @@ def test_protocol_states_the_splits_there_really_were(
     assert evaluate(samples, samples, classifier, splits=splits).protocol["splits"] == used
 
 
+def test_inception_score_is_judged_two_sided_and_at_gain_one(samples_factory: Any, classifier: Any) -> None:
+    reference, samples, at_gain_one = (samples_factory(40, noise=noise) for noise in (0.0, 0.1, 0.3))
+    metrics = evaluate(samples, reference, classifier, splits=2, at_gain_one=at_gain_one)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        order = torch.randperm(40).numpy()
+    logits = [as_numpy(classifier_outputs(classifier, s.images)[1]) for s in (reference, samples, at_gain_one)]
+    own, found, gain_1 = (numpy_inception_score(values, order, splits=2) for values in logits)
+    assert metrics.inception_score_reference == pytest.approx(own[0], rel=1e-9)
+    assert (metrics.inception_score_gain_1, metrics.inception_score_gain_1_std) == pytest.approx(gain_1, rel=1e-9)
+    assert metrics.inception_score_deviation == pytest.approx(abs(found[0] / own[0] - 1), rel=1e-9)
+    assert metrics.inception_score_gain_1_deviation == pytest.approx(abs(gain_1[0] / own[0] - 1), rel=1e-9)
+    assert metrics.inception_score_deviation == pytest.approx(
+        dataclasses.replace(metrics, inception_score=2 * own[0] - found[0]).inception_score_deviation, rel=1e-9
+    )  # as far above as below
+
+
+def test_without_images_at_gain_one_there_is_no_score_of_them(samples_factory: Any, classifier: Any) -> None:
+    metrics = evaluate(samples_factory(20), samples_factory(20), classifier)
+    assert metrics.inception_score_deviation == 0
+    assert metrics.inception_score_gain_1 is metrics.inception_score_gain_1_deviation is None
+
+
+def test_images_at_gain_one_have_to_pair_up_too(samples_factory: Any, classifier: Any) -> None:
+    samples = samples_factory(20)
+    other = dataclasses.replace(samples, seeds=(*range(19), 99))
+    with pytest.raises(EvaluationError, match="seeds differ, first at image 19"):
+        evaluate(samples, samples, classifier, at_gain_one=other)
+
+
 def test_accuracy(samples_factory: Any, classifier: Any) -> None:
     samples = samples_factory(40)
     _, logits = classifier_outputs(classifier, samples.images)
@@ -177,6 +207,7 @@ def test_to_dict_holds_every_figure_and_the_protocol(samples_factory: Any, class
     metrics = evaluate(samples_factory(40, noise=0.1), samples_factory(40), classifier)
     written = metrics.to_dict()
     names = {field.name for field in dataclasses.fields(Metrics)} - {"fidelity"}
+    names |= {"inception_score_deviation", "inception_score_gain_1_deviation"}
     assert set(written) == names | {field.name for field in dataclasses.fields(metrics.fidelity)}
     assert written["protocol"] == {
         "sampler": "DDIMScheduler",

@@ -13,9 +13,11 @@ from torch import Tensor
 
 import hqc
 from hqc.errors import EvaluationError
+from hqc.evaluation.gain import Gain, at_gain_one
 from hqc.evaluation.metrics import fidelity, fidelity_figures
 from hqc.evaluation.needs import Needs, needs_of
 from hqc.evaluation.sampling import Samples, sample_images
+from hqc.evaluation.trajectory_fidelity import trajectory_fidelity
 
 # diffusers hands torch tensors to numpy 2 in its own schedulers; its LDM pipeline is marked as deprecated.
 pytestmark = [
@@ -91,6 +93,22 @@ def test_every_kind_of_pipeline_is_sampled(name: str, wanted: tuple[Any, ...], p
         other = drawn(pipe, [0], [7])
         assert bool((other.images != alone.images).any())
     assert fidelity(samples, samples).identical_images == 3
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dit", "consistency", "sd15", "lcm", "sd3", "pixart", "flux"])
+def test_a_model_follows_itself_through_every_kind_of_pipeline(name: str, pipes: Any) -> None:
+    pipe = pipes(name)
+    prompts = PROMPTS if needs_of(pipe).kind == "prompt" else ()
+    sampler = {"num_inference_steps": 2, "guidance_scale": 2.5, "eta": 0.0, "prompts": prompts}
+    found = trajectory_fidelity(pipe, pipe, [0, 1], [5, 6], batch_size=2, **sampler)
+    assert len(found.gain.timesteps) == 2
+    assert found.gain.by_timestep == (1.0, 1.0)
+    assert found.cosine_by_timestep == pytest.approx((1.0, 1.0), abs=1e-12)
+    plain = drawn(pipe, [0, 1], [5, 6])
+    with at_gain_one(pipe, found.gain):
+        assert bool((drawn(pipe, [0, 1], [5, 6]).images == plain.images).all())
+    with at_gain_one(pipe, Gain(found.gain.timesteps, (0.5, 0.5), 0.5)):
+        assert bool((drawn(pipe, [0, 1], [5, 6]).images != plain.images).any())
 
 
 @pytest.mark.parametrize("name", ["ddim", "dit", "sd15", "sd3"])
