@@ -269,12 +269,42 @@ def test_eval(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 5 < said["psnr_db"] < 80
     assert 0 < said["latent_cosine"] < 1
     assert said["protocol"]["num_inference_steps"] == 4
+    trajectory = said["trajectory"]
+    assert (trajectory["num_images"], trajectory["seeds"]) == (64, "0..63")
+    assert len(trajectory["timesteps"]) == len(trajectory["gain_by_timestep"]) == 4
+    assert 0.5 < min(trajectory["gain_by_timestep"]) <= trajectory["gain"] <= max(trajectory["gain_by_timestep"]) < 1.5
+    assert trajectory["latent_cosine_least"] <= trajectory["latent_cosine_mean"] < 1
+    assert said["inception_score_gain_1"] != said["inception_score"]
+    assert said["inception_score_deviation"] == pytest.approx(
+        abs(said["inception_score"] / said["inception_score_reference"] - 1)
+    )
     # Not by COLUMNS: where that is set already when the program starts, the console keeps it.
     monkeypatch.setattr(console, "width", 120)
-    text = ok("eval", made.program, "--against", made.program, *common).stdout
+    text = ok("eval", made.program, "--against", made.program, *common, "--gain-images", "2").stdout
     assert "PSNR (dB)" in text
     assert "\n program.hqc  " in text
     assert "∞" in text  # the same images
+    assert text.count("1.0000 · 1.0000") == 4  # a row a timestep
+    assert "2 images, seeds 0..1." in text
+
+
+def test_eval_without_what_costs_time(made: SimpleNamespace) -> None:
+    common = ("eval", made.integer, "--against", made.program, *STEPS, "--images", "70", "--batch-size", "70", "--json")
+    without = json.loads(ok(*common, "--no-gain-1", "--gain-images", "2").stdout)
+    assert without["trajectory"]["num_images"] == 2
+    assert without["inception_score_gain_1"] is None
+    assert without["inception_score_gain_1_deviation"] is None
+    assert without["inception_score_deviation"] > 0
+    assert json.loads(ok(*common, "--gain-images", "0").stdout)["trajectory"] is None
+
+
+def test_eval_says_why_there_is_no_score_at_gain_one(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hqc.evaluation.gain.LEAST_DIVISOR", 10.0)
+    common = ("--images", "70", "--batch-size", "70", "--gain-images", "1", "--json")
+    done = hqc("eval", made.integer, "--against", made.program, *STEPS, *common)
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["inception_score_gain_1"] is None
+    assert done.stderr.startswith("left out: IS at gain 1: the gain is ")
 
 
 def test_timesteps_outside_the_calibrated_range_are_noted_once(

@@ -51,6 +51,7 @@ SMALL: dict[str, tuple[object, ...]] = {
     "epochs": (1,),
     "checkpoint_every": (1, 2),
     "images": (1, 2, 12),
+    "gain_images": (0, 1, 2),
     "per_class": (1, 2),
     "timesteps": (1, 2, 3),
     "runs": (1,),

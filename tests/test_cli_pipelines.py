@@ -80,10 +80,14 @@ def test_figures_without_digits(made: SimpleNamespace) -> None:
     assert not {"accuracy", "inception_score", "fid_reference"} & set(said)
     same = json.loads(ok("eval", made.ddpm, "--against", made.ddpm, *common).stdout)
     assert (same["identical_images"], same["psnr_db"], same["latent_cosine"]) == (3, None, None)
+    assert said["trajectory"]["num_images"] == 3  # no more than there are images
+    assert 0.5 < said["trajectory"]["gain"] < 1.5
+    assert said["trajectory"]["gain_by_timestep"] != same["trajectory"]["gain_by_timestep"] == [1.0, 1.0]
     assert same["protocol"]["guidance_scale"] == 1.0  # none was typed, and it has none
     text = ok("eval", made.ddpm, "--against", made.ddpm, "--images", "2", *FEW).stdout
     assert "psnr_db           ∞" in text
     assert "latent_cosine     –" in text
+    assert text.count("1.0000 · 1.0000") == 2
 
 
 @pytest.mark.parametrize(

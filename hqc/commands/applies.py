@@ -47,6 +47,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "analyze": (
         Rule("sensitivity_samples", lambda p: p["sensitivity"] is not False, "is for what --no-sensitivity leaves out"),
     ),
+    "eval": (Rule("no_gain_1", lambda p: p["gain_images"] != 0, "is about what --gain-images 0 leaves out"),),
     "compare": (
         Rule("num_inference_steps", _sampled, "is for a sampler, and --inputs noise has none"),
         Rule("guidance_scale", _sampled, "is for a sampler, and --inputs noise has none"),

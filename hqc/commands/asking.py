@@ -1,6 +1,7 @@
 """What `sample` and `eval` ask a model with: labels, prompts, or nothing; and what does not apply is refused."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,9 @@ from hqc.errors import EvaluationError, OptionError
 if TYPE_CHECKING:
     from hqc.evaluation.needs import Kind, Needs
     from hqc.evaluation.sampling import Samples
+    from hqc.evaluation.trajectory_fidelity import TrajectoryFidelity
 
-__all__ = ["Asked", "asked_for", "asking_options", "sampled"]
+__all__ = ["Asked", "asked_for", "asking_options", "followed", "sampled"]
 
 _MOST_LABELS = 10_000
 _CLASSES_SHOWN = 10
@@ -142,28 +144,70 @@ def sampled(
         EvaluationError, TrainingError: see `sample_images`.
     """
     from hqc import console as out
-    from hqc.evaluation.needs import denoiser_of, needs_of
+    from hqc.evaluation.needs import denoiser_of
     from hqc.evaluation.sampling import sample_images
     from hqc.sampling.prompt_encoding import cut_prompts
 
-    width, height = needs_of(pipe).size
-    batch = batch_size or max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // (width * height)))
     if cut := cut_prompts(pipe, asked.prompts, denoiser_of(pipe).inputs):
         click.echo(f"{model}: {cut} of {len(asked.prompts)} prompts are longer than its tokenizer takes: cut", err=True)
+    with _as_one_line(model, pipe), out.progress(f"sampling {model}", len(labels)) as advance:
+        return sample_images(
+            pipe,
+            labels,
+            range(seed, seed + len(labels)),
+            batch_size=_at_once(pipe, batch_size),
+            prompts=asked.prompts,
+            negative_prompt=asked.negative_prompt,
+            **sampler,
+            progress=lambda done, _: advance(done, ""),
+        )
+
+
+def followed(
+    model: str,
+    pipe: Any,
+    reference: Any,
+    asked: Asked,
+    labels: Sequence[int],
+    seed: int,
+    batch_size: int | None,
+    **sampler: Any,
+) -> "TrajectoryFidelity":
+    """How a loaded pipeline follows the float model's through the sampler, with a progress bar, from consecutive seeds.
+
+    Raises:
+        EvaluationError, TrainingError: see `trajectory_fidelity`.
+    """
+    from hqc import console as out
+    from hqc.evaluation.trajectory_fidelity import RUNS, trajectory_fidelity
+
+    with _as_one_line(model, pipe), out.progress(f"following {model}", RUNS * len(labels)) as advance:
+        return trajectory_fidelity(
+            pipe,
+            reference,
+            labels,
+            range(seed, seed + len(labels)),
+            batch_size=_at_once(pipe, batch_size),
+            prompts=asked.prompts,
+            negative_prompt=asked.negative_prompt,
+            **sampler,
+            progress=lambda done, _: advance(done, ""),
+        )
+
+
+def _at_once(pipe: Any, batch_size: int | None) -> int:
+    from hqc.evaluation.needs import needs_of
+
+    width, height = needs_of(pipe).size
+    return batch_size or max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // (width * height)))
+
+
+@contextmanager
+def _as_one_line(model: str, pipe: Any) -> Iterator[None]:
+    """What diffusers' pipelines raise for configurations that they were not written for, as an EvaluationError."""
     try:
-        with out.progress(f"sampling {model}", len(labels)) as advance:
-            return sample_images(
-                pipe,
-                labels,
-                range(seed, seed + len(labels)),
-                batch_size=batch,
-                prompts=asked.prompts,
-                negative_prompt=asked.negative_prompt,
-                **sampler,
-                progress=lambda done, _: advance(done, ""),
-            )
+        yield
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        # What diffusers' pipelines raise for configurations that they were not written for.
         said = " ".join(str(error).split())[:120]
         raise EvaluationError(
             model,

@@ -1,12 +1,13 @@
 """Commands that run models: sample, eval, serve."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hqc.commands.applies import Command, check_runtime
-from hqc.commands.asking import Asked, asked_for, asking_options, sampled
+from hqc.commands.asking import Asked, asked_for, asking_options, followed, sampled
 from hqc.commands.options import (
     check_output_file,
     force_option,
@@ -14,13 +15,17 @@ from hqc.commands.options import (
     runtime_option,
     sampler_options,
 )
-from hqc.errors import ComparisonError
+from hqc.errors import ComparisonError, EvaluationError, OptionError
 
 if TYPE_CHECKING:
     from hqc.evaluation.needs import Needs
+    from hqc.evaluation.sampling import Samples
+    from hqc.evaluation.trajectory_fidelity import TrajectoryFidelity
     from hqc.runtimes import Runtime
 
 __all__ = ["evaluate", "sample", "serve"]
+
+_GAIN_IMAGES = 64
 
 _batch_option = click.option(
     "--batch-size", type=click.IntRange(1, 1024), help="Images at once (default: 40, fewer of more than 64 pixels)."
@@ -109,6 +114,17 @@ def sample(
 @asking_options
 @click.option("--images", type=click.IntRange(1, 100_000), default=1000, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
+@click.option(
+    "--gain-images",
+    type=click.IntRange(0, 100_000),
+    help="Images for ε gain and latent cosine by timestep, each sampled three times; 0: none "
+    f"(default: {_GAIN_IMAGES}, or as many as --images).",
+)
+@click.option(
+    "--no-gain-1",
+    is_flag=True,
+    help="No IS at gain 1, for which MODEL is sampled a second time, with ε divided by its gain.",
+)
 @_batch_option
 @sampler_options
 @json_option
@@ -122,44 +138,119 @@ def evaluate(
     negative_prompt: str | None,
     images: int,
     seed: int,
+    gain_images: int | None,
+    no_gain_1: bool,
     batch_size: int | None,
     as_json: bool,
     **sampler: Any,
 ) -> None:
-    """Compare MODEL with the float model on the same seeds: PSNR, SSIM, latent cosine, IS, FID, accuracy.
+    """Compare MODEL with the float model on the same seeds: PSNR, SSIM, latent cosine, IS, FID, accuracy, ε gain.
 
     The images go through the classes (--labels) or prompts (--prompts) in turns. IS, FID and accuracy come from the
-    bundled digit classifier: models of other images are compared without them.
+    bundled digit classifier: models of other images are compared without them. The gain of MODEL's ε over the float
+    model's and the cosine of their latents are given by timestep, and IS also with the gain divided out.
     """
-    from hqc import console as out
-    from hqc.evaluation.metrics import check_enough, fidelity_figures
-    from hqc.evaluation.metrics import evaluate as measure
-    from hqc.evaluation.report import ReportRow, terminal_report
-    from hqc.models.classifier import FEATURE_DIM, load_digit_classifier
+    from hqc.evaluation.metrics import check_enough
+    from hqc.models.classifier import FEATURE_DIM
 
     asked = asked_for(labels, prompt, prompts, negative_prompt)
     for name in (against, model):
         asked.check_kind(name)
-    found, digits = {}, False
-    for name, engine in ((against, None), (model, runtime)):
-        pipe, needs, options = _opened(name, engine, asked, sampler)
-        digits = needs.digits
-        if digits:
-            check_enough(images, FEATURE_DIM)
+    float_pipe, float_needs, float_options = _opened(against, None, asked, sampler)
+    pipe, needs, options = _opened(model, runtime, asked, sampler)
+    if needs.digits:
+        check_enough(images, FEATURE_DIM)
+    elif no_gain_1:
+        raise OptionError("--no-gain-1", f"{model} draws no digits, so there is no IS to leave out", "Leave it out.")
+
+    def drawn(count: int, needs: "Needs") -> Sequence[int]:
         rows = asked.rows(needs)
-        order = [rows[i % len(rows)] for i in range(images)]
-        found[name, engine] = sampled(name, pipe, asked, order, seed, batch_size, **options)
-    reference, samples = found[against, None], found[model, runtime]
-    if not digits:
-        figures = fidelity_figures(samples, reference)
-        named = {"model": model, "against": against, **figures}
-        out.print_json(named) if as_json else out.fields(f"{model} against {against}", _measured(figures))
-        return
-    metrics = measure(samples, reference, load_digit_classifier())
-    if as_json:
-        out.print_json({"model": model, "against": against, **metrics.to_dict()})
+        return [rows[i % len(rows)] for i in range(count)]
+
+    reference = sampled(against, float_pipe, asked, drawn(images, float_needs), seed, batch_size, **float_options)
+    samples = sampled(model, pipe, asked, drawn(images, needs), seed, batch_size, **options)
+    trajectory = at_gain_1 = None
+    if followers := min(_GAIN_IMAGES, images) if gain_images is None else gain_images:
+        order = drawn(followers, needs)
+        trajectory = followed(model, pipe, float_pipe, asked, order, seed, batch_size, **options)
+        if needs.digits and not no_gain_1:
+            at_gain_1 = _sampled_at_gain_1(model, pipe, trajectory, asked, samples.labels, seed, batch_size, options)
+    if needs.digits:
+        _print_scores(model, against, samples, reference, trajectory, at_gain_1, as_json=as_json)
     else:
-        out.console.print(terminal_report([ReportRow(Path(model).name, metrics)]))
+        _print_figures(model, against, samples, reference, trajectory, as_json=as_json)
+
+
+def _sampled_at_gain_1(
+    model: str,
+    pipe: Any,
+    trajectory: "TrajectoryFidelity",
+    asked: Asked,
+    labels: Sequence[int],
+    seed: int,
+    batch_size: int | None,
+    sampler: dict[str, Any],
+) -> "Samples | None":
+    """The images once more with ε divided by its gain; None, and a line that says so, where that cannot be done."""
+    from hqc.evaluation.gain import at_gain_one
+
+    try:
+        trajectory.gain.check_divides()
+    except EvaluationError as error:
+        click.echo(f"left out: IS at {error}", err=True)
+        return None
+    with at_gain_one(pipe, trajectory.gain):
+        return sampled(f"{model} at gain 1", pipe, asked, labels, seed, batch_size, **sampler)
+
+
+def _print_scores(
+    model: str,
+    against: str,
+    samples: "Samples",
+    reference: "Samples",
+    trajectory: "TrajectoryFidelity | None",
+    at_gain_1: "Samples | None",
+    *,
+    as_json: bool,
+) -> None:
+    """What the digit classifier can be asked about."""
+    from hqc import console as out
+    from hqc.evaluation.metrics import evaluate as measure
+    from hqc.evaluation.report import ReportRow, terminal_report
+    from hqc.models.classifier import load_digit_classifier
+
+    metrics = measure(samples, reference, load_digit_classifier(), at_gain_one=at_gain_1)
+    if as_json:
+        out.print_json({"model": model, "against": against, **metrics.to_dict(), **_trajectory_data(trajectory)})
+    else:
+        out.console.print(terminal_report([ReportRow(Path(model).name, metrics, trajectory=trajectory)]))
+
+
+def _print_figures(
+    model: str,
+    against: str,
+    samples: "Samples",
+    reference: "Samples",
+    trajectory: "TrajectoryFidelity | None",
+    *,
+    as_json: bool,
+) -> None:
+    """What can be said of any model's images."""
+    from hqc import console as out
+    from hqc.evaluation.metrics import fidelity_figures
+    from hqc.evaluation.report import ReportRow, terminal_trajectories
+
+    figures = fidelity_figures(samples, reference)
+    if as_json:
+        out.print_json({"model": model, "against": against, **figures, **_trajectory_data(trajectory)})
+        return
+    out.fields(f"{model} against {against}", _measured(figures))
+    if trajectory is not None:
+        out.console.print(terminal_trajectories([ReportRow(Path(model).name, trajectory=trajectory)]))
+
+
+def _trajectory_data(trajectory: "TrajectoryFidelity | None") -> dict[str, Any]:
+    return {"trajectory": None if trajectory is None else trajectory.to_dict()}
 
 
 def _measured(figures: dict[str, Any]) -> dict[str, Any]:
