@@ -14,9 +14,11 @@ from rich.console import Console
 
 from hqc.console import console
 from hqc.evaluation.bench.run import Timing, median_milliseconds
+from hqc.evaluation.gain import at_gain_one
 from hqc.evaluation.metrics import evaluate
 from hqc.evaluation.report import ReportRow, terminal_report
-from hqc.evaluation.sampling import Samples, sample_images
+from hqc.evaluation.sampling import sample_images
+from hqc.evaluation.trajectory_fidelity import trajectory_fidelity
 from hqc.models.classifier import load_digit_classifier
 from hqc.runtimes import load
 
@@ -28,6 +30,8 @@ ROWS = {
     "HQ-DM, ONNX Runtime": "hq-dm-onnx",
     "float, ONNX Runtime": "digits-onnx",
 }
+SAMPLER = {"num_inference_steps": 20, "guidance_scale": 1.5, "eta": 0.0, "batch_size": 50}
+GAIN_IMAGES = 50
 
 
 def hqc(*arguments: str) -> None:
@@ -58,13 +62,9 @@ def main() -> None:
     picture = work / "samples.png"
     hqc("sample", str(work / "hq-dm-onnx"), "--compare-with", program, "--per-class", "4", "-o", str(picture))
     console.print(f"measuring {options.images} images with each model …")
-    classifier, reference, rows, timing = load_digit_classifier(), None, [], Timing(runs=30)
+    timing = Timing(runs=30)
     milliseconds = median_milliseconds({name: work / file for name, file in ROWS.items()}, timing=timing)
-    for name, file in ROWS.items():
-        samples = sample(work / file, options.images)
-        reference = reference or samples
-        metrics = evaluate(samples, reference, classifier)
-        rows.append(ReportRow(name, metrics, load(work / file).size_bytes, milliseconds[name]))
+    rows = measured_rows(work, options.images, milliseconds)
     Console(width=max(120, console.width)).print(terminal_report(rows))
     console.print(
         f"latency: median ms of one denoiser call at batch {timing.batch_size}, {timing.cores} threads, in turns; "
@@ -74,11 +74,25 @@ def main() -> None:
     console.print(f"picture: {picture.resolve()}   {(time.perf_counter() - began) / 60:.1f} minutes", highlight=False)
 
 
-def sample(path: Path, images: int) -> Samples:
-    """The protocol's images: labels in turn, seeds 0, 1, …"""
-    labels = tuple(i % 10 for i in range(images))
-    sampler = {"num_inference_steps": 20, "guidance_scale": 1.5, "eta": 0.0, "batch_size": 50}
-    return sample_images(load(path).pipeline(), labels, tuple(range(images)), **sampler)
+def measured_rows(work: Path, images: int, milliseconds: dict[str, float]) -> list[ReportRow]:
+    """The protocol's images of every model: labels in turn, seeds 0, 1, …; the first model is the others' reference."""
+    asked = tuple(i % 10 for i in range(images)), tuple(range(images))
+    classifier, rows = load_digit_classifier(), []
+    float_pipe = load(work / ROWS["float"]).pipeline()
+    reference = sample_images(float_pipe, *asked, **SAMPLER)
+    for name, file in ROWS.items():
+        model = load(work / file)
+        pipe, samples, trajectory, at_one = model.pipeline(), reference, None, None
+        if name != "float":
+            samples = sample_images(pipe, *asked, **SAMPLER)
+            few = (values[:GAIN_IMAGES] for values in asked)
+            trajectory = trajectory_fidelity(pipe, float_pipe, *few, **SAMPLER)
+        if trajectory is not None and trajectory.gain.divides:
+            with at_gain_one(pipe, trajectory.gain):
+                at_one = sample_images(pipe, *asked, **SAMPLER)
+        metrics = evaluate(samples, reference, classifier, at_gain_one=at_one)
+        rows.append(ReportRow(name, metrics, model.size_bytes, milliseconds[name], trajectory))
+    return rows
 
 
 if __name__ == "__main__":
