@@ -101,6 +101,6 @@ def sites_table(program: Program) -> Table:
 
 def _row(plan: SitePlan) -> tuple[str, ...]:
     bits = f"w{plan.weight_bits}a{plan.activation_bits}" if plan.quantised else "float"
-    rotation = f"H{plan.block}" if plan.block else "–"
+    rotation = plan.rotation_name or "–"
     rank = str(plan.lora_rank) if plan.lora_rank else "–"
     return plan.site, plan.kind, str(plan.in_channels), str(plan.out_channels), bits, rotation, rank, plan.reason

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqc.rotations import ORDERS, Rotation
+
 __all__ = ["ADMITTED", "RULES", "admitted_name"]
 
 
@@ -97,7 +99,6 @@ Arguments = Mapping[str, Any]
 Rule = Callable[[Arguments], str]
 
 _MOST_PARTS = 4096
-_BLOCKS = (8, 16, 32, 64, 128)
 _CODES = (torch.int8, torch.int16)
 _LARGEST_CODE = 2**15
 
@@ -187,12 +188,12 @@ def _hadamard(given: Arguments) -> str:
         return f"rotates axis {axis} of {x.ndim}; expected 1 or the last"
     if axis == 1 and x.ndim == 2:
         axis = -1
-    return _block(x.shape[axis], block) or ("" if x.is_floating_point() else "rotates whole numbers")
+    return _block(x.shape[axis], block, given["regular"]) or ("" if x.is_floating_point() else "rotates whole numbers")
 
 
-def _block(channels: int, block: int) -> str:
-    if block not in _BLOCKS or channels % block:
-        return f"rotates {channels} channels in blocks of {block!r}"
+def _block(channels: int, block: int, regular: bool) -> str:
+    if block not in ORDERS[Rotation(block, regular).kind] or channels % block:
+        return f"rotates {channels} channels in {'regular ' if regular else ''}blocks of {block!r}"
     return ""
 
 
@@ -200,7 +201,7 @@ def _rotated_codes(given: Arguments) -> str:
     codes = given["codes"]
     if codes.ndim < 2 or codes.dtype != torch.int8:
         return f"rotates {codes.dtype} {list(codes.shape)}; expected int8 [O, C, …]"
-    return _block(codes.shape[1], given["block"])
+    return _block(codes.shape[1], given["block"], given["regular"])
 
 
 def _part(given: Arguments) -> str:

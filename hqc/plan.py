@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hqc.errors import PlanError
+from hqc.rotations import ORDERS, Rotation
 
 __all__ = [
     "RULE_SETS",
@@ -146,7 +147,9 @@ class SitePlan:
     """How one layer is treated.
 
     `weight_bits` and `activation_bits` are None for a site left float, and `reason` then says why. `block` is the
-    order of the Hadamard rotation, 0 for none; `lora_rank` 0 for none; `trained` False leaves it as calibrated.
+    order of the Hadamard rotation, 0 for none, and `rotation` its kind; `weight_rotated` says that the weight is
+    quantised rotated too, so that nothing is rotated back. `lora_rank` is 0 for none; `trained` False leaves the site
+    as calibrated.
     """
 
     site: str
@@ -159,11 +162,27 @@ class SitePlan:
     lora_rank: int = 0
     reason: str = ""
     trained: bool = True
+    rotation: str = "sylvester"
+    weight_rotated: bool = False
 
     @property
     def quantised(self) -> bool:
         """Whether the site's product runs on codes."""
         return self.weight_bits is not None
+
+    @property
+    def hadamard(self) -> Rotation | None:
+        """Order and kind of its rotation, None without one."""
+        return Rotation(self.block, self.rotation == "regular") if self.block else None
+
+    @property
+    def rotation_name(self) -> str:
+        """What people read, empty without a rotation.
+
+        >>> SitePlan("a", "linear", 64, 64, block=64, rotation="regular", weight_rotated=True).rotation_name
+        'regular H64, weight too'
+        """
+        return f"{self.hadamard or ''}{', weight too' if self.weight_rotated else ''}"
 
 
 @dataclass(frozen=True)
@@ -241,13 +260,12 @@ def _check_fields(plan: QuantPlan) -> None:
 
 
 _KINDS = ("conv2d", "linear")
-_BLOCKS = (0, 8, 16, 32, 64, 128)
 
 
 def _site_plan(data: Mapping[str, Any]) -> SitePlan:
     plan = SitePlan(**data)
     texts, counts = (
-        (plan.site, plan.kind, plan.reason),
+        (plan.site, plan.kind, plan.reason, plan.rotation),
         (plan.in_channels, plan.out_channels, plan.block, plan.lora_rank),
     )
     widths = (plan.weight_bits, plan.activation_bits)
@@ -258,8 +276,12 @@ def _site_plan(data: Mapping[str, Any]) -> SitePlan:
     quantised = all(type(b) is int and LOWEST_BITS <= b <= HIGHEST_BITS for b in widths)
     if not quantised and widths != (None, None):
         raise ValueError(f"site {plan.site!r} has widths {widths}")
-    if plan.kind not in _KINDS or plan.block not in _BLOCKS:
-        raise ValueError(f"site {plan.site!r} is a {plan.kind} with block {plan.block}")
+    if plan.kind not in _KINDS:
+        raise ValueError(f"site {plan.site!r} is a {plan.kind}")
+    if plan.rotation not in ORDERS or plan.block not in (0, *ORDERS[plan.rotation]):
+        raise ValueError(f"site {plan.site!r} has a {plan.rotation} rotation of order {plan.block}")
+    if type(plan.weight_rotated) is not bool or (plan.weight_rotated and not plan.block):
+        raise ValueError(f"site {plan.site!r} has weight_rotated {plan.weight_rotated!r} with order {plan.block}")
     return plan
 
 

@@ -9,6 +9,7 @@ from torch import fx
 
 from hqc.errors import ExportError
 from hqc.program import Program, aten, is_op
+from hqc.rotations import Rotation
 
 __all__ = [
     "PRODUCTS",
@@ -19,6 +20,8 @@ __all__ = [
     "bounds_of",
     "products_of",
     "quantised_sites",
+    "rotation_of",
+    "rotation_within",
 ]
 
 ops = torch.ops.hqc
@@ -62,6 +65,22 @@ def bounds_of(quantiser: fx.Node) -> Bounds:
             where = f"site {quantiser.meta.get('site', quantiser.name)}"
             raise ExportError(where, f"its code range ends at {bound}, no whole number", "Quantise it with others.")
     return Bounds(low, high)  # type: ignore[arg-type]
+
+
+def rotation_of(node: fx.Node) -> Rotation:
+    """Of a node that rotates values, (x, block, axis, regular), or codes, (codes, block, regular): the one place."""
+    at = 3 if is_op(node, ops.hadamard.default) else 2
+    return Rotation(int(node.args[1]), bool(node.args[at]) if len(node.args) > at else False)  # type: ignore[arg-type]
+
+
+def rotation_within(expression: Any) -> Rotation | None:
+    """By what a weight's codes are rotated in the expression that a product reads, None if they are not."""
+    node = expression
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if is_op(node, ops.rotate_codes.default):
+            return rotation_of(node)
+        node = node.args[0]
+    return None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from torch import fx
 import hqc.ops  # noqa: F401  (registers the operators)
 from hqc.plan import SitePlan, activation_range, weight_range
 from hqc.program import Program, Stage, aten, is_op
+from hqc.rotations import Rotation
+from hqc.sites import rotation_of, rotation_within
 
 __all__ = ["site_problems"]
 
@@ -118,7 +120,7 @@ def _plan_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator
     if plan.lora_rank and (not plan.quantised or program.stage not in (Stage.QUANTISED, Stage.TRAINED)):
         yield "has a LoRA that no pass could have put there"
     if program.stage == Stage.CAPTURED:
-        if bool(plan.block) != _has_role(layer.args[0], "rotation_back"):
+        if _rotated_by(layer.args[0]) != (plan.hadamard, plan.weight_rotated):
             yield "the plan and the graph do not agree about its rotation"
         return
     if not plan.quantised:
@@ -158,14 +160,30 @@ def _of_site(node: Any, plan: SitePlan, *roles: str) -> bool:
     return _has_role(node, *roles) and node.meta.get("site") == plan.site
 
 
+def _rotated_by(x: Any) -> tuple[Rotation | None, bool]:
+    """By what a captured layer's input is rotated, and whether its weight has to be too: x is not rotated back."""
+    if not _has_role(x, "rotation", "rotation_back"):
+        return None, False
+    return rotation_of(x), _has_role(x, "rotation")
+
+
 def _rotated(plan: SitePlan, layer: fx.Node) -> tuple[Any, str]:
     """What stands in front of a layer's rotation back, and what is wrong with that rotation."""
     x: Any = layer.args[0]
-    if not plan.block:
+    if not plan.block or plan.weight_rotated:
         return x, "is rotated back; the plan says nothing of it" if _has_role(x, "rotation_back") else ""
-    if not _of_site(x, plan, "rotation_back") or x.args[1] != plan.block:
-        return x, f"lacks its rotation back in blocks of {plan.block}"
+    if not _of_site(x, plan, "rotation_back") or rotation_of(x) != plan.hadamard:
+        return x, f"lacks its rotation back in {plan.rotation} blocks of {plan.block}"
     return x.args[0], ""
+
+
+def _rotation_problem(plan: SitePlan, quantiser: Any) -> str:
+    """What is wrong with what a site's quantiser reads: rotated as the plan says, or not at all."""
+    x = quantiser.args[0]
+    if plan.block and not _has_role(x, "rotation"):
+        return f"is not rotated in {plan.rotation} blocks of {plan.block} before its quantiser"
+    found = rotation_of(x) if _has_role(x, "rotation") else None
+    return "" if found == plan.hadamard else f"is rotated by {found}; the plan says {plan.hadamard or 'nothing of it'}"
 
 
 def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator[str]:
@@ -175,8 +193,8 @@ def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iter
         yield problem
     elif not _of_site(real, plan, "activation_quantizer") or not _of_site(weight, plan, "weight_quantizer"):
         yield "lacks one of its quantisers"
-    elif plan.block and not _has_role(real.args[0], "rotation"):
-        yield "is rotated back and was not rotated"
+    elif problem := _rotation_problem(plan, real):
+        yield problem
     elif real.args[2:] != activation_range(plan.activation_bits or 8):
         yield f"its activation's codes are not those of {plan.activation_bits} bits"
     elif weight.args[2:] != weight_range(plan.weight_bits or 8):
@@ -199,6 +217,7 @@ def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iter
 def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator[str]:
     names = [f"{plan.site}.weight_codes", f"{plan.site}.weight_packed"]
     wanted = activation_range(plan.activation_bits or 8)
+    back = None if plan.weight_rotated else plan.hadamard
     if not any(name in program.state for name in names):
         yield "has no stored codes"
     elif is_op(layer, _RESCALE):
@@ -209,6 +228,10 @@ def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Itera
             yield "multiplies something besides codes"
         elif any(product.args[0].args[2:] != wanted for product in products):
             yield f"its activation's codes are not those of {plan.activation_bits} bits"
+        elif problem := _rotation_problem(plan, products[0].args[0]):
+            yield problem
+        elif any(rotation_within(product.args[1]) != back for product in products):
+            yield f"its codes are rotated otherwise than by {back or 'nothing'}"
     else:
         real, problem = _rotated(plan, layer)
         if problem:
@@ -217,6 +240,8 @@ def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Itera
             yield "lacks its quantiser"
         elif real.args[0].args[2:] != wanted:
             yield f"its activation's codes are not those of {plan.activation_bits} bits"
+        elif problem := _rotation_problem(plan, real.args[0]):
+            yield problem
         elif not _of_site(layer.args[1], plan, "weight"):
             yield "its weight is not made of its codes"
 

@@ -100,7 +100,7 @@ def captured_program(name: str) -> Program:
     """The zoo's model of this name, captured once a session; never change it in place."""
     import zoo  # this folder is on the path while its tests run
 
-    return trace({**zoo.ZOO, **zoo.SHAPES}[name]())
+    return trace({**zoo.ZOO, **zoo.SHAPES, **zoo.WIDE}[name]())
 
 
 @pytest.fixture(scope="session")

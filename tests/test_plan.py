@@ -70,6 +70,12 @@ GOOD = SitePlan("conv", "conv2d", 32, 16, 4, 4)
         {"in_channels": None},
         {"site": 5},
         {"reason": None},
+        {"rotation": "random"},
+        {"rotation": None},
+        {"rotation": "sylvester", "block": 256},
+        {"rotation": "regular", "block": 8},
+        {"weight_rotated": 1},
+        {"weight_rotated": True, "block": 0},
         {"extra": 1},
     ],
     ids=str,
@@ -80,6 +86,12 @@ def test_a_damaged_site_is_refused(change: dict[str, object]) -> None:
     data["sites"][0] |= change
     with pytest.raises(PlanError, match=r"plan\.json: not a quantisation plan"):
         QuantPlan.from_dict(data)
+
+
+def test_a_plan_of_an_older_version_is_read() -> None:
+    data = json.loads(json.dumps(QuantPlan(sites=(GOOD,)).to_dict()))
+    del data["sites"][0]["rotation"], data["sites"][0]["weight_rotated"]
+    assert QuantPlan.from_dict(data).sites == (GOOD,)
 
 
 @pytest.mark.parametrize("data", [{}, {"sites": 1}, [], None, "x", {"sites": [1]}, {"sites": [[]]}], ids=repr)

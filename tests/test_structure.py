@@ -49,7 +49,7 @@ def quantised(captured: Callable[[str], Program]) -> Program:
 PLANS: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"kind": "linear"}, "the plan says linear; the graph has a conv2d"),
     "channels": ({"in_channels": 64}, "the plan says 64 to 16 channels"),
-    "block": ({"block": 16}, "lacks its rotation back in blocks of 16"),
+    "block": ({"block": 16}, "lacks its rotation back in sylvester blocks of 16"),
     "no block": ({"block": 0}, "is rotated back; the plan says nothing of it"),
     "float": ({"weight_bits": None, "activation_bits": None, "lora_rank": 0}, "the plan leaves it float"),
     "weight": ({"weight_bits": 8}, "its weight's codes are not those of 8 bits"),
@@ -74,13 +74,54 @@ def test_a_plan_that_does_not_fit_the_graph(case: str, quantised: Program) -> No
         ("silu", {"role": "none"}, "has the role 'none'"),
         ("conv2d", {"site": 5}, "is a layer without a site"),
         ("conv2d", {"site": "head"}, "two layers are called head"),
-        ("hadamard_default", {"role": None}, "is rotated back and was not rotated"),
+        ("hadamard_default", {"role": None}, "is not rotated in sylvester blocks of 8 before its quantiser"),
     ],
 )
 def test_a_role_that_does_not_fit_its_node(name: str, meta: dict[str, Any], message: str, quantised: Program) -> None:
     graph = copy_graph(quantised.graph)
     next(node for node in graph.nodes if node.name == name).meta |= meta
     assert any(message in problem for problem in site_problems(quantised.evolve(graph=graph)))
+
+
+ROTATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "kind": ({"rotation": "sylvester"}, "lacks its rotation back in sylvester blocks of 16"),
+    "weight too": ({"weight_rotated": True}, "is rotated back; the plan says nothing of it"),
+    "order": ({"block": 32}, "lacks its rotation back in regular blocks of 32"),
+}
+
+
+@pytest.mark.parametrize("case", ROTATIONS)
+def test_a_plan_with_another_rotation_than_the_graph(case: str, captured: Callable[[str], Program]) -> None:
+    fields, message = ROTATIONS[case]
+    rotated = [SelectLayers(), InsertHadamard(16, kind="regular")]
+    for chain in (rotated, [*rotated, InsertQdq((0.0,))], [*rotated, InsertQdq((0.0,)), FreezeIntegers()]):
+        program = run_pipeline(captured("two_sites"), chain)
+        assert site_problems(program) == []
+        changed: SitePlan = replace(program.plan["conv"], **fields)
+        problems = site_problems(program.evolve(plan=program.plan.with_sites({"conv": changed})))
+        wanted = message if len(chain) > 2 else "do not agree about its rotation"
+        assert any(wanted in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("weights", "fields", "message"),
+    [
+        (True, {"rotation": "sylvester"}, "is rotated by regular H16; the plan says H16"),
+        (True, {"weight_rotated": False}, "its codes are rotated otherwise than by regular H16"),
+        (True, {"block": 0, "weight_rotated": False}, "is rotated by regular H16; the plan says nothing of it"),
+        (False, {"weight_rotated": True}, "its codes are rotated otherwise than by nothing"),
+    ],
+    ids=str,
+)
+def test_an_integer_product_with_another_rotation(
+    weights: bool, fields: dict[str, Any], message: str, captured: Callable[[str], Program]
+) -> None:
+    chain = [SelectLayers(), InsertHadamard(16, kind="regular", weights=weights), InsertQdq((0.0,))]
+    program = run_pipeline(captured("two_sites"), [*chain, FreezeIntegers(), RotateWeights(), SplitDigits()])
+    assert site_problems(program) == []
+    changed: SitePlan = replace(program.plan["conv"], **fields)
+    problems = site_problems(program.evolve(plan=program.plan.with_sites({"conv": changed})))
+    assert any(message in problem for problem in problems), problems
 
 
 def test_a_site_that_nothing_reads(quantised: Program) -> None:

@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from hqc.capture.diffusers_models import DiffusersUNet
 from hqc.capture.source import Source
+from hqc.passes import InsertHadamard
 from hqc.program import InputSpec, Origin, Program
 from hqc.text import graph_text
 
-__all__ = ["PLAIN", "SHAPES", "UNETS", "ZOO", "fingerprint"]
+__all__ = ["PLAIN", "ROTATIONS", "SHAPES", "UNETS", "WIDE", "ZOO", "fingerprint"]
 
 
 def _source(name: str, module: nn.Module, channels: int = 32, size: int = 4) -> Source:
@@ -343,6 +344,27 @@ def plain_attention() -> Source:
     return source
 
 
+class _WideChannels(nn.Module):
+    """256 channels into a strided, padded convolution; 64 into two linear layers that read one tensor; then 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(256, 64, 3, stride=2, padding=1)
+        self.left, self.right = nn.Linear(64, 32), nn.Linear(64, 32, bias=False)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        tokens = functional.silu(self.conv(_shift(sample, timestep))).flatten(2).transpose(1, 2)
+        return self.head(self.left(tokens) * torch.tanh(self.right(tokens)))  # [N, H*W/4, 5]
+
+
+def wide_channels() -> Source:
+    """Channels that every order of a regular rotation divides."""
+    torch.manual_seed(12)
+    return _source("wide_channels", _WideChannels(), channels=256)
+
+
+WIDE: Mapping[str, Callable[[], Source]] = {"wide_channels": wide_channels}
 SHAPES: Mapping[str, Callable[[], Source]] = {f.__name__: f for f in (seamless, odd_sides, plain_attention)}
 UNETS: Mapping[str, Callable[[], Source]] = {f.__name__: f for f in (cross_attention, unconditional, without_attention)}
 PLAIN: Mapping[str, Callable[[], Source]] = {
@@ -360,6 +382,14 @@ PLAIN: Mapping[str, Callable[[], Source]] = {
     )
 }
 ZOO: Mapping[str, Callable[[], Source]] = {**PLAIN, **UNETS}
+
+
+ROTATIONS: Mapping[str, InsertHadamard] = {
+    **{f"regular {order}": InsertHadamard(order, kind="regular") for order in (16, 32, 64, 256)},
+    "regular 64 double": InsertHadamard(64, kind="regular", weights=True),
+    "sylvester 32 double": InsertHadamard(32, weights=True),
+}
+"""Rotations besides HQ-DM's own, for `wide_channels`, whose channels every order divides."""
 
 
 def fingerprint(program: Program) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -19,11 +19,11 @@ from hqc.evaluation.analysis_statistics import Moments, best_scale, channel_rows
 from hqc.evaluation.inputs import FixedInputs, Sampler, sample_in_step, unbatched
 from hqc.evaluation.stepping import Run, float_program
 from hqc.export.reference import evaluate
-from hqc.ops import block_size
 from hqc.ops.hadamard import hadamard
 from hqc.passes.rewriting import channel_axis
 from hqc.plan import Bits, SitePlan, activation_range, parse_bits, weight_range
 from hqc.program import Program, Stage
+from hqc.rotations import Rotation, block_size
 from hqc.sampling.task import Task
 from hqc.sites import QuantisedSite, quantised_sites
 
@@ -83,6 +83,11 @@ class SiteAnalysis:
     weight: WeightNumbers
     rows: tuple[SiteRow, ...]
 
+    @property
+    def rotation(self) -> Rotation | None:
+        """What `block` stands for: the plan's rotation, or Sylvester's where there is none."""
+        return self.plan.hadamard or (Rotation(self.block) if self.block else None)
+
     def median(self, number: Callable[[SiteRow], float | None]) -> float | None:
         """The median of a number over the timesteps at which it is defined."""
         found = [value for row in self.rows if (value := number(row)) is not None]
@@ -138,7 +143,7 @@ class _Watched:
 
     plan: SitePlan
     bits: Bits
-    block: int
+    rotation: Rotation | None
     axis: int
     table: Tensor | None
     weight: WeightNumbers
@@ -168,7 +173,7 @@ class _Observer:
         if self.inputs is not None:
             self.inputs.note(now, args, unbatched(self.run.program))
         values = self.run.start(args)
-        moments: dict[tuple[fx.Node, int], Moments] = {}
+        moments: _Shared = {}
         for _, node in self.run.steps(values):
             if node.meta.get("role") == "layer" and node.meta["site"] in self.watched:
                 self._observe(node, values[node.args[0]], moments)  # type: ignore[index]
@@ -176,24 +181,24 @@ class _Observer:
         self.progress(self.calls)
         return values[self.run.nodes[-1]]  # type: ignore[no-any-return]
 
-    def _observe(self, layer: fx.Node, x: Tensor, moments: dict[tuple[fx.Node, int], Moments]) -> None:
+    def _observe(self, layer: fx.Node, x: Tensor, moments: "_Shared") -> None:
         """Sites that read one tensor share its moments."""
         site = self.watched[layer.meta["site"]]
         source: fx.Node = layer.args[0]  # type: ignore[assignment]
         seen = self.seen.setdefault(site.plan.site, _Seen())
-        if (source, 0) not in moments:
-            moments[source, 0] = Moments.of(x)
-        if not math.isfinite(moments[source, 0].m4):
+        if (source, None) not in moments:
+            moments[source, None] = Moments.of(x)
+        if not math.isfinite(moments[source, None].m4):
             raise TrainingError(
                 f"analysis at {site.plan.site}",
                 f"met NaN or infinity at timestep {self.timestep:g}",
                 "Check the checkpoint and its dtype.",
             )
-        if site.block and (source, site.block) not in moments:
-            moments[source, site.block] = Moments.of(_rotate(x, site.block, site.axis))
-        seen.plain = seen.plain.merge(moments[source, 0])
-        if site.block:
-            seen.rotated = seen.rotated.merge(moments[source, site.block])
+        if site.rotation and (source, site.rotation) not in moments:
+            moments[source, site.rotation] = Moments.of(_rotate(x, site.rotation, site.axis))
+        seen.plain = seen.plain.merge(moments[source, None])
+        if site.rotation:
+            seen.rotated = seen.rotated.merge(moments[source, site.rotation])
         seen.rows.append(sample_rows(channel_rows(x, site.axis), SAMPLED_VALUES).clone())
 
     def _flush(self) -> None:
@@ -206,8 +211,8 @@ class _Observer:
     def _row(self, site: _Watched, seen: _Seen) -> SiteRow:
         qmin, qmax = activation_range(site.bits.activation)
         x = torch.cat(seen.rows)
-        turned = _rotate(x, site.block, -1) if site.block else x
-        rotated = self._basis(turned, seen.rotated, qmin, qmax) if site.block else None
+        turned = _rotate(x, site.rotation, -1) if site.rotation else x
+        rotated = self._basis(turned, seen.rotated, qmin, qmax) if site.rotation else None
         scale = snr = None
         if site.table is not None:
             scale = float(site.table[int((self.grid - (self.timestep)).abs().argmin())])
@@ -226,13 +231,20 @@ class _Observer:
         """Every site in graph order, its rows by ascending timestep."""
         self._flush()
         return tuple(
-            SiteAnalysis(w.plan, w.bits, w.block, w.weight, tuple(rows[t] for t in sorted(rows)))
+            SiteAnalysis(w.plan, w.bits, w.rotation.block if w.rotation else 0, w.weight, _by_timestep(rows))
             for w, rows in ((w, self.rows.get(name, {})) for name, w in self.watched.items())
         )
 
 
-def _rotate(x: Tensor, block: int, axis: int) -> Tensor:
-    return hadamard(x, block, axis)  # type: ignore[no-any-return]
+_Shared: TypeAlias = dict[tuple[fx.Node, Rotation | None], Moments]
+
+
+def _by_timestep(rows: Mapping[float, SiteRow]) -> tuple[SiteRow, ...]:
+    return tuple(rows[t] for t in sorted(rows))
+
+
+def _rotate(x: Tensor, rotation: Rotation, axis: int) -> Tensor:
+    return hadamard(x, rotation.block, axis, rotation.regular)  # type: ignore[no-any-return]
 
 
 def _quantised(x: Tensor, scale: float, qmin: int, qmax: int) -> Tensor:
@@ -250,11 +262,12 @@ def _watched(program: Program, planned: Program, wanted: int) -> Iterator[tuple[
         channels = int(layer.args[0].meta["shape"][axis])  # type: ignore[union-attr]
         # Grouped convolutions see fewer channels than the tensor has: rotating would mix groups.
         fits = channels == plan.in_channels
-        block = plan.block or (block_size(channels, wanted) if fits else 0)
+        block = block_size(channels, wanted) if fits else 0
+        rotation = plan.hadamard or (Rotation(block) if block else None)
         own = program.stage != Stage.CAPTURED and site in quantised
         table = planned.state[f"{site}.activation_scale_table"] if own else None
         weight = _weight_numbers(program, planned, quantised.get(site), layer, bits)
-        yield site, _Watched(plan, bits, block, axis, table, weight)
+        yield site, _Watched(plan, bits, rotation, axis, table, weight)
 
 
 @torch.no_grad()

@@ -192,7 +192,7 @@ def _add_pairs(
 
 
 def _pair_text(site: SiteAnalysis, pair: Sequence[float | None]) -> str:
-    rotation = f"H{site.block}{'' if site.plan.block else ', not in the plan'}" if site.block else "no rotation fits"
+    rotation = f"{site.rotation}{'' if site.plan.block else ', not in the plan'}" if site.block else "no rotation fits"
     return _lines(site.plan.site, f"before {_shown(pair[0])}, after {_shown(pair[1])} ({rotation})")
 
 
@@ -349,5 +349,5 @@ def _add_tiles(figure: "go.Figure", name: str, tiles: Sequence[tuple[int, int, S
 
 def _tile_text(site: SiteAnalysis) -> str:
     plan = site.plan
-    rotation = f"rotated H{plan.block}" if plan.block else "not rotated"
+    rotation = f"rotated {plan.rotation_name}" if plan.block else "not rotated"
     return _lines(plan.site, f"{bits_name(site)}, {rotation}", *([plan.reason] if plan.reason else []))

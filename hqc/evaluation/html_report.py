@@ -195,7 +195,7 @@ def _sorter(name: str, unit: str) -> str:
 
 def _table_row(site: SiteAnalysis, sensitivity: float | None) -> str:
     plan, weight = site.plan, site.weight
-    rotation = f"H{plan.block}" if plan.block else f"(H{site.block})" if site.block else "–"
+    rotation = plan.rotation_name or (f"({site.rotation})" if site.block else "–")
     numbers = [sensitivity, *(site.median(number) for pair in NUMBERS.values() for number in pair)]
     numbers += [site.median(lambda row: row.program_snr_db)]
     numbers += [weight.max_over_rms, weight.kurtosis, weight.snr_db]

@@ -99,8 +99,12 @@ def error_numbers(a: Tensor, b: Tensor) -> ErrorNumbers:
 
 def site_inputs(program: Program) -> dict[str, fx.Node]:
     """The node that every site reads: before rotation and quantiser."""
-    inputs: dict[str, fx.Node] = {site: layer.args[0] for site, layer in program.sites()}  # type: ignore[misc]
+    inputs: dict[str, fx.Node] = {site: _unrotated(layer.args[0]) for site, layer in program.sites()}  # type: ignore[arg-type]
     return inputs | {site.site: site.x for site in quantised_sites(program)}
+
+
+def _unrotated(x: fx.Node) -> fx.Node:
+    return x.args[0] if x.meta.get("role") == "rotation" else x  # type: ignore[return-value]
 
 
 def watch(program: Program, args: Sequence[Tensor]) -> Iterator[Watched | Tensor]:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hqc.passes.rewriting import rewrite
+from hqc.ops.hadamard import hadamard
+from hqc.passes.rewriting import layer_inputs, rewrite
 from hqc.program import Program, Stage
 from hqc.running import node_failure
 
@@ -78,11 +79,18 @@ def _last_readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
 
 
 def float_program(program: Program) -> Program:
-    """The program without what quantisation added: rotations, quantisers and LoRA; its weights as captured."""
+    """The program without what quantisation added: rotations, quantisers and LoRA; its weights as captured.
+
+    A weight that was rotated is rotated back, to float rounding.
+    """
     if program.stage == Stage.CAPTURED and not any(plan.block for plan in program.plan.sites):
         return program
     edit = rewrite(program)
     for node in list(edit.graph.nodes):
         if node.meta.get("role") in ("activation_quantizer", "weight_quantizer", "rotation", "rotation_back", "lora"):
             node.replace_all_uses_with(node.args[0])
+    for plan in program.plan.sites:
+        if plan.weight_rotated and plan.hadamard:
+            name = str(layer_inputs(edit.layers[plan.site])[1].target)
+            edit.state[name] = hadamard(edit.state[name], plan.block, 1, plan.hadamard.regular)
     return edit.finish(stage=Stage.CAPTURED)

@@ -1,6 +1,9 @@
 """`hqc::Hadamard` in ONNX: its schema, and model-local function bodies of standard operators.
 
-    Hadamard(x; block, axis) = x rotated along `axis` by H/√block, H ±1,  H[i, j] = (-1)^popcount(i & j)
+    Hadamard(x; block, axis, regular) = x rotated along `axis` by H/√block, H ±1
+        regular 0    H[i, j] = (-1)^popcount(i & j), Sylvester's
+        regular 1    H[i, j] = (-1)^popcount(e & (e >> 1) & 0x55), e = i xor j, for an order 4^k;
+                     (-1)^popcount((e & (e >> 1) & 0xAA) xor (i & j & 1)) for an order 2·4^k
 
 A runtime without a kernel for the operator inlines the body; one with a kernel (a TensorRT plugin) maps the node.
 The sum over ±x comes first and the factor 1/√block last, in the order of the torch reference `hqc::hadamard`.
@@ -15,7 +18,8 @@ from hqc.export.builder import HQC_DOMAIN
 
 __all__ = ["MATRIX_BODY", "hadamard_function", "register_schemas"]
 
-# The parity of the bits of i & j, folded with xor; block ≤ 256, so that an index fits 8 bits.
+# The parity of some bits, folded with xor; block ≤ 256, so that an index fits 8 bits. `lower_bits` are those of
+# each pair that a regular matrix takes together, none for Sylvester's; the other bits are those of i & j.
 MATRIX_BODY = """
     order = Constant <value_int: int = @block> ()
     zero = Constant <value_int = 0> ()
@@ -27,7 +31,25 @@ MATRIX_BODY = """
     four = Constant <value = uint8 {4}> ()
     two = Constant <value = uint8 {2}> ()
     unit = Constant <value = uint8 {1}> ()
-    bits = BitwiseAnd (column, index)
+    regular = Constant <value_int: int = @regular> ()
+    regular_byte = Cast <to = 2> (regular)
+    odd_powers = Constant <value_int = 170> ()
+    odd_power = BitwiseAnd (order, odd_powers)
+    is_odd_power = Cast <to = 9> (odd_power)
+    first_pair = Cast <to = 2> (is_odd_power)
+    every_other = Constant <value = uint8 {85}> ()
+    all_pairs = BitShift <direction = "LEFT"> (every_other, first_pair)
+    lower_bits = Mul (all_pairs, regular_byte)
+    upper_bits = BitShift <direction = "LEFT"> (lower_bits, unit)
+    paired_bits = BitwiseOr (lower_bits, upper_bits)
+    single_bits = BitwiseNot (paired_bits)
+    both = BitwiseAnd (column, index)
+    both_single = BitwiseAnd (both, single_bits)
+    either = BitwiseXor (column, index)
+    either_upper = BitShift <direction = "RIGHT"> (either, unit)
+    either_both = BitwiseAnd (either, either_upper)
+    either_paired = BitwiseAnd (either_both, lower_bits)
+    bits = BitwiseXor (both_single, either_paired)
     bits_4 = BitShift <direction = "RIGHT"> (bits, four)
     fold_4 = BitwiseXor (bits, bits_4)
     bits_2 = BitShift <direction = "RIGHT"> (fold_4, two)
@@ -74,7 +96,7 @@ _ANY_AXIS = """
 def hadamard_function(opset: int) -> ir.Function:
     """The body of `hqc::Hadamard` for an opset."""
     body = _ANY_AXIS.format(matrix=MATRIX_BODY.strip())
-    header = f'<domain: "{HQC_DOMAIN}", opset_import: ["" : {opset}]>\nHadamard <block, axis> (x) => (y)'
+    header = f'<domain: "{HQC_DOMAIN}", opset_import: ["" : {opset}]>\nHadamard <block, axis, regular> (x) => (y)'
     return ir.serde.deserialize_function(onnx.parser.parse_function(f"{header} {{{body}}}"))
 
 
@@ -91,8 +113,9 @@ def register_schemas() -> None:
         outputs=[kind.FormalParameter("y", "T")],
         type_constraints=[("T", ["tensor(float)"], "real values")],
         attributes=[
-            kind.Attribute("block", kind.AttrType.INT, "order of the matrix, a power of two up to 128", required=True),
+            kind.Attribute("block", kind.AttrType.INT, "order of the matrix, a power of two up to 256", required=True),
             kind.Attribute("axis", kind.AttrType.INT, "the rotated axis", required=True),
+            kind.Attribute("regular", kind.AttrType.INT, "1: the regular matrix, 0: Sylvester's", required=True),
         ],
     )
     if hasattr(schema, "set_type_and_shape_inference_function"):

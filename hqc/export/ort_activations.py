@@ -18,9 +18,10 @@ from torch import fx
 
 from hqc.export.builder import typed
 from hqc.export.lowering import Lowering
-from hqc.export.scale_bank import Form, ScaleBank, lookup_key, rotation_matrix
+from hqc.export.scale_bank import Form, ScaleBank, lookup_key, rotation_form, rotation_matrix
+from hqc.export.shared import matrix_name
 from hqc.program import Program, is_op
-from hqc.sites import bounds_of
+from hqc.sites import bounds_of, rotation_of
 
 __all__ = ["IntegerState", "dequantize", "hadamard", "quantize", "requested_scales", "zero_point"]
 
@@ -59,7 +60,7 @@ def requested_scales(program: Program, shared: frozenset[fx.Node]) -> list[tuple
 def _quantiser_form(program: Program, quantiser: fx.Node) -> Form:
     x: fx.Node = quantiser.args[0]  # type: ignore[assignment]
     if _folded(program, x):
-        return "rotation", int(x.args[1])  # type: ignore[arg-type]
+        return rotation_form(rotation_of(x))
     return "reciprocal", len(x.meta["shape"])
 
 
@@ -88,8 +89,9 @@ def hadamard(lo: IntegerState, node: fx.Node) -> ir.Value | None:
     """The rotation on its own, in torch's layout; None where the quantiser emits it together with the scale."""
     if _folded(lo.program, node):
         return None
-    block = int(node.args[1])  # type: ignore[arg-type]
-    rotated = _rotated(lo, node, lo.builder.constant(rotation_matrix(block), f"rotation_{block}"))
+    rotation = rotation_of(node)
+    matrix = lo.builder.constant(rotation_matrix(rotation), matrix_name(rotation, "rotation"))
+    rotated = _rotated(lo, node, matrix)
     return typed(lo.builder.reshape(rotated, _sample_shape(lo, node)), FLOAT)
 
 
@@ -118,7 +120,7 @@ def quantize(lo: IntegerState, node: fx.Node) -> ir.Value:
     x, scale, low, high = node.args
     top, form = int(high), _quantiser_form(lo.program, node)  # type: ignore[arg-type]
     factor = lo.bank.value(scale, form)  # type: ignore[arg-type]
-    level = _rotated(lo, x, factor) if form[0] == "rotation" else b.op("Mul", lo.value(x), factor)  # type: ignore[arg-type]
+    level = _rotated(lo, x, factor) if form[0].startswith("rotation") else b.op("Mul", lo.value(x), factor)  # type: ignore[arg-type]
     codes = typed(b.op("QuantizeLinear", level, b.scalar(1.0), b.constant(zero_point(top), "zero_point")), UINT8)
     bounds = [np.asarray(int(v) + top + 1, dtype=np.uint8) for v in (low, high)]  # type: ignore[arg-type]
     codes = typed(b.op("Clip", codes, *(b.constant(bound, "bound") for bound in bounds)), UINT8)

@@ -17,9 +17,10 @@ from torch import Tensor, fx
 
 from hqc.export.builder import typed
 from hqc.export.lowering import Lowering
-from hqc.ops import sylvester
+from hqc.ops import hadamard_matrix
 from hqc.ops.weight_codes import DIGIT_BASE, pack_int4
 from hqc.program import Program, is_op
+from hqc.sites import rotation_of
 
 __all__ = ["weight_matrix"]
 
@@ -46,7 +47,7 @@ def _evaluated(lo: Lowering, weight: fx.Node) -> ir.Value:
     inner: fx.Node = weight.args[0]  # type: ignore[assignment]
     codes = _evaluated(lo, inner)
     if is_op(weight, ops.rotate_codes.default):
-        matrix = b.constant(sylvester(int(weight.args[1])).to(torch.int8).numpy(), "hadamard")  # type: ignore[arg-type]
+        matrix = b.constant(hadamard_matrix(rotation_of(weight)).to(torch.int8).numpy(), "hadamard")
         if any(is_op(user, ops.digit.default, ops.half.default) for user in weight.users):
             return typed(b.op("MatMulInteger", matrix, b.cast(codes, INT8)), INT32)
         # What a single int8 holds: nothing saturates, and no int32 of four times the size is left behind.
@@ -75,7 +76,7 @@ def _stored_source(weight: fx.Node) -> tuple[str, bool] | None:
 def _block(stored: fx.Node) -> int:
     """The order by which the codes are rotated later on, 1 if they are not: it decides how they lie in the file."""
     rotations = [user for user in stored.users if is_op(user, ops.rotate_codes.default)]
-    return int(rotations[0].args[1]) if rotations else 1  # type: ignore[arg-type]
+    return rotation_of(rotations[0]).block if rotations else 1
 
 
 def _stored(lo: Lowering, name: str, packed: bool, block: int) -> ir.Value:

@@ -25,6 +25,7 @@ from hqc.export.builder import HQC_DOMAIN, typed
 from hqc.export.lowering import Lowering, Translations
 from hqc.export.shared import int4_weight, nearest_timestep, per_sample, signed_sums
 from hqc.program import Program, is_op
+from hqc.sites import rotation_of
 
 __all__ = ["PortableLowering", "lower_portable"]
 
@@ -56,8 +57,10 @@ def _hadamard(lo: Lowering, node: fx.Node) -> ir.Value:
 
 
 def _hadamard_call(lo: Lowering, node: fx.Node) -> ir.Value:
-    x, block, axis = node.args
-    return lo.builder.op("Hadamard", lo.value(x), domain=HQC_DOMAIN, block=int(block), axis=int(axis), name=node.name)  # type: ignore[arg-type]
+    x, _, axis = node.args[:3]
+    block, regular = rotation_of(node)
+    attributes = {"block": block, "axis": int(axis), "regular": int(regular)}  # type: ignore[arg-type]
+    return lo.builder.op("Hadamard", lo.value(x), domain=HQC_DOMAIN, name=node.name, **attributes)
 
 
 def _quantize(lo: Lowering, node: fx.Node) -> ir.Value:

@@ -16,18 +16,24 @@ import onnx_ir as ir
 from torch import fx
 
 from hqc.export.lowering import Lowering
-from hqc.ops import sylvester
+from hqc.ops import hadamard_matrix
 from hqc.program import Program, aten, is_op
+from hqc.rotations import Rotation
 
-__all__ = ["Form", "ScaleBank", "lookup_key", "rotation_matrix"]
+__all__ = ["Form", "ScaleBank", "lookup_key", "rotation_form", "rotation_matrix"]
 
-Form = tuple[Literal["scale", "number", "reciprocal", "rotation"], int]
+Form = tuple[Literal["scale", "number", "reciprocal", "rotation", "rotation_regular"], int]
 """A scale or its reciprocal for a tensor of some rank, one number [1] for the whole batch, a rotation of some order."""
 
 
-def rotation_matrix(block: int) -> np.ndarray:  # type: ignore[type-arg]
+def rotation_form(rotation: Rotation) -> Form:
+    """The form of a scale that is folded into a rotation."""
+    return ("rotation_regular" if rotation.regular else "rotation"), rotation.block
+
+
+def rotation_matrix(rotation: Rotation) -> np.ndarray:  # type: ignore[type-arg]
     """H_b/√b in float32."""
-    return (sylvester(block).numpy() * np.float32(block**-0.5)).astype(np.float32)
+    return (hadamard_matrix(rotation).numpy() * np.float32(rotation.block**-0.5)).astype(np.float32)
 
 
 @dataclass
@@ -101,5 +107,5 @@ def _shaped(lo: Lowering, scales: ir.Value, form: Form) -> ir.Value:
     inverse = b.op("Reciprocal", scales)
     if kind == "reciprocal":
         return b.reshape(inverse, [0, 0] + [1] * (size - 2))
-    matrix = b.constant(rotation_matrix(size), f"rotation_{size}")
+    matrix = b.constant(rotation_matrix(Rotation(size, kind == "rotation_regular")), f"{kind}_{size}")
     return b.op("Mul", matrix, b.reshape(inverse, [0, 0, 1, 1]))

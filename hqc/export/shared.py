@@ -9,9 +9,11 @@ from torch import fx
 
 from hqc.export.builder import typed
 from hqc.export.lowering import Lowering
-from hqc.ops import sylvester
+from hqc.ops import hadamard_matrix
+from hqc.rotations import Rotation
+from hqc.sites import rotation_of
 
-__all__ = ["int4_weight", "nearest_timestep", "per_sample", "signed_sums", "signs"]
+__all__ = ["int4_weight", "matrix_name", "nearest_timestep", "per_sample", "signed_sums", "signs"]
 
 FLOAT = ir.DataType.FLOAT
 
@@ -39,9 +41,14 @@ def per_sample(lo: Lowering, scale: ir.Value, rank: int) -> ir.Value:
     return lo.builder.reshape(scale, [-1] + [1] * (rank - 1))
 
 
-def signs(block: int) -> NDArray[np.float32]:
-    """H of some order: ±1, exact in every float type."""
-    return sylvester(block).numpy().astype(np.float32)
+def signs(rotation: Rotation) -> NDArray[np.float32]:
+    """H of some order and kind: ±1, exact in every float type."""
+    return hadamard_matrix(rotation).numpy().astype(np.float32)
+
+
+def matrix_name(rotation: Rotation, prefix: str = "hadamard") -> str:
+    """What a constant with the matrix is called: hadamard_32, hadamard_regular_64."""
+    return f"{prefix}_{'regular_' if rotation.regular else ''}{rotation.block}"
 
 
 def signed_sums(lo: Lowering, rotation: fx.Node, name: str) -> ir.Value:
@@ -53,9 +60,9 @@ def signed_sums(lo: Lowering, rotation: fx.Node, name: str) -> ir.Value:
     Reshape is of x itself: the builder's would start at what x was reshaped from, and leave nothing to listen to.
     """
     b = lo.builder
-    block, shape = int(rotation.args[1]), lo.static_shape(rotation)  # type: ignore[arg-type]
+    turn, shape = rotation_of(rotation), lo.static_shape(rotation)
     axis = int(rotation.args[2]) % len(shape)  # type: ignore[arg-type]
-    matrix, split = b.constant(signs(block), f"hadamard_{block}"), [shape[axis] // block, block]
+    matrix, split = b.constant(signs(turn), matrix_name(turn)), [shape[axis] // turn.block, turn.block]
     last = axis == len(shape) - 1
     inner = [] if last else [math.prod(shape[axis + 1 :])]
     groups = typed(b.op("Reshape", lo.value(rotation.args[0]), b.ints(*shape[:axis], *split, *inner)), FLOAT)

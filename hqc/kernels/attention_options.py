@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from hqc.kernels.parameters import (
-    BLOCKS,
     Constant,
     Parameter,
     check_bounds,
     check_powers_of_two,
+    check_rotation,
     check_value,
     float_inputs,
     left_out,
@@ -80,6 +80,7 @@ class ValuesOptions:
     parts: int = 8
     codes: bool = False
     block: int = 1
+    regular: bool = False
     low: int = -7
     high: int = 7
     tile_rows: int = 128
@@ -89,7 +90,7 @@ class ValuesOptions:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        check_value("block", self.block, BLOCKS)
+        check_rotation("block", self.block, regular=self.regular)
         check_bounds(self.low, self.high)
         check_powers_of_two(
             tile_rows=self.tile_rows,
@@ -113,7 +114,7 @@ class ValuesOptions:
             "V_PITCH": self.v_pitch,
             "PARTS": self.parts,
             "MOST_PARTS": power_of_two(self.parts),
-            **rotation_constants(self.block, self.low, self.high),
+            **rotation_constants(self.block, self.low, self.high, self.regular),
             "TILE_ROWS": self.tile_rows,
             "TILE_KEYS": self.tile_keys,
             "TILE_CHANNELS": self.tile_channels,

@@ -258,6 +258,7 @@ class _Product:
             kind,
             form=form,
             rotation=weight.rotation,
+            regular_rotation=weight.regular,
             two_digits=weight.high is not None,
             high_factor=weight.high_factor,
             even=form != "nibbles" and channels % tile.channels == 0,

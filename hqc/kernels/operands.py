@@ -9,6 +9,7 @@ from torch import Tensor
 from hqc.errors import KernelError
 from hqc.kernels.guards import check_rows, check_tensor, float_name
 from hqc.kernels.options import BLOCKS, WeightForm
+from hqc.kernels.parameters import REGULAR_BLOCKS
 
 __all__ = [
     "ColumnStatistics",
@@ -28,7 +29,7 @@ class Weight:
 
     codes: int8 [O, C] or [O, kh, kw, C], already multiplied by H where the site is rotated; or four-bit codes packed by
     `pack_weight`, uint8 with ⌈C/2⌉ in the place of C, which are not: then `rotation` is the block of H that the kernel
-    multiplies them with (1: none), and `packed_weight_fits` has said that it may.
+    multiplies them with (1: none), `regular` its kind, and `packed_weight_fits` has said that it may.
     high: a second digit, int8 of the same shape; the weight is codes + high_factor·high.  128 for `hqc::digit`, 1 for
     `hqc::half`.
     scale: fp32 [O], with the rotation's 1/√b in it.
@@ -39,6 +40,7 @@ class Weight:
     high: Tensor | None = None
     high_factor: int = 128
     rotation: int = 1
+    regular: bool = False
 
     @property
     def packed(self) -> bool:
@@ -48,17 +50,21 @@ class Weight:
 
 @dataclass(frozen=True)
 class Quantiser:
-    """q = clip(round((H_block·y/√block)·inverse_scale[n]), low, high); inverse_scale fp32 [N], one a sample."""
+    """q = clip(round((H_block·y/√block)·inverse_scale[n]), low, high); inverse_scale fp32 [N], one a sample.
+
+    regular: H is the regular one, not Sylvester's.
+    """
 
     inverse_scale: Tensor
     low: int
     high: int
     block: int = 1
+    regular: bool = False
 
     @property
     def form(self) -> dict[str, int]:
-        """What kernels are compiled for of it: block and bounds."""
-        return {"block": self.block, "low": self.low, "high": self.high}
+        """What kernels are compiled for of it: the rotation and bounds."""
+        return {"block": self.block, "regular": self.regular, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,7 @@ def check_weight(where: str, weight: Weight, kernel: tuple[int, ...], channels: 
     check_tensor(where, "weight", weight.codes, dtype=(torch.int8, torch.uint8), shape=(None, *kernel, stored))
     outputs = weight.codes.shape[0]
     check_tensor(where, "weight.scale", weight.scale, dtype=torch.float32, shape=(outputs,))
-    if weight.rotation not in BLOCKS:
-        raise KernelError(where, f"the rotation is {weight.rotation}, expected one of {BLOCKS}", "Choose one of those.")
+    _check_order(where, "the rotation", weight.rotation, regular=weight.regular)
     if weight.rotation > 1 and not weight.packed:
         found = f"an int8 weight comes with a rotation of {weight.rotation}, expected 1"
         raise KernelError(where, found, "Store it rotated, or pack it.")
@@ -126,6 +131,12 @@ def check_weight(where: str, weight: Weight, kernel: tuple[int, ...], channels: 
             raise KernelError(where, found, "Use two int8 digits.")
         check_tensor(where, "weight.high", weight.high, dtype=torch.int8, shape=weight.codes.shape)
     return outputs
+
+
+def _check_order(where: str, name: str, order: int, *, regular: bool) -> None:
+    allowed = REGULAR_BLOCKS if regular else BLOCKS
+    if order not in allowed:
+        raise KernelError(where, f"{name} is {order}, expected one of {allowed}", "Choose one of those.")
 
 
 def check_epilogue(where: str, epilogue: Epilogue, samples: int, outputs: int, shape: Sequence[int]) -> None:
@@ -154,8 +165,7 @@ def check_quantiser(where: str, quantiser: Quantiser, samples: int, channels: in
         KernelError: naming what does not fit.
     """
     check_tensor(where, "inverse_scale", quantiser.inverse_scale, dtype=torch.float32, shape=(samples,))
-    if quantiser.block not in BLOCKS:
-        raise KernelError(where, f"block is {quantiser.block}, expected one of {BLOCKS}", "Choose one of those.")
+    _check_order(where, "block", quantiser.block, regular=quantiser.regular)
     if channels % quantiser.block:
         found = f"x has {channels} channels, expected a multiple of the block {quantiser.block}"
         raise KernelError(where, found, "Use the block that hqc.ops.block_size gives.")

@@ -4,14 +4,18 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from hqc.rotations import ORDERS
+
 __all__ = [
     "BLOCKS",
     "FLOATS",
+    "REGULAR_BLOCKS",
     "Constant",
     "Parameter",
     "Role",
     "check_bounds",
     "check_powers_of_two",
+    "check_rotation",
     "check_value",
     "float_inputs",
     "left_out",
@@ -22,6 +26,8 @@ __all__ = [
 Constant: TypeAlias = int | float | bool | str | None
 Role: TypeAlias = Literal["input", "int32", "output", "scratch"]
 BLOCKS = (1, 8, 16, 32, 64, 128, 256)
+"""Orders of Sylvester's H that kernels rotate by, 1 for none."""
+REGULAR_BLOCKS = ORDERS["regular"]
 FLOATS = ("fp32", "fp16", "bf16")
 
 
@@ -80,9 +86,19 @@ def float_inputs(*names: str) -> list[Parameter]:
     return [Parameter(name, "input", "*fp32") for name in names]
 
 
-def rotation_constants(block: int, low: int, high: int) -> dict[str, Constant]:
-    """Compile-time arguments of a rotation and a quantisation: 1/√b, log2 b, bounds."""
-    return {"NORM": 1 / math.sqrt(block), "LOW": low, "HIGH": high, "LOG_BLOCK": block.bit_length() - 1}
+def check_rotation(name: str, block: int, *, regular: bool) -> None:
+    """Refuses an order that a kind of rotation does not have; `name` of the option.
+
+    Raises:
+        ValueError: naming the orders that it has.
+    """
+    check_value(name, block, REGULAR_BLOCKS if regular else BLOCKS)
+
+
+def rotation_constants(block: int, low: int, high: int, regular: bool) -> dict[str, Constant]:
+    """Compile-time arguments of a rotation and a quantisation: 1/√b, log2 b, the kind, bounds."""
+    sizes = {"NORM": 1 / math.sqrt(block), "LOW": low, "HIGH": high, "LOG_BLOCK": block.bit_length() - 1}
+    return {**sizes, "REGULAR": regular}
 
 
 def power_of_two(value: int) -> int:

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from hqc.kernels.parameters import (
-    BLOCKS,
     FLOATS,
     Constant,
     Parameter,
     check_bounds,
     check_powers_of_two,
+    check_rotation,
     check_value,
     float_inputs,
     left_out,
@@ -42,6 +42,7 @@ class EpilogueOptions:
     gate: str = "none"
     codes: bool = False
     block: int = 1
+    regular: bool = False
     low: int = -7
     high: int = 7
     statistics: bool = False
@@ -55,7 +56,7 @@ class EpilogueOptions:
     def _check_epilogue(self, outputs: int) -> None:
         """outputs: of a tile."""
         check_value("gate", self.gate, ACTIVATIONS)
-        check_value("block", self.block, BLOCKS)
+        check_rotation("block", self.block, regular=self.regular)
         check_bounds(self.low, self.high)
         wide = outputs // 2 if self.gate != "none" else outputs
         if self.codes and wide % self.block:
@@ -69,7 +70,7 @@ class EpilogueOptions:
             "WHOLE": self.whole,
             "SILU": self.silu,
             "GATE": self.gate,
-            **rotation_constants(self.block, self.low, self.high),
+            **rotation_constants(self.block, self.low, self.high, self.regular),
             **left_out(
                 bias=self.bias,
                 shift=self.shift,
@@ -96,7 +97,8 @@ class GemmOptions(EpilogueOptions):
     """`int_gemm`: the form of the weights, what the epilogue adds, and the tiles.
 
     form: "int8"; or four bits as "words" (channels % 8 == 0) or "nibbles" (any channels).
-    rotation: the block of ±1 that four-bit weights are multiplied with inside the kernel; 1 is none.
+    rotation: the block of ±1 that four-bit weights are multiplied with inside the kernel; 1 is none; regular_rotation:
+    by the regular H, not Sylvester's.
     two_digits: a second int8 weight, counted high_factor times.
     even: channels % tile_channels == 0, so that nothing is masked along them.
     aligned: ahead of time only: channels and outputs are multiples of 16.
@@ -106,6 +108,7 @@ class GemmOptions(EpilogueOptions):
 
     form: WeightForm = "int8"
     rotation: int = 1
+    regular_rotation: bool = False
     two_digits: bool = False
     high_factor: int = 128
     even: bool = True
@@ -120,7 +123,7 @@ class GemmOptions(EpilogueOptions):
 
     def __post_init__(self) -> None:
         check_value("form", self.form, ("int8", "nibbles", "words"))
-        check_value("rotation", self.rotation, BLOCKS)
+        check_rotation("rotation", self.rotation, regular=self.regular_rotation)
         if self.rotation > 1 and self.form == "int8":
             raise ValueError(f"rotation is {self.rotation} with int8 weights, which are stored rotated; expected 1")
         if self.two_digits and self.form != "int8":
@@ -152,6 +155,7 @@ class GemmOptions(EpilogueOptions):
         constants: dict[str, Constant] = {
             "FORM": self.form,
             "ROTATION": self.rotation,
+            "REGULAR_ROTATION": self.regular_rotation,
             "HIGH_FACTOR": self.high_factor,
             **self._epilogue_constants(),
             "EVEN": self.even,

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hqc.kernels.parameters import (
-    BLOCKS,
     FLOATS,
     Constant,
     Parameter,
     check_bounds,
     check_powers_of_two,
+    check_rotation,
     check_value,
     float_inputs,
     left_out,
@@ -34,6 +34,8 @@ ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh")
 class HadamardOptions:
     """`hadamard_quantize`: block 1 does not rotate; low…high are the codes' bounds; packed stores two codes a byte.
 
+    regular: H is the regular one of `hqc.rotations`, not Sylvester's; the same in every other kernel that rotates.
+
     layout: "rows" for [rows, channels] (tokens, NHWC), "nchw" for [N, channels, pixels] into [N, pixels, channels].
     aligned: ahead of time only: channels (and pixels) are multiples of 16.
     pitch: numbers between the starts of rows, 0 where they lie close.  second: x is two tensors side by side, the first
@@ -41,6 +43,7 @@ class HadamardOptions:
     """
 
     block: int = 32
+    regular: bool = False
     low: int = -7
     high: int = 7
     layout: Literal["rows", "nchw"] = "rows"
@@ -55,7 +58,7 @@ class HadamardOptions:
     num_stages: int = 1
 
     def __post_init__(self) -> None:
-        check_value("block", self.block, BLOCKS)
+        check_rotation("block", self.block, regular=self.regular)
         check_value("layout", self.layout, ("rows", "nchw"))
         check_bounds(self.low, self.high)
         if self.packed and not -8 <= self.low < self.high <= 7:
@@ -72,7 +75,7 @@ class HadamardOptions:
     def constants(self) -> dict[str, Constant]:
         """Compile-time arguments."""
         constants: dict[str, Constant] = {
-            **rotation_constants(self.block, self.low, self.high),
+            **rotation_constants(self.block, self.low, self.high, self.regular),
             "PACKED": self.packed,
             "TILE_ROWS": self.tile_rows,
             "TILE_CHANNELS": self.tile_channels,
@@ -206,19 +209,21 @@ class GroupNormOptions(AffineOptions):
     codes: bool = True
     keep: bool = False
     block: int = 32
+    regular: bool = False
     low: int = -7
     high: int = 7
     beside: bool = False
     beside_block: int = 1
+    beside_regular: bool = False
     beside_low: int = -127
     beside_high: int = 127
     tile_rows: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_value("beside_block", self.beside_block, BLOCKS)
+        check_rotation("beside_block", self.beside_block, regular=self.beside_regular)
         check_bounds(self.beside_low, self.beside_high)
-        check_value("block", self.block, BLOCKS)
+        check_rotation("block", self.block, regular=self.regular)
         check_bounds(self.low, self.high)
         check_powers_of_two(tile_rows=self.tile_rows)
         block = max(self.block, self.beside_block)
@@ -234,9 +239,9 @@ class GroupNormOptions(AffineOptions):
 
     def constants(self) -> dict[str, Constant]:
         """Compile-time arguments; pointers that are left out are None."""
-        beside = rotation_constants(self.beside_block, self.beside_low, self.beside_high)
+        beside = rotation_constants(self.beside_block, self.beside_low, self.beside_high, self.beside_regular)
         own: dict[str, Constant] = {
-            **rotation_constants(self.block, self.low, self.high),
+            **rotation_constants(self.block, self.low, self.high, self.regular),
             **{f"BESIDE_{name}": value for name, value in beside.items()},
             "JOINED": self.joined,
             "SILU": self.silu,
@@ -285,6 +290,7 @@ class LayerNormOptions:
     affine: bool = True
     keep: bool = False
     block: int = 32
+    regular: bool = False
     low: int = -7
     high: int = 7
     aligned: bool = True
@@ -305,7 +311,7 @@ class LayerNormOptions:
         """Compile-time arguments; pointers that are left out are None."""
         constants: dict[str, Constant] = {
             "EPS": self.eps,
-            **rotation_constants(self.block, self.low, self.high),
+            **rotation_constants(self.block, self.low, self.high, self.regular),
             "TILE_ROWS": self.tile_rows,
             "TILE_CHANNELS": self.tile_channels,
         }
@@ -329,6 +335,7 @@ class GateOptions:
     kind: Literal["none", "silu", "gelu", "gelu_tanh"] = "gelu"
     gated: bool = True
     block: int = 32
+    regular: bool = False
     low: int = -7
     high: int = 7
     aligned: bool = True
@@ -351,7 +358,7 @@ class GateOptions:
         return {
             "KIND": self.kind,
             "GATED": self.gated,
-            **rotation_constants(self.block, self.low, self.high),
+            **rotation_constants(self.block, self.low, self.high, self.regular),
             "TILE_ROWS": self.tile_rows,
             "TILE_CHANNELS": self.tile_channels,
         }
@@ -364,7 +371,7 @@ class GateOptions:
 
 
 def _check_tile(options: LayerNormOptions | GateOptions) -> None:
-    check_value("block", options.block, BLOCKS)
+    check_rotation("block", options.block, regular=options.regular)
     check_bounds(options.low, options.high)
     check_powers_of_two(tile_rows=options.tile_rows, tile_channels=options.tile_channels, num_warps=options.num_warps)
     if options.tile_channels % options.block:

@@ -76,6 +76,7 @@ def hadamard_quantize(
     low: int,
     high: int,
     block: int = 1,
+    regular: bool = False,
     nchw: bool = False,
     packed: bool = False,
     second: Tensor | None = None,
@@ -86,6 +87,7 @@ def hadamard_quantize(
     x [N, …, C] with channels last (tokens, NHWC), or with `nchw` [N, C, …] -> [N, …, C]; float16, bfloat16 or float32.
     Rows may lie apart by one pitch (a slice of the last axis).  second: what stands beside x along the channels, last.
     inverse_scale fp32 [N], one a sample.  block 1 does not rotate, 8…256 must divide C.
+    regular: by the regular H, whose orders are 16, 32, 64 and 256.
     Output int8; `packed`: uint8 with C/2 in the place of C, the first code in the low nibble.
     `out` receives the result if given.
 
@@ -105,7 +107,7 @@ def hadamard_quantize(
             raise KernelError(where, "a second image is given with nchw", "Give channels-last images.")
         check_tensor(where, "second", second, dtype=x.dtype, shape=(*x.shape[:-1], None))
         channels += second.shape[-1]
-    check_quantiser(where, Quantiser(inverse_scale, low, high, block), samples, channels)
+    check_quantiser(where, Quantiser(inverse_scale, low, high, block, regular), samples, channels)
     if packed and channels % 2:
         raise KernelError(where, f"x has {channels} channels, expected an even number for packed codes", "Use int8.")
     places = x.shape[2:] if nchw else x.shape[1:-1]
@@ -116,7 +118,7 @@ def hadamard_quantize(
     if not out.numel():
         return out
     per_sample = out.numel() // (samples * shape[-1])
-    fields = {"block": block, "low": low, "high": high, "packed": packed}
+    fields = {"block": block, "regular": regular, "low": low, "high": high, "packed": packed}
     if nchw:
         tall, wide, warps = hadamard_nchw_tile(per_sample, block)
         grid: tuple[int, ...] = (-(-channels // wide), -(-per_sample // tall), samples)
@@ -230,7 +232,7 @@ def group_norm_quantize(
     if quantiser is not None:
         fields |= quantiser.form
     if beside is not None:
-        fields |= {"beside": True, "beside_block": beside.block}
+        fields |= {"beside": True, "beside_block": beside.block, "beside_regular": beside.regular}
         fields |= {"beside_low": beside.low, "beside_high": beside.high}
     options = kernel_options(
         where,
@@ -285,9 +287,7 @@ def layer_norm_quantize(
         eps=norm.eps,
         affine=norm.weight is not None,
         keep=keep,
-        block=quantiser.block,
-        low=quantiser.low,
-        high=quantiser.high,
+        **quantiser.form,
         tile_rows=tall,
         tile_channels=wide,
         num_warps=max(1, min(8, tall * wide // 1024)),
@@ -331,9 +331,7 @@ def gate_quantize(
         GateOptions,
         kind=kind,
         gated=gated,
-        block=quantiser.block,
-        low=quantiser.low,
-        high=quantiser.high,
+        **quantiser.form,
         tile_rows=tall,
         tile_channels=wide,
         num_warps=warps,

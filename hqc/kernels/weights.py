@@ -27,11 +27,11 @@ def pack_weight(codes: Tensor) -> Tensor:
     return (padded[..., 0::2] | (padded[..., 1::2] << 4)).to(torch.uint8)
 
 
-def packed_weight_fits(codes: Tensor, block: int) -> bool:
+def packed_weight_fits(codes: Tensor, block: int, regular: bool = False) -> bool:
     """Whether the kernels may rotate these codes: |codes·H_block| ≤ 127 everywhere.
 
     codes int8 [O, C, …] in -8…7, channels on axis 1.  Where this is false, use two int8 digits of the rotated codes.
     """
     if block <= 1:
         return True
-    return int(rotate_codes(codes, block).to(torch.int32).abs().max()) <= 127
+    return int(rotate_codes(codes, block, regular).to(torch.int32).abs().max()) <= 127

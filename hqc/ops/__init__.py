@@ -7,12 +7,13 @@ back to real units (`rescale`).
 """
 
 from hqc.ops.fake_quantize import fake_quantize
-from hqc.ops.hadamard import block_size, hadamard, sylvester
+from hqc.ops.hadamard import hadamard, hadamard_matrix, regular, sylvester
 from hqc.ops.integer_product import int_conv2d, int_linear
 from hqc.ops.nearest_timestep import nearest_timestep
 from hqc.ops.quantize import dequantize, quantize
 from hqc.ops.rescale import rescale
 from hqc.ops.weight_codes import digit, half, pack_int4, rotate_codes, unpack_int4
+from hqc.rotations import block_size
 
 __all__ = [
     "block_size",
@@ -20,12 +21,14 @@ __all__ = [
     "digit",
     "fake_quantize",
     "hadamard",
+    "hadamard_matrix",
     "half",
     "int_conv2d",
     "int_linear",
     "nearest_timestep",
     "pack_int4",
     "quantize",
+    "regular",
     "rescale",
     "rotate_codes",
     "sylvester",

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Hadamard", "block_size", "hadamard", "sylvester"]
+from hqc.rotations import Rotation
 
-SMALLEST_BLOCK = 8
+__all__ = ["Hadamard", "hadamard", "hadamard_matrix", "regular", "sylvester"]
+
 _FEW_COLUMNS = 16
 
 
@@ -27,23 +28,31 @@ def sylvester(order: int, dtype: torch.dtype = torch.float32, device: str = "cpu
     return matrix
 
 
-def block_size(channels: int, wanted: int) -> int:
-    """The block that fits: `wanted` if it divides `channels`, else the largest power of two ≥ 8 that does, else 0.
+@lru_cache(maxsize=32)
+def regular(order: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    """The regular Hadamard matrix of an order 4^k, its product with H_2 of an order 2·4^k; entries ±1.
 
-    >>> block_size(320, 32), block_size(48, 32), block_size(3, 32)
-    (32, 16, 0)
+    H_4[i, j] = -1 where i ⊕ j = 3, else 1;  H_4n = H_4 ⊗ H_n,  H_2 as Sylvester's.  H = Hᵀ and H·H = order·I; every
+    row of an order 4^k sums to √order.  With e = i ⊕ j the sign is the parity of e & (e ≫ 1) & 0x55…; below H_2 the
+    pairs of bits begin at bit 1, and the parity of i & j & 1 comes to it.
     """
-    block = wanted
-    while block >= SMALLEST_BLOCK:
-        if channels % block == 0:
-            return block
-        block //= 2
-    return 0
+    if order < 4 or order & (order - 1):
+        raise ValueError(f"regular: the order is {order}; expected a power of two from 4")
+    fourth = 1 - 2 * torch.eye(4, dtype=dtype, device=device).flip(0)
+    matrix = sylvester(2 if order.bit_length() % 2 == 0 else 1, dtype, device)
+    while matrix.shape[0] < order:
+        matrix = torch.kron(fourth, matrix)
+    return matrix
 
 
-def _rotate(x: Tensor, block: int, axis: int) -> Tensor:
+def hadamard_matrix(rotation: Rotation, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    """The ±1 matrix of a rotation, of its order and kind."""
+    return (regular if rotation.regular else sylvester)(rotation.block, dtype, device)
+
+
+def _rotate(x: Tensor, block: int, axis: int, regular: bool) -> Tensor:
     axis %= x.ndim
-    matrix = sylvester(block, x.dtype, str(x.device))
+    matrix = hadamard_matrix(Rotation(block, regular), x.dtype, str(x.device))
     if axis == x.ndim - 1:
         return (x.reshape(-1, block) @ matrix).mul_(block**-0.5).view(x.shape)
     if axis != 1:
@@ -59,27 +68,28 @@ def _rotate(x: Tensor, block: int, axis: int) -> Tensor:
 
 
 @torch.library.custom_op("hqc::hadamard", mutates_args=())
-def hadamard(x: Tensor, block: int, axis: int) -> Tensor:
+def hadamard(x: Tensor, block: int, axis: int, regular: bool = False) -> Tensor:
     """Rotates `axis` of x by Ĥ = H_block/√block, block by block; its own inverse.
 
     y[…, g·b + i, …] = Σ_j H[i, j]·x[…, g·b + j, …] / √b,  same shape as x.
     The sum over ±x runs first and the factor 1/√b is applied last, as every export does, so that both sides
-    round alike.  Source: HQ-DM (arXiv 2512.05746), single Hadamard transformation.
+    round alike.  regular: H is the regular matrix of that order instead of Sylvester's.
+    Source: HQ-DM (arXiv 2512.05746), single Hadamard transformation; ConvRot (arXiv 2512.03673) for regular matrices.
     """
-    return _rotate(x, block, axis)
+    return _rotate(x, block, axis, regular)
 
 
 @hadamard.register_fake
-def _(x: Tensor, block: int, axis: int) -> Tensor:
+def _(x: Tensor, block: int, axis: int, regular: bool = False) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.block, ctx.axis = inputs
+    _, *ctx.rotation = inputs
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return hadamard(grad.contiguous(), ctx.block, ctx.axis), None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return hadamard(grad.contiguous(), *ctx.rotation), None, None, None
 
 
 hadamard.register_autograd(_backward, setup_context=_setup_context)
@@ -89,12 +99,12 @@ class Hadamard(torch.autograd.Function):
     """The same rotation without the dispatcher, whose cost a call outweighs small tensors in training."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: int, axis: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, block: int, axis: int, regular: bool) -> Tensor:  # type: ignore[override]
         """y = Ĥ·x; see `hadamard`."""
-        ctx.block, ctx.axis = block, axis
-        return _rotate(x, block, axis)
+        ctx.rotation = (block, axis, regular)
+        return _rotate(x, block, axis, regular)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         """Ĥ·grad: the rotation is symmetric."""
-        return _rotate(grad, ctx.block, ctx.axis), None, None
+        return _rotate(grad, *ctx.rotation), None, None, None

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hqc.ops.hadamard import sylvester
+from hqc.ops.hadamard import hadamard_matrix
+from hqc.rotations import Rotation
 
 __all__ = ["DIGIT_BASE", "digit", "half", "pack_int4", "rotate_codes", "unpack_int4"]
 
@@ -35,21 +36,23 @@ def _(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 @torch.library.custom_op("hqc::rotate_codes", mutates_args=())
-def rotate_codes(codes: Tensor, block: int) -> Tensor:
+def rotate_codes(codes: Tensor, block: int, regular: bool = False) -> Tensor:
     """w_q·H_block over input channels, H with entries ±1: integers in, integers out, nothing rounded.
 
-    codes int8 [O, C, …] -> int16 [O, C, …];  |result| ≤ 128·block, so a block up to 128 fits int16 with room.
+    codes int8 [O, C, …] -> int16 [O, C, …];  |result| ≤ 128·block, so a block up to 128 fits int16 with room. A row of
+    the regular matrix of order 256 has 120 entries of -1: codes -128…127 give -32 648…32 632 there, which fits too.
     Source: HQ-DM integer path, Q(XH)·H·Wᵀ = Q(XH)·(WH)ᵀ.
     """
     groups = codes.shape[0] * codes.shape[1] // block
+    matrix = hadamard_matrix(Rotation(block, regular), torch.float32, str(codes.device))
     # One product [b, b] x [b, everything else]: a batch of small ones takes several times as long.
     rows = codes.reshape(groups, block, -1).transpose(0, 1).reshape(block, -1).to(torch.float32)
-    rotated = (sylvester(block, torch.float32, str(codes.device)) @ rows).to(torch.int16)
+    rotated = (matrix @ rows).to(torch.int16)
     return rotated.view(block, groups, -1).transpose(0, 1).contiguous().view(codes.shape)
 
 
 @rotate_codes.register_fake
-def _(codes: Tensor, block: int) -> Tensor:
+def _(codes: Tensor, block: int, regular: bool = False) -> Tensor:
     return torch.empty(codes.shape, dtype=torch.int16, device=codes.device)
 
 

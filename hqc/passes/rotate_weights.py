@@ -4,9 +4,10 @@
     after    y = int_op(q, w_q·H_b)·(s_w/√b)·s_a + bias
 
 (Ĥ·x̂)·Ŵᵀ = x̂·(Ŵ·Ĥ)ᵀ because Ĥ is symmetric, and Ĥ = H_b/√b with H_b = ±1, so w_q·H_b stays an integer. H mixes
-channels of one pixel only: stride, padding and kernel size are untouched (code 0 is real 0). At an unrotated site
-b = 1. The codes that are stored stay w_q (4 bits fit in 4 bits); the product is an expression in the graph, folded
-when a runtime loads it. Source: HQ-DM integer path; exact, no approximation.
+channels of one pixel only: stride, padding and kernel size are untouched (code 0 is real 0). Where nothing is rotated
+back (an unrotated site, or one whose weight was rotated before it was quantised) b = 1. The codes that are stored stay
+w_q (4 bits fit in 4 bits); the product is an expression in the graph, folded when a runtime loads it. Source: HQ-DM
+integer path; exact, no approximation.
 
     int32 accumulators   max_o Σ|w_q·H|·qmax < 2^31 is checked; a site that breaks it is a miss with the reason
 """
@@ -16,13 +17,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hqc.errors import PassError
 from hqc.passes.rewriting import CONV, Rewriter, channel_axis, layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.plan import activation_range
 from hqc.program import Program, Stage, is_op
+from hqc.rotations import Rotation
+from hqc.sites import rotation_of
 
 __all__ = ["RotateWeights", "rotated_codes"]
 
@@ -30,10 +33,16 @@ ops = torch.ops.hqc
 _INT32_LIMIT = 2**31
 
 
-def rotated_codes(program: Program, site: str) -> Tensor:
-    """w_q·H_b of a site in int16; w_q itself where it is not rotated."""
-    codes, block = _codes(program, site), program.plan[site].block
-    return ops.rotate_codes(codes, block) if block else codes.to(torch.int16)  # type: ignore[no-any-return]
+def rotated_codes(program: Program, site: str, rotation: Rotation | None) -> Tensor:
+    """w_q·H_b of a site in int16; w_q itself where nothing is rotated back."""
+    codes = _codes(program, site)
+    return ops.rotate_codes(codes, *rotation) if rotation else codes.to(torch.int16)  # type: ignore[no-any-return]
+
+
+def _rotated_back(layer: fx.Node) -> Rotation | None:
+    """By what a frozen layer's activation is rotated back: the graph tells, since a weight may be rotated instead."""
+    x = layer_inputs(layer)[0]
+    return rotation_of(x) if is_op(x, ops.hadamard.default) else None
 
 
 def _codes(program: Program, site: str) -> Tensor:
@@ -62,7 +71,7 @@ class RotateWeights:
                 misses.append((plan.site, "is an integer product already"))
                 continue
             top = activation_range(plan.activation_bits or 8)[1]
-            bound = _accumulator_bound(program, plan.site) * top
+            bound = _accumulator_bound(program, plan.site, _rotated_back(layers[plan.site])) * top
             if bound >= _INT32_LIMIT:
                 misses.append((plan.site, f"accumulators reach {bound}, past int32"))
             else:
@@ -77,30 +86,31 @@ class RotateWeights:
         return edit.finish()
 
 
-def _accumulator_bound(program: Program, site: str) -> int:
+def _accumulator_bound(program: Program, site: str, rotation: Rotation | None) -> int:
     """max_o Σ|w_q·H|, or a number above it that is small enough for any activation: Σ|w_q·H| ≤ b·Σ|w_q|."""
-    codes, block = _codes(program, site), program.plan[site].block or 1
+    codes, block = _codes(program, site), rotation.block if rotation else 1
     quick = 128 * block * codes[0].numel()
     if quick * 128 < _INT32_LIMIT:
         return quick
     simple = int(codes.to(torch.int32).abs().flatten(1).sum(1).max()) * block
     if simple * 128 < _INT32_LIMIT:
         return simple
-    return int(rotated_codes(program, site).to(torch.int64).abs().flatten(1).sum(1).max())
+    return int(rotated_codes(program, site, rotation).to(torch.int64).abs().flatten(1).sum(1).max())
 
 
 def _make_integer(edit: Rewriter, site: str) -> None:
     layer, plan, state = edit.layers[site], edit.program.plan[site], edit.program.state
     x, weight, bias = layer_inputs(layer)
-    real = x.args[0] if plan.block else x
+    rotation = _rotated_back(layer)
+    real = x.args[0] if rotation else x
     codes, scale_a = real.args  # type: ignore[union-attr]
     stored, scale_w = weight.args
     wide = stored
-    if plan.block:
+    if rotation:
         meta = {"shape": stored.meta["shape"], "dtype": "int16", "site": site, "role": "weight"}  # type: ignore[union-attr]
-        wide = edit.call(layer, ops.rotate_codes.default, stored, plan.block, **meta)
+        wide = edit.call(layer, ops.rotate_codes.default, stored, rotation.block, *rotation.flag, **meta)
         # s_w/√b is formed once here, in float32, so that every runtime multiplies by the same number.
-        folded = state[str(scale_w.target)] * plan.block**-0.5  # type: ignore[union-attr]
+        folded = state[str(scale_w.target)] * rotation.block**-0.5  # type: ignore[union-attr]
         scale_w = edit.weight(f"{site}.weight_rotated_scale", folded, layer)
     top = activation_range(plan.activation_bits or 8)[1]
     if is_op(layer, CONV):

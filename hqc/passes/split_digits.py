@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from hqc.errors import PassError
 from hqc.ops.weight_codes import DIGIT_BASE
@@ -23,6 +24,7 @@ from hqc.passes.rewriting import rewrite
 from hqc.passes.rotate_weights import rotated_codes
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage, aten, is_op
+from hqc.sites import rotation_within
 
 __all__ = ["SplitDigits", "digit_limit"]
 
@@ -58,12 +60,12 @@ class SplitDigits:
             if is_op(node.args[1], ops.digit.default, ops.half.default, aten.to.dtype):
                 misses.append((site, "its weight is a digit already"))
                 continue
-            low, high = (int(bound) for bound in rotated_codes(program, site).aminmax())
+            low, high = (int(bound) for bound in rotated_codes(program, site, rotation_within(node.args[1])).aminmax())
             if low < _TWO_DIGITS[0] or high > _TWO_DIGITS[1]:
                 raise PassError(
                     f"split_digits at {site}",
                     f"rotated codes span {low}…{high}, past two digits {_TWO_DIGITS}",
-                    "Use a Hadamard block of 64 or less: it cannot leave that range.",
+                    "Use a block of 64 or less, or rotate the weight too (insert_hadamard(weights=True)): both fit.",
                 )
             peak = max(-low, high)
             limit = digit_limit(program.plan[site].activation_bits or 8)
@@ -85,7 +87,7 @@ class SplitDigits:
                     node.replace_input_with(weight, low)
                 continue
             parts = []
-            split = ops.half.default if _halves(program, site) else ops.digit.default
+            split = ops.half.default if _halves(program, node) else ops.digit.default
             for index in (0, 1):
                 meta = {"shape": weight.meta["shape"], "dtype": "int8", "site": site, "role": "weight"}
                 part = edit.call(node, split, weight, index, **meta)
@@ -99,7 +101,8 @@ class SplitDigits:
         return edit.finish()
 
 
-def _halves(program: Program, site: str) -> bool:
+def _halves(program: Program, product: fx.Node) -> bool:
     """Whether w = w₀ + w₁ is enough: |w_i| ≤ 64 at most, and within what one product may hold."""
-    peak = max(abs(int(bound)) for bound in rotated_codes(program, site).aminmax())
+    site, rotation = product.meta["site"], rotation_within(product.args[1])
+    peak = max(abs(int(bound)) for bound in rotated_codes(program, site, rotation).aminmax())
     return peak <= 2 * min(64, digit_limit(program.plan[site].activation_bits or 8))

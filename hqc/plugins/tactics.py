@@ -88,6 +88,7 @@ def _hadamard(variant: HadamardVariant, places: Sequence[int]) -> list[Tactic]:
             variant.dtype,
             HadamardOptions(
                 block=variant.block,
+                regular=variant.regular,
                 low=variant.low,
                 high=variant.high,
                 layout="nchw" if nchw else "rows",
@@ -107,6 +108,7 @@ def _products(variant: LinearVariant | ConvVariant, places: Sequence[int]) -> li
         {
             "form": form,
             "rotation": variant.block,
+            "regular_rotation": variant.regular,
             "even": form == "words" and variant.channels % tile.channels == 0,
             "aligned": variant.channels % 16 == 0 and variant.outputs % 16 == 0,
             "tile_rows": tile.rows,

@@ -50,16 +50,16 @@ def _rotate_weight(graph: fx.Graph, layer: fx.Node, batch: int) -> None:
     shape = weight.meta.get("shape", ())
     if not sizes or not shape or math.prod(shape) >= math.prod(sizes):
         return
-    quantised, block, axis = x.args
+    quantised, block, axis, *kind = x.args
     if shape[1] != sizes[int(axis)]:  # type: ignore[arg-type]
         return  # a grouped convolution
     with graph.inserting_before(layer):
-        rotated = graph.call_function(ops.hadamard.default, (weight, block, axis if axis == 1 else -1))
+        rotated = graph.call_function(ops.hadamard.default, (weight, block, axis if axis == 1 else -1, *kind))
     layer.args = (quantised, rotated, *layer.args[2:])
 
 
-def _hadamard(x: Tensor, block: int, axis: int) -> Tensor:
-    return Hadamard.apply(x, block, axis)  # type: ignore[no-any-return,no-untyped-call]
+def _hadamard(x: Tensor, block: int, axis: int, regular: bool = False) -> Tensor:
+    return Hadamard.apply(x, block, axis, regular)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:

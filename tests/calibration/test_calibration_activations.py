@@ -195,3 +195,21 @@ def test_mixed_timesteps_in_one_call_are_refused(one_site: Program) -> None:
 def test_a_program_without_quantised_sites_needs_no_loop(one_site: Program) -> None:
     float_ = run_pipeline(one_site, [SelectLayers(keep_float=("*",)), InsertQdq(timesteps=GRID)])
     assert calibrate(float_, lambda model: None).plan.quantised == ()
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["single", "double"])
+def test_a_regular_rotation_is_calibrated_rotated(one_site: Program, weights: bool) -> None:
+    """The float model's own values pass through, whether the activation is rotated back or the weight is rotated."""
+    x = _sample(1)
+    chain = [SelectLayers(bits="w4a4"), InsertHadamard(16, kind="regular", weights=weights), InsertQdq(timesteps=GRID)]
+    outputs: list[Tensor] = []
+
+    def loop(model: Denoise) -> None:
+        outputs.append(model(x, torch.full((len(x),), 250.0), None))
+
+    program = calibrate(run_pipeline(one_site, chain), loop, candidates=60)
+    assert torch.allclose(outputs[0], one_site.module()(x, torch.full((len(x),), 250.0)), atol=1e-4)
+    values = torch.ops.hqc.hadamard(x, 16, 1, True).double().numpy()
+    candidates = np.abs(values).max() / 7 * np.linspace(1 / 60, 1.05, 60)
+    best = min(candidates, key=lambda scale: _squared_error(values, scale, 7))
+    assert float(program.state["conv.activation_scale_table"][1]) == pytest.approx(best, rel=1e-5)

@@ -14,6 +14,7 @@ from hqc.pipeline import run_pipeline
 from hqc.program import Program
 
 GRID = (0.0, 300.0, 600.0, 900.0)
+HQ_DM = InsertHadamard()
 
 
 class _Ranges(fx.Interpreter):
@@ -38,12 +39,12 @@ class _Ranges(fx.Interpreter):
 
 
 @pytest.fixture(scope="session")
-def quantised(captured: Callable[[str], Program]) -> Callable[[str, str], Program]:
+def quantised(captured: Callable[[str], Program]) -> Callable[..., Program]:
     """quantised("two_sites", "w4a4"): fake quantisation with a LoRA, random deltas, scales near each site's range."""
 
     @cache
-    def build(name: str, bits: str) -> Program:
-        passes = [DropSingleKeyAttention(), SelectLayers(bits=bits), InsertHadamard(), InsertQdq(GRID)]
+    def build(name: str, bits: str, rotation: InsertHadamard = HQ_DM) -> Program:
+        passes = [DropSingleKeyAttention(), SelectLayers(bits=bits), rotation, InsertQdq(GRID)]
         program = run_pipeline(captured(name), [*passes, AttachLora(rank=3)])
         generator, state = torch.Generator().manual_seed(1), dict(program.state)
         for site, scale in _Ranges(program).run_all().items():
@@ -63,14 +64,16 @@ Exported = Callable[..., tuple[Program, Path, ExportReport]]
 @pytest.fixture(scope="session")
 def exported(
     captured: Callable[[str], Program],
-    quantised: Callable[[str, str], Program],
+    quantised: Callable[..., Program],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Exported:
-    """exported(model, bits or None, target, opset=21): (program, folder, report)."""
+    """exported(model, bits or None, target, opset=21, rotation=HQ-DM's): (program, folder, report)."""
 
     @cache
-    def build(name: str, bits: str | None, target: str, opset: int = 21) -> tuple[Program, Path, ExportReport]:
-        program = captured(name) if bits is None else quantised(name, bits)
+    def build(
+        name: str, bits: str | None, target: str, opset: int = 21, rotation: InsertHadamard = HQ_DM
+    ) -> tuple[Program, Path, ExportReport]:
+        program = captured(name) if bits is None else quantised(name, bits, rotation)
         folder = tmp_path_factory.mktemp("exports") / f"{name}_{bits}_{target}_{opset}.onnx"
         report = export_program(program, target, folder, opset=opset, float_program=captured(name) if bits else None)
         return program, folder, report

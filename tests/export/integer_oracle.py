@@ -1,11 +1,11 @@
-"""Integer sites in numpy int64, written apart from hqc: loops for the convolution, popcount for Hadamard's matrix."""
+"""Integer sites in numpy int64, written apart from hqc: loops for the convolution, popcount for Hadamard's matrices."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from onnx.reference.op_run import OpRun
 
-__all__ = ["MatMulIntegerToFloat", "conv", "rotated", "saturated_pair_sum", "signs"]
+__all__ = ["MatMulIntegerToFloat", "conv", "regular_signs", "rotated", "saturated_pair_sum", "signs"]
 
 
 def signs(order: int) -> np.ndarray:
@@ -13,12 +13,23 @@ def signs(order: int) -> np.ndarray:
     return np.array([[1 - 2 * ((i & j).bit_count() % 2) for j in range(order)] for i in range(order)], dtype=np.int64)
 
 
-def rotated(weight: np.ndarray, block: int) -> np.ndarray:
+def regular_signs(order: int) -> np.ndarray:
+    """The regular H ±1: pairs of bits of i ⊕ j, and below them one bit of i & j where the order is no power of four."""
+    single = order.bit_length() % 2 == 0
+    pairs = sum(1 << bit for bit in range(int(single), order.bit_length() - 1, 2))
+    parity = [
+        [((i ^ j) & ((i ^ j) >> 1) & pairs).bit_count() + (i & j & int(single)) for j in range(order)]
+        for i in range(order)
+    ]
+    return 1 - 2 * (np.array(parity, dtype=np.int64) % 2)
+
+
+def rotated(weight: np.ndarray, block: int, *, regular: bool = False) -> np.ndarray:
     """w·H over input channels, block by block; [O, C, …]."""
     if not block:
         return weight.astype(np.int64)
     out = np.zeros(weight.shape, dtype=np.int64)
-    matrix = signs(block)
+    matrix = regular_signs(block) if regular else signs(block)
     for start in range(0, weight.shape[1], block):
         part = weight[:, start : start + block].astype(np.int64)
         out[:, start : start + block] = np.einsum("ij,oj...->oi...", matrix, part)

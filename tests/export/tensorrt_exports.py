@@ -9,6 +9,7 @@ import onnx
 
 from hqc.export import ExportReport, TensorRtOptions, export_program
 from hqc.export.reference import verification_inputs
+from hqc.passes import InsertHadamard
 from hqc.program import Program
 
 __all__ = ["Build", "attributes", "builder", "constants", "feeds_of", "producers", "read", "relative"]
@@ -16,18 +17,25 @@ __all__ = ["Build", "attributes", "builder", "constants", "feeds_of", "producers
 Build = Callable[..., tuple[Program, Path, ExportReport]]
 
 
-def builder(captured: Callable[[str], Program], quantised: Callable[[str, str], Program], work: Path) -> Build:
-    """build(model, bits or None, one_timestep=False, **options): (program, folder, report), each made once.
+def builder(captured: Callable[[str], Program], quantised: Callable[..., Program], work: Path) -> Build:
+    """build(model, bits or None, one_timestep=False, rotation=None, **options): program, folder, report, made once.
 
     Plugins come without their kernels.
     """
     made: dict[object, tuple[Program, Path, ExportReport]] = {}
 
-    def build(name: str, bits: str | None, *, one_timestep: bool = False, **options: Any):
+    def build(
+        name: str,
+        bits: str | None,
+        *,
+        one_timestep: bool = False,
+        rotation: InsertHadamard | None = None,
+        **options: Any,
+    ):
         chosen = TensorRtOptions(**options, plugin_archs=())
-        key = (name, bits, one_timestep, chosen)
+        key = (name, bits, one_timestep, rotation, chosen)
         if key not in made:
-            program = captured(name) if bits is None else quantised(name, bits)
+            program = captured(name) if bits is None else quantised(name, bits, *([rotation] if rotation else []))
             report = export_program(
                 program,
                 "tensorrt",

@@ -5,6 +5,7 @@ import onnx
 import pytest
 import torch
 from integer_oracle import conv, rotated, saturated_pair_sum
+from zoo import ROTATIONS
 
 from hqc.export import export_program
 from hqc.export.model import onnx_from_program, save_model
@@ -40,7 +41,9 @@ def oracle(prepared, site, codes, row):
     layer = site.layer
     name = next(n for n in (f"{site.site}.weight_codes", f"{site.site}.weight_packed") if n in state)
     weight_node = site.products[0].node.args[1]
-    weight = rotated(unpack(state[name].numpy(), weight_node.meta["shape"]), plan.block)
+    block = 0 if plan.weight_rotated else plan.block
+    stored = unpack(state[name].numpy(), weight_node.meta["shape"])
+    weight = rotated(stored, block, regular=plan.rotation == "regular")
     product = site.products[0].node
     if is_op(product, torch.ops.hqc.int_conv2d.default):
         acc, channel = conv(codes, weight, *product.args[2:5]), (1, -1, 1, 1)
@@ -71,7 +74,22 @@ def unpack(stored, shape):
 @pytest.mark.parametrize("bits", ["w4a4", "w2a2", "w8a8", "w5a7"])
 @pytest.mark.parametrize("model", ["two_sites", "odd_channels", "geometry", "shared_input", "shared_weights"])
 def test_every_site_equals_int64(quantised, tmp_path, model, bits) -> None:
-    prepared, taps, values, feeds = watched_sites(quantised(model, bits), tmp_path)
+    assert_every_site_equals_int64(quantised(model, bits), tmp_path)
+
+
+@pytest.mark.parametrize("bits", ["w4a4", "w8a8"])
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_every_site_equals_int64_with_other_rotations(quantised, tmp_path, rotation, bits) -> None:
+    """`wide_channels` has a strided and padded convolution of 256 channels and linear layers of 64 and 32."""
+    assert_every_site_equals_int64(quantised("wide_channels", bits, ROTATIONS[rotation]), tmp_path)
+
+
+def test_strides_dilations_and_uneven_padding_with_a_regular_rotation(quantised, tmp_path) -> None:
+    assert_every_site_equals_int64(quantised("geometry", "w4a4", ROTATIONS["regular 16"]), tmp_path)
+
+
+def assert_every_site_equals_int64(program, tmp_path) -> None:
+    prepared, taps, values, feeds = watched_sites(program, tmp_path)
     row = np.abs(feeds["timestep"][:, None] - np.array(prepared.plan.timesteps)[None]).argmin(1)
     assert len(set(row)) > 1
     for site in quantised_sites(prepared):

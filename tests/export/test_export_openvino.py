@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from zoo import PLAIN, SHAPES
+from zoo import PLAIN, ROTATIONS, SHAPES
 
 from hqc.export.model import onnx_from_program
 from hqc.export.prepare import prepare
@@ -40,8 +40,18 @@ def inputs(program):
     ("model", "bits"), [*((name, "w4a4") for name in (*PLAIN, *SHAPES, "cross_attention")), ("cross_attention", "w8a8")]
 )
 def test_openvino_equals_torch_given_its_codes(exported, tmp_path, model, bits) -> None:
-    """Torch follows OpenVINO's codes, so that one flipped code cannot hide or feign a fault."""
     program, folder, _ = exported(model, bits, "portable")
+    assert_openvino_equals_torch(program, folder, tmp_path)
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_openvino_equals_torch_with_other_rotations(exported, tmp_path, rotation) -> None:
+    program, folder, _ = exported("wide_channels", "w4a4", "portable", rotation=ROTATIONS[rotation])
+    assert_openvino_equals_torch(program, folder, tmp_path)
+
+
+def assert_openvino_equals_torch(program, folder, tmp_path) -> None:
+    """Torch follows OpenVINO's codes, so that one flipped code cannot hide or feign a fault."""
     _, taps = onnx_from_program(prepare(program, "portable"), "portable", 21)
     args, feeds = inputs(program)
     proto = onnx.load(str(folder / "model.onnx"))

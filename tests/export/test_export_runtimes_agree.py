@@ -6,7 +6,7 @@ import pytest
 import torch
 from integer_oracle import MatMulIntegerToFloat
 from onnx.reference import ReferenceEvaluator
-from zoo import SHAPES
+from zoo import ROTATIONS, SHAPES
 
 from hqc.export.lowering import OUTPUT
 from hqc.export.model import onnx_from_program
@@ -43,8 +43,19 @@ def inputs(program, batch=4):
     ],
 )
 def test_reference_evaluator_equals_torch(exported, model, bits, target) -> None:
-    """Torch follows the evaluator's codes, so that one flipped code cannot hide or feign a fault."""
     program, folder, _ = exported(model, bits, target)
+    assert_evaluator_equals_torch(program, folder, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_reference_evaluator_equals_torch_with_other_rotations(exported, rotation, target) -> None:
+    program, folder, _ = exported("wide_channels", "w4a4", target, rotation=ROTATIONS[rotation])
+    assert_evaluator_equals_torch(program, folder, target)
+
+
+def assert_evaluator_equals_torch(program, folder, target) -> None:
+    """Torch follows the evaluator's codes, so that one flipped code cannot hide or feign a fault."""
     _, taps = onnx_from_program(prepare(program, target), target, 21)
     proto = onnx.load(str(folder / "model.onnx"))
     args, feeds = inputs(program, 2)
@@ -62,7 +73,16 @@ def test_reference_evaluator_equals_torch(exported, model, bits, target) -> None
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_optimisation_levels_agree(exported, target) -> None:
-    program, folder, report = exported("cross_attention", "w4a4", target)
+    assert_levels_agree(*exported("cross_attention", "w4a4", target))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_optimisation_levels_agree_with_other_rotations(exported, rotation, target) -> None:
+    assert_levels_agree(*exported("wide_channels", "w4a4", target, rotation=ROTATIONS[rotation]))
+
+
+def assert_levels_agree(program, folder, report) -> None:
     args, feeds = inputs(program, 8)
     wanted = program.module()(*args).numpy()
     step = report.verification.network.quantisation_error

@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from tensorrt_exports import Build, attributes, builder, constants, feeds_of, producers, read, relative
-from zoo import PLAIN, SHAPES
+from zoo import PLAIN, ROTATIONS, SHAPES
 
 from hqc.capture import capture_module
 from hqc.export import TensorRtOptions, export_program
@@ -71,6 +71,49 @@ def test_half_precision(build, model, dtype, plugins) -> None:
     assert 0 < report.verification.network.forced_error <= 16 * ROUNDING[dtype]
     kinds = {v.type.tensor_type.elem_type for v in read(folder).graph.value_info}
     assert HALF[dtype] in kinds
+
+
+@pytest.mark.parametrize("plugins", PLUGINS)
+@pytest.mark.parametrize("bits", ["w4a4", "w8a8"])
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_other_rotations(build, rotation, bits, plugins) -> None:
+    one = ROTATIONS[rotation]
+    program, folder, report = build("wide_channels", bits, rotation=one, dtype="fp32", plugins=plugins)
+    check(report, program)
+    assert [(layer.block, layer.kind) for layer in report.layers] == [(p.block, p.rotation) for p in program.plan.sites]
+    assert any("times H" in layer.reason for layer in report.layers) is not one.weights
+    nodes = [n for n in read(folder).graph.node if n.domain == "hqc"]
+    told = {(n.op_type, attributes(n)["block"], attributes(n)["regular"]) for n in nodes}
+    if plugins == "none":
+        assert not nodes
+    for op, block, regular in told:
+        back = one.weights and op != "HadamardQuantize"
+        assert (block == 1 and regular == 0) if back else (regular == (one.kind == "regular"))
+    assert plugins == "none" or {op for op, *_ in told} >= {"HadamardQuantize"}
+
+
+@pytest.mark.parametrize("by", ["conv", "matmul"])
+def test_a_regular_rotation_in_half_precision_either_way(build, by) -> None:
+    how = {"image_rotation": by, "token_rotation": by}
+    program, _, report = build("wide_channels", "w4a4", rotation=ROTATIONS["regular 64"], dtype="fp16", **how)
+    check(report, program)
+    assert {layer.rotation for layer in report.layers} == {by}
+
+
+@pytest.mark.parametrize("rotation", ["regular 64", "regular 64 double"])
+def test_weight_only_sites_keep_the_rotation_of_their_weight(build, rotation) -> None:
+    """op(x, W) where the codes are of W; op(Ĥ·x, W·Ĥ) where they are of W·Ĥ."""
+    options = {"dtype": "fp32", "weight_only": ("left", "right")}
+    program, folder, report = build("wide_channels", "w4a4", rotation=ROTATIONS[rotation], **options)
+    exact = report.verification if report.twin is None else report.twin
+    assert exact.network.forced_error <= EQUAL_CODES
+    forms = {layer.site: layer.form for layer in report.layers}
+    assert forms["left"] is forms["right"] is Form.INT4_WEIGHT_ONLY
+    graph = read(folder).graph
+    matrices = {name for name in constants(graph) if name.startswith("hadamard_")}
+    rotated = [node for node in graph.node if matrices & set(node.input)]
+    assert len(rotated) == 2 + ROTATIONS[rotation].weights, "conv and head, and the one that both read"
+    assert program.plan["left"].weight_rotated is ROTATIONS[rotation].weights
 
 
 @pytest.mark.parametrize("model", SHAPES)
@@ -202,9 +245,9 @@ def test_plugin_nodes_carry_numbers_and_two_names(build) -> None:
     nodes = [n for n in proto.graph.node if n.domain == "hqc"]
     assert Counter(n.op_type for n in nodes) == {"HadamardQuantize": 5, "Int4Conv": 1, "Int4Linear": 1}
     own = {
-        "HadamardQuantize": {"block", "low", "high", "channel_axis"},
-        "Int4Linear": {"block", "out_type"},
-        "Int4Conv": {"block", "kernel", "stride", "padding", "out_type"},
+        "HadamardQuantize": {"block", "low", "high", "channel_axis", "regular"},
+        "Int4Linear": {"block", "out_type", "regular"},
+        "Int4Conv": {"block", "kernel", "stride", "padding", "out_type", "regular"},
     }
     for node in nodes:
         values = attributes(node)

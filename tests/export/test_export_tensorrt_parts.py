@@ -198,18 +198,17 @@ def onnx_function(function) -> onnx.FunctionProto:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("block", [1, 8, 32, 256])
+@pytest.mark.parametrize(("block", "regular"), [(1, 0), (8, 0), (32, 0), (256, 0), (16, 1), (32, 1), (64, 1), (256, 1)])
 @pytest.mark.parametrize("shape", [(3, 256), (2, 5, 256), (2, 256, 3, 2)], ids=str)
-def test_hadamard_quantize_body(shape, block, dtype) -> None:
+def test_hadamard_quantize_body(shape, block, regular, dtype) -> None:
     generator = np.random.default_rng(0)
     x = generator.standard_normal(shape).astype(dtype)
     inverse = np.linspace(2, 6, shape[0]).astype(np.float32)
     axis = 1 if len(shape) == 4 else -1
-    found = call(
-        "HadamardQuantize", {"x": x, "inv_scale": inverse}, TYPES.INT8, block=block, low=-7, high=5, channel_axis=axis
-    )
+    numbers = {"block": block, "low": -7, "high": 5, "channel_axis": axis, "regular": regular}
+    found = call("HadamardQuantize", {"x": x, "inv_scale": inverse}, TYPES.INT8, **numbers)
     real = torch.from_numpy(x).float()
-    levels = (hadamard(real, block, axis) if block > 1 else real) * torch.from_numpy(inverse).view(
+    levels = (hadamard(real, block, axis, bool(regular)) if block > 1 else real) * torch.from_numpy(inverse).view(
         -1, *[1] * (x.ndim - 1)
     )
     wanted = levels.round().clamp(-7, 5)
@@ -218,25 +217,26 @@ def test_hadamard_quantize_body(shape, block, dtype) -> None:
 
 
 @pytest.mark.parametrize("out", [TYPES.FLOAT, TYPES.FLOAT16])
-@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize(("block", "regular"), [(1, 0), (16, 0), (16, 1), (32, 1)])
 @pytest.mark.parametrize("leading", [(3,), (2, 5)], ids=str)
-def test_int4_linear_body(leading, block, out) -> None:
+def test_int4_linear_body(leading, block, regular, out) -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (6, 32), generator=generator, dtype=torch.int8)
     q = torch.randint(-7, 8, (*leading, 32), generator=generator, dtype=torch.int8)
     scale_w, scale_a, bias = torch.rand(6), torch.rand(leading[0]), torch.rand(6)
     packed = pack_int4(codes).view(6, 16).numpy().view(np.int8)
     inputs = {"q": q, "weight": packed, "scale_w": scale_w, "scale_a": scale_a, "bias": bias}
-    found = call("Int4Linear", {n: np.asarray(a) for n, a in inputs.items()}, out, block=block, out_type=out)
-    weight = rotate_codes(codes, block).double() if block > 1 else codes.double()
+    numbers = {"block": block, "out_type": out, "regular": regular}
+    found = call("Int4Linear", {n: np.asarray(a) for n, a in inputs.items()}, out, **numbers)
+    weight = rotate_codes(codes, block, bool(regular)).double() if block > 1 else codes.double()
     acc = q.double() @ weight.T
     wanted = acc * scale_w * scale_a.view(-1, *[1] * len(leading)) + bias
     assert relative(found.astype(np.float64), wanted.numpy()) <= (1e-6 if out == TYPES.FLOAT else 5e-4)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0), (1, 2, 0)])
-@pytest.mark.parametrize("block", [1, 8])
-def test_int4_conv_body(kernel, stride, padding, block) -> None:
+@pytest.mark.parametrize(("block", "regular"), [(1, 0), (8, 0), (16, 1)])
+def test_int4_conv_body(kernel, stride, padding, block, regular) -> None:
     """Weights lie as kh, kw, C; the window is square; odd sizes end where torch ends."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (5, 16, kernel, kernel), generator=generator, dtype=torch.int8)
@@ -245,8 +245,9 @@ def test_int4_conv_body(kernel, stride, padding, block) -> None:
     packed = pack_int4(codes.permute(0, 2, 3, 1).contiguous()).view(5, -1).numpy().view(np.int8)
     inputs = {"q": q, "weight": packed, "scale_w": scale_w, "scale_a": scale_a, "bias": bias}
     sizes = {"kernel": kernel, "stride": stride, "padding": padding, "block": block, "out_type": TYPES.FLOAT}
+    sizes["regular"] = regular
     found = call("Int4Conv", {n: np.asarray(a) for n, a in inputs.items()}, TYPES.FLOAT, **sizes)
-    weight = rotate_codes(codes, block).double() if block > 1 else codes.double()
+    weight = rotate_codes(codes, block, bool(regular)).double() if block > 1 else codes.double()
     acc = torch.nn.functional.conv2d(q.double(), weight, stride=stride, padding=padding)
     wanted = acc * scale_w.view(-1, 1, 1) * scale_a.view(-1, 1, 1, 1) + bias.view(-1, 1, 1)
     assert found.shape == tuple(wanted.shape)

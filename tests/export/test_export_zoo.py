@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from zoo import PLAIN, SHAPES, UNETS
+from zoo import PLAIN, ROTATIONS, SHAPES, UNETS
 
 from hqc.export.lowering import OUTPUT
 from hqc.ops import sylvester
@@ -39,6 +39,14 @@ def test_plain_models(exported, model, bits, target) -> None:
 @pytest.mark.parametrize("model", UNETS)
 def test_unets(exported, model, bits, target) -> None:
     program, _, report = exported(model, bits, target)
+    check(report, program)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("bits", ["w4a4", "w8a8"])
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_other_rotations(exported, rotation, bits, target) -> None:
+    program, _, report = exported("wide_channels", bits, target, rotation=ROTATIONS[rotation])
     check(report, program)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import hadamard as scipy_hadamard
 
-from hqc.ops import block_size, hadamard, sylvester
+from hqc.ops import hadamard, sylvester
 
 ORDERS = (1, 2, 4, 8, 16, 32, 64, 128)
 BLOCKS = (8, 16, 32, 64, 128)
@@ -111,10 +111,3 @@ def test_one_outlier_is_spread_over_its_block() -> None:
     assert rotated[0, :32].abs().unique().numel() == 1
     assert rotated[0, :32].abs().max() == pytest.approx(32 / 32**0.5, rel=1e-6)  # one float32 product
     assert torch.equal(rotated[0, 32:], torch.zeros(32))
-
-
-@relaxed
-@given(channels=st.integers(1, 4096), wanted=st.sampled_from(BLOCKS))
-def test_the_block_is_the_largest_power_of_two_that_divides(channels: int, wanted: int) -> None:
-    fitting = [b for b in (8, 16, 32, 64, 128) if b <= wanted and channels % b == 0]
-    assert block_size(channels, wanted) == max(fitting, default=0)

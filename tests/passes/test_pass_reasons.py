@@ -19,7 +19,7 @@ from hqc.passes import (
 )
 from hqc.pipeline import Pass, run_pass, run_pipeline
 from hqc.plan import QuantPlan
-from hqc.program import Program
+from hqc.program import Program, copy_graph, is_op
 
 GRID = (0.0, 500.0)
 
@@ -166,15 +166,10 @@ def test_passes_after_packing_are_refused(one: Pass, captured: Callable[[str], P
 
 
 def test_accumulators_past_int32_stay_in_floating_point(captured: Callable[[str], Program]) -> None:
-    program = run_pipeline(
-        captured("two_sites"), [SelectLayers(bits="w8a8"), InsertHadamard(), InsertQdq(GRID), FreezeIntegers()]
-    )
+    program = run_pipeline(captured("two_sites"), [SelectLayers(bits="w8a8"), InsertQdq(GRID), FreezeIntegers()])
     # No layer of a denoiser is that wide, so the codes of one are replaced by ones that do overflow.
     wide = torch.full((16, 16_384 * 32, 3, 3), 127, dtype=torch.int8)
-    plan = program.plan.with_sites({"conv": type(program.plan["conv"])(**{**vars(program.plan["conv"]), "block": 0})})
-    findings = RotateWeights().find(
-        program.evolve(state={**program.state, "conv.weight_codes": wide[:1, :15_000]}, plan=plan)
-    )
+    findings = RotateWeights().find(program.evolve(state={**program.state, "conv.weight_codes": wide[:1, :15_000]}))
     assert findings.matches == ("head",)
     bound = 15_000 * 9 * 127 * 127
     assert bound >= 2**31
@@ -189,10 +184,17 @@ def test_codes_past_two_digits_are_refused(captured: Callable[[str], Program]) -
     # Codes that follow the signs of one row of H_128 add up to 64·127 + 64·128 = 16 320: one more than two digits hold.
     signs = sylvester(128)[1]
     codes = torch.where(signs > 0, 127, -128).to(torch.int8)[None, :, None, None].expand(16, 128, 3, 3)
-    plan = program.plan.with_sites({"conv": type(program.plan["conv"])(**{**vars(program.plan["conv"]), "block": 128})})
-    changed = program.evolve(state={**program.state, "conv.weight_codes": codes}, plan=plan)
     with pytest.raises(PassError, match=r"split_digits at conv: rotated codes span -?\d+…16320, past two digits"):
-        SplitDigits().find(changed)
+        SplitDigits().find(with_conv_codes(program, codes, 128))
+
+
+def with_conv_codes(program: Program, codes: torch.Tensor, *rotation: int) -> Program:
+    """Other codes at `conv`, rotated by (order, regular) when they are multiplied."""
+    graph = copy_graph(program.graph)
+    for node in graph.nodes:
+        if is_op(node, torch.ops.hqc.rotate_codes.default) and node.meta["site"] == "conv":
+            node.args = (node.args[0], *rotation)
+    return program.evolve(graph=graph, state={**program.state, "conv.weight_codes": codes})
 
 
 @pytest.mark.parametrize("block", [0, 4, 24, 256, "32"])

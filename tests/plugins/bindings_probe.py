@@ -22,25 +22,25 @@ from hqc_qdp.table import Kernel
 CASES: dict[str, dict[str, Any]] = {
     "image": {
         "op": "HadamardQuantize",
-        "attributes": {"block": 32, "low": -7, "high": 7, "channel_axis": 1},
+        "attributes": {"block": 32, "low": -7, "high": 7, "channel_axis": 1, "regular": 0},
         "inputs": [("HALF", "LINEAR", (-1, 64, 9, 7)), ("FLOAT", "LINEAR", (-1,))],
         "output": ("INT8", "HWC16", (-1, 64, 9, 7)),
     },
     "image last": {
         "op": "HadamardQuantize",
-        "attributes": {"block": 32, "low": -7, "high": 7, "channel_axis": 1},
+        "attributes": {"block": 32, "low": -7, "high": 7, "channel_axis": 1, "regular": 0},
         "inputs": [("HALF", "HWC8", (-1, 64, 9, 7)), ("FLOAT", "LINEAR", (-1,))],
         "output": ("INT8", "HWC16", (-1, 64, 9, 7)),
     },
     "tokens": {
         "op": "HadamardQuantize",
-        "attributes": {"block": 64, "low": -127, "high": 127, "channel_axis": -1},
+        "attributes": {"block": 64, "low": -127, "high": 127, "channel_axis": -1, "regular": 1},
         "inputs": [("BF16", "LINEAR", (-1, 77, 192)), ("FLOAT", "LINEAR", (-1,))],
         "output": ("INT8", "LINEAR", (-1, 77, 192)),
     },
     "linear": {
         "op": "Int4Linear",
-        "attributes": {"block": 32, "out_type": 16},
+        "attributes": {"block": 32, "out_type": 16, "regular": 0},
         "inputs": [
             ("INT8", "LINEAR", (-1, 77, 192)),
             ("INT8", "LINEAR", (96, 96)),
@@ -52,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "conv": {
         "op": "Int4Conv",
-        "attributes": {"block": 32, "kernel": 3, "stride": 2, "padding": 1, "out_type": 10},
+        "attributes": {"block": 32, "kernel": 3, "stride": 2, "padding": 1, "out_type": 10, "regular": 0},
         "inputs": [
             ("INT8", "HWC16", (-1, 64, 9, 7)),
             ("INT8", "LINEAR", (96, 288)),

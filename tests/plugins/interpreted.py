@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hqc.ops import sylvester
+from hqc.ops import hadamard_matrix
 from hqc.plugins.hqc_qdp.nodes import OPS
 from hqc.plugins.tactics import Tactic, tactics
+from hqc.rotations import Rotation
 
 INPUTS = {
     "hadamard_quantize": ["x", "inverse_scale"],
@@ -25,8 +26,8 @@ INPUTS = {
 """The kernels' own names of what the nodes pass, in the nodes' order."""
 
 
-def signs(order: int) -> np.ndarray:
-    return sylvester(order).numpy().astype(np.float64)
+def signs(order: int, regular: int) -> np.ndarray:
+    return hadamard_matrix(Rotation(order, bool(regular))).numpy().astype(np.float64)
 
 
 def scales(count: int) -> np.ndarray:
@@ -34,9 +35,9 @@ def scales(count: int) -> np.ndarray:
     return (2.0 ** (np.arange(count) % 3 - 1)).astype(np.float32)
 
 
-def codes_of(x: np.ndarray, inverse: np.ndarray, block: int, low: int, high: int) -> np.ndarray:
+def codes_of(x: np.ndarray, inverse: np.ndarray, block: int, low: int, high: int, regular: int) -> np.ndarray:
     """The definition, channels last, in float64; NumPy rounds half to even."""
-    groups = x.astype(np.float64).reshape(*x.shape[:-1], -1, block) @ signs(block) / math.sqrt(block)
+    groups = x.astype(np.float64).reshape(*x.shape[:-1], -1, block) @ signs(block, regular) / math.sqrt(block)
     levels = groups.reshape(x.shape) * inverse.reshape(-1, *[1] * (x.ndim - 1))
     return np.clip(np.round(levels), low, high).astype(np.int8)
 
@@ -47,9 +48,9 @@ def pack(codes: np.ndarray) -> np.ndarray:
     return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).view(np.int8)
 
 
-def rotate(weight: np.ndarray, block: int) -> np.ndarray:
+def rotate(weight: np.ndarray, block: int, regular: int) -> np.ndarray:
     """W·H in integers; weights [O, K], blocks along K."""
-    return (weight.reshape(len(weight), -1, block) @ signs(block)).reshape(weight.shape)
+    return (weight.reshape(len(weight), -1, block) @ signs(block, regular)).reshape(weight.shape)
 
 
 def run(tactic: Tactic, launch: Any, tensors: Sequence[torch.Tensor], out: torch.Tensor) -> None:
@@ -103,41 +104,48 @@ def _laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
 def main() -> None:
     rng = np.random.default_rng(3)
     found = {}
+    for regular, kind in enumerate(("", ", regular")):
+        found |= {f"{name}{kind}": wrong for name, wrong in _nodes(rng, regular).items()}
+    print(json.dumps(found))
+
+
+def _nodes(rng: np.random.Generator, regular: int) -> dict[str, list[int]]:
+    found = {}
     # x in eighths up to ±8: codes reach both bounds, and levels fall on halves.
     image = (rng.integers(-64, 65, (3, 64, 5, 6)) / 8).astype(np.float16)
     inverse = scales(3)
     for index, name in enumerate(("image", "image, channels last")):
-        attributes = {"block": 16, "low": -7, "high": 7, "channel_axis": 1}
-        wanted = codes_of(image.transpose(0, 2, 3, 1), inverse, 16, -7, 7)
+        attributes = {"block": 16, "low": -7, "high": 7, "channel_axis": 1, "regular": regular}
+        wanted = codes_of(image.transpose(0, 2, 3, 1), inverse, 16, -7, 7, regular)
         assert {-7, 7} <= set(wanted.flat)
         tensors = [torch.from_numpy(image), torch.from_numpy(inverse)]
         out = torch.empty(wanted.shape, dtype=torch.int8)
         found[name] = compare("HadamardQuantize", tensors, attributes, index, out, wanted)
     tokens = (rng.integers(-64, 65, (3, 7, 192)) / 8).astype(np.float32)
-    attributes = {"block": 64, "low": -127, "high": 127, "channel_axis": -1}
-    wanted = codes_of(tokens, inverse, 64, -127, 127)
+    attributes = {"block": 64, "low": -127, "high": 127, "channel_axis": -1, "regular": regular}
+    wanted = codes_of(tokens, inverse, 64, -127, 127, regular)
     tensors = [torch.from_numpy(tokens), torch.from_numpy(inverse)]
     out = torch.empty(wanted.shape, dtype=torch.int8)
     found["tokens"] = compare("HadamardQuantize", tensors, attributes, 0, out, wanted)
 
     codes, weight = rng.integers(-7, 8, (3, 7, 64), np.int8), rng.integers(-1, 2, (24, 64), np.int8)
     scale_w, scale_a, bias = scales(24), scales(3), rng.integers(-9, 10, 24).astype(np.float32)
-    products = codes.astype(np.float64) @ rotate(weight, 16).T
+    products = codes.astype(np.float64) @ rotate(weight, 16, regular).T
     exact = products * scale_w * scale_a[:, None, None] + bias
     operands = [torch.from_numpy(a) for a in (pack(weight), scale_w, scale_a, bias)]
     assert (exact == exact.astype(np.float16)).all()
     out = torch.empty(exact.shape, dtype=torch.float16)
-    attributes = {"block": 16, "out_type": 10}
+    attributes = {"block": 16, "out_type": 10, "regular": regular}
     found["linear"] = compare("Int4Linear", [torch.from_numpy(codes), *operands], attributes, 0, out, exact)
 
     for stride in (1, 2):
-        found[f"conv, stride {stride}"] = _conv(rng, stride)
-    print(json.dumps(found))
+        found[f"conv, stride {stride}"] = _conv(rng, stride, regular)
+    return found
 
 
-def _conv(rng: np.random.Generator, stride: int) -> list[int]:
+def _conv(rng: np.random.Generator, stride: int, regular: int) -> list[int]:
     codes, weight = rng.integers(-7, 8, (2, 32, 5, 6), np.int8), rng.integers(-1, 2, (24, 3, 3, 32), np.int8)
-    rotated = rotate(weight.reshape(24, -1), 16).reshape(24, 3, 3, 32).transpose(0, 3, 1, 2)
+    rotated = rotate(weight.reshape(24, -1), 16, regular).reshape(24, 3, 3, 32).transpose(0, 3, 1, 2)
     product = torch.nn.functional.conv2d(
         torch.from_numpy(codes).double(), torch.from_numpy(rotated.copy()), stride=stride, padding=1
     )
@@ -146,7 +154,7 @@ def _conv(rng: np.random.Generator, stride: int) -> list[int]:
     operands = [torch.from_numpy(a) for a in (pack(weight.reshape(24, -1)), scale_w, scale_a, bias)]
     assert (exact == exact.astype(np.float16)).all()
     out = torch.empty(exact.shape, dtype=torch.float16)
-    attributes = {"block": 16, "kernel": 3, "stride": stride, "padding": 1, "out_type": 10}
+    attributes = {"block": 16, "kernel": 3, "stride": stride, "padding": 1, "out_type": 10, "regular": regular}
     return compare("Int4Conv", [torch.from_numpy(codes), *operands], attributes, 0, out, exact)
 
 

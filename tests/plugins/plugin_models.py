@@ -21,13 +21,13 @@ def model(nodes: tuple[str, ...] = ("image", "conv", "tokens", "linear"), weight
         return helper.make_node(op, inputs, [output], name=name, domain="hqc", **attributes, **PLUGIN)
 
     operands = ["scale_w", "scale_a", "bias"]
-    codes = {"block": 32, "low": -7, "high": 7}
+    codes = {"block": 32, "low": -7, "high": 7, "regular": 0}
     window = {"kernel": 3, "stride": 1, "padding": 1}
     known = {
         "image": node("HadamardQuantize", ["x", "inverse"], "q", "site.codes", channel_axis=1, **codes),
-        "conv": node("Int4Conv", ["q", "w_conv", *operands], "y", "site", block=32, out_type=half, **window),
+        "conv": node("Int4Conv", ["q", "w_conv", *operands], "y", "site", block=32, out_type=half, regular=0, **window),
         "tokens": node("HadamardQuantize", ["t", "inverse"], "r", "line.codes", channel_axis=-1, **codes),
-        "linear": node("Int4Linear", ["r", "w_linear", *operands], "z", "line", block=32, out_type=half),
+        "linear": node("Int4Linear", ["r", "w_linear", *operands], "z", "line", block=32, out_type=half, regular=0),
     }
     values = {
         "x": _info("x", half, ["N", 64, 8, 8]),

@@ -54,9 +54,9 @@ def _probe(site: Path) -> dict[str, Any]:
 def test_the_creators_are_in_the_registry_once(probed: dict[str, Any]) -> None:
     assert probed["versions"] == ["1"]
     assert probed["creators"] == {
-        "HadamardQuantize": [[name, "INT32"] for name in ("block", "low", "high", "channel_axis")],
-        "Int4Linear": [["block", "INT32"], ["out_type", "INT32"]],
-        "Int4Conv": [[name, "INT32"] for name in ("block", "kernel", "stride", "padding", "out_type")],
+        "HadamardQuantize": [[name, "INT32"] for name in ("block", "low", "high", "channel_axis", "regular")],
+        "Int4Linear": [["block", "INT32"], ["out_type", "INT32"], ["regular", "INT32"]],
+        "Int4Conv": [[name, "INT32"] for name in ("block", "kernel", "stride", "padding", "out_type", "regular")],
     }
 
 
@@ -99,6 +99,13 @@ def test_a_plugin_of_an_engine_is_made_again_from_its_fields(probed: dict[str, A
     if probed["ahead of time"]:
         assert all("fields" not in case for case in probed["cases"].values())
         return
-    assert probed["cases"]["conv"]["fields"] == {"block": 32, "kernel": 3, "stride": 2, "padding": 1, "out_type": 10}
+    assert probed["cases"]["conv"]["fields"] == {
+        "block": 32,
+        "kernel": 3,
+        "stride": 2,
+        "padding": 1,
+        "out_type": 10,
+        "regular": 0,
+    }
     assert probed["cases"]["conv"]["clone"] == ["HqcPlugin", "Int4Conv"]
     assert probed["cases"]["conv"]["launches"][0]["pointers"] == [1, 2, 3, 4, 5, 99]

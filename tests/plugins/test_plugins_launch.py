@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
-CASES = ("image", "image, channels last", "tokens", "linear", "conv, stride 1", "conv, stride 2")
+NODES = ("image", "image, channels last", "tokens", "linear", "conv, stride 1", "conv, stride 2")
+CASES = (*NODES, *(f"{node}, regular" for node in NODES))
 
 
 @pytest.fixture(scope="module")

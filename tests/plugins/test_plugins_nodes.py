@@ -8,9 +8,9 @@ import pytest
 from hqc.plugins.hqc_qdp.nodes import OPS, ConvVariant, HadamardVariant, LinearVariant
 from hqc.plugins.hqc_qdp.problems import PluginError
 
-HADAMARD = {"block": 32, "low": -7, "high": 7, "channel_axis": 1}
-CONV = {"block": 32, "kernel": 3, "stride": 2, "padding": 1, "out_type": 10}
-LINEAR = {"block": 32, "out_type": 16}
+HADAMARD = {"block": 32, "low": -7, "high": 7, "channel_axis": 1, "regular": 0}
+CONV = {"block": 32, "kernel": 3, "stride": 2, "padding": 1, "out_type": 10, "regular": 0}
+LINEAR = {"block": 32, "out_type": 16, "regular": 0}
 
 
 def ceil_div(size: int, divisor: int) -> int:
@@ -37,6 +37,22 @@ def test_tokens_lie_as_they_are(axis: int) -> None:
     (choice,) = OPS["HadamardQuantize"].choices([(-1, 77, 24), (-1,)], "fp32", attributes)
     assert choice.formats == ("LINEAR", "LINEAR", "LINEAR")
     assert choice.variant.key == "HadamardQuantize fp32 tokens channels=24 block=8 low=-7 high=7"
+
+
+def test_a_regular_rotation_has_kernels_of_its_own() -> None:
+    attributes = {**HADAMARD, "channel_axis": -1, "block": 64}
+    keys = [
+        OPS["HadamardQuantize"].choices([(-1, 77, 64), (-1,)], "fp32", {**attributes, "regular": kind})[0].variant.key
+        for kind in (0, 1)
+    ]
+    assert keys == [
+        "HadamardQuantize fp32 tokens channels=64 block=64 low=-7 high=7",
+        "HadamardQuantize fp32 tokens channels=64 block=64 regular low=-7 high=7",
+    ]
+    dims = [(-1, 77, 64), (5, 32), (5,), (-1,), (5,)]
+    for kind, name in ((0, "block=32"), (1, "block=32 regular")):
+        (choice,) = OPS["Int4Linear"].choices(dims, "int8", {**LINEAR, "regular": kind})
+        assert choice.variant.key == f"Int4Linear bf16 channels=64 outputs=5 {name}"
 
 
 def test_products_name_every_operand_of_the_node() -> None:
@@ -68,6 +84,14 @@ def test_products_name_every_operand_of_the_node() -> None:
             {**HADAMARD, "channel_axis": -1},
             "48 channels are not whole",
         ),
+        (
+            "HadamardQuantize",
+            [(-1, 64, 8, 8), (-1,)],
+            "fp16",
+            {**HADAMARD, "block": 8, "regular": 1},
+            "no kernel rotates in blocks of 8 of kind 1",
+        ),
+        ("Int4Linear", [(-1, 128), (8, 64)], "int8", {**LINEAR, "regular": 2}, "no kernel rotates in blocks of 32 of"),
         ("HadamardQuantize", [(-1, -1, 8, 8), (-1,)], "fp16", HADAMARD, "the number of channels is not known"),
         ("HadamardQuantize", [(-1, 64, 8), (-1,)], "fp16", HADAMARD, "channel_axis is 1 of 3"),
         ("Int4Linear", [(-1, 64), (8, 32)], "fp16", LINEAR, "the codes are fp16, expected int8"),

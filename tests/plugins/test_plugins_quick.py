@@ -57,7 +57,7 @@ def test_all_nodes_are_registered_once(registry: fake.Registry) -> None:
 
 def test_an_image_has_two_ways_with_two_tactics_each(registry: fake.Registry) -> None:
     tune = registry.functions["hqc::HadamardQuantize"]["autotune"]
-    found = tune(*image(LINEAR), *ints(32, -7, 7, 1), ())
+    found = tune(*image(LINEAR), *ints(32, -7, 7, 1, 0), ())
     assert [(c.io_types, c.layouts, c.tactics) for c in found] == [
         ("FP16, FP32, INT8", "LINEAR, LINEAR, HWC16", [1, 2]),
         ("FP16, FP32, INT8", "HWC8, LINEAR, HWC16", [1, 2]),
@@ -83,7 +83,7 @@ def test_the_formats_decide_on_the_kernel_and_the_tactic_on_its_tile(
 ) -> None:
     function = registry.functions["hqc::HadamardQuantize"]["aot_impl"]
     outputs = (fake.TensorDesc((3, 64, 9, 7), CODE, HWC16),)
-    entry, ptx, launch, extra = function(*image(layout), *ints(32, -7, 7, 1), outputs, tactic)
+    entry, ptx, launch, extra = function(*image(layout), *ints(32, -7, 7, 1, 0), outputs, tactic)
     assert entry.decode() == f"HadamardQuantize fp16 {name} channels=64 block=32 low=-7 high=7 {tactic - 1}"
     assert (ptx, launch.shared_mem, launch.block_x) == (b"ptx%d" % (tactic - 1), 512 * (tactic - 1), 128)
     assert (list(extra), (launch.grid_x, launch.grid_y, launch.grid_z)) == (integers, grid)
@@ -93,16 +93,16 @@ def test_formats_that_were_not_offered_are_refused(registry: fake.Registry) -> N
     function = registry.functions["hqc::HadamardQuantize"]["aot_impl"]
     outputs = (fake.TensorDesc((3, 64, 9, 7), CODE, LINEAR),)
     with pytest.raises(PluginError, match="asks for formats LINEAR, LINEAR, LINEAR, which were not offered"):
-        function(*image(LINEAR), *ints(32, -7, 7, 1), outputs, 1)
+        function(*image(LINEAR), *ints(32, -7, 7, 1, 0), outputs, 1)
 
 
 def test_a_product_describes_its_output(registry: fake.Registry) -> None:
     describe = registry.functions["hqc::Int4Conv"]["register"]
     operands = [fake.TensorDesc((3, 64, 9, 7), CODE), fake.TensorDesc((96, 288), CODE)]
     operands += [fake.TensorDesc((96,), REAL), fake.TensorDesc((3,), REAL), fake.TensorDesc((96,), REAL)]
-    found = describe(*operands, *ints(32, 3, 2, 1, 10))
+    found = describe(*operands, *ints(32, 3, 2, 1, 10, 0))
     assert (found.shape, found.dtype) == ((3, 96, 5, 4), HALF)
-    codes = registry.functions["hqc::HadamardQuantize"]["register"](*image(LINEAR), *ints(32, -7, 7, 1))
+    codes = registry.functions["hqc::HadamardQuantize"]["register"](*image(LINEAR), *ints(32, -7, 7, 1, 0))
     assert (codes.shape, codes.dtype) == ((3, 64, 9, 7), CODE)
 
 

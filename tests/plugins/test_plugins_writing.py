@@ -169,7 +169,8 @@ def test_a_model_without_plugins_gets_no_folder(tmp_path: Path) -> None:
 
 def test_nodes_are_read_with_their_sizes_and_types() -> None:
     found = {node.name: node for node in plugin_nodes(model())}
-    assert found["site"].attributes == {"block": 32, "kernel": 3, "stride": 1, "padding": 1, "out_type": 10}
+    window = {"kernel": 3, "stride": 1, "padding": 1}
+    assert found["site"].attributes == {"block": 32, **window, "out_type": 10, "regular": 0}
     assert found["site"].dims == ((None, 64, 8, 8), (96, 288), (96,), (None,), (96,))
     assert found["site"].types == ("int8", "int8", "fp32", "fp32", "fp32")
     assert found["line.codes"].types == ("fp16", "fp32")

@@ -31,31 +31,39 @@ class _Ranges(fx.Interpreter):
 
 
 _Prepared = tuple[Program, dict[str, float], dict[str, str]]
-_made: dict[tuple[int, SelectLayers], _Prepared] = {}
+_made: dict[tuple[int, SelectLayers, InsertHadamard], _Prepared] = {}
+_HQ_DM = InsertHadamard()
 
 
-def _prepared(program: Program, layers: SelectLayers) -> _Prepared:
+def _prepared(program: Program, layers: SelectLayers, rotation: InsertHadamard) -> _Prepared:
     """Made once for each captured program, which its own cache keeps alive."""
-    key = (id(program.graph), layers)
+    key = (id(program.graph), layers, rotation)
     if key not in _made:
-        _made[key] = _prepare(program, layers)
+        _made[key] = _prepare(program, layers, rotation)
     return _made[key]
 
 
-def _prepare(program: Program, layers: SelectLayers) -> _Prepared:
-    student = run_pipeline(program, [layers, InsertHadamard(), InsertQdq(GRID)])
+def _prepare(program: Program, layers: SelectLayers, rotation: InsertHadamard) -> _Prepared:
+    student = run_pipeline(program, [layers, rotation, InsertQdq(GRID)])
     ranges = _Ranges(student)
     with torch.no_grad():
         ranges.run(*student.example_inputs(4, seed=5))
     return student, ranges.scales, {site: node.name for site, node in ranges.inputs.items()}
 
 
-def quantised(program: Program, bits: str, *, shared: bool = True, keep_float: tuple[str, ...] = ()) -> Program:
+def quantised(
+    program: Program,
+    bits: str,
+    *,
+    shared: bool = True,
+    keep_float: tuple[str, ...] = (),
+    rotation: InsertHadamard = _HQ_DM,
+) -> Program:
     """A program with random scale tables [T].
 
     shared: sites that read one tensor in one range have one table, as calibration gives them; else each its own.
     """
-    student, scales, inputs = _prepared(program, SelectLayers(bits=bits, keep_float=keep_float))
+    student, scales, inputs = _prepared(program, SelectLayers(bits=bits, keep_float=keep_float), rotation)
     generator, state = torch.Generator().manual_seed(1), dict(student.state)
     spreads: dict[tuple[str, float], torch.Tensor] = {}
     for site, scale in scales.items():

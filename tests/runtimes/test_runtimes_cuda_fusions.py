@@ -13,6 +13,7 @@ from torch import fx
 from torch.nn import functional
 
 from hqc.ops import hadamard
+from hqc.passes import InsertHadamard
 from hqc.program import Program, aten, is_op
 from hqc.runtimes.cuda.build import BuildOptions, integer_module
 from hqc.runtimes.cuda.forms import integer_form
@@ -102,6 +103,25 @@ def test_a_fusion_changes_no_number(name: str) -> None:
     half = built(program, torch.float16)(*inputs)
     # Half precision may move codes by a step: a quarter of the quantisation error.
     assert relative(half, reference) <= 0.25 * quantisation
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fusion_keeps_a_regular_rotation(name: str, weights: bool) -> None:
+    """With weights packed too: every kernel that takes a rotation in is told its kind."""
+    rotation = InsertHadamard(16, kind="regular", weights=weights)
+    program = quantised(model(name), "w4a4", rotation=rotation)
+    inputs = program.example_inputs(3, seed=7)
+    reference = integer_form(program).module()(*inputs)
+    quantisation = relative(reference, model(name).module()(*inputs))
+    options = BuildOptions(CPU, torch.float32, pack=True)
+    plain, fused = built(program, fuse=False), integer_module(program, reference_kernels(), options)
+    assert bool(sites(fused)) == (name in FUSED or name == "norm_before_float")
+    assert torch.equal(fused(*inputs), plain(*inputs))
+    assert relative(plain(*inputs), reference) <= max(0.1 * quantisation, 1e-6)
+    codes = modules(fused, Codes)
+    assert all((how.block, how.regular) in ((16, True), (1, False)) for how in codes)
+    assert any(how.regular for how in codes)
 
 
 def test_every_fusion_has_a_model() -> None:

@@ -17,7 +17,7 @@ from hqc.program import aten, is_op
 from hqc.runtimes.cuda.build import BuildOptions, float_module, integer_module
 from hqc.runtimes.cuda.forms import integer_form
 from hqc.runtimes.cuda.kernel_set import reference_kernels
-from hqc.runtimes.cuda.layers import IntegerConv2d, IntegerLinear, Quantise
+from hqc.runtimes.cuda.layers import Codes, IntegerConv2d, IntegerLayer, IntegerLinear, Quantise
 from hqc.runtimes.cuda.scales import look_up
 from hqc.runtimes.cuda.tidy import tidied
 
@@ -40,6 +40,25 @@ def modules(module: fx.GraphModule, kind: type) -> list:
 @pytest.fixture(scope="module")
 def digits():
     return trace("digits")
+
+
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "int8"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rotation", zoo.ROTATIONS)
+def test_other_rotations(captured, rotation: str, bits: str, pack: bool) -> None:
+    one = zoo.ROTATIONS[rotation]
+    program = quantised(captured("wide_channels"), bits, rotation=one)
+    inputs = program.example_inputs(3, seed=7)
+    module, reference = built(program, pack=pack), integer_form(program).module()(*inputs)
+    found = module(*inputs)
+    assert relative(found, reference) <= 1e-5, "float32, no code at a rounding boundary"
+    orders = {plan.site: plan.block for plan in program.plan.sites}
+    kinds = {(how.block, how.regular) for how in modules(module, Codes)}
+    assert kinds == {(order, one.kind == "regular") for order in orders.values()}
+    packed = [layer for layer in modules(module, IntegerLayer) if layer.codes.dtype == torch.uint8]
+    assert bool(packed) == (pack and bits == "w4a4")
+    told = {(layer.rotation, layer.regular) for layer in packed}
+    assert told <= ({(1, False)} if one.weights else kinds)
 
 
 def program_of(name: str, captured, digits):

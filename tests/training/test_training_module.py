@@ -11,15 +11,16 @@ from hqc.pipeline import run_pipeline
 from hqc.program import Program
 from hqc.training.module import training_module
 
+HQ_DM = InsertHadamard()
 MODELS = ("two_sites", "odd_channels", "geometry", "shared_input", "cross_attention")
 
 
 @pytest.fixture
-def student(captured: Callable[[str], Program]) -> Callable[[str], Program]:
+def student(captured: Callable[[str], Program]) -> Callable[..., Program]:
     """student(name): quantised and rotated, with LoRA factors that are not zero and scales that clip."""
 
-    def make(name: str) -> Program:
-        passes = [SelectLayers(bits="w4a4"), InsertHadamard(), InsertQdq((0.0, 500.0)), AttachLora(rank=4)]
+    def make(name: str, rotation: InsertHadamard = HQ_DM) -> Program:
+        passes = [SelectLayers(bits="w4a4"), rotation, InsertQdq((0.0, 500.0)), AttachLora(rank=4)]
         program, generator = run_pipeline(captured(name), passes), torch.Generator().manual_seed(1)
         state = dict(program.state)
         for key, tensor in state.items():
@@ -63,7 +64,18 @@ def rotations(module: nn.Module) -> list[fx.Node]:
 @pytest.mark.parametrize("batch", [1, 64])
 def test_values_and_gradients_are_the_programs(student: Callable[[str], Program], model: str, batch: int) -> None:
     """In float64, where a code on a rounding boundary does not flip for the order of a sum."""
-    program = doubled(student(model))
+    assert_same(doubled(student(model)), batch)
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_regular_rotation_keeps_its_kind(student: Callable[..., Program], batch: int, weights: bool) -> None:
+    program = student("wide_channels", InsertHadamard(64, kind="regular", weights=weights))
+    assert_same(doubled(program), batch)
+    assert len(rotations(program.module())) == (0 if weights else 4)
+
+
+def assert_same(program: Program, batch: int) -> None:
     wanted, wanted_gradients = gradients(program.module(), program, batch)
     found, found_gradients = gradients(training_module(program, batch), program, batch)
     assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)

@@ -22,10 +22,12 @@ from torch import fx
 
 from hqc.export.builder import HQC_DOMAIN, typed
 from hqc.export.lowering import Lowering, batch_dims
-from hqc.export.shared import signed_sums, signs
+from hqc.export.shared import matrix_name, signed_sums, signs
 from hqc.export.tensorrt.forms import LayerForm, scale_table
 from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.program import BATCH, is_op
+from hqc.rotations import Rotation
+from hqc.sites import rotation_of
 
 __all__ = ["TensorRtState", "dequantized", "hadamard", "int8_pair", "looked_up", "quantize"]
 
@@ -79,22 +81,22 @@ def hadamard(lo: TensorRtState, node: fx.Node) -> ir.Value | None:
     """A rotation whose value someone else than a quantiser reads; quantisers rotate for themselves."""
     if all(is_op(user, ops.quantize.default) for user in node.users):
         return None
-    factor = lo.builder.scalar(float(np.float32(int(node.args[1]) ** -0.5)))  # type: ignore[arg-type]
+    factor = lo.builder.scalar(float(np.float32(rotation_of(node).block ** -0.5)))
     return typed(lo.builder.op("Mul", _rotated(lo, node, node.name), factor, name=node.name), FLOAT, lo.shape(node))
 
 
 def _rotated(lo: TensorRtState, rotation: fx.Node, name: str) -> ir.Value:
     """±H·x without the factor 1/√b, in torch's layout."""
-    x, block = lo.value(rotation.args[0]), int(rotation.args[1])  # type: ignore[arg-type]
+    x, turn = lo.value(rotation.args[0]), rotation_of(rotation)
     shape = lo.static_shape(rotation)
     image = len(shape) == 4 and int(rotation.args[2]) % 4 == 1  # type: ignore[arg-type]
     if (lo.options.image_rotation if image else lo.options.token_rotation) == "matmul":
         return signed_sums(lo, rotation, name)
     if image:
-        return _conv(lo, x, block, shape[1], name)
+        return _conv(lo, x, turn, shape[1], name)
     # One pixel a token: [N·…, C, 1, 1].
     pixels = _reshaped(lo, x, [-1, shape[-1], 1, 1])
-    return _reshaped(lo, _conv(lo, pixels, block, shape[-1], name), shape)
+    return _reshaped(lo, _conv(lo, pixels, turn, shape[-1], name), shape)
 
 
 def _reshaped(lo: TensorRtState, x: ir.Value, shape: list[int]) -> ir.Value:
@@ -102,10 +104,10 @@ def _reshaped(lo: TensorRtState, x: ir.Value, shape: list[int]) -> ir.Value:
     return typed(lo.builder.op("Reshape", x, lo.builder.ints(*shape)), FLOAT)
 
 
-def _conv(lo: TensorRtState, x: ir.Value, block: int, channels: int, name: str) -> ir.Value:
-    groups = channels // block
-    tiled = np.tile(signs(block), (groups, 1)).reshape(channels, block, 1, 1)
-    weight = lo.builder.constant(tiled, f"hadamard_{channels}_{block}")
+def _conv(lo: TensorRtState, x: ir.Value, rotation: Rotation, channels: int, name: str) -> ir.Value:
+    groups = channels // rotation.block
+    tiled = np.tile(signs(rotation), (groups, 1)).reshape(channels, rotation.block, 1, 1)
+    weight = lo.builder.constant(tiled, matrix_name(rotation, f"hadamard_{channels}"))
     return typed(lo.builder.op("Conv", x, weight, group=groups, kernel_shape=[1, 1], name=f"{name}.rotated"), FLOAT)
 
 
@@ -116,15 +118,15 @@ def quantize(lo: TensorRtState, node: fx.Node) -> ir.Value:
     """The codes of a quantiser in torch's layout: int8, or whole float32 numbers where no integer product follows."""
     site = str(node.meta["site"])
     x, scale, low, high = node.args
-    block = int(x.args[1]) if is_op(x, ops.hadamard.default) else 1  # type: ignore[union-attr, arg-type]
+    rotation = rotation_of(x) if is_op(x, ops.hadamard.default) else None  # type: ignore[arg-type]
     form = lo.forms[site]
     table = scale_table(lo.program, scale, site).numpy()
     if form.rotation == "plugin":
-        return _plugin(lo, node, table, block)
+        return _plugin(lo, node, table)
     b, static = lo.builder, form.static_scale or 1.0
-    values = np.float32(1) / table * np.float32(static * block**-0.5)
+    values = np.float32(1) / table * np.float32(static * (rotation.block if rotation else 1) ** -0.5)
     factor = looked_up(lo, scale, values.astype(np.float32), len(lo.shape(node)), f"{site}.input_scale")
-    rotated = _rotated(lo, x, site) if block > 1 else lo.value(x)  # type: ignore[arg-type]
+    rotated = _rotated(lo, x, site) if rotation else lo.value(x)  # type: ignore[arg-type]
     level = typed(b.op("Mul", rotated, factor, name=f"{site}.level"), FLOAT)
     bounds = [b.scalar(int(bound) * static) for bound in (low, high)]  # type: ignore[arg-type]
     clipped = typed(b.op("Clip", level, *bounds, name=f"{site}.clipped"), FLOAT)
@@ -134,9 +136,10 @@ def quantize(lo: TensorRtState, node: fx.Node) -> ir.Value:
     return typed(codes, INT8, lo.shape(node))
 
 
-def _plugin(lo: TensorRtState, node: fx.Node, table: NDArray[np.float32], block: int) -> ir.Value:
+def _plugin(lo: TensorRtState, node: fx.Node, table: NDArray[np.float32]) -> ir.Value:
     b = lo.builder
     rotation, scale, low, high = node.args
+    block, regular = rotation_of(rotation)  # type: ignore[arg-type]
     image = len(lo.shape(node)) == 4 and int(rotation.args[2]) % 4 == 1  # type: ignore[union-attr, arg-type]
     codes = b.op(
         "HadamardQuantize",
@@ -148,6 +151,7 @@ def _plugin(lo: TensorRtState, node: fx.Node, table: NDArray[np.float32], block:
         low=int(low),  # type: ignore[arg-type]
         high=int(high),  # type: ignore[arg-type]
         channel_axis=1 if image else -1,
+        regular=int(regular),
     )
     return typed(codes, INT8, lo.shape(node))
 

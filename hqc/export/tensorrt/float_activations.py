@@ -2,7 +2,8 @@
 
     before   op(Ĥ·DQ(Q(Ĥ·x; s_a); s_a), DQ(w_q; s_w))    after   op(x, DQ(w_q; s_w))
 
-Both rotations go with the quantiser that they enclose: Ĥ·Ĥ = 1. Also here: the codes that no int8 quantiser makes.
+Both rotations go with the quantiser that they enclose: Ĥ·Ĥ = 1. Where the weight was rotated instead of the activation
+rotated back, the rotation stays: op(Ĥ·x, DQ(w_q; s_w)). Also here: the codes that no int8 quantiser makes.
 """
 
 import fnmatch
@@ -11,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from hqc.errors import ExportError
 from hqc.export.tensorrt.weights import stored_codes
 from hqc.passes.rewriting import LINEAR, Rewriter, rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage, is_op
-from hqc.sites import QuantisedSite, bounds_of, quantised_sites
+from hqc.sites import QuantisedSite, bounds_of, quantised_sites, rotation_within
 
 __all__ = ["FloatActivations", "bypass_activation_quantisers", "refuse_wide_codes", "weight_only_sites"]
 
@@ -44,10 +46,11 @@ class FloatActivations:
         """Bypasses the quantisers; the plan says that the sites run in floating point."""
         result = bypass_activation_quantisers(program, matches)
         reason = "weight-only: activations stay float as asked"
-        plans = {
-            site: replace(program.plan[site], weight_bits=None, activation_bits=None, block=0, reason=reason)
-            for site in matches
-        }
+        plans = {}
+        for site in matches:
+            plan = program.plan[site]
+            block = plan.block if plan.weight_rotated else 0
+            plans[site] = replace(plan, weight_bits=None, activation_bits=None, block=block, reason=reason)
         return result.evolve(plan=program.plan.with_sites(plans))
 
 
@@ -82,21 +85,28 @@ def bypass_activation_quantisers(program: Program, sites: Sequence[str]) -> Prog
         if site.real is None:
             _float_linear(edit, site)
         else:
-            site.layer.replace_input_with(site.layer.args[0], site.x)  # type: ignore[arg-type]
+            x: fx.Node = site.layer.args[0]  # type: ignore[assignment]
+            site.layer.replace_input_with(x, _float_input(site, rotated_back=is_op(x, ops.hadamard.default)))
     return edit.finish()
+
+
+def _float_input(site: QuantisedSite, *, rotated_back: bool) -> fx.Node:
+    """What a layer reads without its quantiser: rotated where the weight is."""
+    return site.x if rotated_back else site.quantiser.args[0]  # type: ignore[return-value]
 
 
 def _float_linear(edit: Rewriter, site: QuantisedSite) -> None:
     """rescale(int_linear(q, w·H), s_a, s_w/√b, bias) -> linear(x, dequantize(w, s_w), bias)."""
     layer, product = site.layer, site.products[0].node
-    rotation = site.quantiser.args[0]
-    block = int(rotation.args[1]) if is_op(rotation, ops.hadamard.default) else 1  # type: ignore[union-attr, arg-type]
+    back = rotation_within(product.args[1])
+    block = back.block if back else 1
     folded = edit.program.state[str(layer.args[2].target)]  # type: ignore[union-attr]
     codes = edit.weight(f"{site.site}.weight_codes", stored_codes(edit.program, product.args[1]), layer)  # type: ignore[arg-type]
     scale = edit.weight(f"{site.site}.weight_scale", folded * block**0.5, layer)
     meta = {"shape": codes.meta["shape"], "dtype": "float32", "site": site.site, "role": "weight"}
     weight = edit.call(layer, ops.dequantize.default, codes, scale, **meta)
-    linear = edit.call(layer, LINEAR, site.x, weight, layer.args[3], like=layer, site=site.site, role="layer")
+    x = _float_input(site, rotated_back=back is not None)
+    linear = edit.call(layer, LINEAR, x, weight, layer.args[3], like=layer, site=site.site, role="layer")
     layer.replace_all_uses_with(linear)
     layer.meta["role"] = "replaced"
 

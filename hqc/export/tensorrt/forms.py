@@ -25,7 +25,7 @@ from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.export.tensorrt.plugin_fit import product_obstacle, rotation_obstacle
 from hqc.export.tensorrt.weights import fits_int4, int8_digits, total_codes
 from hqc.program import Program, is_op
-from hqc.sites import QuantisedSite, quantised_sites
+from hqc.sites import QuantisedSite, quantised_sites, rotation_of, rotation_within
 
 __all__ = ["FLOAT16_MAX", "Form", "LayerForm", "layer_forms", "scale_table", "static_scale"]
 
@@ -49,7 +49,8 @@ class Form(StrEnum):
 class LayerForm:
     """One layer: its form and why; the rest is None where it does not apply.
 
-    `rotation` of its activations by a conv, a matmul or the plugin, empty for none; `weight_bits_stored` what a weight
+    `block` and `kind` of its activations' rotation, `rotation` what makes it, a conv, a matmul or the plugin, empty for
+    none; `weight_bits_stored` what a weight
     takes in the file; `static_scale` s₀, where there is a QuantizeLinear; `scale_range` the least and the largest s(t);
     `overflow_margin` how many times the worst product of dequantised operands fits float16.
     """
@@ -63,6 +64,7 @@ class LayerForm:
     static_scale: float | None = None
     scale_range: tuple[float, float] | None = None
     overflow_margin: float | None = None
+    kind: str = ""
 
     @property
     def integer(self) -> bool:
@@ -188,20 +190,21 @@ def _integer_form(
 ) -> LayerForm:
     table = scale_table(program, site.quantiser.args[1], site.site)
     rotation = site.quantiser.args[0]
-    block = int(rotation.args[1]) if is_op(rotation, ops.hadamard.default) else 0  # type: ignore[union-attr, arg-type]
+    turn = rotation_of(rotation) if is_op(rotation, ops.hadamard.default) else None  # type: ignore[arg-type]
+    back = rotation_within(site.products[0].node.args[1])
     image = is_op(site.products[0].node, ops.int_conv2d.default)
-    form, reason = _int8_form(image, facts), _int8_reason(block, facts)
-    by: str = (options.image_rotation if image else options.token_rotation) if block else ""
+    form, reason = _int8_form(image, facts), _int8_reason(facts, rotated=back is not None)
+    by: str = (options.image_rotation if image else options.token_rotation) if turn else ""
     if options.plugins == "qdp":
-        obstacle = product_obstacle(program, site, block, (facts.low, facts.high), options)
+        obstacle = product_obstacle(program, site, back, (facts.low, facts.high), options)
         if obstacle:
             reason += f"; not the int4 plugin: {obstacle}"
         else:
             form, reason = Form.INT4_PLUGIN, f"4-bit weights; {reason}"
-        obstacle = rotation_obstacle(site, block, options) if block else ""
+        obstacle = rotation_obstacle(site, turn, options) if turn else ""
         if obstacle:
             reason += f"; rotated by standard operators: {obstacle}"
-        elif block:
+        elif turn:
             by = "plugin"
     worst = facts.weight_sum * site.bounds.largest * static
     quantised = form is not Form.INT4_PLUGIN or by != "plugin"
@@ -209,12 +212,13 @@ def _integer_form(
         site.site,
         form,
         reason,
-        block,
+        turn.block if turn else 0,
         by,
         weight_bits_stored=4 if form is Form.INT4_PLUGIN else 8 * facts.digits,
         static_scale=static if quantised else None,
         scale_range=(float(table.min()), float(table.max())),
         overflow_margin=round(FLOAT16_MAX / worst, 3) if worst and form is not Form.INT4_PLUGIN else None,
+        kind=turn.kind if turn else "",
     )
 
 
@@ -224,8 +228,8 @@ def _int8_form(image: bool, facts: _Facts) -> Form:
     return Form.INT8_GEMM if facts.digits == 1 else Form.INT8_GEMM_TWO_DIGITS
 
 
-def _int8_reason(block: int, facts: _Facts) -> str:
-    span = f"codes{' times H' if block else ''} span {facts.low}…{facts.high}"
+def _int8_reason(facts: _Facts, *, rotated: bool) -> str:
+    span = f"codes{' times H' if rotated else ''} span {facts.low}…{facts.high}"
     return f"{span}, {'within int8' if facts.digits == 1 else 'past int8: two products'}"
 
 

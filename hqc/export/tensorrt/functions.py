@@ -1,13 +1,14 @@
 """The plugin nodes of `plugins = qdp` and their bodies in standard operators, which every other runtime inlines.
 
-    HadamardQuantize(x, inv_scale [N]; block, low, high, channel_axis) -> q int8, the shape of x
+    HadamardQuantize(x, inv_scale [N]; block, low, high, channel_axis, regular) -> q int8, the shape of x
         q = clip(round(Ĥ·x · inv_scale[n]), low, high),  Ĥ = H_block/√block along channel_axis (1 or −1)
-    Int4Linear(q […, K], weight int8 [O, K/2], scale_w [O], scale_a [N], bias [O]; block, out_type) -> […, O]
+    Int4Linear(q […, K], weight int8 [O, K/2], scale_w [O], scale_a [N], bias [O]; block, out_type, regular) -> […, O]
         y = (q @ (W·H_block)ᵀ)·scale_w[o]·scale_a[n] + bias[o],  H_block ±1; 1/√block is part of scale_w
     Int4Conv(q [N, C, H, W], weight int8 [O, kh·kw·C/2], …; + kernel, stride, padding) -> [N, O, H', W']
         the same with a square kernel; weights in the order kh, kw, C, the order of an NHWC kernel
 
-Weights are the stored codes −8…7, two a byte, the first in the low nibble; the bytes are int8 because TensorRT's parser
+regular is 1 for the regular H and 0 for Sylvester's (`hqc.export.functions`); block 1 does not rotate. Weights are the
+stored codes −8…7, two a byte, the first in the low nibble; the bytes are int8 because TensorRT's parser
 widens uint8. Images are NCHW here, as everywhere in ONNX;
 a plugin may ask for the same tensors in a channels-last format. out_type is ONNX's number of a type (1 float32,
 10 float16, 16 bfloat16). There is no QuantizeLinear in a body: TensorRT's parser takes a function that has one only
@@ -142,9 +143,13 @@ _NAMES = ("plugin_namespace", "plugin_version", "aot")
 _OPERANDS = "(q, weight, scale_w, scale_a, bias) => (y)"
 
 PLUGIN_NODES = {
-    "HadamardQuantize": (("block", "low", "high", "channel_axis"), "(x, inv_scale) => (q)", _HADAMARD_QUANTIZE),
-    "Int4Linear": (("block", "out_type"), _OPERANDS, _LINEAR),
-    "Int4Conv": (("block", "kernel", "stride", "padding", "out_type"), _OPERANDS, _CONV),
+    "HadamardQuantize": (
+        ("block", "low", "high", "channel_axis", "regular"),
+        "(x, inv_scale) => (q)",
+        _HADAMARD_QUANTIZE,
+    ),
+    "Int4Linear": (("block", "out_type", "regular"), _OPERANDS, _LINEAR),
+    "Int4Conv": (("block", "kernel", "stride", "padding", "out_type", "regular"), _OPERANDS, _CONV),
 }
 """Attributes, operands and body by name."""
 

@@ -9,42 +9,39 @@ from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.plugins.hqc_qdp.nodes import OPS
 from hqc.plugins.hqc_qdp.problems import PluginError
 from hqc.program import Program, is_op
+from hqc.rotations import Rotation
 from hqc.sites import QuantisedSite
 
-__all__ = ["product_obstacle", "rotation_obstacle"]
+__all__ = ["product_obstacle", "rotation_attributes", "rotation_obstacle"]
 
 ops = torch.ops.hqc
-_BLOCKS = (8, 16, 32, 64, 128, 256)
 _LIMIT = 127
 
 
-def rotation_obstacle(site: QuantisedSite, block: int, options: TensorRtOptions) -> str:
+def rotation_obstacle(site: QuantisedSite, rotation: Rotation, options: TensorRtOptions) -> str:
     """Why `HadamardQuantize` cannot make a site's codes; empty if it can."""
-    if block not in _BLOCKS:
-        return f"no kernel rotates in blocks of {block}"
     low, high = site.bounds
     image = is_op(site.products[0].node, ops.int_conv2d.default)
-    attributes = {"block": block, "low": low, "high": high, "channel_axis": 1 if image else -1}
+    attributes = {"block": rotation.block, "low": low, "high": high, "channel_axis": 1 if image else -1}
+    attributes["regular"] = int(rotation.regular)
     return _refusal("HadamardQuantize", (_dims(site.x), (None,)), options.dtype, attributes)
 
 
 def product_obstacle(
-    program: Program, site: QuantisedSite, block: int, span: tuple[int, int], options: TensorRtOptions
+    program: Program, site: QuantisedSite, rotation: Rotation | None, span: tuple[int, int], options: TensorRtOptions
 ) -> str:
-    """Why `Int4Linear` or `Int4Conv` cannot take a site whose rotated codes have a span; empty if it can."""
+    """Why `Int4Linear` or `Int4Conv` cannot take a site whose codes, rotated if they are, have a span; or empty."""
     bits = program.plan[site.site].weight_bits if site.site in program.plan else None
     if bits is None or bits > 4:
         return f"{bits}-bit weights"
     if span[0] < -_LIMIT or span[1] > _LIMIT:
         return f"past ±{_LIMIT}"
-    if block and block not in _BLOCKS:
-        return f"no kernel rotates in blocks of {block}"
     product = site.products[0].node
     outputs, channels, *kernel = (int(d) for d in product.args[1].meta["shape"])  # type: ignore[union-attr]
     if channels % 2:
         return f"{channels} input channels do not fill whole bytes"
     dims = (_dims(site.x), (outputs, channels // 2), (outputs,), (None,), (outputs,))
-    attributes = {"block": block or 1, "out_type": int(options.onnx_type)}
+    attributes = {"out_type": int(options.onnx_type), **rotation_attributes(rotation)}
     if not kernel:
         return _refusal("Int4Linear", dims, "int8", attributes)
     if uneven := _uneven(product, kernel):
@@ -53,6 +50,12 @@ def product_obstacle(
     stored = (outputs, kernel[0] * kernel[1] * channels // 2)
     attributes |= {"kernel": kernel[0], "stride": stride, "padding": padding}
     return _refusal("Int4Conv", (dims[0], stored, *dims[2:]), "int8", attributes)
+
+
+def rotation_attributes(rotation: Rotation | None) -> dict[str, int]:
+    """What a plugin is told of the rotation of its weights; block 1 does not rotate."""
+    block, regular = rotation or Rotation(1)
+    return {"block": block, "regular": int(regular)}
 
 
 def _uneven(product: fx.Node, kernel: Sequence[int]) -> str:

@@ -8,7 +8,7 @@
     p[t] = s[t]/s₀ as a table in float32
 
 W already holds H, s_w already 1/√b (`rotate_weights`), except that a plugin is given the stored codes and rotates them
-itself: H times a 4-bit code needs more than 4 bits.
+itself: H times a 4-bit code needs more than 4 bits. Where the weight was rotated before it was quantised nobody does.
 """
 
 import numpy as np
@@ -19,10 +19,11 @@ from torch import Tensor, fx
 from hqc.export.builder import HQC_DOMAIN, typed
 from hqc.export.tensorrt.activations import TensorRtState, dequantized, int8_pair, looked_up, per_sample_scale
 from hqc.export.tensorrt.forms import Form, scale_table
+from hqc.export.tensorrt.plugin_fit import rotation_attributes
 from hqc.export.tensorrt.weights import int8_digits, stored_codes, total_codes
 from hqc.ops.weight_codes import pack_int4
 from hqc.program import is_op
-from hqc.sites import products_of
+from hqc.sites import products_of, rotation_within
 
 __all__ = ["packed_rows", "rescale"]
 
@@ -102,7 +103,7 @@ def _plugin(lo: TensorRtState, node: fx.Node) -> ir.Value:
         per_sample_scale(lo, node, scale_a, table, f"{site}.scale"),
         offsets,
     )
-    attributes = {"block": lo.forms[site].block or 1, "out_type": int(FLOAT)}
+    attributes = {"out_type": int(FLOAT), **rotation_attributes(rotation_within(product.args[1]))}
     if is_op(product, ops.int_conv2d.default):
         kernel = int(codes.shape[2])
         stride, padding = (int(product.args[i][0]) for i in (2, 3))  # type: ignore[index, arg-type]

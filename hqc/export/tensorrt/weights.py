@@ -71,6 +71,8 @@ def int8_digits(total: Tensor, site: str) -> tuple[Digit, ...]:
     upper = torch.div(total + _BASE // 2, _BASE, rounding_mode="floor")
     if int(upper.min()) < -128 or int(upper.max()) > 127:
         raise ExportError(
-            f"site {site}", f"its weight codes span {low}…{high}, past two int8 digits", "Use a smaller Hadamard block."
+            f"site {site}",
+            f"its weight codes span {low}…{high}, past two int8 digits",
+            "Use a smaller Hadamard block, or rotate the weight too (insert_hadamard(weights=True)).",
         )
     return Digit((total - _BASE * upper).to(torch.int8), 1), Digit(upper.to(torch.int8), _BASE)

@@ -85,6 +85,7 @@ def attention_values(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
+    REGULAR: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
@@ -125,7 +126,7 @@ def attention_values(
     at = y_ptr + (sample * tokens + t)[:, None] * (HEADS * WIDTH) + (column + c)[None, :]
     mask = in_rows[:, None] & there[None, :]
     if inverse_scale_ptr is not None:
-        y = butterfly(acc, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK)
+        y = butterfly(acc, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK, REGULAR)
         codes = to_codes(y * (tl.load(inverse_scale_ptr + sample) * NORM), LOW, HIGH)
         tl.store(at, codes.to(tl.int8), mask)
     else:

@@ -47,6 +47,7 @@ def write_outputs(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
+    REGULAR: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr,
 ):
@@ -92,7 +93,7 @@ def write_outputs(
     mask = in_rows[:, None] & (o < pitch)[None, :]
     offsets = m[:, None] * pitch + o[None, :]
     if inverse_scale_ptr is not None:
-        y = butterfly(y, TILE_ROWS * WIDE, 0, LOG_BLOCK) * NORM
+        y = butterfly(y, TILE_ROWS * WIDE, 0, LOG_BLOCK, REGULAR) * NORM
         if WHOLE:
             y *= tl.load(inverse_scale_ptr + owner)
         else:
@@ -136,6 +137,7 @@ def sum_splits(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
+    REGULAR: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr,
 ):
@@ -175,6 +177,7 @@ def sum_splits(
         LOW,
         HIGH,
         LOG_BLOCK,
+        REGULAR,
         TILE_ROWS,
         TILE_OUTPUTS,
     )

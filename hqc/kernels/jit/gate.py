@@ -69,6 +69,7 @@ def gate_quantize(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
+    REGULAR: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
 ):
@@ -87,6 +88,6 @@ def gate_quantize(
     else:
         y = activation(tl.load(x_ptr + m[:, None] * channels + c[None, :], mask, other=0.0).to(tl.float32), KIND)
     inverse = tl.load(inverse_scale_ptr + m // rows_per_sample, m < rows, other=0.0)
-    y = butterfly(y, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK)
+    y = butterfly(y, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK, REGULAR)
     codes = to_codes(y * (inverse * NORM)[:, None], LOW, HIGH)
     tl.store(codes_ptr + m[:, None] * channels + c[None, :], codes.to(tl.int8), mask)

@@ -97,10 +97,12 @@ def group_norm_quantize(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
+    REGULAR: tl.constexpr,
     BESIDE_NORM: tl.constexpr,
     BESIDE_LOW: tl.constexpr,
     BESIDE_HIGH: tl.constexpr,
     BESIDE_LOG_BLOCK: tl.constexpr,
+    BESIDE_REGULAR: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
 ):
@@ -127,7 +129,7 @@ def group_norm_quantize(
         other = tl.load(second_ptr + at, mask & (c >= first_channels)[None, :], other=0.0)
         x = tl.where(mine, x, other).to(tl.float32)
     if beside_ptr is not None:
-        z = butterfly(x, TILE_ROWS * TILE_CHANNELS, 0, BESIDE_LOG_BLOCK)
+        z = butterfly(x, TILE_ROWS * TILE_CHANNELS, 0, BESIDE_LOG_BLOCK, BESIDE_REGULAR)
         beside = to_codes(z * (tl.load(beside_scale_ptr + sample) * BESIDE_NORM), BESIDE_LOW, BESIDE_HIGH)
         tl.store(beside_ptr + row[:, None] * channels + c[None, :], beside.to(tl.int8), mask)
     if JOINED:
@@ -163,6 +165,6 @@ def group_norm_quantize(
         tl.store(y_ptr + row[:, None] * channels + c[None, :], y.to(y_ptr.dtype.element_ty), mask)
     if codes_ptr is not None:
         # Channels past the last are blocks of their own, and are not written.
-        y = butterfly(y, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK)
+        y = butterfly(y, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK, REGULAR)
         codes = to_codes(y * (tl.load(inverse_scale_ptr + sample) * NORM), LOW, HIGH)
         tl.store(codes_ptr + row[:, None] * channels + c[None, :], codes.to(tl.int8), mask)

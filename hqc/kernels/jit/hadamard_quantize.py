@@ -22,6 +22,7 @@ def hadamard_quantize_rows(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
+    REGULAR: tl.constexpr,
     PACKED: tl.constexpr,
     PITCH: tl.constexpr,
     FIRST: tl.constexpr,
@@ -48,7 +49,7 @@ def hadamard_quantize_rows(
         pitch = PITCH if PITCH > 0 else channels
         x = tl.load(x_ptr + m[:, None] * pitch + c[None, :], mask, other=0.0)
     inverse = tl.load(inverse_scale_ptr + m // rows_per_sample, inside, other=0.0)
-    y = butterfly(x.to(tl.float32), TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK)
+    y = butterfly(x.to(tl.float32), TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK, REGULAR)
     # The factor 1/√b comes after the sum and before the scale, as in the reference: both sides round alike.
     codes = to_codes(y * NORM * inverse[:, None], LOW, HIGH)
     if PACKED:
@@ -72,6 +73,7 @@ def hadamard_quantize_nchw(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
+    REGULAR: tl.constexpr,
     PACKED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     LOG_TILE_ROWS: tl.constexpr,
@@ -90,7 +92,7 @@ def hadamard_quantize_nchw(
     offsets = (sample * channels + c[:, None]) * pixels + p[None, :]
     x = tl.load(x_ptr + offsets, (c < channels)[:, None] & (p < pixels)[None, :], other=0.0)
     # Channels are the slow axis of the tile: their bits stand above the pixels' in the flat index.
-    y = butterfly(x.to(tl.float32), TILE_ROWS * TILE_CHANNELS, LOG_TILE_ROWS, LOG_TILE_ROWS + LOG_BLOCK)
+    y = butterfly(x.to(tl.float32), TILE_ROWS * TILE_CHANNELS, LOG_TILE_ROWS, LOG_TILE_ROWS + LOG_BLOCK, REGULAR)
     codes = to_codes(y * NORM * inverse, LOW, HIGH)
     row = sample * pixels + p
     if PACKED:

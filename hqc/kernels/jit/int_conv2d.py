@@ -40,6 +40,7 @@ def int_conv2d(
     UPSAMPLE: tl.constexpr,
     FORM: tl.constexpr,
     ROTATION: tl.constexpr,
+    REGULAR_ROTATION: tl.constexpr,
     HIGH_FACTOR: tl.constexpr,
     SHIFT_PITCH: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -49,6 +50,7 @@ def int_conv2d(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
+    REGULAR: tl.constexpr,
     EVEN: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr,
@@ -72,7 +74,7 @@ def int_conv2d(
     left = pixel % out_width * STRIDE_W - PAD_W
     acc = tl.zeros((TILE_ROWS, TILE_OUTPUTS), tl.int32)
     acc_high = acc
-    signs = rotation_tile(ROTATION) if ROTATION > 1 else None
+    signs = rotation_tile(ROTATION, REGULAR_ROTATION) if ROTATION > 1 else None
     chunks = tl.cdiv(channels, TILE_CHANNELS)
     # One loop over taps and channels, not two: the compiler pipelines the loads of the innermost loop only.
     steps = KERNEL_H * KERNEL_W * chunks
@@ -93,12 +95,34 @@ def int_conv2d(
         codes = tl.load(codes_ptr + offsets, mask, other=0)
         line = o * (KERNEL_H * KERNEL_W) + tap
         w = weight_tile(
-            weight_ptr, line, o < outputs, first, channels, signs, FORM, ROTATION, EVEN, TILE_OUTPUTS, TILE_CHANNELS
+            weight_ptr,
+            line,
+            o < outputs,
+            first,
+            channels,
+            signs,
+            FORM,
+            ROTATION,
+            REGULAR_ROTATION,
+            EVEN,
+            TILE_OUTPUTS,
+            TILE_CHANNELS,
         )
         acc = tl.dot(codes, tl.trans(w), acc, out_dtype=tl.int32)
         if weight_high_ptr is not None:
             w = weight_tile(
-                weight_high_ptr, line, o < outputs, first, channels, None, "int8", 1, EVEN, TILE_OUTPUTS, TILE_CHANNELS
+                weight_high_ptr,
+                line,
+                o < outputs,
+                first,
+                channels,
+                None,
+                "int8",
+                1,
+                False,
+                EVEN,
+                TILE_OUTPUTS,
+                TILE_CHANNELS,
             )
             acc_high = tl.dot(codes, tl.trans(w), acc_high, out_dtype=tl.int32)
         first += TILE_CHANNELS
@@ -132,6 +156,7 @@ def int_conv2d(
             LOW,
             HIGH,
             LOG_BLOCK,
+            REGULAR,
             TILE_ROWS,
             TILE_OUTPUTS,
         )

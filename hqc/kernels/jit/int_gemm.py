@@ -28,6 +28,7 @@ def int_gemm(
     statistics_ptr,
     FORM: tl.constexpr,
     ROTATION: tl.constexpr,
+    REGULAR_ROTATION: tl.constexpr,
     HIGH_FACTOR: tl.constexpr,
     SHIFT_PITCH: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -37,6 +38,7 @@ def int_gemm(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
+    REGULAR: tl.constexpr,
     EVEN: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr,
@@ -56,7 +58,7 @@ def int_gemm(
     o = across * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
     acc = tl.zeros((TILE_ROWS, TILE_OUTPUTS), tl.int32)
     acc_high = acc
-    signs = rotation_tile(ROTATION) if ROTATION > 1 else None
+    signs = rotation_tile(ROTATION, REGULAR_ROTATION) if ROTATION > 1 else None
     if SPLITS == 1:
         begin, end = 0, channels
     else:
@@ -68,12 +70,34 @@ def int_gemm(
         mask = (m < rows)[:, None] if EVEN else (m < rows)[:, None] & (c < channels)[None, :]
         codes = tl.load(codes_ptr + m[:, None] * channels + c[None, :], mask, other=0)
         w = weight_tile(
-            weight_ptr, o, o < outputs, first, channels, signs, FORM, ROTATION, EVEN, TILE_OUTPUTS, TILE_CHANNELS
+            weight_ptr,
+            o,
+            o < outputs,
+            first,
+            channels,
+            signs,
+            FORM,
+            ROTATION,
+            REGULAR_ROTATION,
+            EVEN,
+            TILE_OUTPUTS,
+            TILE_CHANNELS,
         )
         acc = tl.dot(codes, tl.trans(w), acc, out_dtype=tl.int32)
         if weight_high_ptr is not None:
             w = weight_tile(
-                weight_high_ptr, o, o < outputs, first, channels, None, "int8", 1, EVEN, TILE_OUTPUTS, TILE_CHANNELS
+                weight_high_ptr,
+                o,
+                o < outputs,
+                first,
+                channels,
+                None,
+                "int8",
+                1,
+                False,
+                EVEN,
+                TILE_OUTPUTS,
+                TILE_CHANNELS,
             )
             acc_high = tl.dot(codes, tl.trans(w), acc_high, out_dtype=tl.int32)
     if weight_high_ptr is not None:
@@ -103,6 +127,7 @@ def int_gemm(
             LOW,
             HIGH,
             LOG_BLOCK,
+            REGULAR,
             TILE_ROWS,
             TILE_OUTPUTS,
         )

@@ -25,6 +25,7 @@ def layer_norm_quantize(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
+    REGULAR: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
 ):
@@ -50,6 +51,6 @@ def layer_norm_quantize(
     if y_ptr is not None:
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask)
     inverse = tl.load(inverse_scale_ptr + m // rows_per_sample, m < rows, other=0.0)
-    y = butterfly(y, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK)
+    y = butterfly(y, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK, REGULAR)
     codes = to_codes(y * (inverse * NORM)[:, None], LOW, HIGH)
     tl.store(codes_ptr + at, codes.to(tl.int8), mask)

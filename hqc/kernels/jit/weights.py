@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hqc.kernels.jit.rotation import butterfly, sylvester_tile
+from hqc.kernels.jit.rotation import butterfly, matrix_tile
 
 __all__ = ["rotation_tile", "weight_tile"]
 
@@ -26,10 +26,10 @@ def _signed_nibbles(words):
 
 
 @triton.jit
-def rotation_tile(ROTATION: tl.constexpr):
-    """The ±1 matrix that `weight_tile` multiplies with; order max(32, min(ROTATION, 128))."""
-    ORDER: tl.constexpr = min(max(ROTATION, 32), 128)
-    return sylvester_tile(min(ROTATION, ORDER), ORDER)
+def rotation_tile(ROTATION: tl.constexpr, REGULAR: tl.constexpr):
+    """The ±1 matrix that `weight_tile` multiplies with; order max(32, min(ROTATION, 128)), 64 for a regular H_256."""
+    ORDER: tl.constexpr = 64 if REGULAR and ROTATION == 256 else min(max(ROTATION, 32), 128)
+    return matrix_tile(min(ROTATION, ORDER), ORDER, REGULAR)
 
 
 @triton.jit
@@ -42,6 +42,7 @@ def weight_tile(
     signs,
     FORM: tl.constexpr,
     ROTATION: tl.constexpr,
+    REGULAR: tl.constexpr,
     EVEN: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
@@ -51,6 +52,7 @@ def weight_tile(
     FORM "int8": w_ptr int8, lines of `channels`.  "nibbles": uint8, two codes a byte, lines of ⌈channels/2⌉ bytes.
     "words": the same bytes read as int32, eight codes each, for channels % 8 == 0: a third of the instructions.
     ROTATION > 1: the tile times H along channels, in integers; the caller has checked that the result fits int8.
+    REGULAR: H is the regular one, not Sylvester's.
     EVEN: channels % TILE_CHANNELS == 0, no mask along them.
     """
     if FORM == "int8":
@@ -71,11 +73,11 @@ def weight_tile(
         high = _bytes_of(_signed_nibbles(words >> 4), TILE_OUTPUTS, TILE_CHANNELS // 2)
         w = tl.reshape(tl.join(low, high), (TILE_OUTPUTS, TILE_CHANNELS))
     if ROTATION > 1:
-        ORDER: tl.constexpr = min(max(ROTATION, 32), 128)
+        ORDER: tl.constexpr = signs.shape[0]
         groups = tl.reshape(w, (TILE_OUTPUTS * TILE_CHANNELS // ORDER, ORDER))
         rotated = tl.dot(groups, signs, out_dtype=tl.int32)
         if ROTATION > ORDER:
-            # H_256 = H_2 ⊗ H_128: a 64 KiB matrix would not fit beside the tiles.
-            rotated = butterfly(rotated, TILE_OUTPUTS * TILE_CHANNELS, 7, 8)
+            # H_256 = H_2 ⊗ H_128, or H_4 ⊗ H_64: a 64 KiB matrix would not fit beside the tiles.
+            rotated = butterfly(rotated, TILE_OUTPUTS * TILE_CHANNELS, 6 if REGULAR else 7, 8, REGULAR)
         w = tl.reshape(rotated.to(tl.int8), (TILE_OUTPUTS, TILE_CHANNELS))
     return w

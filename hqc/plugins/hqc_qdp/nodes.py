@@ -1,11 +1,13 @@
 """The three plugin nodes: types and formats that they take, their output, the kernels that they need, and the launch.
 
-    HadamardQuantize(x, inv_scale [N]; block, low, high, channel_axis) -> int8, the shape of x
-    Int4Linear(q […, K], weight [O, K/2], scale_w [O], scale_a [N], bias [O]; block, out_type) -> […, O]
-    Int4Conv(q [N, C, H, W], weight [O, kernel²·C/2], …; block, kernel, stride, padding, out_type) -> [N, O, H', W']
+    HadamardQuantize(x, inv_scale [N]; block, low, high, channel_axis, regular) -> int8, the shape of x
+    Int4Linear(q […, K], weight [O, K/2], scale_w [O], scale_a [N], bias [O]; block, out_type, regular) -> […, O]
+    Int4Conv(q [N, C, H, W], weight [O, kernel²·C/2], …; block, kernel, stride, padding, out_type, regular)
+        -> [N, O, H', W']
 
-Sizes are whole numbers, or TensorRT's expressions of sizes that are known when the engine runs: the same formulas serve
-both. Channels and outputs are always whole numbers.
+block is the order of H, 1 for none; regular says which H, 1 the regular one, 0 Sylvester's. Sizes are whole numbers, or
+TensorRT's expressions of sizes that are known when the engine runs: the same formulas serve both. Channels and
+outputs are always whole numbers.
 
 Images are NCHW to ONNX and to TensorRT, whatever lies in memory. The kernels read and write NHWC, which is what
 TensorRT calls HWC16 (int8), HWC8 (float16 and bfloat16) and HWC (float32), as long as the channels fill the vector.
@@ -97,11 +99,12 @@ class HadamardVariant:
     block: int
     low: int
     high: int
+    regular: bool = False
 
     @property
     def key(self) -> str:
         """See `Variant`."""
-        sizes = f"channels={self.channels} block={self.block} low={self.low} high={self.high}"
+        sizes = f"channels={self.channels} {_rotation(self)} low={self.low} high={self.high}"
         return f"HadamardQuantize {self.dtype} {self.layout} {sizes}"
 
     def launch(self, dims: Dims, tile: tuple[int, int], ceil_div: CeilDiv) -> Launch:
@@ -119,7 +122,7 @@ class HadamardQuantize:
     """Rotates, scales, rounds and clips in one pass over memory."""
 
     name = "HadamardQuantize"
-    attributes: tuple[str, ...] = ("block", "low", "high", "channel_axis")
+    attributes: tuple[str, ...] = ("block", "low", "high", "channel_axis", "regular")
     inputs: tuple[str, ...] = ("x", "inv_scale")
 
     def choices(self, dims: Sequence[Dims], dtype: str, attributes: Attributes) -> tuple[Choice, ...]:
@@ -131,10 +134,10 @@ class HadamardQuantize:
             raise PluginError(self.name, f"channel_axis is {axis} of {rank}, expected the last, or 1 of 4", NO_PLUGINS)
         channels = _static(dims[0][1 if image else rank - 1], "HadamardQuantize", "channels")
         bounds = attributes["low"], attributes["high"]
-        _divides(self.name, attributes["block"], channels)
+        regular = _kind(self.name, attributes, channels)
 
         def choice(layout: str, x_format: str, codes_format: str) -> Choice:
-            variant = HadamardVariant(dtype, layout, channels, attributes["block"], *bounds)
+            variant = HadamardVariant(dtype, layout, channels, attributes["block"], *bounds, regular)
             return Choice(variant, (dtype, "fp32", "int8"), (x_format, "LINEAR", codes_format))
 
         if not image:
@@ -158,11 +161,12 @@ class LinearVariant:
     channels: int
     outputs: int
     block: int
+    regular: bool = False
 
     @property
     def key(self) -> str:
         """See `Variant`."""
-        return f"Int4Linear {self.dtype} channels={self.channels} outputs={self.outputs} block={self.block}"
+        return f"Int4Linear {self.dtype} channels={self.channels} outputs={self.outputs} {_rotation(self)}"
 
     def launch(self, dims: Dims, tile: tuple[int, int], ceil_div: CeilDiv) -> Launch:
         """See `Variant`."""
@@ -182,12 +186,13 @@ class ConvVariant:
     kernel: int
     stride: int
     padding: int
+    regular: bool = False
 
     @property
     def key(self) -> str:
         """See `Variant`."""
         window = f"kernel={self.kernel} stride={self.stride} padding={self.padding}"
-        return f"Int4Conv {self.dtype} channels={self.channels} outputs={self.outputs} block={self.block} {window}"
+        return f"Int4Conv {self.dtype} channels={self.channels} outputs={self.outputs} {_rotation(self)} {window}"
 
     def launch(self, dims: Dims, tile: tuple[int, int], ceil_div: CeilDiv) -> Launch:
         """See `Variant`."""
@@ -202,7 +207,7 @@ class Int4Linear:
     """int8 codes times packed four-bit weights, rescaled."""
 
     name = "Int4Linear"
-    attributes: tuple[str, ...] = ("block", "out_type")
+    attributes: tuple[str, ...] = ("block", "out_type", "regular")
     inputs: tuple[str, ...] = ("q", "weight", "scale_w", "scale_a", "bias")
 
     def choices(self, dims: Sequence[Dims], dtype: str, attributes: Attributes) -> tuple[Choice, ...]:
@@ -213,8 +218,7 @@ class Int4Linear:
         channels = _static(dims[0][len(dims[0]) - 1], self.name, "channels")
         if channels != 2 * stored:
             raise PluginError(self.name, f"{channels} channels meet weights of {2 * stored}", AGAIN)
-        _divides(self.name, attributes["block"], channels)
-        variant = LinearVariant(out, channels, outputs, attributes["block"])
+        variant = LinearVariant(out, channels, outputs, attributes["block"], _kind(self.name, attributes, channels))
         return (Choice(variant, _product_types(out), ("LINEAR",) * 6),)
 
     def output(self, dims: Sequence[Dims], attributes: Attributes) -> tuple[tuple[Size, ...], str]:
@@ -227,7 +231,7 @@ class Int4Conv:
     """The same as a convolution."""
 
     name = "Int4Conv"
-    attributes: tuple[str, ...] = ("block", "kernel", "stride", "padding", "out_type")
+    attributes: tuple[str, ...] = ("block", "kernel", "stride", "padding", "out_type", "regular")
     inputs: tuple[str, ...] = ("q", "weight", "scale_w", "scale_a", "bias")
 
     def choices(self, dims: Sequence[Dims], dtype: str, attributes: Attributes) -> tuple[Choice, ...]:
@@ -240,11 +244,11 @@ class Int4Conv:
         if taps * channels != 2 * stored or taps != attributes["kernel"] ** 2:
             window = f"a window of {channels} channels and side {attributes['kernel']}"
             raise PluginError(self.name, f"weights of {2 * stored} are not those of {window}", AGAIN)
-        _divides(self.name, attributes["block"], channels)
+        regular = _kind(self.name, attributes, channels)
         _fills(self.name, channels, "HWC16")
         _fills(self.name, outputs, _LAST[out])
-        sizes = (attributes[name] for name in ("kernel", "stride", "padding"))
-        variant = ConvVariant(out, channels, outputs, attributes["block"], *sizes)
+        sizes = (attributes["kernel"], attributes["stride"], attributes["padding"])
+        variant = ConvVariant(out, channels, outputs, attributes["block"], *sizes, regular)
         return (Choice(variant, _product_types(out), ("HWC16", "LINEAR", "LINEAR", "LINEAR", "LINEAR", _LAST[out])),)
 
     def output(self, dims: Sequence[Dims], attributes: Attributes) -> tuple[tuple[Size, ...], str]:
@@ -292,9 +296,22 @@ def _fills(op: str, channels: int, layout: str) -> None:
         raise PluginError(op, found, NO_PLUGINS)
 
 
-def _divides(op: str, block: int, channels: int) -> None:
+ORDERS: Mapping[int, tuple[int, ...]] = {0: (1, 8, 16, 32, 64, 128, 256), 1: (16, 32, 64, 256)}
+"""Orders of H that kernels rotate by, Sylvester's (1 for none) and the regular one."""
+
+
+def _kind(op: str, attributes: Attributes, channels: int) -> bool:
+    """Whether H is the regular one, after a check of its order."""
+    block, regular = attributes["block"], attributes["regular"]
     if block < 1 or channels % block:
         raise PluginError(op, f"{channels} channels are not whole blocks of {block}", AGAIN)
+    if block not in ORDERS.get(regular, ()):
+        raise PluginError(op, f"no kernel rotates in blocks of {block} of kind {regular}", NO_PLUGINS)
+    return regular == 1
+
+
+def _rotation(variant: HadamardVariant | LinearVariant | ConvVariant) -> str:
+    return f"block={variant.block}{' regular' if variant.regular else ''}"
 
 
 def _codes(op: str, dtype: str) -> None:

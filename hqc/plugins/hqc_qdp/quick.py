@@ -50,7 +50,13 @@ _TYPES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}
 
 
 def _describe_hadamard(
-    x: trtp.TensorDesc, inv_scale: trtp.TensorDesc, block: Ints, low: Ints, high: Ints, channel_axis: Ints
+    x: trtp.TensorDesc,
+    inv_scale: trtp.TensorDesc,
+    block: Ints,
+    low: Ints,
+    high: Ints,
+    channel_axis: Ints,
+    regular: Ints,
 ) -> trtp.TensorDesc:
     codes = x.like()
     codes.dtype = trt.int8
@@ -64,9 +70,10 @@ def _tune_hadamard(
     low: Ints,
     high: Ints,
     channel_axis: Ints,
+    regular: Ints,
     outputs: tuple[trtp.TensorDesc],
 ) -> list[trtp.AutoTuneCombination]:
-    return _tune("HadamardQuantize", (x, inv_scale), (block, low, high, channel_axis))
+    return _tune("HadamardQuantize", (x, inv_scale), (block, low, high, channel_axis, regular))
 
 
 def _kernel_hadamard(
@@ -76,10 +83,11 @@ def _kernel_hadamard(
     low: Ints,
     high: Ints,
     channel_axis: Ints,
+    regular: Ints,
     outputs: tuple[trtp.TensorDesc],
     tactic: int,
 ) -> Aot:
-    return _kernel("HadamardQuantize", (x, inv_scale), (block, low, high, channel_axis), outputs, tactic)
+    return _kernel("HadamardQuantize", (x, inv_scale), (block, low, high, channel_axis, regular), outputs, tactic)
 
 
 # ---- Int4Linear ----------------------------------------------------------------------------------------------------
@@ -93,8 +101,9 @@ def _describe_linear(
     bias: trtp.TensorDesc,
     block: Ints,
     out_type: Ints,
+    regular: Ints,
 ) -> trtp.TensorDesc:
-    return _describe("Int4Linear", (q, weight), (block, out_type))
+    return _describe("Int4Linear", (q, weight), (block, out_type, regular))
 
 
 def _tune_linear(
@@ -105,9 +114,10 @@ def _tune_linear(
     bias: trtp.TensorDesc,
     block: Ints,
     out_type: Ints,
+    regular: Ints,
     outputs: tuple[trtp.TensorDesc],
 ) -> list[trtp.AutoTuneCombination]:
-    return _tune("Int4Linear", (q, weight, scale_w, scale_a, bias), (block, out_type))
+    return _tune("Int4Linear", (q, weight, scale_w, scale_a, bias), (block, out_type, regular))
 
 
 def _kernel_linear(
@@ -118,10 +128,11 @@ def _kernel_linear(
     bias: trtp.TensorDesc,
     block: Ints,
     out_type: Ints,
+    regular: Ints,
     outputs: tuple[trtp.TensorDesc],
     tactic: int,
 ) -> Aot:
-    return _kernel("Int4Linear", (q, weight, scale_w, scale_a, bias), (block, out_type), outputs, tactic)
+    return _kernel("Int4Linear", (q, weight, scale_w, scale_a, bias), (block, out_type, regular), outputs, tactic)
 
 
 # ---- Int4Conv ------------------------------------------------------------------------------------------------------
@@ -138,8 +149,9 @@ def _describe_conv(
     stride: Ints,
     padding: Ints,
     out_type: Ints,
+    regular: Ints,
 ) -> trtp.TensorDesc:
-    return _describe("Int4Conv", (q, weight), (block, kernel, stride, padding, out_type))
+    return _describe("Int4Conv", (q, weight), (block, kernel, stride, padding, out_type, regular))
 
 
 def _tune_conv(
@@ -153,9 +165,10 @@ def _tune_conv(
     stride: Ints,
     padding: Ints,
     out_type: Ints,
+    regular: Ints,
     outputs: tuple[trtp.TensorDesc],
 ) -> list[trtp.AutoTuneCombination]:
-    attributes = (block, kernel, stride, padding, out_type)
+    attributes = (block, kernel, stride, padding, out_type, regular)
     return _tune("Int4Conv", (q, weight, scale_w, scale_a, bias), attributes)
 
 
@@ -170,10 +183,11 @@ def _kernel_conv(
     stride: Ints,
     padding: Ints,
     out_type: Ints,
+    regular: Ints,
     outputs: tuple[trtp.TensorDesc],
     tactic: int,
 ) -> Aot:
-    attributes = (block, kernel, stride, padding, out_type)
+    attributes = (block, kernel, stride, padding, out_type, regular)
     return _kernel("Int4Conv", (q, weight, scale_w, scale_a, bias), attributes, outputs, tactic)
 
 

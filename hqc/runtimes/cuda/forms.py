@@ -7,7 +7,8 @@ from hqc.errors import ExportError, RuntimeMissingError
 from hqc.passes import FreezeIntegers, MergeLora, PackInt4, RotateWeights
 from hqc.pipeline import Pass, run_pipeline
 from hqc.program import Program, Stage, is_op
-from hqc.sites import QuantisedSite, quantised_sites
+from hqc.rotations import Rotation
+from hqc.sites import QuantisedSite, quantised_sites, rotation_of
 
 __all__ = ["NAME", "integer_form", "require_quantised", "site_input", "site_rotation", "stored_form"]
 
@@ -51,10 +52,10 @@ def stored_form(program: Program) -> Program:
     return run_pipeline(integer_form(program), [PackInt4()])
 
 
-def site_rotation(site: QuantisedSite) -> int:
-    """The block of a site's rotation, 1 for none."""
+def site_rotation(site: QuantisedSite) -> Rotation:
+    """What a site's activation is rotated by, order 1 for nothing."""
     before = site.quantiser.args[0]
-    return int(before.args[1]) if is_op(before, ops.hadamard.default) else 1  # type: ignore[union-attr, arg-type]
+    return rotation_of(before) if is_op(before, ops.hadamard.default) else Rotation(1)  # type: ignore[arg-type]
 
 
 def site_input(site: QuantisedSite) -> fx.Node:

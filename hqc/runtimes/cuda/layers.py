@@ -29,19 +29,19 @@ __all__ = [
 
 
 class Codes(nn.Module):
-    """How a tensor becomes codes: bounds and block of the rotation; the scale is an argument of each call."""
+    """How a tensor becomes codes: bounds, order and kind of the rotation; the scale is an argument of each call."""
 
-    def __init__(self, *, low: int, high: int, block: int) -> None:
+    def __init__(self, *, low: int, high: int, block: int, regular: bool = False) -> None:
         super().__init__()
-        self.low, self.high, self.block = low, high, block
+        self.low, self.high, self.block, self.regular = low, high, block, regular
 
     def quantiser(self, inverse_scale: Tensor) -> Quantiser:
         """As the kernels take it."""
-        return Quantiser(inverse_scale, self.low, self.high, self.block)
+        return Quantiser(inverse_scale, self.low, self.high, self.block, self.regular)
 
     def extra_repr(self) -> str:
         """What it prints as."""
-        return f"{self.low}…{self.high}, block={self.block}"
+        return f"{self.low}…{self.high}, block={self.block}{' regular' if self.regular else ''}"
 
 
 class KernelCall(nn.Module):
@@ -66,7 +66,7 @@ class Quantise(KernelCall):
 
     def forward(self, x: Tensor, inverse_scale: Tensor, second: Tensor | None = None) -> Tensor:
         """x in float16, bfloat16 or float32, inverse_scale fp32 [N]; second: the rest of x's channels."""
-        how = {"low": self.codes.low, "high": self.codes.high, "block": self.codes.block}
+        how = {name: getattr(self.codes, name) for name in ("low", "high", "block", "regular")}
         run = self.kernels.hadamard_quantize
         if not self.image:
             return run(_close_rows(x), inverse_scale, **how)
@@ -202,12 +202,12 @@ class IntegerLayer(KernelCall):
         self.register_buffer("weight_scale", weight.scale)
         self.register_buffer("high", weight.high)
         self.register_buffer("bias", bias)
-        self.rotation, self.high_factor = weight.rotation, weight.high_factor
+        self.rotation, self.regular, self.high_factor = weight.rotation, weight.regular, weight.high_factor
 
     @property
     def weight(self) -> Weight:
         """As the kernels take it."""
-        return Weight(self.codes, self.weight_scale, self.high, self.high_factor, self.rotation)
+        return Weight(self.codes, self.weight_scale, self.high, self.high_factor, self.rotation, self.regular)
 
     def _epilogue(self, residual: Tensor | None, shift: Tensor | None, inverse_scale: Tensor | None) -> Epilogue:
         quantiser = None
@@ -220,7 +220,8 @@ class IntegerLayer(KernelCall):
         packed = "int4" if self.codes.dtype == torch.uint8 else "int8" if self.high is None else "two digits"
         after = [f"gate={self.gate}"] if self.gate != "none" else []
         after += ["statistics"] if self.statistics else []
-        shape = f"{packed} {list(self.codes.shape)}, rotation={self.rotation}, silu={self.silu}, {self.dtype}"
+        rotation = f"rotation={self.rotation}{' regular' if self.regular else ''}"
+        shape = f"{packed} {list(self.codes.shape)}, {rotation}, silu={self.silu}, {self.dtype}"
         return ", ".join([shape, *after])
 
 

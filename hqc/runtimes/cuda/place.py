@@ -86,12 +86,12 @@ def _codes(
 ) -> fx.Node:
     """The codes that a site reads; an earlier site's where they are the same."""
     low, high = site.bounds
-    x, block, image = site_input(site), site_rotation(site), _is_image(site)
+    x, rotation, image = site_input(site), site_rotation(site), _is_image(site)
     inverse = banks.inverse(_lookup(site))
-    key = (x, inverse, low, high, block, image)
+    key = (x, inverse, low, high, rotation, image)
     if key not in quantisers:
         name = f"quantise_{len(quantisers)}"
-        modules[name] = Quantise(kernels, Codes(low=low, high=high, block=block), image=image)
+        modules[name] = Quantise(kernels, Codes(low=low, high=high, **rotation._asdict()), image=image)
         with edit.graph.inserting_before(site.quantiser):
             node = edit.graph.call_module(name, (x, inverse))
         node.meta = {"site": site.site, "dtype": "int8", "role": "codes"}

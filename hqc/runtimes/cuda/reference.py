@@ -44,6 +44,7 @@ def hadamard_quantize(
     low: int,
     high: int,
     block: int = 1,
+    regular: bool = False,
     nchw: bool = False,
     packed: bool = False,
     second: Tensor | None = None,
@@ -51,7 +52,7 @@ def hadamard_quantize(
     """q = clip(round((Ĥ·x)·inverse_scale[n]), low, high) in float32, channels last; see `hqc.kernels`."""
     whole = x if second is None else torch.cat([x, second], -1)
     rows = (whole.movedim(1, -1) if nchw else whole).to(torch.float32).contiguous()
-    codes = _codes(rows, Quantiser(inverse_scale, low, high, block))
+    codes = _codes(rows, Quantiser(inverse_scale, low, high, block, regular))
     return _packed(codes) if packed else codes
 
 
@@ -169,7 +170,7 @@ def weight_values(weight: Weight, channels: int) -> Tensor:
     codes = torch.where(nibbles > 7, nibbles - 16, nibbles)
     if weight.rotation == 1:
         return codes
-    rotated: Tensor = rotate_codes(codes.movedim(-1, 1).to(torch.int8), weight.rotation)
+    rotated: Tensor = rotate_codes(codes.movedim(-1, 1).to(torch.int8), weight.rotation, weight.regular)
     return rotated.movedim(1, -1).to(torch.int32)
 
 
@@ -196,7 +197,7 @@ def _finished(acc: Tensor, weight: Weight, scale: Tensor, epilogue: Epilogue) ->
 
 def _codes(rows: Tensor, quantiser: Quantiser) -> Tensor:
     """Codes of float32 rows [N, …, C]."""
-    rotated = hadamard(rows, quantiser.block, -1) if quantiser.block > 1 else rows
+    rotated = hadamard(rows, quantiser.block, -1, quantiser.regular) if quantiser.block > 1 else rows
     levels = rotated * quantiser.inverse_scale.view(-1, *[1] * (rows.ndim - 1))
     return levels.round_().clamp_(quantiser.low, quantiser.high).to(torch.int8)
 

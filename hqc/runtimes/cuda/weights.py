@@ -7,7 +7,8 @@ from hqc.errors import ExportError
 from hqc.kernels import Weight, channels_last, pack_weight, packed_weight_fits
 from hqc.ops import digit
 from hqc.program import Program, is_op
-from hqc.sites import QuantisedSite
+from hqc.rotations import Rotation
+from hqc.sites import QuantisedSite, rotation_of
 
 __all__ = ["site_weight", "weight_form"]
 
@@ -24,9 +25,10 @@ def site_weight(program: Program, site: QuantisedSite, *, device: torch.device, 
         ExportError: if the rotated codes need more than two digits.
     """
     scale = _state(program, site.layer.args[2]).to(device)
-    stored, block = _stored(program, site, device)
-    if pack and _four_bits(stored) and packed_weight_fits(stored, block):
-        return Weight(pack_weight(channels_last(stored)), scale, rotation=block)
+    stored, rotation = _stored(program, site, device)
+    if pack and _four_bits(stored) and packed_weight_fits(stored, *rotation):
+        packed = pack_weight(channels_last(stored))
+        return Weight(packed, scale, rotation=rotation.block, regular=rotation.regular)
     total = sum(p.factor * _value(program, p.node.args[1], device).to(torch.int32) for p in site.products)
     assert isinstance(total, Tensor)
     rotated = channels_last(total)
@@ -37,7 +39,7 @@ def site_weight(program: Program, site: QuantisedSite, *, device: torch.device, 
         raise ExportError(
             f"site {site.site}",
             f"rotated codes span {low}…{high}, past two digits {_TWO_DIGITS}",
-            "Use a Hadamard block of 64 or less.",
+            "Use a block of 64 or less, or rotate the weight too (insert_hadamard(weights=True)): both fit.",
         )
     return Weight(digit(rotated, 0), scale, high=digit(rotated, 1))
 
@@ -49,14 +51,14 @@ def weight_form(weight: Weight) -> str:
     return "int8" if weight.high is None else "two digits"
 
 
-def _stored(program: Program, site: QuantisedSite, device: torch.device) -> tuple[Tensor, int]:
-    """The codes before the rotation and its block, 1 for none."""
+def _stored(program: Program, site: QuantisedSite, device: torch.device) -> tuple[Tensor, Rotation]:
+    """The codes before the rotation, and the rotation, order 1 for none."""
     node = site.products[0].node.args[1]
     while is_op(node, torch.ops.aten.to.dtype, ops.digit.default, ops.half.default):
         node = node.args[0]  # type: ignore[union-attr]
     if is_op(node, ops.rotate_codes.default):
-        return _value(program, node.args[0], device), int(node.args[1])  # type: ignore[union-attr, arg-type]
-    return _value(program, node, device), 1
+        return _value(program, node.args[0], device), rotation_of(node)  # type: ignore[union-attr, arg-type]
+    return _value(program, node, device), Rotation(1)
 
 
 def _four_bits(codes: Tensor) -> bool:

@@ -9,28 +9,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Fence", "conv_sums", "fenced", "levels", "product_sums", "rotated", "signs"]
+__all__ = ["Fence", "conv_sums", "fenced", "levels", "product_sums", "regular_signs", "rotated", "signs"]
 
 FENCE = 64
 """Elements of poison before and after; 64 elements keep the alignment that a whole allocation has."""
 
 
-def signs(order: int) -> np.ndarray:
-    """H[i, j] = (-1)^popcount(i & j): the closed form, not the recursion."""
+def signs(order: int, *, regular: bool = False) -> np.ndarray:
+    """H[i, j] = (-1)^popcount(i & j): the closed form, not the recursion; the regular one by pairs of bits of i ^ j."""
+    if regular:
+        return regular_signs(order)
     return np.array([[1 - 2 * ((i & j).bit_count() % 2) for j in range(order)] for i in range(order)], dtype=np.int64)
 
 
-def rotated(weight: np.ndarray, block: int) -> np.ndarray:
+def regular_signs(order: int) -> np.ndarray:
+    """H ±1 of an order 4^k or 2·4^k; of the second the lowest bit is Sylvester's."""
+    lone = order.bit_length() % 2 == 0
+    pairs = sum(1 << bit for bit in range(int(lone), order.bit_length() - 1, 2))
+    parity = [
+        [((i ^ j) & ((i ^ j) >> 1) & pairs).bit_count() + (i & j & int(lone)) for j in range(order)]
+        for i in range(order)
+    ]
+    return 1 - 2 * (np.array(parity, dtype=np.int64) % 2)
+
+
+def rotated(weight: np.ndarray, block: int, *, regular: bool = False) -> np.ndarray:
     """w·H along the last axis, block by block, in int64."""
     blocks = weight.astype(np.int64).reshape(*weight.shape[:-1], -1, block)
-    return (blocks @ signs(block)).reshape(weight.shape)
+    return (blocks @ signs(block, regular=regular)).reshape(weight.shape)
 
 
-def levels(x: Tensor, inverse_scale: Tensor, block: int) -> np.ndarray:
+def levels(x: Tensor, inverse_scale: Tensor, block: int, *, regular: bool = False) -> np.ndarray:
     """((H·x)/√b)·inverse_scale[n] in float64; x [N, …, C]."""
     values = x.to(torch.float64).numpy()
     blocks = values.reshape(*values.shape[:-1], -1, block)
-    turned = (blocks @ signs(block).astype(np.float64) / np.sqrt(block)).reshape(values.shape)
+    turned = (blocks @ signs(block, regular=regular).astype(np.float64) / np.sqrt(block)).reshape(values.shape)
     return turned * inverse_scale.to(torch.float64).numpy().reshape(-1, *[1] * (x.ndim - 1))
 
 

@@ -28,12 +28,15 @@ class Form:
 
     name: str
     block: int = 1
+    regular: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.block}" if self.block > 1 else self.name
+        kind = "-regular" if self.regular else ""
+        return f"{self.name}{kind}-{self.block}" if self.block > 1 else self.name
 
 
 FORMS = [Form("int8"), Form("packed"), *[Form("packed", b) for b in (8, 16, 32, 64, 128, 256)], Form("digits")]
+FORMS += [Form("packed", block, regular=True) for block in (16, 32, 64, 256)]
 
 
 def random_codes(shape: tuple[int, ...], bound: int, generator: torch.Generator) -> Tensor:
@@ -56,7 +59,10 @@ def layer(form: Form, shape: tuple[int, ...], generator: torch.Generator, device
         # Sums of a wide block leave int8; Gaussian codes of this width stay in it, and the assertion makes sure.
         width = {16: 3.5, 32: 3.0, 64: 2.5, 128: 2.0, 256: 1.4}[form.block]
         codes = (torch.randn(shape, generator=generator) * width).round().clamp(-8, 7).to(torch.int8)
-    turned = rotated(codes.numpy(), form.block) if form.block > 1 else codes.numpy().astype(np.int64)
+    turned = (
+        rotated(codes.numpy(), form.block, regular=form.regular) if form.block > 1 else codes.numpy().astype(np.int64)
+    )
     turned_peak = np.abs(turned).max()
     assert turned_peak <= 127, f"the case is wrong: {turned_peak}"
-    return Weight(fenced(pack_weight(codes), 0x77, device), scale, rotation=form.block), turned
+    packed = fenced(pack_weight(codes), 0x77, device)
+    return Weight(packed, scale, rotation=form.block, regular=form.regular), turned

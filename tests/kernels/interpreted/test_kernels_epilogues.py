@@ -38,12 +38,14 @@ EPILOGUES: dict[str, Any] = {
 }
 
 
-def epilogue_of(what: dict[str, Any], samples: int, shape: tuple[int, ...], outputs: int, block: int) -> Epilogue:
+def epilogue_of(
+    what: dict[str, Any], samples: int, shape: tuple[int, ...], outputs: int, block: int, *, regular: bool = False
+) -> Epilogue:
     """On the CPU. The shift is a slice of a wider matrix, as that of one layer among many is."""
     shift = floats(samples, 2 * outputs, seed=2)[:, 8 : 8 + outputs] if what.get("shift") else None
     residual = floats(*shape, outputs, seed=3) if what.get("residual") else None
     inverse = torch.linspace(2.0, 5.0, samples)
-    quantiser = Quantiser(inverse, -7, 7, block) if what.get("codes") else None
+    quantiser = Quantiser(inverse, -7, 7, block, regular) if what.get("codes") else None
     gate, silu = what.get("gate", "none"), what.get("silu", False)
     return Epilogue(floats(outputs, seed=1), residual, silu, SINGLE, shift, gate, quantiser)
 
@@ -97,6 +99,16 @@ def test_gemm(what: str, samples: int, rows: int, tile: ProductTile, device: str
     wanted = reference.int_gemm(codes, weight, scale, epilogue)
     found = int_gemm(codes.to(device), weight_on(device, weight), scale.to(device), on(device, epilogue))
     assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_codes_of_a_regular_rotation(block: int, tile: ProductTile, device: str) -> None:
+    codes, weight, scale = codes_of(2, 16, 416), weight_of(64, 416), torch.tensor([0.5, 2.0])
+    epilogue = epilogue_of(EPILOGUES["residual, codes"], 2, (2, 16), 64, block, regular=True)
+    wanted = reference.int_gemm(codes, weight, scale, epilogue)
+    assert_same(int_gemm(codes.to(device), weight_on(device, weight), scale.to(device), on(device, epilogue)), wanted)
+    sylvester = replace(epilogue, quantiser=replace(epilogue.quantiser, regular=False))
+    assert not torch.equal(wanted, reference.int_gemm(codes, weight, scale, sylvester))
 
 
 @pytest.mark.parametrize("what", ["shift", "residual, codes"])

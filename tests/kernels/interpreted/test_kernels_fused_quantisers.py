@@ -28,15 +28,15 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = SINGLE, mean: float 
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + mean).to(dtype)
 
 
-def quantiser(samples: int, block: int, device: str, top: int = 7) -> Quantiser:
+def quantiser(samples: int, block: int, device: str, top: int = 7, *, regular: bool = False) -> Quantiser:
     inverse = fenced(torch.linspace(0.8, 2.5, samples) * top / 7, float("nan"), device)
-    return Quantiser(inverse, -top, top, block)
+    return Quantiser(inverse, -top, top, block, regular)
 
 
 def check(codes: Tensor | None, y: Tensor, how: Quantiser) -> None:
     """Equal to rounding in float64 wherever the level is not on a rounding boundary."""
     assert codes is not None
-    turned = hadamard(y.double(), how.block, -1) if how.block > 1 else y.double()
+    turned = hadamard(y.double(), how.block, -1, how.regular) if how.block > 1 else y.double()
     levels = turned * how.inverse_scale.cpu().double().view(-1, *[1] * (y.ndim - 1))
     clipped = levels.clamp(how.low, how.high)
     doubtful = (clipped - clipped.floor() - 0.5).abs() < BOUNDARY
@@ -177,6 +177,22 @@ def test_gates(kind: str, gated: bool, shape: tuple[int, ...], device: str) -> N
     codes = gate_quantize(fenced(x, float("nan"), device), how, kind=kind, gated=gated)
     a, g = x.double().chunk(2, -1) if gated else (1.0, x.double())
     check(codes, a * ACTIVATIONS[kind](g), how)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 256])
+def test_regular_rotations_behind_every_norm_and_gate(block: int, device: str) -> None:
+    x, how = random(2, 6, 2, 256, dtype=HALF, mean=1.0), quantiser(2, block, device, regular=True)
+    norm = GroupNorm(8, 1e-5, silu=True)
+    beside = quantiser(2, 16, device, top=127, regular=True)
+    codes, _, other = group_norm_quantize(x.to(device), norm, how, beside=beside)
+    check(codes, normed(x, norm), how)
+    check(other, x, beside)
+    tokens = x.flatten(1, 2)
+    codes, _ = layer_norm_quantize(tokens.to(device), LayerNorm(1e-5), how)
+    check(codes, functional.layer_norm(tokens.double(), (256,)), how)
+    a, g = torch.cat([tokens, 2 * tokens.flip(1)], -1).double().chunk(2, -1)
+    gated = gate_quantize(torch.cat([a, g], -1).to(HALF).to(device), how, kind="silu", gated=True)
+    check(gated, a * functional.silu(g), how)
 
 
 def test_rows_that_lie_apart_and_tensors_side_by_side(device: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from hqc.kernels import hadamard_quantize, pack_weight
 from hqc.ops import hadamard, quantize
 
-BLOCKS = [1, 8, 16, 32, 64, 128, 256]
+ROTATIONS = [*((block, False) for block in (1, 8, 16, 32, 64, 128, 256)), *((b, True) for b in (16, 32, 64, 256))]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SCALES = [0.31, 0.07, 1.9]
 NO_CODE = 99  # outside -7…7
@@ -18,7 +18,15 @@ BOUNDARY = 1e-4
 
 
 def codes_between(
-    x: Tensor, scale: Tensor, device: str, *, block: int, nchw: bool = False, packed: bool = False, bound: int = 7
+    x: Tensor,
+    scale: Tensor,
+    device: str,
+    *,
+    block: int,
+    regular: bool = False,
+    nchw: bool = False,
+    packed: bool = False,
+    bound: int = 7,
 ) -> Tensor:
     """The kernel's codes, input and output between poison, which must be left alone."""
     places = x.shape[2:] if nchw else x.shape[1:-1]
@@ -27,18 +35,26 @@ def codes_between(
     out = Fence(shape, torch.uint8 if packed else torch.int8, NO_CODE, device)
     source, inverse = fenced(x, float("nan"), device), fenced(scale.reciprocal(), float("nan"), device)
     found = hadamard_quantize(
-        source, inverse, low=-bound, high=bound, block=block, nchw=nchw, packed=packed, out=out.tensor
+        source,
+        inverse,
+        low=-bound,
+        high=bound,
+        block=block,
+        regular=regular,
+        nchw=nchw,
+        packed=packed,
+        out=out.tensor,
     )
     assert found is out.tensor
     assert out.intact()
     return found.cpu()
 
 
-def check(found: Tensor, x: Tensor, scale: Tensor, block: int, bound: int = 7) -> None:
+def check(found: Tensor, x: Tensor, scale: Tensor, block: int, bound: int = 7, *, regular: bool = False) -> None:
     """Equal to torch's operators wherever float64 says that the level is not on a rounding boundary."""
     wide = x.to(torch.float32)
-    wanted = quantize(hadamard(wide, block, -1) if block > 1 else wide, scale, -bound, bound)
-    exact = np.clip(levels(x, scale.reciprocal(), block), -bound, bound)
+    wanted = quantize(hadamard(wide, block, -1, regular) if block > 1 else wide, scale, -bound, bound)
+    exact = np.clip(levels(x, scale.reciprocal(), block, regular=regular), -bound, bound)
     doubtful = np.abs(exact - np.floor(exact) - 0.5) < BOUNDARY
     assert doubtful.mean() < 0.01
     assert np.array_equal(found.numpy()[~doubtful], wanted.numpy()[~doubtful])
@@ -47,17 +63,20 @@ def check(found: Tensor, x: Tensor, scale: Tensor, block: int, bound: int = 7) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("block", "regular"), ROTATIONS)
 @pytest.mark.parametrize("nchw", [False, True], ids=["rows", "nchw"])
-def test_codes_are_those_of_the_operators(block: int, dtype: torch.dtype, nchw: bool, device: str) -> None:
+def test_codes_are_those_of_the_operators(
+    block: int, regular: bool, dtype: torch.dtype, nchw: bool, device: str
+) -> None:
     generator = torch.Generator().manual_seed(block)
     channels = {1: 10, 8: 24, 16: 48, 32: 96}.get(block, block)
     x = torch.randn(3, 3, 7, channels, generator=generator).to(dtype)
     scale = torch.tensor(SCALES)
     source = x.permute(0, 3, 1, 2).contiguous() if nchw else x
-    found = codes_between(source, scale, device, block=block, nchw=nchw)
-    check(found, x, scale, block)
-    packed = codes_between(source, scale, device, block=block, nchw=nchw, packed=True)
+    how = {"block": block, "regular": regular, "nchw": nchw}
+    found = codes_between(source, scale, device, **how)
+    check(found, x, scale, block, regular=regular)
+    packed = codes_between(source, scale, device, **how, packed=True)
     assert torch.equal(packed, pack_weight(found))
 
 
@@ -106,9 +125,9 @@ def test_halves_round_to_even(dtype: torch.dtype, device: str) -> None:
 def test_the_rotation_changes_the_codes(device: str) -> None:
     generator = torch.Generator().manual_seed(6)
     x, scale = torch.randn(1, 9, 64, generator=generator), torch.tensor([0.3])
-    found = [codes_between(x, scale, device, block=block) for block in (1, 32, 64)]
-    assert not torch.equal(found[0], found[1])
-    assert not torch.equal(found[1], found[2])
+    rotations = [(1, False), (32, False), (64, False), (32, True), (64, True)]
+    found = [codes_between(x, scale, device, block=block, regular=regular) for block, regular in rotations]
+    assert not any(torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
 
 
 def test_an_empty_batch(device: str) -> None:

@@ -45,11 +45,12 @@ def test_floats(
     assert keys == 1 or float(wanted.std()) > 0.05
 
 
-def test_codes(device: str) -> None:
+@pytest.mark.parametrize("regular", [False, True])
+def test_codes(regular: bool, device: str) -> None:
     q, k, v = parts(2, 70, 140, 96, torch.float16, device)
-    how = Quantiser(torch.tensor([9.0, 14.0], device=device), -7, 7, 32)
+    how = Quantiser(torch.tensor([9.0, 14.0], device=device), -7, 7, 32, regular)
     found = wide_attention(q, k, v, heads=1, quantiser=how).cpu().double()
-    turned = hadamard(exact(q, k, v, 1), 32, -1) * how.inverse_scale.cpu().double().view(-1, 1, 1)
+    turned = hadamard(exact(q, k, v, 1), 32, -1, regular) * how.inverse_scale.cpu().double().view(-1, 1, 1)
     levels = turned.clamp(-7, 7)
     # Half precision of the probabilities moves levels by some thousandths: codes differ near boundaries alone.
     assert float((found - levels).abs().max()) <= 0.5 + 0.03

@@ -5,12 +5,12 @@ after    y = codes·[W_1; W_2; …]ᵀ·s + b,     y_i = y[…, from_i : to_i]
 """
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from hqc.kernels import Weight
 from hqc.program import aten
 from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, calls_of, name_of
 from hqc.runtimes.cuda.layers import IntegerLayer, IntegerLinear
@@ -44,12 +44,11 @@ class MergeProducts:
         layers = [layer for node in nodes if (layer := placed.layer(node)) is not None]
         weights = [layer.weight for layer in layers]
         highs = [w.high for w in weights if w.high is not None]
-        wide = Weight(
-            torch.cat([w.codes for w in weights]),
-            torch.cat([w.scale for w in weights]),
-            torch.cat(highs) if highs else None,
-            weights[0].high_factor,
-            weights[0].rotation,
+        wide = replace(
+            weights[0],
+            codes=torch.cat([w.codes for w in weights]),
+            scale=torch.cat([w.scale for w in weights]),
+            high=torch.cat(highs) if highs else None,
         )
         module = IntegerLinear(placed.kernels, wide, _biases(layers), silu=layers[0].silu)
         *places, _ = nodes[0].meta["shape"]
@@ -74,6 +73,7 @@ def _form(layer: IntegerLinear) -> tuple[Any, ...]:
         weight.high is None,
         weight.high_factor,
         weight.rotation,
+        weight.regular,
         layer.silu,
     )
 

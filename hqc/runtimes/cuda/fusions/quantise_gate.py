@@ -8,12 +8,12 @@ after    GateQuantise(x)
 """
 
 import operator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from hqc.kernels import Weight
 from hqc.program import aten, is_op
 from hqc.runtimes.cuda.fusions.codes_from_products import WIDEST_BLOCK
 from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, calls_of, name_of, only_reader
@@ -87,13 +87,8 @@ class GateInProduct:
         assert isinstance(layer, IntegerLinear)
         assert isinstance(gate, GateQuantise)
         old = layer.weight
-        weight = Weight(
-            _paired(old.codes),
-            _paired(old.scale),
-            None if old.high is None else _paired(old.high),
-            old.high_factor,
-            old.rotation,
-        )
+        high = None if old.high is None else _paired(old.high)
+        weight = replace(old, codes=_paired(old.codes), scale=_paired(old.scale), high=high)
         module = IntegerLinear(layer.kernels, weight, None if layer.bias is None else _paired(layer.bias), silu=False)
         module.gate, module.quantised = gate.kind, gate.codes
         call = placed.call(node, module, product.args, node, inverse_scale=node.args[1])
