@@ -159,7 +159,7 @@ class _Observer(fx.Interpreter):
         if role == "rotation_back":  # of a tensor that nothing has quantised: what was rotated
             return self._original(n.args[0].args[0])  # type: ignore[union-attr, arg-type]
         if role == "rotation":
-            self.originals[n] = [self.env[n.args[0]]] * len(n.users)  # type: ignore[index]
+            self.originals[n] = [self.env[n.args[0]]] * _rotated_back(n)  # type: ignore[index]
         if role not in ("activation_quantizer", "weight_quantizer"):
             try:
                 return super().run_node(n)
@@ -205,6 +205,11 @@ class _Observer(fx.Interpreter):
         elif top > 0:
             self.searches[key].widen(scales)
         self.searches[key].add(flat, qmin, qmax)
+
+
+def _rotated_back(rotation: fx.Node) -> int:
+    """How many of its quantised values are rotated back: none where the weight is rotated too."""
+    return sum(any(user.meta.get("role") == "rotation_back" for user in reader.users) for reader in rotation.users)
 
 
 def calibrate(program: Program, forward_loop: Callable[[Denoise], None], *, candidates: int = 60) -> Program:
