@@ -85,6 +85,11 @@ CALLS: dict[str, tuple[tuple[Any, ...], str]] = {
     "dropout": ((call("a", "aten.dropout.default", X, 0.5, True, shape=SHAPE),), "drops out at random"),
     "float index": ((call("a", "aten.index_select.default", X, 1, X, shape=SHAPE),), "not whole"),
     "block": ((call("a", "hqc.hadamard.default", X, 2**40, 1, shape=SHAPE),), "rotates 32 channels in blocks of"),
+    "kind": (
+        (call("a", "hqc.hadamard.default", X, 8, 1, True, shape=SHAPE),),
+        "rotates 32 channels in regular blocks of 8",
+    ),
+    "Sylvester's": ((call("a", "hqc.hadamard.default", X, 256, 1, shape=SHAPE),), "in blocks of 256"),
     "numbers": ((call("a", "operator.mul", X, 2),), "takes numbers"),
     "overflow": (
         (

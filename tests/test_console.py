@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 
 from hqc import console, stages
+from hqc.passes import InsertHadamard, SelectLayers
+from hqc.pipeline import run_pipeline
 from hqc.program import Program
 from hqc.recipes import find_recipe
 from hqc.recipes.run import Request, planned
@@ -79,6 +81,13 @@ def test_sites_table_has_a_row_and_a_reason_for_every_site(captured: Callable[[s
     assert found["grouped"][4:] == ("float", "–", "–", program.plan["grouped"].reason)
     assert "grouped convolution (4 groups)" in found["grouped"][7]
     assert "is not the batch" in found["twice"][7]
+
+
+@pytest.mark.parametrize(("weights", "name"), [(False, "regular H16"), (True, "regular H16, weight too")])
+def test_sites_table_names_kind_and_order(captured: Callable[[str], Program], weights: bool, name: str) -> None:
+    one = InsertHadamard(16, kind="regular", weights=weights)
+    table = console.sites_table(run_pipeline(captured("two_sites"), [SelectLayers(), one]))
+    assert [str(cell) for cell in next(c for c in table.columns if c.header == "rotation").cells] == [name, name]
 
 
 def test_sites_table_prints_names_with_brackets(

@@ -26,6 +26,9 @@ class Variant:
 _NCHW = {"layout": "nchw", "tile_channels": 32, "num_warps": 1}
 _WIDE = {"block": 128, "packed": True, "tile_rows": 32, "tile_channels": 128}
 _INT4 = {"form": "words", "rotation": 32}
+_REGULAR = {"block": 64, "regular": True}
+_REGULAR_256 = {"rotation": 256, "regular_rotation": True, "tile_channels": 256}
+_DEEPEST = {"form": "words", **_REGULAR_256, "tile_rows": 64, "tile_outputs": 64, "num_stages": 2}
 _DEEP = {"form": "words", "rotation": 128, "tile_channels": 128, "tile_outputs": 64}
 _FEW = {"even": False, "aligned": False, "tile_rows": 64, "tile_outputs": 64, "tile_channels": 32, "num_warps": 4}
 _SMALL = {"tile_rows": 64, "tile_outputs": 64, "num_warps": 4}
@@ -49,10 +52,12 @@ VARIANTS: Sequence[Variant] = (
     Variant("rotate 32, rows, fp16 to int8", "hadamard_quantize", {}),
     Variant("rotate 32, NCHW, fp16 to int8", "hadamard_quantize", _NCHW),
     Variant("rotate 128, rows, fp32 to int4", "hadamard_quantize", _WIDE, "fp32"),
+    Variant("rotate 64 regular, rows, fp16 to int8", "hadamard_quantize", _REGULAR),
     Variant("GEMM, int8 weight", "int_gemm", {}),
     Variant("GEMM, two digits", "int_gemm", {"two_digits": True, "tile_outputs": 64}),
     Variant("GEMM, int4 weight, rotate 32", "int_gemm", _INT4),
     Variant("GEMM, int4 weight, rotate 128", "int_gemm", _DEEP),
+    Variant("GEMM, int4 weight, rotate 256 regular", "int_gemm", _DEEPEST),
     Variant("conv 3×3, int8 weight, residual, SiLU", "int_conv2d", {"residual": True, "silu": True}),
     Variant("conv 3×3 stride 2, int4 weight, rotate 32", "int_conv2d", {"stride": (2, 2), **_INT4}),
     Variant("conv 3×3, int8 weight, 4 channels", "int_conv2d", _FEW),

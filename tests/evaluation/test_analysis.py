@@ -21,9 +21,9 @@ from hqc.evaluation.analysis_run import measure, planned_program
 from hqc.evaluation.inputs import FixedInputs, Sampler, fixed_inputs
 from hqc.evaluation.sensitivity import SensitivityProbe
 from hqc.evaluation.stepping import Run, float_program
-from hqc.passes import FreezeIntegers
+from hqc.passes import FreezeIntegers, InsertHadamard, InsertQdq, SelectLayers
 from hqc.passes.rewriting import channel_axis
-from hqc.pipeline import run_pass
+from hqc.pipeline import run_pass, run_pipeline
 from hqc.program import Program
 from hqc.recipes import find_recipe
 from hqc.sampling import synthetic_task
@@ -203,6 +203,35 @@ def test_the_float_program_is_the_captured_one(captured: Captured, task: Callabl
     assert not torch.equal(quantised.module()(*args), wanted)
     run = Run(quantised)
     assert torch.equal(run.finish(run.start(args)), quantised.module()(*args))
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["single", "double"])
+def test_a_regular_rotation_is_measured_and_undone(
+    captured: Captured, task: Callable[[Program], Task], weights: bool
+) -> None:
+    """Numbers after rotation are those of the plan's matrix; the float program has the weights of the capture."""
+    program = captured("wide_channels")
+    grid = task(program).timesteps(3)
+    rotation = InsertHadamard(64, kind="regular", weights=weights)
+    planned = run_pipeline(program, [SelectLayers(), rotation, InsertQdq(grid)])
+    args = program.example_inputs(3)
+    wanted = program.module()(*args)
+    assert torch.allclose(float_program(planned).module()(*args), wanted, rtol=0, atol=1e-5)
+    inputs = recorded(program, task(program))
+    found = analyse(planned, planned, task(program), SAMPLER)
+    assert [str(site.rotation) for site in found] == ["regular H64"] * 3 + ["regular H32"]
+    for site in found:
+        row = site.rows[0]
+        turned = torch.ops.hqc.hadamard(
+            inputs[site.plan.site, row.timestep], site.block, 1 if site.plan.site == "conv" else -1, True
+        )
+        assert row.rotated is not None
+        rms = float(turned.double().square().mean().sqrt())
+        assert row.rotated.max_over_rms == pytest.approx(float(turned.abs().max()) / rms, rel=1e-4)
+    probe = SensitivityProbe(planned, with_scales(planned, found), args)
+    errors = [one.error for one in probe.measure()]
+    assert len(errors) == 4
+    assert all(0 < error < 1 for error in errors)
 
 
 def test_a_run_drops_what_nobody_reads(captured: Captured) -> None:

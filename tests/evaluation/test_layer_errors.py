@@ -17,7 +17,8 @@ from hqc.evaluation.inputs import noise_inputs, spread
 from hqc.evaluation.layer_errors import Comparison, ErrorNumbers, LayerError, compare_programs, error_numbers
 from hqc.export import export_program
 from hqc.export.prepare import prepare
-from hqc.passes import InsertHadamard
+from hqc.passes import InsertHadamard, SelectLayers
+from hqc.pipeline import run_pipeline
 from hqc.program import Program
 from hqc.recipes import find_recipe
 from hqc.recipes.run import Request, planned
@@ -86,6 +87,16 @@ def test_two_programs_are_compared_at_every_site(captured: Captured, name: str) 
     with torch.no_grad():
         assert found.output == error_numbers(a.module()(*args), b.module()(*args))
     assert (found.only_a, found.only_b, found.note) == ((), (), "")
+
+
+def test_a_program_whose_weights_are_rotated_too_is_compared_before_the_rotation(captured: Captured) -> None:
+    a = captured("wide_channels")
+    rotated = run_pipeline(a, [SelectLayers(), InsertHadamard(64, kind="regular", weights=True)])
+    for pair in ((a, rotated), (rotated, a)):
+        for error in compare_programs(*pair, inputs_of(a)).sites:
+            assert error.made is not None
+            assert error.made.relative is not None
+            assert error.made.relative < 1e-5, "float32 rounding"
 
 
 def test_what_a_site_makes_is_measured_on_equal_inputs(captured: Captured) -> None:

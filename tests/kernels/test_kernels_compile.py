@@ -72,6 +72,16 @@ def test_gemm_over_packed_weights_uses_the_int8_instruction(arch: str) -> None:
     assert compiled.instruction in PRODUCTS[arch]
 
 
+@pytest.mark.parametrize("regular", [False, True], ids=["sylvester", "regular"])
+def test_rotated_weights_of_the_widest_block_compile(regular: bool) -> None:
+    """H_256 is a ±1 tile and a butterfly over the rest of its bits; of both kinds without a spill."""
+    tile = {"tile_rows": 64, "tile_outputs": 64, "tile_channels": 256, "num_stages": 2}
+    options = {"form": "words", "rotation": 256, "regular_rotation": regular, **tile}
+    compiled = compile_kernel("int_gemm", "fp16", options, "sm_90")
+    check(compiled, "sm_90")
+    assert compiled.instruction in PRODUCTS["sm_90"]
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_convolution_uses_the_int8_instruction(arch: str) -> None:
     compiled = compile_kernel("int_conv2d", "bf16", {"residual": True, "silu": True}, arch)
@@ -80,9 +90,10 @@ def test_convolution_uses_the_int8_instruction(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_hadamard_quantize_stays_in_registers(arch: str) -> None:
+@pytest.mark.parametrize("rotation", [{"block": 32}, {"block": 64, "regular": True}], ids=["sylvester", "regular"])
+def test_hadamard_quantize_stays_in_registers(rotation: dict[str, int], arch: str) -> None:
     """No matrix instruction, no shared memory, 16 bytes at a time in and out."""
-    compiled = compile_kernel("hadamard_quantize", "fp16", {"block": 32}, arch)
+    compiled = compile_kernel("hadamard_quantize", "fp16", rotation, arch)
     check(compiled, arch)
     assert compiled.instruction == ""
     assert compiled.shared_bytes == 0
