@@ -29,10 +29,10 @@ lint: install ## ruff
 	$(BIN)/ruff format --check .
 
 types: install ## mypy, strict
-	$(BIN)/mypy
+	MYPY_NUM_WORKERS=2 $(BIN)/mypy
 
-tests: install ## pytest, a file at a time on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+tests: install ## pytest, a file at a time on two cores, the long ones first
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 figures: install ## measure again what the README shows (about two hours on two cores)
 	$(BIN)/python scripts/figures.py

@@ -1,8 +1,9 @@
-"""Shared fixtures: one thread, the GPU's state in the header, tiny programs captured once a session."""
+"""Shared fixtures: one thread, long files first, the GPU's state in the header, tiny programs captured once."""
 
+import gc
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,39 @@ THIRD_PARTY_WARNINGS = (
     "ignore:builtin type (SwigPyPacked|SwigPyObject|swigvarlink) has no __module__:DeprecationWarning",
 )
 
+SECONDS: Mapping[str, int] = {
+    "test_cli.py": 110,
+    "kernels/test_kernels_interpreted.py": 85,
+    "export/test_export_tensorrt.py": 55,
+    "evaluation/test_bench.py": 50,
+    "test_docs.py": 45,
+    "runtimes/test_runtimes_cuda_graph.py": 45,
+    "kernels/test_kernels_compile.py": 40,
+    "passes/test_pass_single_key.py": 35,
+    "test_cli_prompts.py": 35,
+    "models/test_training_script.py": 30,
+    "capture/test_capture_ldm.py": 30,
+    "engines/test_engines_programs.py": 30,
+    "export/test_export_denoisers.py": 30,
+    "evaluation/test_eval_pipelines.py": 30,
+    "test_quiet.py": 30,
+    "capture/test_capture_hub.py": 25,
+    "passes/test_pass_contracts.py": 25,
+    "test_api.py": 25,
+    "test_cli_fuzz.py": 25,
+    "capture/test_capture_denoisers.py": 20,
+    "capture/test_capture_sizes.py": 20,
+    "export/test_export_runtimes_agree.py": 20,
+    "runtimes/test_runtimes_load.py": 20,
+    "test_cli_analyze.py": 20,
+    "test_cli_pipelines.py": 20,
+    "engines/test_engines_ldm4.py": 15,
+    "runtimes/test_runtimes_unet.py": 15,
+    "test_gpu_contest.py": 15,
+    "test_gpu_scripts.py": 15,
+}
+"""Of the files that take long. They run first, so that no process is left with one of them while the other waits."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing")
@@ -31,6 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start: two of them share two cores
     os.environ["HQC_PROGRESS"] = "0"  # what standard error holds must not depend on the machine's speed
     for line in THIRD_PARTY_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
@@ -62,12 +97,20 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: -SECONDS.get(item.path.relative_to(Path(__file__).parent).as_posix(), 0))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     config.stash[_GPU_TESTS] = [item.nodeid for item in on_gpu]
     assert all(may_be_on_gpu(item.path) for item in on_gpu), "a mark that MARKS_GPU does not find: see -m gpu"
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: torch finds no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: to look through it for garbage again and again is a seventh of all the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 50)
 
 
 _GPU_TESTS = pytest.StashKey[list[str]]()

@@ -101,7 +101,7 @@ import torch
 torch.set_num_threads(1)
 bench.DEVICE, bench.GROUPS = "cpu", 4
 bench.IMAGES, bench.NORMED, bench.TOKENS, bench.GATED = [(2, 32, 2)], [(2, 32, 2)], [(2, 3, 32)], [(2, 3, 32)]
-bench.GEMMS, bench.CONVOLUTIONS = [(32, 64, 32)], [(1, 3, 32, 32, 3, 1)]
+bench.GEMMS, bench.CONVOLUTIONS, bench.ATTENDED = [(32, 64, 32)], [(1, 3, 32, 32, 3, 1)], [(2, 5, 96)]
 ran = {}
 for kind, cases in bench.KINDS.items():
     for case in cases():
@@ -121,6 +121,7 @@ def test_every_contender_runs() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     ran = json.loads(done.stdout)
     assert ran["hadamard_quantize"] == ["hqc NHWC", "hqc NCHW", "copy"]
+    assert ran["wide_attention"] == ["hqc", "bmm, softmax, bmm", "torch's fused"]
     assert ran["int_gemm"][:2] == ["int8", "int4"]
     assert ran["int_gemm"][3] == "fp16 cuBLAS"
     assert ran["int_conv2d"] == ["int8", "int4", "fp16 cuDNN"]

@@ -22,7 +22,8 @@ PRODUCTS = {"int8 conv": 1, "int8 gemm": 1, "int8 conv, two digits": 2, "int8 ge
 
 
 def build(program: Program, folder: Path, archs: tuple[str, ...] = ("sm_86",), **options: object) -> EngineReport:
-    export_program(program, "tensorrt", folder, tensorrt=TensorRtOptions(**options))  # type: ignore[arg-type]
+    # What is verified is tests/export's matter: one sample is enough here.
+    export_program(program, "tensorrt", folder, tensorrt=TensorRtOptions(**options), verify_batch=1)  # type: ignore[arg-type]
     return build_engines(folder, archs=archs)
 
 
@@ -107,11 +108,13 @@ def test_one_timestep_a_call(captured: Callable[[str], Program], tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_whole_bundled_model_for_four_architectures(tmp_path: Path) -> None:
-    report = build(quantised(trace("digits"), "w4a4"), tmp_path / "x", ARCHS)
+def test_the_whole_bundled_model_for_the_oldest_and_the_newest_architecture(tmp_path: Path) -> None:
+    """Those between are built for blocks of LDM-4, and one of them for every other model here."""
+    archs = (ARCHS[0], ARCHS[-1])
+    report = build(quantised(trace("digits"), "w4a4"), tmp_path / "x", archs)
     forms = check(report)
     assert sum(forms.values()) == 97  # every convolution and linear layer of the UNet
-    assert [engine.record.arch for engine in report.engines] == list(ARCHS)
+    assert [engine.record.arch for engine in report.engines] == list(archs)
     for engine in report.engines:
         fused = [k for k in engine.layers if k.outputs and k.outputs[0].dtype == "Int8"]
         assert any({"Half", "Float"} & {tensor.dtype for tensor in kernel.inputs} for kernel in fused)

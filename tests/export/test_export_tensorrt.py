@@ -357,13 +357,15 @@ def test_digits(tmp_path) -> None:
     import hqc
 
     program = hqc.trace("digits")
-    student = hqc.ptq(program, "rtn", "w4a4", hadamard=True)
+    few = {"sampler.num_inference_steps": 5, "calibrate_activations.samples": 8}
+    student = hqc.ptq(program, "rtn", "w4a4", hadamard=True, settings=few)
     plain, plugged = (
         hqc.export_program(
             student,
             "tensorrt",
             tmp_path / plugins,
             float_program=program,
+            verify_batch=2,
             tensorrt=hqc.TensorRtOptions(plugins=plugins, plugin_archs=()),
         )
         for plugins in PLUGINS

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from denoisers import CONDITIONAL_UNETS, captured_denoiser, source_of
+from denoisers import captured_denoiser, source_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
@@ -72,10 +73,15 @@ def of_one_token(source: Source) -> Source:
     return replace(source, inputs=inputs)
 
 
-@pytest.mark.parametrize("name", ["cross_attention", *CONDITIONAL_UNETS])
+@cache
+def one_token_unet() -> Program:
+    return trace(of_one_token(ZOO["cross_attention"]()))
+
+
+# cross_attention and inpainting differ from sd15 in widths alone: convolutions as projections, the same attention.
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
 def test_every_cross_attention_of_a_unet_goes(name: str) -> None:
-    source = ZOO[name]() if name in ZOO else source_of(name)
-    program = trace(of_one_token(source))
+    program = trace(of_one_token(source_of(name)))
     result = dropped(program)
     sites = [site for site, _ in program.sites()]
     blocks = [site.removesuffix(".to_v") for site in sites if site.endswith("attn2.to_v")]
@@ -203,7 +209,7 @@ def test_any_heads_and_tokens(heads: int, tokens: int, after: str) -> None:
 
 
 def test_only_the_attentions_asked_for_go() -> None:
-    program = trace(of_one_token(ZOO["cross_attention"]()))
+    program = one_token_unet()
     one = DROP.find(program).matches[0]
     result = DROP.apply(program, (one,))
     assert count(result, ATTENTION) == count(program, ATTENTION) - 1
@@ -297,8 +303,8 @@ def test_the_sites_that_went_are_not_in_the_plan(captured: Captured) -> None:
 @pytest.fixture(scope="module")
 def pair() -> tuple[Program, Program]:
     """A UNet whose context is one token, and what `hqc ptq` makes of it."""
-    program = trace(of_one_token(ZOO["cross_attention"]()))
-    return program, hqc.ptq(program, "rtn", "w4a4", hadamard=True, task=synthetic_task(program))
+    program, few = one_token_unet(), {"sampler.num_inference_steps": 3, "calibrate_activations.samples": 2}
+    return program, hqc.ptq(program, "rtn", "w4a4", hadamard=True, task=synthetic_task(program), settings=few)
 
 
 @pytest.mark.parametrize("one_timestep", [False, True])
