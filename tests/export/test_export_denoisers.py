@@ -33,7 +33,7 @@ PORTABLE = ("sdxl", "labelled", *TRANSFORMERS)
 )
 def test_exported(target: str, name: str, tmp_path) -> None:
     program = quantised_denoiser(name)
-    report = export_program(program, target, tmp_path / "x", float_program=captured_denoiser(name))
+    report = export_program(program, target, tmp_path / "x", float_program=captured_denoiser(name), verify_batch=2)
     figures = report.verification
     assert len(figures.sites) == len(program.plan.quantised) > 20
     assert figures.network.quantisation_error > 1e-3

@@ -56,8 +56,10 @@ def test_large_tiles(device: str) -> None:
     assert np.array_equal(sums(codes, weight, device), product_sums(codes.numpy(), integers))
 
 
-@pytest.mark.parametrize("form", [Form("int8"), Form("packed", 32), Form("digits")], ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+# The form is the first kernel's matter and the type the second's, which adds up: each with one of the other.
+@pytest.mark.parametrize(
+    ("form", "dtype"), list(zip([Form("int8"), Form("packed", 32), Form("digits")], TOLERANCES, strict=True)), ids=str
+)
 def test_a_split_inner_axis(form: Form, dtype: torch.dtype, device: str) -> None:
     """Few rows and outputs of many channels: programs share the sums of a tile, a second kernel adds them up."""
     rows, outputs, channels = 6, 40, 32 * 97
