@@ -43,11 +43,13 @@ LONGEST_SECONDS = 10.0
 MOST_BYTES = 2**30
 GRID = (0.0, 500.0)
 QUANTISE = (InsertHadamard(block=8), InsertQdq(GRID), AttachLora(rank=2))
+REGULAR = (InsertHadamard(16, kind="regular", weights=True), InsertQdq(GRID), AttachLora(rank=2))
 FORMS: dict[str, tuple[Any, ...]] = {
     "captured": (),
     "quantised": (SelectLayers(), *QUANTISE),
     "frozen": (SelectLayers(), *QUANTISE, MergeLora(), FreezeIntegers()),
     "integer": (SelectLayers(), *QUANTISE, MergeLora(), FreezeIntegers(), RotateWeights(), SplitDigits()),
+    "regular": (SelectLayers(), *REGULAR, MergeLora(), FreezeIntegers(), RotateWeights(), SplitDigits()),
 }
 FILES = ("graph.json", "graph.json", "graph.json", "plan.json", "manifest.json")
 NUMBERS = (0, 1, -1, 2, 3, 64, 127, 128, 2**15, 2**31, 2**40, 2**62, 10**9, 10**12, -(2**63), 1.5, 1e300)
