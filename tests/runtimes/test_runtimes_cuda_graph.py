@@ -80,14 +80,16 @@ def test_it_computes_what_the_integer_program_computes(captured, digits, name: s
     assert found.dtype == torch.float32
     # A value on a rounding boundary may flip by a step (sums in another order): a tenth of the quantisation error.
     assert relative(found, reference) <= max(0.1 * quantisation, 1e-6)
+    moved = 0.0
     for dtype in (torch.float16, torch.bfloat16):
         half = built(program, dtype)(*inputs)
         assert half.dtype == torch.float32
-        # It did run in half precision, where floats lie between products at all.
-        assert relative(half, reference) > 0 or name in ALL_CODES
+        moved += relative(half, reference)
         # Half precision moves some codes by one step (bfloat16, with 8 bits, many): as far from the float model as
         # before, within a fifth; and what the dtype's own rounding adds, 2^-8 a layer and more, over the layers.
         assert relative(half, wanted) <= 1.2 * quantisation + (0.02 if dtype == torch.float16 else 0.08)
+    # It did run in half precision, where floats lie between products at all; float16 alone may move no code.
+    assert moved > 0 or name in ALL_CODES
 
 
 def test_mixed_timesteps_are_the_samples_one_by_one(captured) -> None:
