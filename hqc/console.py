@@ -90,7 +90,7 @@ def fields(title: str, values: dict[str, Any]) -> None:
 
 
 def sites_table(program: Program) -> Table:
-    """One row a site: bits, rotation, LoRA rank, and the reason of every exception."""
+    """One row a site: bits (a star where the range is asymmetric), rotation, LoRA rank, the reason of exceptions."""
     table = Table(title=f"{program.plan.recipe or 'plan'} {program.plan.bits}", title_justify="left")
     for column in ("site", "kind", "in", "out", "bits", "rotation", "LoRA", "note"):
         table.add_column(column, justify="right" if column in ("in", "out", "LoRA") else "left", overflow="fold")
@@ -100,7 +100,6 @@ def sites_table(program: Program) -> Table:
 
 
 def _row(plan: SitePlan) -> tuple[str, ...]:
-    bits = f"w{plan.weight_bits}a{plan.activation_bits}" if plan.quantised else "float"
     rotation = plan.rotation_name or "–"
     rank = str(plan.lora_rank) if plan.lora_rank else "–"
-    return plan.site, plan.kind, str(plan.in_channels), str(plan.out_channels), bits, rotation, rank, plan.reason
+    return plan.site, plan.kind, str(plan.in_channels), str(plan.out_channels), plan.widths, rotation, rank, plan.reason

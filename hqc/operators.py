@@ -80,6 +80,7 @@ _OWN = frozenset(
     f"hqc.{name}.default"
     for name in (
         *("hadamard", "fake_quantize", "nearest_timestep", "quantize", "dequantize"),
+        *("fake_quantize_bounded", "quantize_bounded", "round_ste"),
         *("unpack_int4", "rotate_codes", "digit", "half", "int_linear", "int_conv2d", "rescale"),
     )
 )
@@ -174,6 +175,24 @@ def _scale_per_row(x: Tensor, scale: Tensor) -> str:
 
 def _quantiser(given: Arguments) -> str:
     return _codes_range(given) or ("" if given["x"].is_floating_point() else "quantises whole numbers")
+
+
+def _bounded_quantiser(given: Arguments) -> str:
+    """Whether the bounds' values fit int8, no shape says: `hqc/structure.py` looks at what is stored."""
+    x = given["x"]
+    if not x.is_floating_point():
+        return "quantises whole numbers"
+    if found := _scale_per_row(x, given["scale"]):
+        return found
+    for name in ("low", "high"):
+        bound = given[name]
+        if tuple(bound.shape) != (x.shape[0],) or not bound.is_floating_point():
+            return f"has bounds {list(bound.shape)} for a value {list(x.shape)}; expected one for each row"
+    return ""
+
+
+def _rounded(given: Arguments) -> str:
+    return "" if given["x"].is_floating_point() else "rounds whole numbers"
 
 
 def _dequantiser(given: Arguments) -> str:
@@ -278,6 +297,9 @@ RULES: Mapping[str, Rule] = {
     "hqc.hadamard.default": _hadamard,
     "hqc.fake_quantize.default": _quantiser,
     "hqc.quantize.default": _quantiser,
+    "hqc.fake_quantize_bounded.default": _bounded_quantiser,
+    "hqc.quantize_bounded.default": _bounded_quantiser,
+    "hqc.round_ste.default": _rounded,
     "hqc.dequantize.default": _dequantiser,
     "hqc.nearest_timestep.default": _nearest,
     "hqc.unpack_int4.default": _unpacked,

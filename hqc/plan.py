@@ -17,12 +17,15 @@ __all__ = [
     "Rule",
     "SitePlan",
     "activation_range",
+    "asymmetric_top",
     "decide",
     "parse_bits",
     "weight_range",
 ]
 
 LOWEST_BITS, HIGHEST_BITS = 2, 8
+HIGHEST_ASYMMETRIC_BITS = 7
+"""With 8 bits codes q - z reach from -255 to 255, which int8 does not hold."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,15 @@ def weight_range(bits: int) -> tuple[int, int]:
     (-8, 7)
     """
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def asymmetric_top(bits: int) -> int:
+    """2ⁿ - 1: codes of an asymmetric range are -z…2ⁿ-1-z for a zero point z in 0…2ⁿ-1.
+
+    >>> asymmetric_top(4)
+    15
+    """
+    return (1 << bits) - 1
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,8 @@ class SitePlan:
     order of the Hadamard rotation, 0 for none, and `rotation` its kind; `weight_rotated` says that the weight is
     quantised rotated too, so that nothing is rotated back. `lora_rank` is 0 for none; `trained` False leaves the site
     as calibrated.
+    `weight_symmetric` and `activation_symmetric` False: the range of codes has a zero point, one an output channel and
+    one a timestep.
     """
 
     site: str
@@ -164,11 +178,21 @@ class SitePlan:
     trained: bool = True
     rotation: str = "sylvester"
     weight_rotated: bool = False
+    weight_symmetric: bool = True
+    activation_symmetric: bool = True
 
     @property
     def quantised(self) -> bool:
         """Whether the site's product runs on codes."""
         return self.weight_bits is not None
+
+    @property
+    def widths(self) -> str:
+        """`w4a4`, or `float`; an asymmetric operand has a star: `w4*a4*`."""
+        if not self.quantised:
+            return "float"
+        stars = ["" if symmetric else "*" for symmetric in (self.weight_symmetric, self.activation_symmetric)]
+        return f"w{self.weight_bits}{stars[0]}a{self.activation_bits}{stars[1]}"
 
     @property
     def hadamard(self) -> Rotation | None:
@@ -276,6 +300,12 @@ def _site_plan(data: Mapping[str, Any]) -> SitePlan:
     quantised = all(type(b) is int and LOWEST_BITS <= b <= HIGHEST_BITS for b in widths)
     if not quantised and widths != (None, None):
         raise ValueError(f"site {plan.site!r} has widths {widths}")
+    for bits, symmetric in (
+        (plan.weight_bits, plan.weight_symmetric),
+        (plan.activation_bits, plan.activation_symmetric),
+    ):
+        if type(symmetric) is not bool or (not symmetric and (bits is None or bits > HIGHEST_ASYMMETRIC_BITS)):
+            raise ValueError(f"site {plan.site!r} has an asymmetric range of {bits} bits")
     if plan.kind not in _KINDS:
         raise ValueError(f"site {plan.site!r} is a {plan.kind}")
     if plan.rotation not in ORDERS or plan.block not in (0, *ORDERS[plan.rotation]):

@@ -2,22 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
 
+from hqc.bounds import FAKE_QUANTISERS, QUANTISERS, Bounds, bounds_of
 from hqc.errors import ExportError
 from hqc.program import Program, aten, is_op
 from hqc.rotations import Rotation
 
 __all__ = [
     "PRODUCTS",
-    "Bounds",
     "Product",
     "QuantisedSite",
     "absorbed_nodes",
-    "bounds_of",
     "products_of",
     "quantised_sites",
     "rotation_of",
@@ -26,7 +25,6 @@ __all__ = [
 
 ops = torch.ops.hqc
 PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
-_QUANTISERS = (ops.quantize.default, ops.fake_quantize.default)
 
 
 @dataclass(frozen=True)
@@ -35,36 +33,6 @@ class Product:
 
     node: fx.Node
     factor: int
-
-
-class Bounds(NamedTuple):
-    """The least and the largest code of a quantiser."""
-
-    low: int
-    high: int
-
-    @property
-    def largest(self) -> int:
-        """The largest |code|.
-
-        >>> Bounds(-8, 7).largest
-        8
-        """
-        return max(-self.low, self.high)
-
-
-def bounds_of(quantiser: fx.Node) -> Bounds:
-    """Of a node that quantises or fake-quantises, (x, scale, low, high): the one place that reads them.
-
-    Raises:
-        ExportError: for bounds that are no whole numbers.
-    """
-    low, high = quantiser.args[2:4]
-    for bound in (low, high):
-        if not isinstance(bound, int):
-            where = f"site {quantiser.meta.get('site', quantiser.name)}"
-            raise ExportError(where, f"its code range ends at {bound}, no whole number", "Quantise it with others.")
-    return Bounds(low, high)  # type: ignore[arg-type]
 
 
 def rotation_of(node: fx.Node) -> Rotation:
@@ -96,12 +64,8 @@ class QuantisedSite:
     quantiser: fx.Node
     layer: fx.Node
     real: fx.Node | None
+    bounds: Bounds
     products: tuple[Product, ...] = ()
-
-    @property
-    def bounds(self) -> Bounds:
-        """Of its codes."""
-        return bounds_of(self.quantiser)
 
 
 def products_of(accumulator: fx.Node) -> tuple[Product, ...]:
@@ -151,31 +115,32 @@ def _weight_nodes(node: Any) -> set[fx.Node]:
 def quantised_sites(program: Program) -> Iterator[QuantisedSite]:
     """Every site whose activation is quantised, in graph order."""
     for site, layer in program.sites():
-        found = _integer_site(site, layer) or _fake_site(site, layer)
+        found = _integer_site(program, site, layer) or _fake_site(program, site, layer)
         if found is not None:
             yield found
 
 
-def _integer_site(site: str, layer: fx.Node) -> QuantisedSite | None:
+def _integer_site(program: Program, site: str, layer: fx.Node) -> QuantisedSite | None:
     if not is_op(layer, ops.rescale.default):
         return None
     products = products_of(layer.args[0])  # type: ignore[arg-type]
     if not products:
         return None
     quantiser: fx.Node = products[0].node.args[0]  # type: ignore[assignment]
-    return QuantisedSite(site, _before_rotation(quantiser), quantiser, layer, None, products)
+    bounds = bounds_of(quantiser, program)
+    return QuantisedSite(site, _before_rotation(quantiser), quantiser, layer, None, bounds, products)
 
 
-def _fake_site(site: str, layer: fx.Node) -> QuantisedSite | None:
+def _fake_site(program: Program, site: str, layer: fx.Node) -> QuantisedSite | None:
     real: fx.Node = layer.args[0]  # type: ignore[assignment]
     if is_op(real, ops.hadamard.default):
         real = real.args[0]  # type: ignore[assignment]
-    if is_op(real, ops.fake_quantize.default):
-        return QuantisedSite(site, _before_rotation(real), real, layer, real)
-    if is_op(real, ops.dequantize.default) and is_op(real.args[0], ops.quantize.default):
-        quantiser: fx.Node = real.args[0]  # type: ignore[assignment]
-        return QuantisedSite(site, _before_rotation(quantiser), quantiser, layer, real)
-    return None
+    quantiser = real
+    if is_op(real, ops.dequantize.default) and is_op(real.args[0], *QUANTISERS):
+        quantiser = real.args[0]  # type: ignore[assignment]
+    elif not is_op(real, *FAKE_QUANTISERS):
+        return None
+    return QuantisedSite(site, _before_rotation(quantiser), quantiser, layer, real, bounds_of(quantiser, program))
 
 
 def _before_rotation(quantiser: fx.Node) -> fx.Node:

@@ -11,7 +11,9 @@ import torch
 from torch import fx
 
 import hqc.ops  # noqa: F401  (registers the operators)
-from hqc.plan import SitePlan, activation_range, weight_range
+from hqc.bounds import FAKE_QUANTISERS, QUANTISERS, bounds_of
+from hqc.errors import ExportError
+from hqc.plan import SitePlan, activation_range, asymmetric_top, weight_range
 from hqc.program import Program, Stage, aten, is_op
 from hqc.rotations import Rotation
 from hqc.sites import rotation_of, rotation_within
@@ -23,13 +25,13 @@ _CONV, _LINEAR, _RESCALE = aten.conv2d.default, aten.linear.default, ops.rescale
 _PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
 _ROLES: Mapping[str, tuple[Any, ...]] = {
     "layer": (_CONV, _LINEAR, _RESCALE),
-    "activation_quantizer": (ops.fake_quantize.default,),
-    "weight_quantizer": (ops.fake_quantize.default,),
+    "activation_quantizer": FAKE_QUANTISERS,
+    "weight_quantizer": FAKE_QUANTISERS,
     "rotation": (ops.hadamard.default,),
     "rotation_back": (ops.hadamard.default,),
     "lora": (aten.add.Tensor,),
     "row": (ops.nearest_timestep.default,),
-    "codes": (ops.quantize.default,),
+    "codes": QUANTISERS,
     "activation": (ops.dequantize.default,),
     "product": _PRODUCTS,
     "weight": (
@@ -102,6 +104,8 @@ def _operands(node: fx.Node) -> int:
         return 3
     if is_op(node, aten.to.dtype, ops.hadamard.default, ops.rotate_codes.default, ops.unpack_int4.default):
         return 1
+    if is_op(node, ops.fake_quantize_bounded.default, ops.quantize_bounded.default):
+        return 4
     return 1 if is_op(node, ops.digit.default, ops.half.default) else 2
 
 
@@ -195,12 +199,14 @@ def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iter
         yield "lacks one of its quantisers"
     elif problem := _rotation_problem(plan, real):
         yield problem
-    elif real.args[2:] != activation_range(plan.activation_bits or 8):
+    elif not _activation_codes_fit(program, plan, real):
         yield f"its activation's codes are not those of {plan.activation_bits} bits"
-    elif weight.args[2:] != weight_range(plan.weight_bits or 8):
+    elif not _codes_fit(program, weight, weight_range(plan.weight_bits or 8), plan.weight_bits, plan.weight_symmetric):
         yield f"its weight's codes are not those of {plan.weight_bits} bits"
     elif f"{plan.site}.activation_scale_table" not in program.state:
         yield "has no table of scales"
+    elif missing := [name for name in _zero_points(plan) if name not in program.state]:
+        yield f"has no {missing[0].removeprefix(plan.site + '.')}"
     elif weight.args[1].op != "get_attr":
         yield "its weight's scale is computed"
     elif bool(plan.lora_rank) != _of_site(weight.args[0], plan, "lora"):
@@ -214,9 +220,37 @@ def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iter
             yield f"its LoRA has another rank than {plan.lora_rank}"
 
 
+def _activation_codes_fit(program: Program, plan: SitePlan, quantiser: fx.Node) -> bool:
+    bits, bounds = plan.activation_bits, quantiser.args[2:4]
+    if not plan.activation_symmetric and not all(is_op(bound, aten.index_select.default) for bound in bounds):
+        return False
+    return _codes_fit(program, quantiser, activation_range(bits or 8), bits, plan.activation_symmetric)
+
+
+def _codes_fit(
+    program: Program, quantiser: fx.Node, symmetric_range: tuple[int, int], bits: int | None, symmetric: bool
+) -> bool:
+    """Whether a quantiser's codes are those of its bits: one range, or ranges of 2ⁿ codes that hold 0."""
+    if symmetric:
+        return quantiser.args[2:] == symmetric_range
+    try:
+        lookups = bounds_of(quantiser, program).lookups
+    except ExportError:
+        return False
+    if lookups is None or lookups.lows.shape != lookups.highs.shape:
+        return False
+    holds_zero = bool((lookups.lows <= 0).all() & (lookups.highs >= 0).all())
+    return holds_zero and bool((lookups.highs - lookups.lows == asymmetric_top(bits or 8)).all())
+
+
+def _zero_points(plan: SitePlan) -> list[str]:
+    """What calibration and training find the zero points by."""
+    kinds = (("weight_zero", plan.weight_symmetric), ("activation_zero_table", plan.activation_symmetric))
+    return [f"{plan.site}.{name}" for name, symmetric in kinds if not symmetric]
+
+
 def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator[str]:
     names = [f"{plan.site}.weight_codes", f"{plan.site}.weight_packed"]
-    wanted = activation_range(plan.activation_bits or 8)
     back = None if plan.weight_rotated else plan.hadamard
     if not any(name in program.state for name in names):
         yield "has no stored codes"
@@ -226,7 +260,7 @@ def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Itera
             yield "rescales something besides its own products"
         elif not all(_has_role(product.args[0], "codes") for product in products):
             yield "multiplies something besides codes"
-        elif any(product.args[0].args[2:] != wanted for product in products):
+        elif not all(_activation_codes_fit(program, plan, product.args[0]) for product in products):
             yield f"its activation's codes are not those of {plan.activation_bits} bits"
         elif problem := _rotation_problem(plan, products[0].args[0]):
             yield problem
@@ -238,7 +272,7 @@ def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Itera
             yield problem
         elif not _has_role(real, "activation") or not _has_role(real.args[0], "codes"):
             yield "lacks its quantiser"
-        elif real.args[0].args[2:] != wanted:
+        elif not _activation_codes_fit(program, plan, real.args[0]):
             yield f"its activation's codes are not those of {plan.activation_bits} bits"
         elif problem := _rotation_problem(plan, real.args[0]):
             yield problem

@@ -13,9 +13,14 @@ __all__ = ["verify"]
 
 ops = torch.ops.hqc
 
-_TRAINING_OPS: set[object] = {ops.fake_quantize.default}
+_TRAINING_OPS: set[object] = {
+    ops.fake_quantize.default,
+    ops.fake_quantize_bounded.default,
+    ops.round_ste.default,
+}
 _INTEGER_OPS: set[object] = {
     ops.quantize.default,
+    ops.quantize_bounded.default,
     ops.dequantize.default,
     ops.unpack_int4.default,
     ops.rotate_codes.default,
@@ -77,6 +82,8 @@ def _check_state(program: Program) -> list[str]:
     for name, tensor in program.state.items():
         if name.endswith(("_scale", "scale_table")) and not bool((tensor > 0).all() & tensor.isfinite().all()):
             problems.append(f"{name} has a scale that is not positive and finite")
+        if name.endswith(("_zero", "zero_table")) and not bool(tensor.isfinite().all()):
+            problems.append(f"{name} has a zero point that is not finite")
     return problems
 
 

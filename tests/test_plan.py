@@ -1,6 +1,7 @@
 """Bits, rules and plans."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -77,6 +78,10 @@ GOOD = SitePlan("conv", "conv2d", 32, 16, 4, 4)
         {"weight_rotated": 1},
         {"weight_rotated": True, "block": 0},
         {"extra": 1},
+        {"weight_symmetric": 0},
+        {"weight_bits": 8, "weight_symmetric": False},
+        {"activation_bits": 8, "activation_symmetric": False},
+        {"weight_bits": None, "activation_bits": None, "weight_symmetric": False},
     ],
     ids=str,
 )
@@ -98,6 +103,21 @@ def test_a_plan_of_an_older_version_is_read() -> None:
 def test_what_is_no_plan_is_refused(data: object) -> None:
     with pytest.raises(PlanError):
         QuantPlan.from_dict(data)  # type: ignore[arg-type]
+
+
+def test_a_plan_from_before_asymmetric_ranges_is_symmetric() -> None:
+    data = json.loads(json.dumps(QuantPlan(sites=(GOOD,)).to_dict()))
+    for name in ("weight_symmetric", "activation_symmetric"):
+        del data["sites"][0][name]
+    assert QuantPlan.from_dict(data).sites == (GOOD,)
+
+
+def test_ranges_are_kept_and_shown() -> None:
+    plan = replace(GOOD, weight_symmetric=False)
+    data = json.loads(json.dumps(QuantPlan(sites=(plan,)).to_dict()))
+    assert QuantPlan.from_dict(data).sites == (plan,)
+    assert [p.widths for p in (GOOD, plan, replace(plan, activation_symmetric=False))] == ["w4a4", "w4*a4", "w4*a4*"]
+    assert SitePlan("head", "linear", 16, 5).widths == "float"
 
 
 def test_the_last_rule_that_matches_wins() -> None:

@@ -31,10 +31,12 @@ PASSES = (
 )
 
 
+@pytest.mark.parametrize("ranges", ["symmetric", "asymmetric"])
 @pytest.mark.parametrize("model", ZOO)
-def test_what_the_passes_make_is_right(model: str, captured: Callable[[str], Program]) -> None:
+def test_what_the_passes_make_is_right(model: str, ranges: str, captured: Callable[[str], Program]) -> None:
     program = captured(model)
     for one in PASSES:
+        one = replace(one, activation=ranges, weight=ranges) if isinstance(one, InsertQdq) else one
         program = run_pass(program, one)
         assert site_problems(program) == []
         check_calls(program)

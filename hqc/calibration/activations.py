@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from hqc.bounds import bounds_of
 from hqc.errors import TrainingError
 from hqc.memory import activation_bytes, require_memory
 from hqc.passes.insert_qdq import GRID
@@ -21,7 +22,6 @@ from hqc.program import Program, Stage
 from hqc.running import node_failure
 from hqc.sampling import Work
 from hqc.sampling.task import Denoise, trajectory
-from hqc.sites import bounds_of
 from hqc.stages import doing
 from hqc.steps import check_options
 
@@ -167,7 +167,7 @@ class _Observer(fx.Interpreter):
                 raise node_failure(n, error) from error
         x = self.env[n.args[0]]  # type: ignore[index]
         if role == "activation_quantizer":
-            self._observe(n.meta["site"], x, *bounds_of(n))
+            self._observe(n.meta["site"], x, *bounds_of(n, self.program).of_row(self.row))
         return x
 
     def _cause(self) -> str:
@@ -199,7 +199,9 @@ class _Observer(fx.Interpreter):
                 self._cause(),
             )
         key = (site, self.row)
-        scales = (top / qmax if top > 0 else 1.0) * torch.linspace(1.0 / self.candidates, 1.05, self.candidates)
+        scales = (top / max(-qmin, qmax) if top > 0 else 1.0) * torch.linspace(
+            1.0 / self.candidates, 1.05, self.candidates
+        )
         if key not in self.searches or self.searches[key].energy == 0:  # zeros cost nothing at any scale
             self.searches[key] = _Search(scales, torch.zeros(self.candidates))
         elif top > 0:

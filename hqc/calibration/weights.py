@@ -7,10 +7,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from hqc.bounds import bounds_of
+from hqc.passes.insert_qdq import spanning_weight_range
 from hqc.passes.rewriting import layer_inputs
 from hqc.program import Program, Stage
 from hqc.sampling import Work
-from hqc.sites import bounds_of
 from hqc.steps import check_options
 
 __all__ = ["CalibrateWeights", "mse_weight_scale"]
@@ -20,6 +21,7 @@ __all__ = ["CalibrateWeights", "mse_weight_scale"]
 class CalibrateWeights:
     """Scales that minimise ‖W_o - s·clip(round(W_o/s))‖² for every output channel of every quantised weight.
 
+    An asymmetric range spans the channel's values and 0 instead.
     candidates: how many scales are tried a channel, see `mse_weight_scale`.
     """
 
@@ -40,8 +42,12 @@ class CalibrateWeights:
         layers, state = dict(program.sites()), dict(program.state)
         for plan in program.plan.quantised:
             quantiser = layer_inputs(layers[plan.site])[1]
-            bounds = bounds_of(quantiser)
+            bounds = bounds_of(quantiser, program)
             weight = state[_source(quantiser)]
+            if not plan.weight_symmetric:
+                found = spanning_weight_range(weight, plan.weight_bits or 8)
+                state[f"{plan.site}.weight_scale"], state[f"{plan.site}.weight_zero"] = found
+                continue
             state[f"{plan.site}.weight_scale"] = mse_weight_scale(weight, bounds.low, bounds.high, self.candidates)
         return program.evolve(state=state)
 

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
+from hqc.bounds import Bounds
 from hqc.calibration import mse_weight_scale
 from hqc.errors import EvaluationError, TrainingError
 from hqc.evaluation.analysis_statistics import Moments, best_scale, channel_rows, sample_rows, snr_db
@@ -146,6 +147,7 @@ class _Watched:
     rotation: Rotation | None
     axis: int
     table: Tensor | None
+    bounds: Bounds | None
     weight: WeightNumbers
 
 
@@ -214,10 +216,11 @@ class _Observer:
         turned = _rotate(x, site.rotation, -1) if site.rotation else x
         rotated = self._basis(turned, seen.rotated, qmin, qmax) if site.rotation else None
         scale = snr = None
-        if site.table is not None:
-            scale = float(site.table[int((self.grid - (self.timestep)).abs().argmin())])
+        if site.table is not None and site.bounds is not None:
+            row = int((self.grid - self.timestep).abs().argmin())
+            scale = float(site.table[row])
             own = turned if site.plan.block else x
-            snr = snr_db(own, _quantised(own, scale, qmin, qmax))
+            snr = snr_db(own, _quantised(own, scale, *site.bounds.of_row(row)))
         plain = self._basis(x, seen.plain, qmin, qmax)
         count, top, rms = seen.plain.count, seen.plain.top, seen.plain.rms
         return SiteRow(self.timestep, count, top, rms, plain, rotated, scale, snr)
@@ -266,8 +269,9 @@ def _watched(program: Program, planned: Program, wanted: int) -> Iterator[tuple[
         rotation = plan.hadamard or (Rotation(block) if block else None)
         own = program.stage != Stage.CAPTURED and site in quantised
         table = planned.state[f"{site}.activation_scale_table"] if own else None
+        bounds = quantised[site].bounds if own else None
         weight = _weight_numbers(program, planned, quantised.get(site), layer, bits)
-        yield site, _Watched(plan, bits, rotation, axis, table, weight)
+        yield site, _Watched(plan, bits, rotation, axis, table, bounds, weight)
 
 
 @torch.no_grad()

@@ -49,8 +49,8 @@ def block_of(site: str) -> str:
 
 
 def bits_name(site: SiteAnalysis) -> str:
-    """w4a4, or float."""
-    return str(site.bits) if site.plan.quantised else "float"
+    """w4a4, or float; a star marks an asymmetric operand."""
+    return site.plan.widths
 
 
 def _row_height(count: int) -> int:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from hqc.bounds import QUANTISERS
 from hqc.export.aten_math import MATH
 from hqc.export.aten_shapes import SHAPES
 from hqc.export.lowering import Lowering, Translations
@@ -46,7 +47,7 @@ class OnnxRuntimeLowering(IntegerState):
 
     def tap_details(self, site: QuantisedSite) -> dict[str, Any]:
         """Codes carry the zero point; the products' weights are watched."""
-        top = site.bounds.high
+        top = site.bounds.largest
         weights = tuple(str(w.name) for w in self.weights.get(site.site, ()))
         return {"zero_point": top + 1, "weights": weights, "largest_code": 2 * top + 1}
 
@@ -70,7 +71,7 @@ _TRANSLATIONS: Translations = {
         **MATH,
         ops.nearest_timestep.default: nearest_timestep,
         ops.hadamard.default: hadamard,
-        ops.quantize.default: quantize,
+        **dict.fromkeys(QUANTISERS, quantize),
         ops.dequantize.default: dequantize,
         ops.unpack_int4.default: int4_weight,
         ops.rescale.default: rescale,

@@ -1,10 +1,11 @@
-"""Activations of the `onnxruntime` target: rotated, scaled, rounded, as uint8 codes with the zero point qmax + 1.
+"""Activations of the `onnxruntime` target: rotated, scaled, rounded, as uint8 codes with the zero point max|q| + 1.
 
     image   x [N, C, H, W] -> [N, C/b, b, H·W] -> (H_b/√b)/s [N, 1, b, b] @ x -> QuantizeLinear -> Clip (uint8)
     tokens  x [N, …, C]    -> [N, 1, …·C/b, b] -> x @ (H_b/√b)/s              -> QuantizeLinear -> Clip (uint8)
 
 Few passes over memory: the scale is folded into the rotation, rounding saturates to a byte, and the clip to the grid
-runs on bytes. Images are rotated where they are and transposed as bytes afterwards, a quarter of the traffic.
+runs on bytes; Max and Min with two looked-up bytes a sample where the range has a zero point. Images are rotated where
+they are and transposed as bytes afterwards, a quarter of the traffic.
 The scale stays outside of the rotation where a sample is too small to pay for a matrix of its own, and where sites
 with different scales read one rotated tensor.
 """
@@ -16,12 +17,13 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from hqc.bounds import QUANTISERS, Bounds, bounds_of
 from hqc.export.builder import typed
 from hqc.export.lowering import Lowering
 from hqc.export.scale_bank import Form, ScaleBank, lookup_key, rotation_form, rotation_matrix
 from hqc.export.shared import matrix_name
 from hqc.program import Program, is_op
-from hqc.sites import bounds_of, rotation_of
+from hqc.sites import rotation_of
 
 __all__ = ["IntegerState", "dequantize", "hadamard", "quantize", "requested_scales", "zero_point"]
 
@@ -38,7 +40,7 @@ class IntegerState(Lowering):
 
 
 def zero_point(top: int) -> np.ndarray:  # type: ignore[type-arg]
-    """The code of zero for a grid of -top…top."""
+    """The code of zero for a grid within -top…top."""
     return np.asarray(top + 1, dtype=np.uint8)
 
 
@@ -46,12 +48,12 @@ def requested_scales(program: Program, shared: frozenset[fx.Node]) -> list[tuple
     """Every form in which the nodes of a program ask for a scale; `shared` ones are the same for the whole batch."""
     requests: list[tuple[fx.Node, Form]] = []
     for node in program.graph.nodes:
-        if is_op(node, ops.quantize.default):
+        if is_op(node, *QUANTISERS):
             requests.append((node.args[1], _quantiser_form(program, node)))
         elif is_op(node, ops.rescale.default) and node.args[1] in shared:
             requests.append((node.args[1], ("number", 1)))
         elif is_op(node, ops.rescale.default) or (
-            is_op(node, ops.dequantize.default) and is_op(node.args[0], ops.quantize.default)
+            is_op(node, ops.dequantize.default) and is_op(node.args[0], *QUANTISERS)
         ):
             requests.append((node.args[1], ("scale", len(node.meta["shape"]))))
     return requests
@@ -69,7 +71,7 @@ def _folded(program: Program, rotation: fx.Node) -> bool:
     if not is_op(rotation, ops.hadamard.default):
         return False
     readers = [reader for twin in _twins(rotation) for reader in twin.users]
-    if not all(is_op(reader, ops.quantize.default) for reader in readers):
+    if not all(is_op(reader, *QUANTISERS) for reader in readers):
         return False
     values = math.prod(d for d in rotation.meta["shape"] if isinstance(d, int))
     if values < _WORTH_A_MATRIX * int(rotation.args[1]) ** 2:  # type: ignore[arg-type]
@@ -115,27 +117,43 @@ def _is_image(rotation: fx.Node) -> bool:
 
 
 def quantize(lo: IntegerState, node: fx.Node) -> ir.Value:
-    """uint8 codes q + qmax + 1 in torch's layout."""
+    """uint8 codes q + max|q| + 1 in torch's layout."""
     b = lo.builder
-    x, scale, low, high = node.args
-    top, form = int(high), _quantiser_form(lo.program, node)  # type: ignore[arg-type]
+    x, scale = node.args[:2]
+    bounds, form = bounds_of(node, lo.program), _quantiser_form(lo.program, node)
+    top = bounds.largest
     factor = lo.bank.value(scale, form)  # type: ignore[arg-type]
     level = _rotated(lo, x, factor) if form[0].startswith("rotation") else b.op("Mul", lo.value(x), factor)  # type: ignore[arg-type]
     codes = typed(b.op("QuantizeLinear", level, b.scalar(1.0), b.constant(zero_point(top), "zero_point")), UINT8)
-    bounds = [np.asarray(int(v) + top + 1, dtype=np.uint8) for v in (low, high)]  # type: ignore[arg-type]
-    codes = typed(b.op("Clip", codes, *(b.constant(bound, "bound") for bound in bounds)), UINT8)
+    rank = 4 if form[0].startswith("rotation") else len(lo.shape(node))
+    codes = _clipped(lo, codes, bounds, rank)
     restored = typed(b.reshape(codes, _sample_shape(lo, node)), UINT8)
     if "site" in node.meta and not str(restored.name).endswith(".codes"):  # sites that share codes keep the first name
         b.rename(restored, f"{node.meta['site']}.codes")
     return restored
 
 
+def _clipped(lo: IntegerState, codes: ir.Value, bounds: Bounds, rank: int) -> ir.Value:
+    """uint8 codes of a rank between their bounds, those of each sample where they are looked up."""
+    b, zero = lo.builder, bounds.largest + 1
+    if bounds.lookups is None:
+        ends = (b.constant(np.asarray(end + zero, np.uint8), "bound") for end in (bounds.low, bounds.high))
+        return typed(b.op("Clip", codes, *ends), UINT8)
+    found = bounds.lookups
+    for op, table, node in (("Max", found.lows, found.low), ("Min", found.highs, found.high)):
+        stored = (table.numpy() + zero).astype(np.uint8).reshape(-1, *[1] * (rank - 1))
+        row = lo.value(node.args[2])
+        picked = typed(b.op("Gather", b.constant(stored, "bound_table"), row, axis=0), UINT8)
+        codes = typed(b.op(op, codes, picked), UINT8)
+    return codes
+
+
 def dequantize(lo: IntegerState, node: fx.Node) -> ir.Value:
     """For sites that stayed in floating point (accumulators past int32)."""
     b = lo.builder
     codes, scale = node.args
-    if not is_op(codes, ops.quantize.default):
+    if not is_op(codes, *QUANTISERS):
         return b.op("DequantizeLinear", lo.value(codes), lo.value(scale), axis=0, name=node.name)
-    high = bounds_of(codes).high  # type: ignore[arg-type]
-    real = b.op("DequantizeLinear", lo.value(codes), b.scalar(1.0), b.constant(zero_point(high), "zero_point"))
+    top = bounds_of(codes, lo.program).largest  # type: ignore[arg-type]
+    real = b.op("DequantizeLinear", lo.value(codes), b.scalar(1.0), b.constant(zero_point(top), "zero_point"))
     return b.op("Mul", real, lo.bank.value(scale, ("scale", len(lo.shape(codes)))), name=node.name)  # type: ignore[arg-type]

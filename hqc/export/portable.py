@@ -2,6 +2,7 @@
 
     rotation    Reshape → MatMul with a constant ±H → Reshape → Mul(1/√b), in the order of the torch reference
     activation  rotation → Mul(1/s) → Clip(qmin, qmax) → QuantizeLinear(1) → DequantizeLinear(1) → Mul(s) → rotation
+                Max(low), Min(high) in the place of Clip where each sample has a range of its own
     weight      INT4 or INT8 initialiser → DequantizeLinear(s_w, axis 0)
     layer       Conv, Gemm, MatMul in floating point
 
@@ -19,6 +20,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from hqc.bounds import QUANTISERS
 from hqc.export.aten_math import MATH
 from hqc.export.aten_shapes import SHAPES
 from hqc.export.builder import HQC_DOMAIN, typed
@@ -68,7 +70,11 @@ def _quantize(lo: Lowering, node: fx.Node) -> ir.Value:
     x, scale, low, high = node.args
     rank = len(lo.shape(x))
     level = b.op("Mul", lo.value(x), per_sample(lo, b.op("Reciprocal", lo.value(scale)), rank))
-    clipped = b.op("Clip", level, b.scalar(float(low)), b.scalar(float(high)))  # type: ignore[arg-type]
+    if isinstance(low, fx.Node):
+        low_rows, high_rows = (per_sample(lo, lo.value(bound), rank) for bound in (low, high))
+        clipped = b.op("Min", b.op("Max", level, low_rows), high_rows)
+    else:
+        clipped = b.op("Clip", level, b.scalar(float(low)), b.scalar(float(high)))  # type: ignore[arg-type]
     name = f"{node.meta['site']}.codes" if "site" in node.meta else node.name
     codes = b.op("QuantizeLinear", clipped, b.scalar(1.0), output_dtype=ir.DataType.INT8, name=name)
     return typed(codes, ir.DataType.INT8)
@@ -77,7 +83,7 @@ def _quantize(lo: Lowering, node: fx.Node) -> ir.Value:
 def _dequantize(lo: Lowering, node: fx.Node) -> ir.Value:
     b = lo.builder
     codes, scale = node.args
-    if not is_op(codes, ops.quantize.default):
+    if not is_op(codes, *QUANTISERS):
         return b.op("DequantizeLinear", lo.value(codes), lo.value(scale), axis=0, name=node.name)
     real = b.op("DequantizeLinear", lo.value(codes), b.scalar(1.0))
     return b.op("Mul", real, per_sample(lo, lo.value(scale), len(lo.shape(codes))), name=node.name)
@@ -88,7 +94,7 @@ _TRANSLATIONS: Translations = {
     **MATH,
     ops.nearest_timestep.default: nearest_timestep,
     ops.hadamard.default: _hadamard,
-    ops.quantize.default: _quantize,
+    **dict.fromkeys(QUANTISERS, _quantize),
     ops.dequantize.default: _dequantize,
     ops.unpack_int4.default: int4_weight,
 }

@@ -6,12 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hqc.bounds import FAKE_QUANTISERS, QUANTISERS, clip_codes
 from hqc.passes.rewriting import rewrite
 from hqc.program import Program, is_op
 from hqc.running import node_failure
 from hqc.sites import QuantisedSite, quantised_sites
 
-__all__ = ["ForcedRun", "code_levels", "evaluate", "site_output", "verification_inputs", "without_quantisers"]
+__all__ = [
+    "ForcedRun",
+    "clipped",
+    "code_levels",
+    "evaluate",
+    "site_output",
+    "verification_inputs",
+    "without_quantisers",
+]
 
 ops = torch.ops.hqc
 Values = Mapping[fx.Node, Tensor]
@@ -39,6 +48,14 @@ def code_levels(program: Program, site: QuantisedSite, known: Values) -> Tensor:
     scale = evaluate(program, site.quantiser.args[1], known)  # type: ignore[arg-type]
     rotated = evaluate(program, site.quantiser.args[0], known)  # type: ignore[arg-type]
     return rotated * scale.reciprocal().view(-1, *[1] * (rotated.ndim - 1))
+
+
+def clipped(program: Program, site: QuantisedSite, levels: Tensor, known: Values) -> Tensor:
+    """Levels between the least and the largest code, each sample's own where they are looked up."""
+    low, high = (
+        evaluate(program, bound, known) if isinstance(bound, fx.Node) else bound for bound in site.quantiser.args[2:4]
+    )
+    return clip_codes(levels, low, high)
 
 
 def site_output(program: Program, site: QuantisedSite, codes: Tensor, known: Values) -> Tensor:
@@ -71,9 +88,9 @@ def without_quantisers(program: Program) -> Program | None:
         return None
     edit = rewrite(program)
     for node in list(edit.graph.nodes):
-        if is_op(node, ops.fake_quantize.default):
+        if is_op(node, *FAKE_QUANTISERS):
             node.replace_all_uses_with(node.args[0])
-        elif is_op(node, ops.dequantize.default) and is_op(node.args[0], ops.quantize.default):
+        elif is_op(node, ops.dequantize.default) and is_op(node.args[0], *QUANTISERS):
             node.replace_all_uses_with(node.args[0].args[0])
     return edit.finish()
 
@@ -105,7 +122,7 @@ class ForcedRun(fx.Interpreter):
                 raise node_failure(n, error) from error
         x, scale, low, high = self.fetch_args_kwargs_from_env(n)[0]
         broadcast = [-1] + [1] * (x.ndim - 1)
-        level = (x * scale.reciprocal().view(broadcast)).clamp(low, high)
+        level = clip_codes(x * scale.reciprocal().view(broadcast), low, high)
         codes = self._codes[site.site]
         differs = level.round() != codes
         self.flipped[site.site] = int(differs.sum())
@@ -116,4 +133,4 @@ class ForcedRun(fx.Interpreter):
         self.distance[site.site] = float(excess[differs].max()) if self.flipped[site.site] else 0.0
         # With the strides of the quantiser's own result: layers choose their kernels by them, and kernels round apart.
         given = torch.empty_like(level, memory_format=torch.preserve_format).copy_(codes)
-        return given * scale.view(broadcast) if is_op(n, ops.fake_quantize.default) else given.to(torch.int8)
+        return given * scale.view(broadcast) if is_op(n, *FAKE_QUANTISERS) else given.to(torch.int8)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hqc.export.lowering import Tap
-from hqc.export.reference import code_levels, site_output
+from hqc.export.reference import clipped, code_levels, site_output
 from hqc.export.watched import Array, WatchedModel, constants, heard
 from hqc.memory import return_free_memory
 from hqc.program import Program
@@ -76,7 +76,7 @@ def _check_site(
     known = {**known, site.x: heard(tap.input, values)}
     codes = heard(tap.codes, values).to(torch.int16) - tap.zero_point
     level = code_levels(reference, site, known)
-    differs = level.round().clamp(*site.bounds) != codes
+    differs = clipped(reference, site, level.round(), known) != codes
     far = (level - level.floor() - 0.5).abs() > BOUNDARY
     problems = []
     if wrong := int((differs & far).sum()):

@@ -245,7 +245,7 @@ def _all_codes(
 def _network_problems(check: NetworkCheck, reference: Program, rounding: float) -> list[str]:
     """`not <=` so that NaN counts as a failure."""
     problems, forced = [], max(FORCED_BOUND, ROUNDINGS * rounding)
-    largest = max((site.bounds.high for site in quantised_sites(reference)), default=0)
+    largest = max((site.bounds.largest for site in quantised_sites(reference)), default=0)
     boundary = FORCED_BOUNDARY + LEVEL_ROUNDINGS * rounding * largest
     if not check.forced_error <= forced:
         problems.append(f"with equal codes the output differs by {check.forced_error:.1e}; at most {forced:.0e}")

@@ -81,8 +81,8 @@ class ValuesOptions:
     codes: bool = False
     block: int = 1
     regular: bool = False
-    low: int = -7
-    high: int = 7
+    low: int | None = -7
+    high: int | None = 7
     tile_rows: int = 128
     tile_keys: int = 128
     tile_channels: int = 128

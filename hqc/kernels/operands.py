@@ -53,16 +53,17 @@ class Quantiser:
     """q = clip(round((H_block·y/√block)·inverse_scale[n]), low, high); inverse_scale fp32 [N], one a sample.
 
     regular: H is the regular one, not Sylvester's.
+    low and high None: each sample has its own, and inverse_scale is [N, 3]: 1/s, least and largest code.
     """
 
     inverse_scale: Tensor
-    low: int
-    high: int
+    low: int | None
+    high: int | None
     block: int = 1
     regular: bool = False
 
     @property
-    def form(self) -> dict[str, int]:
+    def form(self) -> dict[str, int | None]:
         """What kernels are compiled for of it: the rotation and bounds."""
         return {"block": self.block, "regular": self.regular, "low": self.low, "high": self.high}
 
@@ -164,7 +165,8 @@ def check_quantiser(where: str, quantiser: Quantiser, samples: int, channels: in
     Raises:
         KernelError: naming what does not fit.
     """
-    check_tensor(where, "inverse_scale", quantiser.inverse_scale, dtype=torch.float32, shape=(samples,))
+    shape = (samples, 3) if quantiser.low is None else (samples,)
+    check_tensor(where, "inverse_scale", quantiser.inverse_scale, dtype=torch.float32, shape=shape)
     _check_order(where, "block", quantiser.block, regular=quantiser.regular)
     if channels % quantiser.block:
         found = f"x has {channels} channels, expected a multiple of the block {quantiser.block}"

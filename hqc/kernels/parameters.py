@@ -66,13 +66,15 @@ def check_powers_of_two(**values: int) -> None:
             raise ValueError(f"{name} is {value}; expected a power of two")
 
 
-def check_bounds(low: int, high: int) -> None:
-    """Refuses bounds of codes that int8 does not hold.
+def check_bounds(low: int | None, high: int | None) -> None:
+    """Refuses bounds of codes that int8 does not hold; None and None are those that lie beside the scales.
 
     Raises:
         ValueError: naming them.
     """
-    if not -128 <= low < high <= 127:
+    if low is None and high is None:
+        return
+    if low is None or high is None or not -128 <= low < high <= 127:
         raise ValueError(f"codes span {low}…{high}; expected a range within -128…127")
 
 
@@ -95,7 +97,7 @@ def check_rotation(name: str, block: int, *, regular: bool) -> None:
     check_value(name, block, REGULAR_BLOCKS if regular else BLOCKS)
 
 
-def rotation_constants(block: int, low: int, high: int, regular: bool) -> dict[str, Constant]:
+def rotation_constants(block: int, low: int | None, high: int | None, regular: bool) -> dict[str, Constant]:
     """Compile-time arguments of a rotation and a quantisation: 1/√b, log2 b, the kind, bounds."""
     sizes = {"NORM": 1 / math.sqrt(block), "LOW": low, "HIGH": high, "LOG_BLOCK": block.bit_length() - 1}
     return {**sizes, "REGULAR": regular}

@@ -43,8 +43,8 @@ class EpilogueOptions:
     codes: bool = False
     block: int = 1
     regular: bool = False
-    low: int = -7
-    high: int = 7
+    low: int | None = -7
+    high: int | None = 7
     statistics: bool = False
 
     @property

@@ -35,6 +35,7 @@ class HadamardOptions:
     """`hadamard_quantize`: block 1 does not rotate; low…high are the codes' bounds; packed stores two codes a byte.
 
     regular: H is the regular one of `hqc.rotations`, not Sylvester's; the same in every other kernel that rotates.
+    low and high None, here and in every kernel: bounds lie beside the scales, [N, 3].
 
     layout: "rows" for [rows, channels] (tokens, NHWC), "nchw" for [N, channels, pixels] into [N, pixels, channels].
     aligned: ahead of time only: channels (and pixels) are multiples of 16.
@@ -44,8 +45,8 @@ class HadamardOptions:
 
     block: int = 32
     regular: bool = False
-    low: int = -7
-    high: int = 7
+    low: int | None = -7
+    high: int | None = 7
     layout: Literal["rows", "nchw"] = "rows"
     packed: bool = False
     pitch: int = 0
@@ -61,7 +62,7 @@ class HadamardOptions:
         check_rotation("block", self.block, regular=self.regular)
         check_value("layout", self.layout, ("rows", "nchw"))
         check_bounds(self.low, self.high)
-        if self.packed and not -8 <= self.low < self.high <= 7:
+        if self.packed and (self.low is None or self.high is None or not -8 <= self.low < self.high <= 7):
             raise ValueError(f"packed codes span {self.low}…{self.high}; expected a range within -8…7")
         check_powers_of_two(tile_rows=self.tile_rows, tile_channels=self.tile_channels, num_warps=self.num_warps)
         if self.tile_channels % self.block:
@@ -210,13 +211,13 @@ class GroupNormOptions(AffineOptions):
     keep: bool = False
     block: int = 32
     regular: bool = False
-    low: int = -7
-    high: int = 7
+    low: int | None = -7
+    high: int | None = 7
     beside: bool = False
     beside_block: int = 1
     beside_regular: bool = False
-    beside_low: int = -127
-    beside_high: int = 127
+    beside_low: int | None = -127
+    beside_high: int | None = 127
     tile_rows: int = 64
 
     def __post_init__(self) -> None:
@@ -291,8 +292,8 @@ class LayerNormOptions:
     keep: bool = False
     block: int = 32
     regular: bool = False
-    low: int = -7
-    high: int = 7
+    low: int | None = -7
+    high: int | None = 7
     aligned: bool = True
     tile_rows: int = 8
     tile_channels: int = 512
@@ -336,8 +337,8 @@ class GateOptions:
     gated: bool = True
     block: int = 32
     regular: bool = False
-    low: int = -7
-    high: int = 7
+    low: int | None = -7
+    high: int | None = 7
     aligned: bool = True
     tile_rows: int = 16
     tile_channels: int = 128

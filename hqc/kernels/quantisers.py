@@ -5,7 +5,7 @@ they are interpreted on the CPU, slowly, for tests.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,8 +73,8 @@ def hadamard_quantize(
     x: Tensor,
     inverse_scale: Tensor,
     *,
-    low: int,
-    high: int,
+    low: int | None,
+    high: int | None,
     block: int = 1,
     regular: bool = False,
     nchw: bool = False,
@@ -86,7 +86,8 @@ def hadamard_quantize(
 
     x [N, …, C] with channels last (tokens, NHWC), or with `nchw` [N, C, …] -> [N, …, C]; float16, bfloat16 or float32.
     Rows may lie apart by one pitch (a slice of the last axis).  second: what stands beside x along the channels, last.
-    inverse_scale fp32 [N], one a sample.  block 1 does not rotate, 8…256 must divide C.
+    inverse_scale fp32 [N], one a sample; with low and high None [N, 3], 1/s, least and largest code.
+    block 1 does not rotate, 8…256 must divide C.
     regular: by the regular H, whose orders are 16, 32, 64 and 256.
     Output int8; `packed`: uint8 with C/2 in the place of C, the first code in the low nibble.
     `out` receives the result if given.
@@ -212,7 +213,11 @@ def group_norm_quantize(
     parts = [statistics or column_statistics(x)]
     if second is not None:
         parts.append(second_statistics or column_statistics(second))
-    fields = {"group_channels": channels // norm.groups, "eps": norm.eps, "affine": norm.weight is not None}
+    fields: dict[str, Any] = {
+        "group_channels": channels // norm.groups,
+        "eps": norm.eps,
+        "affine": norm.weight is not None,
+    }
     fields |= {"second": second is not None}
     block = max(1 if how is None else how.block for how in (quantiser, beside))
     tall, wide, warps = _rows_tile(samples * pixels, channels, block, x.device)

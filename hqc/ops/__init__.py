@@ -1,17 +1,20 @@
 """The `hqc::` operators, one a file: torch reference, shape rule, gradient; importing registers them all.
 
 In the order in which data meets them: the timestep picks a scale (`nearest_timestep`), activations are rotated
-(`hadamard`) and quantised (`fake_quantize` while training; `quantize`, `dequantize` after), weights come from
-codes (`unpack_int4`, `rotate_codes`, `digit`, `half`), meet in an integer product (`int_linear`, `int_conv2d`) and go
-back to real units (`rescale`).
+(`hadamard`) and quantised (`fake_quantize` while training; `quantize`, `dequantize` after; `fake_quantize_bounded` and
+`quantize_bounded` where the range of codes is a tensor, made whole by `round_ste`), weights come from codes
+(`unpack_int4`, `rotate_codes`, `digit`, `half`), meet in an integer product (`int_linear`, `int_conv2d`) and go back to
+real units (`rescale`).
 """
 
+from hqc.ops.bounded import fake_quantize_bounded, quantize_bounded
 from hqc.ops.fake_quantize import fake_quantize
 from hqc.ops.hadamard import hadamard, hadamard_matrix, regular, sylvester
 from hqc.ops.integer_product import int_conv2d, int_linear
 from hqc.ops.nearest_timestep import nearest_timestep
 from hqc.ops.quantize import dequantize, quantize
 from hqc.ops.rescale import rescale
+from hqc.ops.straight_through import round_ste
 from hqc.ops.weight_codes import digit, half, pack_int4, rotate_codes, unpack_int4
 from hqc.rotations import block_size
 
@@ -20,6 +23,7 @@ __all__ = [
     "dequantize",
     "digit",
     "fake_quantize",
+    "fake_quantize_bounded",
     "hadamard",
     "hadamard_matrix",
     "half",
@@ -28,9 +32,11 @@ __all__ = [
     "nearest_timestep",
     "pack_int4",
     "quantize",
+    "quantize_bounded",
     "regular",
     "rescale",
     "rotate_codes",
+    "round_ste",
     "sylvester",
     "unpack_int4",
 ]

@@ -9,9 +9,14 @@ from torch import Tensor
 from hqc.ops.hadamard import hadamard_matrix
 from hqc.rotations import Rotation
 
-__all__ = ["DIGIT_BASE", "digit", "half", "pack_int4", "rotate_codes", "unpack_int4"]
+__all__ = ["DIGIT_BASE", "digit", "fits_int4", "half", "pack_int4", "rotate_codes", "unpack_int4"]
 
 DIGIT_BASE = 128
+
+
+def fits_int4(codes: Tensor) -> bool:
+    """Whether all codes lie in -8…7."""
+    return codes.numel() > 0 and int(codes.min()) >= -8 and int(codes.max()) <= 7
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -4,28 +4,33 @@
     after    y = op(Ĥ·Q_a(Ĥ·x; s_a[i]), Q_w(W; s_w)),    i = argmin_j |timestep - grid[j]| per sample
 
 Q_a is symmetric with narrow range ±(2^(n-1) - 1), Q_w symmetric with full range and one scale per output channel.
+With an asymmetric range the codes are -z…2ⁿ-1-z: of an activation z is looked up as its scale is, of a weight it is one
+per output channel. z is a parameter like the scales, rounded and kept in 0…2ⁿ-1 where it is read. Operands of 8 bits
+stay symmetric, since their codes would not fit int8; the plan says so.
 The row i comes from the graph's own `timestep` input, so the program stays a pure function and a batch may mix
-timesteps. Weight scales start at max|W_o|/qmax, the activation tables at 1: calibration fills both.
+timesteps. Weight scales start at max|W_o|/qmax, or span the channel's values and 0 where it is asymmetric; the tables
+start at scale 1 and a zero point in the middle: calibration fills them all.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, fx
 
 from hqc.errors import PassError, PlanError
-from hqc.passes.rewriting import UNPLANNED, layer_inputs, rewrite
+from hqc.passes.rewriting import UNPLANNED, Rewriter, layer_inputs, rewrite
 from hqc.pipeline import Findings
-from hqc.plan import activation_range, weight_range
+from hqc.plan import HIGHEST_ASYMMETRIC_BITS, SitePlan, activation_range, asymmetric_top, weight_range
 from hqc.program import BATCH, Program, Stage, aten
 
-__all__ = ["GRID", "InsertQdq"]
+__all__ = ["GRID", "InsertQdq", "spanning_weight_range"]
 
 GRID = "timestep_grid"
-FAKE_QUANTIZE = torch.ops.hqc.fake_quantize.default
+ops = torch.ops.hqc
+Range = Literal["symmetric", "asymmetric"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,12 @@ class InsertQdq:
     """Puts quantisers on the input and the weight of every quantised site.
 
     timesteps: the calibrated grid, one row of every scale table each; empty: what the plan asks for, or one row.
+    activation, weight: "symmetric", or "asymmetric" for operands of at most 7 bits.
     """
 
     timesteps: tuple[float, ...] = ()
+    activation: Range = "symmetric"
+    weight: Range = "symmetric"
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
     gives: ClassVar[Stage | None] = Stage.QUANTISED
@@ -46,6 +54,11 @@ class InsertQdq:
             raise PlanError("timesteps", f"the grid {self.timesteps} is not all numbers", "Give finite timesteps.")
         if len(set(self.timesteps)) != len(self.timesteps):
             raise PlanError("timesteps", "the grid repeats a timestep", "Give distinct timesteps.")
+        for name, value in (("activation", self.activation), ("weight", self.weight)):
+            if value not in get_args(Range):
+                raise PlanError(
+                    f"{name} {value!r}", f"unknown range; there are {', '.join(get_args(Range))}", "Use one."
+                )
 
     def find(self, program: Program) -> Findings:
         """Every site that the plan quantises."""
@@ -55,48 +68,112 @@ class InsertQdq:
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Inserts the grid lookup once, then both quantisers of each site."""
-        edit = rewrite(program)
-        planned = replace(program.plan, timesteps=self.timesteps or program.plan.timesteps or (0.0,))
-        if not matches:
-            return edit.finish(plan=planned)
-        inputs = {node.name: node for node in edit.graph.nodes if node.op == "placeholder"}
-        if "timestep" not in inputs:
-            raise PassError(
-                "insert_qdq",
-                f"the inputs are {', '.join(inputs)}; expected one named timestep",
-                "Name the input that holds each sample's timestep [N] `timestep`.",
-            )
-        timestep = inputs["timestep"]
-        # The lookup stands right behind its input: it depends on nothing else.
-        first = timestep.next
-        grid = edit.weight(GRID, torch.tensor(planned.timesteps, dtype=torch.float32), first)
-        row = edit.call(
-            first, torch.ops.hqc.nearest_timestep.default, timestep, grid, shape=(BATCH,), dtype="int64", role="row"
-        )
+        edit, plans = rewrite(program), {}
+        grid = self.timesteps or program.plan.timesteps or (0.0,)
+        row = _row(edit, grid) if matches else None
         for site in matches:
-            plan, layer = program.plan[site], edit.layers[site]
+            plan, layer = self._with_ranges(program.plan[site]), edit.layers[site]
+            plans[site] = plan
             x, weight, _ = layer_inputs(layer)
             rotated, reader = (x.all_input_nodes[0], x) if x.meta.get("role") == "rotation_back" else (x, layer)
-            table = edit.weight(f"{site}.activation_scale_table", torch.ones(len(planned.timesteps)), reader)
-            scale = edit.call(reader, aten.index_select.default, table, 0, row, shape=(BATCH,), dtype="float32")
-            low, high = activation_range(plan.activation_bits or 8)
-            quantised = edit.call(
-                reader, FAKE_QUANTIZE, rotated, scale, low, high, like=rotated, site=site, role="activation_quantizer"
-            )
-            reader.replace_input_with(rotated, quantised)
-            self._quantise_weight(
-                edit.program.state[str(weight.target)], site, layer, weight, edit, plan.weight_bits or 8
-            )
-        return edit.finish(plan=planned)
+            scale_and_bounds = _activation_range(edit, plan, row, len(grid), reader)
+            _quantise(edit, plan, rotated, reader, scale_and_bounds, "activation_quantizer")
+            _quantise(edit, plan, weight, layer, _weight_range(edit, plan, weight, layer), "weight_quantizer")
+        return edit.finish(plan=replace(program.plan.with_sites(plans), timesteps=grid))
 
-    @staticmethod
-    def _quantise_weight(value: Tensor, site: str, layer: fx.Node, weight: fx.Node, edit, bits: int) -> None:  # type: ignore[no-untyped-def]
-        low, high = weight_range(bits)
-        scale = edit.weight(f"{site}.weight_scale", _range_scale(value, high), layer)
-        quantised = edit.call(
-            layer, FAKE_QUANTIZE, weight, scale, low, high, like=weight, site=site, role="weight_quantizer"
+    def _with_ranges(self, plan: SitePlan) -> SitePlan:
+        """The plan with what its ranges are, and where it says so why one is not as asked."""
+        wide = [
+            name
+            for name, kind, bits in (
+                ("activations", self.activation, plan.activation_bits),
+                ("weights", self.weight, plan.weight_bits),
+            )
+            if kind == "asymmetric" and (bits or 8) > HIGHEST_ASYMMETRIC_BITS
+        ]
+        note = f"{' and '.join(wide)} symmetric: asymmetric codes of 8 bits do not fit int8" if wide else ""
+        return replace(
+            plan,
+            activation_symmetric=self.activation == "symmetric" or "activations" in wide,
+            weight_symmetric=self.weight == "symmetric" or "weights" in wide,
+            reason="; ".join(text for text in (plan.reason, note) if text),
         )
-        layer.replace_input_with(weight, quantised)
+
+
+def _row(edit: Rewriter, timesteps: Sequence[float]) -> fx.Node:
+    """The lookup of each sample's row in the grid, which stands right behind its input."""
+    inputs = {node.name: node for node in edit.graph.nodes if node.op == "placeholder"}
+    if "timestep" not in inputs:
+        raise PassError(
+            "insert_qdq",
+            f"the inputs are {', '.join(inputs)}; expected one named timestep",
+            "Name the input that holds each sample's timestep [N] `timestep`.",
+        )
+    timestep = inputs["timestep"]
+    first = timestep.next
+    grid = edit.weight(GRID, torch.tensor(timesteps, dtype=torch.float32), first)
+    nearest = ops.nearest_timestep.default
+    return edit.call(first, nearest, timestep, grid, shape=(BATCH,), dtype="int64", role="row")
+
+
+def _activation_range(edit: Rewriter, plan: SitePlan, row: Any, rows: int, reader: fx.Node) -> tuple[Any, Any, Any]:
+    """Scale, least and largest code of each sample."""
+    bits = plan.activation_bits or 8
+    table = edit.weight(f"{plan.site}.activation_scale_table", torch.ones(rows), reader)
+
+    def look_up(stored: fx.Node) -> fx.Node:
+        return edit.call(reader, aten.index_select.default, stored, 0, row, shape=(BATCH,), dtype="float32")
+
+    if plan.activation_symmetric:
+        return look_up(table), *activation_range(bits)
+    middle = torch.full((rows,), float(2 ** (bits - 1)))
+    zero = edit.weight(f"{plan.site}.activation_zero_table", middle, reader)
+    low, high = _bounds(edit, zero, bits, reader)
+    return look_up(table), look_up(low), look_up(high)
+
+
+def _quantise(
+    edit: Rewriter, plan: SitePlan, x: fx.Node, reader: fx.Node, scale_and_bounds: tuple[Any, Any, Any], role: str
+) -> None:
+    """Puts a quantiser between x and its reader."""
+    bounded = isinstance(scale_and_bounds[1], fx.Node)
+    target = ops.fake_quantize_bounded.default if bounded else ops.fake_quantize.default
+    reader.replace_input_with(x, edit.call(reader, target, x, *scale_and_bounds, like=x, site=plan.site, role=role))
+
+
+def _weight_range(edit: Rewriter, plan: SitePlan, weight: fx.Node, layer: fx.Node) -> tuple[Any, Any, Any]:
+    """Scale, least and largest code of each output channel."""
+    value, bits = edit.program.state[str(weight.target)], plan.weight_bits or 8
+    low, high = weight_range(bits)
+    if plan.weight_symmetric:
+        return edit.weight(f"{plan.site}.weight_scale", _range_scale(value, high), layer), low, high
+    scale, zero = spanning_weight_range(value, bits)
+    stored = edit.weight(f"{plan.site}.weight_scale", scale, layer)
+    return stored, *_bounds(edit, edit.weight(f"{plan.site}.weight_zero", zero, layer), bits, layer)
+
+
+def _bounds(edit: Rewriter, zero: fx.Node, bits: int, before: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """-z and 2ⁿ-1-z of a zero point, whole and in 0…2ⁿ-1."""
+    top = asymmetric_top(bits)
+    inside = edit.call(before, aten.clamp.default, zero, 0, top, like=zero)
+    whole = edit.call(before, ops.round_ste.default, inside, like=zero)
+    low = edit.call(before, aten.neg.default, whole, like=zero)
+    return low, edit.call(before, aten.rsub.Scalar, whole, top, like=zero)
+
+
+@torch.no_grad()
+def spanning_weight_range(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and whole zero point per output channel [O] whose 2ⁿ codes span the channel's values and 0.
+
+    s = (max(W_o, 0) - min(W_o, 0))/(2ⁿ-1), z = round(-min(W_o, 0)/s). An all-zero channel gets scale 1.
+    """
+    if not weight.numel():
+        return weight.new_ones(len(weight)), weight.new_zeros(len(weight))
+    flat, top = weight.flatten(1).to(torch.float32), asymmetric_top(bits)
+    least, largest = flat.amin(1).clamp_max(0), flat.amax(1).clamp_min(0)
+    span = largest - least
+    scale = torch.where(span > 0, span / top, torch.ones_like(span))
+    return scale, (-least / scale).round().clamp(0, top)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Pack INT4: codes of at most 4 bits are stored two a byte.
+"""Pack INT4: codes in -8…7 are stored two a byte.
 
     before   w_q int8 [O, …]
     after    unpack_int4(packed uint8 [⌈n/2⌉], shape),  the first code in the low nibble
@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from hqc.ops import pack_int4
+from hqc.ops.weight_codes import fits_int4, pack_int4
 from hqc.passes.rewriting import rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage
@@ -22,14 +22,14 @@ __all__ = ["PackInt4"]
 
 @dataclass(frozen=True)
 class PackInt4:
-    """Halves the storage of every weight of four bits or fewer."""
+    """Halves the storage of every weight whose codes fit in four bits."""
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.INTEGER,)
     gives: ClassVar[Stage | None] = None
     preserves: ClassVar[str] = "numerics"
 
     def find(self, program: Program) -> Findings:
-        """Sites with codes of at most 4 bits."""
+        """Sites of at most 4 bits with codes in -8…7; asymmetric ones, q - z, may lie outside."""
         matches, misses = [], []
         for plan in program.plan.sites:
             if not plan.quantised:
@@ -38,6 +38,8 @@ class PackInt4:
                 misses.append((plan.site, "is packed already"))
             elif (plan.weight_bits or 8) > 4:
                 misses.append((plan.site, f"{plan.weight_bits} bits do not fit in 4"))
+            elif not fits_int4(codes := program.state[f"{plan.site}.weight_codes"]):
+                misses.append((plan.site, f"codes {int(codes.min())}…{int(codes.max())} do not fit in 4 bits"))
             else:
                 matches.append(plan.site)
         return Findings(tuple(matches), tuple(misses))

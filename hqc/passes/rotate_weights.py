@@ -9,7 +9,7 @@ back (an unrotated site, or one whose weight was rotated before it was quantised
 w_q (4 bits fit in 4 bits); the product is an expression in the graph, folded when a runtime loads it. Source: HQ-DM
 integer path; exact, no approximation.
 
-    int32 accumulators   max_o Σ|w_q·H|·qmax < 2^31 is checked; a site that breaks it is a miss with the reason
+    int32 accumulators   max_o Σ|w_q·H|·max|q| < 2^31 is checked; a site that breaks it is a miss with the reason
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,9 @@ from torch import Tensor, fx
 from hqc.errors import PassError
 from hqc.passes.rewriting import CONV, Rewriter, channel_axis, layer_inputs, rewrite
 from hqc.pipeline import Findings
-from hqc.plan import activation_range
 from hqc.program import Program, Stage, is_op
 from hqc.rotations import Rotation
-from hqc.sites import rotation_of
+from hqc.sites import quantised_sites, rotation_of
 
 __all__ = ["RotateWeights", "rotated_codes"]
 
@@ -63,6 +62,7 @@ class RotateWeights:
         """Frozen sites whose accumulators fit int32."""
         matches, misses = [], []
         layers = dict(program.sites())
+        largest = {site.site: site.bounds.largest for site in quantised_sites(program)}
         for plan in program.plan.sites:
             if not plan.quantised:
                 misses.append((plan.site, f"float: {plan.reason}"))
@@ -70,8 +70,7 @@ class RotateWeights:
             if is_op(layers[plan.site], ops.rescale.default):
                 misses.append((plan.site, "is an integer product already"))
                 continue
-            top = activation_range(plan.activation_bits or 8)[1]
-            bound = _accumulator_bound(program, plan.site, _rotated_back(layers[plan.site])) * top
+            bound = _accumulator_bound(program, plan.site, _rotated_back(layers[plan.site])) * largest[plan.site]
             if bound >= _INT32_LIMIT:
                 misses.append((plan.site, f"accumulators reach {bound}, past int32"))
             else:
@@ -81,8 +80,9 @@ class RotateWeights:
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Replaces op, both dequantisers and the rotation back."""
         edit = rewrite(program)
+        largest = {site.site: site.bounds.largest for site in quantised_sites(program)}
         for site in matches:
-            _make_integer(edit, site)
+            _make_integer(edit, site, largest[site])
         return edit.finish()
 
 
@@ -98,8 +98,9 @@ def _accumulator_bound(program: Program, site: str, rotation: Rotation | None) -
     return int(rotated_codes(program, site, rotation).to(torch.int64).abs().flatten(1).sum(1).max())
 
 
-def _make_integer(edit: Rewriter, site: str) -> None:
-    layer, plan, state = edit.layers[site], edit.program.plan[site], edit.program.state
+def _make_integer(edit: Rewriter, site: str, top: int) -> None:
+    """top: the largest |code| of its activations."""
+    layer, state = edit.layers[site], edit.program.state
     x, weight, bias = layer_inputs(layer)
     rotation = _rotated_back(layer)
     real = x.args[0] if rotation else x
@@ -112,7 +113,6 @@ def _make_integer(edit: Rewriter, site: str) -> None:
         # s_w/√b is formed once here, in float32, so that every runtime multiplies by the same number.
         folded = state[str(scale_w.target)] * rotation.block**-0.5  # type: ignore[union-attr]
         scale_w = edit.weight(f"{site}.weight_rotated_scale", folded, layer)
-    top = activation_range(plan.activation_bits or 8)[1]
     if is_op(layer, CONV):
         geometry = [list(layer.args[i]) if len(layer.args) > i else default for i, default in _GEOMETRY]  # type: ignore[arg-type]
         acc = edit.call(layer, ops.int_conv2d.default, codes, wide, *geometry, top, like=layer, site=site)

@@ -7,8 +7,9 @@
 
 All three are exact. Halves need no factor, so that a runtime can form both products as one, twice as long.
 
-The limit is 127 for activations up to 7 bits. With 8-bit activations it is 64: x86 kernels without VNNI add two
-u8×s8 products in int16, which silently saturates at 255·127·2 > 32 767 but holds 255·64·2 = 32 640.
+The limit is 127 where unsigned activation codes reach 129 at most: symmetric ones of up to 7 bits, asymmetric ones of
+up to 6. Otherwise it is 64: x86 kernels without VNNI add two u8×s8 products in int16, which silently saturates at
+255·127·2 > 32 767 but holds 129·127·2 = 32 766 and 255·64·2 = 32 640.
 """
 
 from collections.abc import Sequence
@@ -30,16 +31,18 @@ __all__ = ["SplitDigits", "digit_limit"]
 
 ops = torch.ops.hqc
 _TWO_DIGITS = (-64 - 128 * 128, 63 + 128 * 127)
+_LARGEST_UNSIGNED = 129
+"""Codes in ±q are stored as 1…2·q + 1; twice this times 127 is an int16."""
 PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
 
 
-def digit_limit(activation_bits: int) -> int:
-    """Largest |weight code| that one int8 product may hold; see the module's docstring.
+def digit_limit(largest_code: int) -> int:
+    """Largest |weight code| that one int8 product with activation codes of ±largest_code may hold; see the module.
 
-    >>> digit_limit(4), digit_limit(8)
-    (127, 64)
+    >>> digit_limit(7), digit_limit(64), digit_limit(65), digit_limit(127)
+    (127, 127, 64, 64)
     """
-    return 127 if activation_bits <= 7 else 64
+    return 127 if 2 * largest_code + 1 <= _LARGEST_UNSIGNED else 64
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class SplitDigits:
                     "Use a block of 64 or less, or rotate the weight too (insert_hadamard(weights=True)): both fit.",
                 )
             peak = max(-low, high)
-            limit = digit_limit(program.plan[site].activation_bits or 8)
+            limit = digit_limit(int(node.args[-1]))
             if peak > limit:
                 matches.append(site)
             else:
@@ -105,4 +108,4 @@ def _halves(program: Program, product: fx.Node) -> bool:
     """Whether w = w₀ + w₁ is enough: |w_i| ≤ 64 at most, and within what one product may hold."""
     site, rotation = product.meta["site"], rotation_within(product.args[1])
     peak = max(abs(int(bound)) for bound in rotated_codes(program, site, rotation).aminmax())
-    return peak <= 2 * min(64, digit_limit(program.plan[site].activation_bits or 8))
+    return peak <= 2 * min(64, digit_limit(int(product.args[-1])))  # type: ignore[arg-type]

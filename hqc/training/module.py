@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hqc.ops.bounded import FakeQuantizeBounded
 from hqc.ops.fake_quantize import FakeQuantize
 from hqc.ops.hadamard import Hadamard
+from hqc.ops.straight_through import RoundSte
 from hqc.passes.rewriting import CONV, LINEAR, layer_inputs
 from hqc.program import Program, is_op
 
@@ -66,7 +68,17 @@ def _fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
     return FakeQuantize.apply(x, scale, qmin, qmax)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def _fake_quantize_bounded(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return FakeQuantizeBounded.apply(x, scale, low, high)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _round_ste(x: Tensor) -> Tensor:
+    return RoundSte.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+
+
 _DIRECT: Mapping[Any, Callable[..., Tensor]] = {
     ops.hadamard.default: _hadamard,
     ops.fake_quantize.default: _fake_quantize,
+    ops.fake_quantize_bounded.default: _fake_quantize_bounded,
+    ops.round_ste.default: _round_ste,
 }

@@ -55,6 +55,13 @@ def test_eight_bits_take_two_digits_where_rotated(
     assert forms.keys() & {"int8 conv, two digits", "int8 gemm, two digits"}
 
 
+@pytest.mark.parametrize("name", ["two_sites", "geometry", "shared_input"])
+def test_asymmetric_ranges(name: str, captured: Callable[[str], Program], tmp_path: Path) -> None:
+    """Max and Min with looked-up bounds in the place of Clip: the products are INT8 as before."""
+    forms = check(build(quantised(captured(name), "w4a4", "asymmetric"), tmp_path / "x"))
+    assert any(form.startswith("int8") for form in forms)
+
+
 def types(report: EngineReport) -> set[str]:
     """Of all that the engine's kernels hand to each other."""
     return {tensor.dtype for layer in report.engines[0].layers for tensor in (*layer.inputs, *layer.outputs)}

@@ -193,6 +193,24 @@ def test_a_quantised_program_shows_its_own_scales_on_the_float_trajectory(
     assert compared > 30
 
 
+def test_asymmetric_ranges_are_judged_by_their_own_codes(captured: Captured, task: Callable[[Program], Task]) -> None:
+    program = captured("two_sites")
+    grid = task(program).timesteps(SAMPLER.num_inference_steps)
+    chain = [SelectLayers(bits="w4a4"), InsertQdq(grid, activation="asymmetric", weight="asymmetric")]
+    quantised = run_pipeline(program, chain)
+    zeros = torch.tensor([2.0, 9.0, 14.0])
+    quantised = quantised.evolve(state={**quantised.state, "conv.activation_zero_table": zeros})
+    site = analyse(quantised, quantised, task(program), SAMPLER)[0]
+    inputs = recorded(program, task(program))
+    assert len(site.rows) == 3
+    for row in site.rows:
+        x = inputs["conv", row.timestep].double().numpy()
+        zero = float(zeros[grid.index(row.timestep)])
+        error = np.clip(np.rint(x) + zero, 0, 15) - zero - x  # every scale is 1
+        wanted = 10 * math.log10((x**2).sum() / (error**2).sum())
+        assert row.program_snr_db == pytest.approx(wanted, abs=1e-3)
+
+
 def test_the_float_program_is_the_captured_one(captured: Captured, task: Callable[[Program], Task]) -> None:
     program = captured("tied_time_embedding")
     grid = task(program).timesteps(3)

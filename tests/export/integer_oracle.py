@@ -5,7 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 from onnx.reference.op_run import OpRun
 
-__all__ = ["MatMulIntegerToFloat", "conv", "regular_signs", "rotated", "saturated_pair_sum", "signs"]
+__all__ = [
+    "MatMulIntegerToFloat",
+    "asymmetric_conv",
+    "conv",
+    "regular_signs",
+    "rotated",
+    "saturated_pair_sum",
+    "signs",
+]
 
 
 def signs(order: int) -> np.ndarray:
@@ -53,6 +61,31 @@ def conv(
             patch = padded[:, :, y * sy : y * sy + dy * (kh - 1) + 1 : dy, x * sx : x * sx + dx * (kw - 1) + 1 : dx]
             acc[:, :, y, x] = np.einsum("ncij,ocij->no", patch, weight.astype(np.int64))
     return acc
+
+
+def asymmetric_conv(
+    q: np.ndarray,
+    zero: np.ndarray,
+    w: np.ndarray,
+    w_zero: np.ndarray,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> np.ndarray:
+    """Σ (q - z[n])·(w - z_w[o]) over int64 by its four sums, from unsigned codes and explicit zero points.
+
+    q in 0…2ⁿ-1 [N, C, H, W] is padded with its own zero point, the code of real 0; w in 0…2ⁿ-1 [O, C, kh, kw].
+    """
+    (py, px), (n, channels, height, width) = padding, q.shape
+    padded = np.broadcast_to(zero.reshape(-1, 1, 1, 1), (n, channels, height + 2 * py, width + 2 * px)).astype(np.int64)
+    padded[:, :, py : py + height, px : px + width] = q
+    ones, terms = np.ones_like(w[:1]), w[0].size
+    none = (0, 0)
+    products = conv(padded, w, stride, none, dilation)
+    inputs = conv(padded, ones, stride, none, dilation)
+    weights = w.astype(np.int64).sum((1, 2, 3)).reshape(1, -1, 1, 1)
+    z, z_w = zero.astype(np.int64).reshape(-1, 1, 1, 1), w_zero.astype(np.int64).reshape(1, -1, 1, 1)
+    return products - z_w * inputs - z * weights + terms * z * z_w
 
 
 def saturated_pair_sum(codes: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -18,7 +18,8 @@ Build = Callable[..., tuple[Program, Path, ExportReport]]
 
 
 def builder(captured: Callable[[str], Program], quantised: Callable[..., Program], work: Path) -> Build:
-    """build(model, bits or None, one_timestep=False, rotation=None, **options): program, folder, report, made once.
+    """build(model, bits or None, one_timestep=False, rotation=HQ-DM's, ranges="symmetric", **options): program, folder,
+    report, made once.
 
     Plugins come without their kernels.
     """
@@ -30,12 +31,14 @@ def builder(captured: Callable[[str], Program], quantised: Callable[..., Program
         *,
         one_timestep: bool = False,
         rotation: InsertHadamard | None = None,
+        ranges: str = "symmetric",
         **options: Any,
     ):
         chosen = TensorRtOptions(**options, plugin_archs=())
-        key = (name, bits, one_timestep, rotation, chosen)
+        key = (name, bits, one_timestep, rotation, ranges, chosen)
         if key not in made:
-            program = captured(name) if bits is None else quantised(name, bits, *([rotation] if rotation else []))
+            how = {"ranges": ranges} | ({"rotation": rotation} if rotation else {})
+            program = captured(name) if bits is None else quantised(name, bits, **how)
             report = export_program(
                 program,
                 "tensorrt",

@@ -24,9 +24,11 @@ def relative(found, wanted) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize("model", ["cross_attention", "geometry"])
-def test_the_function_equals_the_constant(exported, tmp_path, model) -> None:
-    program, folder, _ = exported(model, "w4a4", "portable")
+@pytest.mark.parametrize(
+    ("model", "ranges"), [("cross_attention", "symmetric"), ("geometry", "symmetric"), ("geometry", "asymmetric")]
+)
+def test_the_function_equals_the_constant(exported, tmp_path, model, ranges) -> None:
+    program, folder, _ = exported(model, "w4a4", "portable", ranges=ranges)
     assert_function_equals_constant(program, folder, tmp_path)
 
 

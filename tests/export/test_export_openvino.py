@@ -37,10 +37,15 @@ def inputs(program):
 
 
 @pytest.mark.parametrize(
-    ("model", "bits"), [*((name, "w4a4") for name in (*PLAIN, *SHAPES, "cross_attention")), ("cross_attention", "w8a8")]
+    ("model", "bits", "ranges"),
+    [
+        *((name, "w4a4", "symmetric") for name in (*PLAIN, *SHAPES, "cross_attention")),
+        ("cross_attention", "w8a8", "symmetric"),
+        *((name, "w4a4", "asymmetric") for name in ("two_sites", "geometry", "shared_input", "cross_attention")),
+    ],
 )
-def test_openvino_equals_torch_given_its_codes(exported, tmp_path, model, bits) -> None:
-    program, folder, _ = exported(model, bits, "portable")
+def test_openvino_equals_torch_given_its_codes(exported, tmp_path, model, bits, ranges) -> None:
+    program, folder, _ = exported(model, bits, "portable", ranges=ranges)
     assert_openvino_equals_torch(program, folder, tmp_path)
 
 

@@ -378,7 +378,7 @@ def test_weight_only_from_every_stage(quantised, tmp_path, stage) -> None:
 
 @pytest.mark.parametrize(("bits", "pattern"), [("w4a4", "conv"), ("w4a4", "nothing*"), ("w8a8", "head")])
 def test_weight_only_patterns_that_match_nothing(quantised, tmp_path, bits, pattern) -> None:
-    with pytest.raises(ExportError, match=r"weight-only .* matches no linear layer with 4-bit weights"):
+    with pytest.raises(ExportError, match=r"weight-only .* matches no linear layer with symmetric 4-bit weights"):
         export_program(
             quantised("two_sites", bits), "tensorrt", tmp_path / "x", tensorrt=TensorRtOptions(weight_only=(pattern,))
         )

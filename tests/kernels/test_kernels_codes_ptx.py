@@ -19,6 +19,9 @@ CASES = [
     ("group_norm_quantize", {"tile_rows": 8, "num_warps": 1}),
     ("layer_norm_quantize", {"tile_rows": 1, "tile_channels": 64, "num_warps": 1}),
     ("gate_quantize", {"tile_rows": 4, "tile_channels": 64, "num_warps": 1}),
+    ("hadamard_quantize", {"tile_rows": 8, "num_warps": 1, "low": None, "high": None}),
+    ("group_norm_quantize", {"tile_rows": 8, "num_warps": 1, "low": None, "high": None}),
+    ("int_gemm", {"codes": True, "block": 16, "low": None, "high": None}),
 ]
 
 

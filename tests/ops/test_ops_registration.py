@@ -23,6 +23,12 @@ def scale(n: int, grad: bool = False) -> torch.Tensor:
     return torch.linspace(0.1, 1, n).requires_grad_(grad)
 
 
+def bounds(n: int, grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """-z and 15 - z of different z."""
+    zero = torch.arange(n, dtype=torch.float32) * 3
+    return (-zero).requires_grad_(grad), (15 - zero).requires_grad_(grad)
+
+
 CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "hadamard-tokens": (ops.hadamard, lambda: (real(2, 3, 16), 8, -1)),
     "hadamard-images": (ops.hadamard, lambda: (real(2, 16, 3, 5), 8, 1)),
@@ -36,6 +42,18 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "fake_quantize-grad": (ops.fake_quantize, lambda: (real(3, 4, grad=True), scale(3, grad=True), -7, 7)),
     "fake_quantize-scale-grad": (ops.fake_quantize, lambda: (real(3, 4), scale(3, grad=True), -7, 7)),
     "fake_quantize_backward": (ops.fake_quantize_backward, lambda: (real(3, 4), real(3, 4), scale(3), -7, 7)),
+    "fake_quantize_bounded": (ops.fake_quantize_bounded, lambda: (real(3, 4, 5), scale(3), *bounds(3))),
+    "fake_quantize_bounded-grad": (
+        ops.fake_quantize_bounded,
+        lambda: (real(3, 4, grad=True), scale(3, grad=True), *bounds(3, grad=True)),
+    ),
+    "fake_quantize_bounded_backward": (
+        ops.fake_quantize_bounded_backward,
+        lambda: (real(3, 4), real(3, 4), scale(3), *bounds(3)),
+    ),
+    "quantize_bounded": (ops.quantize_bounded, lambda: (real(3, 4, 2, 2), scale(3), *bounds(3))),
+    "round_ste": (ops.round_ste, lambda: (real(5),)),
+    "round_ste-grad": (ops.round_ste, lambda: (real(5, grad=True),)),
     "quantize": (ops.quantize, lambda: (real(3, 4, 2, 2), scale(3), -7, 7)),
     "dequantize": (ops.dequantize, lambda: (codes(3, 4), scale(3))),
     "nearest_timestep": (ops.nearest_timestep, lambda: (scale(4), scale(7))),

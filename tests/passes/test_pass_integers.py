@@ -225,14 +225,13 @@ def test_the_weight_scale_is_the_best_of_its_candidates(low: int, high: int) -> 
         assert float(found[row]) == pytest.approx(best, rel=1e-5)  # the same candidate, in float32
 
 
-@pytest.mark.parametrize(("bits", "limit"), [(2, 127), (4, 127), (7, 127), (8, 64)])
-def test_one_digit_cannot_saturate_two_products_in_int16(bits: int, limit: int) -> None:
-    # x86 without VNNI adds two u8×s8 products in int16. An unsigned 7-bit activation is at most 127,
-    # an 8-bit one 255.
-    assert digit_limit(bits) == limit
-    unsigned_top = 2**bits - 1
+@pytest.mark.parametrize(("largest", "limit"), [(1, 127), (7, 127), (63, 127), (64, 127), (65, 64), (127, 64)])
+def test_one_digit_cannot_saturate_two_products_in_int16(largest: int, limit: int) -> None:
+    # x86 without VNNI adds two u8×s8 products in int16. Codes within ±q are stored as 1…2·q + 1.
+    assert digit_limit(largest) == limit
+    unsigned_top = 2 * largest + 1
     assert 2 * unsigned_top * limit <= 2**15 - 1
-    assert bits < 8 or 2 * unsigned_top * (limit + 1) > 2**15 - 1
+    assert limit == 127 or 2 * unsigned_top * 127 > 2**15 - 1
 
 
 def test_eight_bit_activations_split_at_64(captured: Callable[[str], Program]) -> None:

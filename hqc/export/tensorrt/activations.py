@@ -9,7 +9,7 @@
 The matrix holds ±1 and the factor 1/√b goes into the table: ±1 is exact in every float type, TF32 among them, in which
 TensorRT multiplies float32 by default; 1/√32 is not. s₀ is a power of two, so that Q divides without rounding.
 A range that is not symmetric is only another Clip: codes q − z of an asymmetric quantiser of at most 7 bits have zero
-at 0 and need no zero point.
+at 0 and need no zero point. Where the timestep picks z, the Clip is a Max and a Min with looked-up bounds times s₀.
 """
 
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from hqc.bounds import QUANTISERS, bounds_of
 from hqc.export.builder import HQC_DOMAIN, typed
 from hqc.export.lowering import Lowering, batch_dims
 from hqc.export.shared import matrix_name, signed_sums, signs
@@ -79,7 +80,7 @@ def int8_pair(
 
 def hadamard(lo: TensorRtState, node: fx.Node) -> ir.Value | None:
     """A rotation whose value someone else than a quantiser reads; quantisers rotate for themselves."""
-    if all(is_op(user, ops.quantize.default) for user in node.users):
+    if all(is_op(user, *QUANTISERS) for user in node.users):
         return None
     factor = lo.builder.scalar(float(np.float32(rotation_of(node).block ** -0.5)))
     return typed(lo.builder.op("Mul", _rotated(lo, node, node.name), factor, name=node.name), FLOAT, lo.shape(node))
@@ -117,7 +118,7 @@ def _conv(lo: TensorRtState, x: ir.Value, rotation: Rotation, channels: int, nam
 def quantize(lo: TensorRtState, node: fx.Node) -> ir.Value:
     """The codes of a quantiser in torch's layout: int8, or whole float32 numbers where no integer product follows."""
     site = str(node.meta["site"])
-    x, scale, low, high = node.args
+    x, scale = node.args[:2]
     rotation = rotation_of(x) if is_op(x, ops.hadamard.default) else None  # type: ignore[arg-type]
     form = lo.forms[site]
     table = scale_table(lo.program, scale, site).numpy()
@@ -128,12 +129,26 @@ def quantize(lo: TensorRtState, node: fx.Node) -> ir.Value:
     factor = looked_up(lo, scale, values.astype(np.float32), len(lo.shape(node)), f"{site}.input_scale")
     rotated = _rotated(lo, x, site) if rotation else lo.value(x)  # type: ignore[arg-type]
     level = typed(b.op("Mul", rotated, factor, name=f"{site}.level"), FLOAT)
-    bounds = [b.scalar(int(bound) * static) for bound in (low, high)]  # type: ignore[arg-type]
-    clipped = typed(b.op("Clip", level, *bounds, name=f"{site}.clipped"), FLOAT)
+    clipped = _clipped(lo, node, level, static)
     if not form.integer:
         return typed(b.op("Round", clipped, name=f"{site}.codes"), FLOAT, lo.shape(node))
     codes = b.op("QuantizeLinear", clipped, b.scalar(static), static_zero(lo), name=f"{site}.codes")
     return typed(codes, INT8, lo.shape(node))
+
+
+def _clipped(lo: TensorRtState, node: fx.Node, level: ir.Value, static: float) -> ir.Value:
+    """Levels times s₀ between the bounds of the codes."""
+    b, site, bounds = lo.builder, str(node.meta["site"]), bounds_of(node, lo.program)
+    found = bounds.lookups
+    if found is None:
+        ends = (b.scalar(bound * static) for bound in (bounds.low, bounds.high))
+        return typed(b.op("Clip", level, *ends, name=f"{site}.clipped"), FLOAT)
+    rank = len(lo.shape(node))
+    low, high = (
+        looked_up(lo, bound, table.numpy() * np.float32(static), rank, f"{site}.{name}")
+        for bound, table, name in ((found.low, found.lows, "least_level"), (found.high, found.highs, "largest_level"))
+    )
+    return typed(b.op("Min", typed(b.op("Max", level, low), FLOAT), high, name=f"{site}.clipped"), FLOAT)
 
 
 def _plugin(lo: TensorRtState, node: fx.Node, table: NDArray[np.float32]) -> ir.Value:

@@ -14,12 +14,13 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from hqc.bounds import FAKE_QUANTISERS, QUANTISERS, bounds_of
 from hqc.errors import ExportError
 from hqc.export.tensorrt.weights import stored_codes
 from hqc.passes.rewriting import LINEAR, Rewriter, rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage, is_op
-from hqc.sites import QuantisedSite, bounds_of, quantised_sites, rotation_within
+from hqc.sites import QuantisedSite, quantised_sites, rotation_within
 
 __all__ = ["FloatActivations", "bypass_activation_quantisers", "refuse_wide_codes", "weight_only_sites"]
 
@@ -55,7 +56,7 @@ class FloatActivations:
 
 
 def weight_only_sites(program: Program, patterns: Sequence[str]) -> tuple[str, ...]:
-    """The quantised linear sites of at most 4-bit weights that a wildcard matches.
+    """The quantised linear sites of at most 4-bit weights that a wildcard matches; asymmetric codes do not fit INT4.
 
     Raises:
         ExportError: naming a wildcard that matches none.
@@ -64,12 +65,17 @@ def weight_only_sites(program: Program, patterns: Sequence[str]) -> tuple[str, .
     fitting = [
         plan.site
         for plan in program.plan.quantised
-        if (plan.weight_bits or 8) <= 4 and plan.site in kinds and _is_linear(kinds[plan.site])
+        if (plan.weight_bits or 8) <= 4
+        and plan.weight_symmetric
+        and plan.site in kinds
+        and _is_linear(kinds[plan.site])
     ]
     for pattern in patterns:
         if not fnmatch.filter(fitting, pattern):
             raise ExportError(
-                f"weight-only {pattern!r}", "matches no linear layer with 4-bit weights", "See `hqc inspect PROGRAM`."
+                f"weight-only {pattern!r}",
+                "matches no linear layer with symmetric 4-bit weights",
+                "See `hqc inspect PROGRAM`.",
             )
     return tuple(site for site in fitting if any(fnmatch.fnmatchcase(site, pattern) for pattern in patterns))
 
@@ -121,9 +127,10 @@ def refuse_wide_codes(program: Program) -> None:
         ExportError: naming the first quantiser that does not fit.
     """
     for node in program.graph.nodes:
-        if not is_op(node, ops.quantize.default, ops.fake_quantize.default):
+        if not is_op(node, *QUANTISERS, *FAKE_QUANTISERS):
             continue
-        low, high = bounds_of(node)
+        bounds = bounds_of(node, program)
+        low, high = bounds.low, bounds.high
         site = node.meta.get("site", node.name)
         if low > 0 or high < 0:
             raise ExportError(

@@ -23,7 +23,8 @@ from hqc.export.reference import evaluate
 from hqc.export.scale_bank import lookup_key
 from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.export.tensorrt.plugin_fit import product_obstacle, rotation_obstacle
-from hqc.export.tensorrt.weights import fits_int4, int8_digits, total_codes
+from hqc.export.tensorrt.weights import int8_digits, total_codes
+from hqc.ops.weight_codes import fits_int4
 from hqc.program import Program, is_op
 from hqc.sites import QuantisedSite, quantised_sites, rotation_of, rotation_within
 
@@ -179,7 +180,7 @@ def _codes_key(program: Program, site: QuantisedSite) -> object:
     """Equal for sites whose codes are the same tensor."""
     rotated, scale = site.quantiser.args[:2]
     rotation = rotated.args[1:] if is_op(rotated, ops.hadamard.default) else ()  # type: ignore[union-attr]
-    return site.x, rotation, lookup_key(program, scale), site.bounds  # type: ignore[arg-type]
+    return site.x, rotation, lookup_key(program, scale), site.bounds.key  # type: ignore[arg-type]
 
 
 # ---- forms ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from hqc.bounds import QUANTISERS
 from hqc.export.aten_math import MATH
 from hqc.export.aten_shapes import SHAPES
 from hqc.export.builder import typed
@@ -31,8 +32,7 @@ from hqc.export.tensorrt.functions import plugin_functions
 from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.export.tensorrt.precision import PRECISION, Precision, full_precision_nodes, set_precision
 from hqc.export.tensorrt.products import rescale
-from hqc.export.tensorrt.weights import fits_int4
-from hqc.ops.weight_codes import pack_int4
+from hqc.ops.weight_codes import fits_int4, pack_int4
 from hqc.program import Program, aten, is_op
 from hqc.sites import PRODUCTS, QuantisedSite, absorbed_nodes, quantised_sites
 
@@ -129,7 +129,7 @@ class TensorRtLowering(TensorRtState):
 
 def _index_select(lo: TensorRtState, node: fx.Node) -> ir.Value | None:
     """Scale tables are looked up by their readers, each in the form that it needs."""
-    readers = (ops.quantize.default, ops.dequantize.default, ops.rescale.default)
+    readers = (*QUANTISERS, ops.dequantize.default, ops.rescale.default)
     if lookup_key(lo.program, node) is not None and all(is_op(user, *readers) for user in node.users):
         return None
     return SHAPES[aten.index_select.default](lo, node)  # type: ignore[no-any-return]
@@ -139,7 +139,7 @@ def _dequantize(lo: TensorRtState, node: fx.Node) -> ir.Value | None:
     """Of activations where no integer product follows, and of weights."""
     b = lo.builder
     codes, scale = node.args
-    if is_op(codes, ops.quantize.default):
+    if is_op(codes, *QUANTISERS):
         site, rank = str(node.meta["site"]), len(lo.shape(node))
         factor = looked_up(lo, scale, scale_table(lo.program, scale, site).numpy(), rank, f"{site}.scale")  # type: ignore[arg-type]
         return b.op("Mul", lo.value(codes), factor, name=node.name)
@@ -246,7 +246,7 @@ _TRANSLATIONS: Translations = {
         **MATH,
         ops.nearest_timestep.default: nearest_timestep,
         ops.hadamard.default: hadamard,
-        ops.quantize.default: quantize,
+        **dict.fromkeys(QUANTISERS, quantize),
         ops.dequantize.default: _dequantize,
         ops.rescale.default: rescale,
         aten.index_select.default: _index_select,

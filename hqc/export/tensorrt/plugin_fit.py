@@ -6,6 +6,8 @@ import torch
 from torch import fx
 
 from hqc.export.tensorrt.options import TensorRtOptions
+from hqc.export.tensorrt.weights import stored_codes
+from hqc.ops.weight_codes import fits_int4
 from hqc.plugins.hqc_qdp.nodes import OPS
 from hqc.plugins.hqc_qdp.problems import PluginError
 from hqc.program import Program, is_op
@@ -20,7 +22,9 @@ _LIMIT = 127
 
 def rotation_obstacle(site: QuantisedSite, rotation: Rotation, options: TensorRtOptions) -> str:
     """Why `HadamardQuantize` cannot make a site's codes; empty if it can."""
-    low, high = site.bounds
+    if site.bounds.lookups is not None:
+        return "its range of codes is looked up by the timestep"
+    low, high = site.bounds.low, site.bounds.high
     image = is_op(site.products[0].node, ops.int_conv2d.default)
     attributes = {"block": rotation.block, "low": low, "high": high, "channel_axis": 1 if image else -1}
     attributes["regular"] = int(rotation.regular)
@@ -34,6 +38,9 @@ def product_obstacle(
     bits = program.plan[site.site].weight_bits if site.site in program.plan else None
     if bits is None or bits > 4:
         return f"{bits}-bit weights"
+    stored = stored_codes(program, site.products[0].node.args[1])  # type: ignore[arg-type]
+    if not fits_int4(stored):
+        return f"asymmetric codes {int(stored.min())}…{int(stored.max())} do not fit 4 bits"
     if span[0] < -_LIMIT or span[1] > _LIMIT:
         return f"past ±{_LIMIT}"
     product = site.products[0].node
@@ -47,9 +54,9 @@ def product_obstacle(
     if uneven := _uneven(product, kernel):
         return uneven
     stride, padding = (int(product.args[i][0]) for i in (2, 3))  # type: ignore[index, arg-type]
-    stored = (outputs, kernel[0] * kernel[1] * channels // 2)
+    rows = (outputs, kernel[0] * kernel[1] * channels // 2)
     attributes |= {"kernel": kernel[0], "stride": stride, "padding": padding}
-    return _refusal("Int4Conv", (dims[0], stored, *dims[2:]), "int8", attributes)
+    return _refusal("Int4Conv", (dims[0], rows, *dims[2:]), "int8", attributes)
 
 
 def rotation_attributes(rotation: Rotation | None) -> dict[str, int]:

@@ -24,6 +24,7 @@ import torch
 from onnx_ir.passes import common
 from torch import fx
 
+from hqc.bounds import QUANTISERS
 from hqc.errors import ExportError
 from hqc.export.builder import GraphBuilder, typed
 from hqc.program import Program, aten, is_op
@@ -48,7 +49,7 @@ class Precision(Enum):
 
 
 _FULL_TARGETS = (
-    *(ops.nearest_timestep.default, ops.hadamard.default, ops.quantize.default, ops.rescale.default),
+    *(ops.nearest_timestep.default, ops.hadamard.default, *QUANTISERS, ops.rescale.default),
     *(aten.rms_norm.default, aten.mean.dim, aten.sum.dim_IntList),
     *(aten.exp.default, aten.log.default, aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar),
     *(aten.softplus.default, aten.mish.default, aten.gelu.default, aten.rsqrt.default, aten.reciprocal.default),
@@ -61,11 +62,8 @@ def full_precision_nodes(program: Program) -> frozenset[fx.Node]:
     """The fx nodes that compute in float32."""
     nodes = {node for node in program.graph.nodes if is_op(node, *_FULL_TARGETS)}
     nodes |= _before_waves(program) | _timestep_before_layers(program)
-    quantised = (n for n in program.graph.nodes if is_op(n, ops.dequantize.default) and is_op(n.args[0], *_QUANTISER))
+    quantised = (n for n in program.graph.nodes if is_op(n, ops.dequantize.default) and is_op(n.args[0], *QUANTISERS))
     return frozenset(nodes | set(quantised))
-
-
-_QUANTISER = (ops.quantize.default,)
 
 
 def _before_waves(program: Program) -> set[fx.Node]:

@@ -20,7 +20,7 @@ from hqc.export.reference import evaluate
 from hqc.program import Program, is_op
 from hqc.sites import Product
 
-__all__ = ["Digit", "fits_int4", "int8_digits", "stored_codes", "total_codes"]
+__all__ = ["Digit", "int8_digits", "stored_codes", "total_codes"]
 
 ops = torch.ops.hqc
 _BASE = 256
@@ -49,11 +49,6 @@ def stored_codes(program: Program, weight: fx.Node) -> Tensor:
     while node.op == "call_function" and not is_op(node, ops.unpack_int4.default):
         node = node.args[0]  # type: ignore[assignment]
     return evaluate(program, node, {})
-
-
-def fits_int4(codes: Tensor) -> bool:
-    """Whether all codes lie in −8…7."""
-    return codes.numel() > 0 and int(codes.min()) >= -8 and int(codes.max()) <= 7
 
 
 def int8_digits(total: Tensor, site: str) -> tuple[Digit, ...]:

@@ -8,7 +8,7 @@ lacks to the softmax is one factor a row, which the second product applies to it
 import triton
 import triton.language as tl
 
-from hqc.kernels.jit.codes import to_codes
+from hqc.kernels.jit.codes import inverse_at, sample_codes
 from hqc.kernels.jit.rotation import butterfly
 
 __all__ = ["attention_scores", "attention_values"]
@@ -127,7 +127,8 @@ def attention_values(
     mask = in_rows[:, None] & there[None, :]
     if inverse_scale_ptr is not None:
         y = butterfly(acc, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK, REGULAR)
-        codes = to_codes(y * (tl.load(inverse_scale_ptr + sample) * NORM), LOW, HIGH)
+        y *= tl.load(inverse_at(inverse_scale_ptr, sample, LOW)) * NORM
+        codes = sample_codes(y, inverse_scale_ptr, sample, LOW, HIGH)
         tl.store(at, codes.to(tl.int8), mask)
     else:
         tl.store(at, acc.to(y_ptr.dtype.element_ty), mask)

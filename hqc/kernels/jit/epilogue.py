@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hqc.kernels.jit.codes import to_codes
+from hqc.kernels.jit.codes import inverse_at, row_codes, sample_codes
 from hqc.kernels.jit.gate import activation
 from hqc.kernels.jit.rotation import butterfly
 from hqc.kernels.jit.statistics import store_statistics
@@ -95,10 +95,12 @@ def write_outputs(
     if inverse_scale_ptr is not None:
         y = butterfly(y, TILE_ROWS * WIDE, 0, LOG_BLOCK, REGULAR) * NORM
         if WHOLE:
-            y *= tl.load(inverse_scale_ptr + owner)
+            y *= tl.load(inverse_at(inverse_scale_ptr, owner, LOW))
+            codes = sample_codes(y, inverse_scale_ptr, owner, LOW, HIGH)
         else:
-            y *= tl.load(inverse_scale_ptr + sample, in_rows, other=0.0)[:, None]
-        tl.store(y_ptr + offsets, to_codes(y, LOW, HIGH).to(tl.int8), mask)
+            y *= tl.load(inverse_at(inverse_scale_ptr, sample, LOW), in_rows, other=0.0)[:, None]
+            codes = row_codes(y, inverse_scale_ptr, sample, in_rows, LOW, HIGH)
+        tl.store(y_ptr + offsets, codes.to(tl.int8), mask)
     else:
         rounded = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + offsets, rounded, mask)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from hqc.kernels.jit.codes import to_codes
+from hqc.kernels.jit.codes import inverse_at, row_codes
 from hqc.kernels.jit.rotation import butterfly
 
 __all__ = ["activation", "exponential", "gate_quantize", "reciprocal"]
@@ -87,7 +87,8 @@ def gate_quantize(
         y = tl.load(at, mask, other=0.0).to(tl.float32) * activation(gate, KIND)
     else:
         y = activation(tl.load(x_ptr + m[:, None] * channels + c[None, :], mask, other=0.0).to(tl.float32), KIND)
-    inverse = tl.load(inverse_scale_ptr + m // rows_per_sample, m < rows, other=0.0)
+    sample = m // rows_per_sample
+    inverse = tl.load(inverse_at(inverse_scale_ptr, sample, LOW), m < rows, other=0.0)
     y = butterfly(y, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK, REGULAR)
-    codes = to_codes(y * (inverse * NORM)[:, None], LOW, HIGH)
+    codes = row_codes(y * (inverse * NORM)[:, None], inverse_scale_ptr, sample, m < rows, LOW, HIGH)
     tl.store(codes_ptr + m[:, None] * channels + c[None, :], codes.to(tl.int8), mask)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hqc.kernels.jit.codes import to_codes
+from hqc.kernels.jit.codes import inverse_at, sample_codes
 from hqc.kernels.jit.gate import activation
 from hqc.kernels.jit.rotation import butterfly
 from hqc.kernels.jit.statistics import group_affine
@@ -130,7 +130,8 @@ def group_norm_quantize(
         x = tl.where(mine, x, other).to(tl.float32)
     if beside_ptr is not None:
         z = butterfly(x, TILE_ROWS * TILE_CHANNELS, 0, BESIDE_LOG_BLOCK, BESIDE_REGULAR)
-        beside = to_codes(z * (tl.load(beside_scale_ptr + sample) * BESIDE_NORM), BESIDE_LOW, BESIDE_HIGH)
+        z *= tl.load(inverse_at(beside_scale_ptr, sample, BESIDE_LOW)) * BESIDE_NORM
+        beside = sample_codes(z, beside_scale_ptr, sample, BESIDE_LOW, BESIDE_HIGH)
         tl.store(beside_ptr + row[:, None] * channels + c[None, :], beside.to(tl.int8), mask)
     if JOINED:
         at = statistics_ptr + sample * 2 * channels + c
@@ -166,5 +167,6 @@ def group_norm_quantize(
     if codes_ptr is not None:
         # Channels past the last are blocks of their own, and are not written.
         y = butterfly(y, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK, REGULAR)
-        codes = to_codes(y * (tl.load(inverse_scale_ptr + sample) * NORM), LOW, HIGH)
+        y *= tl.load(inverse_at(inverse_scale_ptr, sample, LOW)) * NORM
+        codes = sample_codes(y, inverse_scale_ptr, sample, LOW, HIGH)
         tl.store(codes_ptr + row[:, None] * channels + c[None, :], codes.to(tl.int8), mask)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hqc.kernels.jit.codes import nibbles, to_codes
+from hqc.kernels.jit.codes import inverse_at, nibbles, row_codes, sample_codes
 from hqc.kernels.jit.rotation import butterfly
 
 __all__ = ["hadamard_quantize_nchw", "hadamard_quantize_rows"]
@@ -31,6 +31,7 @@ def hadamard_quantize_rows(
 ):
     """q[m, c] = clip(round((Ĥ·x)[m, c]·inverse_scale[m // rows_per_sample])); x, q [rows, channels].
 
+    LOW, HIGH: the bounds, or None where inverse_scale is [N, 3] and has them beside each scale, as in every kernel.
     PITCH: numbers between the starts of x's rows, 0 where they lie close.  second: x is two tensors side by side, of
     FIRST channels and the rest.
     Grid: (⌈rows / TILE_ROWS⌉, ⌈channels / TILE_CHANNELS⌉).  A tile holds whole blocks, so nothing crosses programs.
@@ -48,10 +49,10 @@ def hadamard_quantize_rows(
     else:
         pitch = PITCH if PITCH > 0 else channels
         x = tl.load(x_ptr + m[:, None] * pitch + c[None, :], mask, other=0.0)
-    inverse = tl.load(inverse_scale_ptr + m // rows_per_sample, inside, other=0.0)
+    inverse = tl.load(inverse_at(inverse_scale_ptr, m // rows_per_sample, LOW), inside, other=0.0)
     y = butterfly(x.to(tl.float32), TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK, REGULAR)
     # The factor 1/√b comes after the sum and before the scale, as in the reference: both sides round alike.
-    codes = to_codes(y * NORM * inverse[:, None], LOW, HIGH)
+    codes = row_codes(y * NORM * inverse[:, None], inverse_scale_ptr, m // rows_per_sample, inside, LOW, HIGH)
     if PACKED:
         half = first // 2 + tl.arange(0, TILE_CHANNELS // 2)
         mask = inside[:, None] & (half < channels // 2)[None, :]
@@ -88,12 +89,12 @@ def hadamard_quantize_nchw(
     c = first + tl.arange(0, TILE_CHANNELS)
     p = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     sample = tl.program_id(2)
-    inverse = tl.load(inverse_scale_ptr + sample)
+    inverse = tl.load(inverse_at(inverse_scale_ptr, sample, LOW))
     offsets = (sample * channels + c[:, None]) * pixels + p[None, :]
     x = tl.load(x_ptr + offsets, (c < channels)[:, None] & (p < pixels)[None, :], other=0.0)
     # Channels are the slow axis of the tile: their bits stand above the pixels' in the flat index.
     y = butterfly(x.to(tl.float32), TILE_ROWS * TILE_CHANNELS, LOG_TILE_ROWS, LOG_TILE_ROWS + LOG_BLOCK, REGULAR)
-    codes = to_codes(y * NORM * inverse, LOW, HIGH)
+    codes = sample_codes(y * NORM * inverse, inverse_scale_ptr, sample, LOW, HIGH)
     row = sample * pixels + p
     if PACKED:
         half = first // 2 + tl.arange(0, TILE_CHANNELS // 2)

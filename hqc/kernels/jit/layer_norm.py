@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hqc.kernels.jit.codes import to_codes
+from hqc.kernels.jit.codes import inverse_at, row_codes
 from hqc.kernels.jit.rotation import butterfly
 
 __all__ = ["layer_norm_quantize"]
@@ -50,7 +50,8 @@ def layer_norm_quantize(
         y = y * weight[None, :] + bias[None, :]
     if y_ptr is not None:
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask)
-    inverse = tl.load(inverse_scale_ptr + m // rows_per_sample, m < rows, other=0.0)
+    sample = m // rows_per_sample
+    inverse = tl.load(inverse_at(inverse_scale_ptr, sample, LOW), m < rows, other=0.0)
     y = butterfly(y, TILE_ROWS * TILE_CHANNELS, 0, LOG_BLOCK, REGULAR)
-    codes = to_codes(y * (inverse * NORM)[:, None], LOW, HIGH)
+    codes = row_codes(y * (inverse * NORM)[:, None], inverse_scale_ptr, sample, m < rows, LOW, HIGH)
     tl.store(codes_ptr + at, codes.to(tl.int8), mask)

@@ -86,7 +86,7 @@ def _require_products(program: Program) -> None:
 
 
 def _require_int8(site: QuantisedSite) -> None:
-    low, high = site.bounds
+    low, high = site.bounds.low, site.bounds.high
     if not -128 <= low < high <= 127:
         raise ExportError(
             f"site {site.site}",

@@ -29,9 +29,12 @@ __all__ = [
 
 
 class Codes(nn.Module):
-    """How a tensor becomes codes: bounds, order and kind of the rotation; the scale is an argument of each call."""
+    """How a tensor becomes codes: bounds, order and kind of the rotation; the scale is an argument of each call.
 
-    def __init__(self, *, low: int, high: int, block: int, regular: bool = False) -> None:
+    low and high None: the bounds are looked up, and the scale brings them along, see `hqc.kernels.Quantiser`.
+    """
+
+    def __init__(self, *, low: int | None, high: int | None, block: int, regular: bool = False) -> None:
         super().__init__()
         self.low, self.high, self.block, self.regular = low, high, block, regular
 
@@ -41,7 +44,8 @@ class Codes(nn.Module):
 
     def extra_repr(self) -> str:
         """What it prints as."""
-        return f"{self.low}…{self.high}, block={self.block}{' regular' if self.regular else ''}"
+        span = "looked up" if self.low is None else f"{self.low}…{self.high}"
+        return f"{span}, block={self.block}{' regular' if self.regular else ''}"
 
 
 class KernelCall(nn.Module):
@@ -65,7 +69,7 @@ class Quantise(KernelCall):
         self.codes, self.image = codes, image
 
     def forward(self, x: Tensor, inverse_scale: Tensor, second: Tensor | None = None) -> Tensor:
-        """x in float16, bfloat16 or float32, inverse_scale fp32 [N]; second: the rest of x's channels."""
+        """x in float16, bfloat16 or float32; inverse_scale as in `hqc.kernels.Quantiser`; second: the rest of x."""
         how = {name: getattr(self.codes, name) for name in ("low", "high", "block", "regular")}
         run = self.kernels.hadamard_quantize
         if not self.image:

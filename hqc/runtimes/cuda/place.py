@@ -52,7 +52,7 @@ def place_kernels(program: Program, kernels: Kernels, *, device: torch.device, p
     edit = rewrite(program)
     modules: dict[str, nn.Module] = {}
     sites = list(quantised_sites(program.evolve(graph=edit.graph)))
-    banks = scale_banks(edit, [_lookup(site) for site in sites])
+    banks = scale_banks(edit, sites)
     quantisers: dict[Any, fx.Node] = {}
     for site in sites:
         codes = _codes(edit, site, kernels, banks, quantisers, modules)
@@ -85,9 +85,10 @@ def _codes(
     modules: dict[str, nn.Module],
 ) -> fx.Node:
     """The codes that a site reads; an earlier site's where they are the same."""
-    low, high = site.bounds
+    fixed = site.bounds.lookups is None
+    low, high = (site.bounds.low, site.bounds.high) if fixed else (None, None)
     x, rotation, image = site_input(site), site_rotation(site), _is_image(site)
-    inverse = banks.inverse(_lookup(site))
+    inverse = banks.inverse(_lookup(site), site.bounds)
     key = (x, inverse, low, high, rotation, image)
     if key not in quantisers:
         name = f"quantise_{len(quantisers)}"

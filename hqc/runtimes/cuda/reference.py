@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hqc.bounds import clip_codes
 from hqc.kernels import ColumnStatistics, Epilogue, GroupNorm, LayerNorm, Quantiser, Weight
 from hqc.ops import hadamard, rotate_codes
 
@@ -41,8 +42,8 @@ def hadamard_quantize(
     x: Tensor,
     inverse_scale: Tensor,
     *,
-    low: int,
-    high: int,
+    low: int | None,
+    high: int | None,
     block: int = 1,
     regular: bool = False,
     nchw: bool = False,
@@ -198,8 +199,11 @@ def _finished(acc: Tensor, weight: Weight, scale: Tensor, epilogue: Epilogue) ->
 def _codes(rows: Tensor, quantiser: Quantiser) -> Tensor:
     """Codes of float32 rows [N, …, C]."""
     rotated = hadamard(rows, quantiser.block, -1, quantiser.regular) if quantiser.block > 1 else rows
-    levels = rotated * quantiser.inverse_scale.view(-1, *[1] * (rows.ndim - 1))
-    return levels.round_().clamp_(quantiser.low, quantiser.high).to(torch.int8)
+    inverse, low, high = quantiser.inverse_scale, quantiser.low, quantiser.high
+    if low is None:
+        inverse, low, high = inverse.unbind(1)  # type: ignore[assignment]
+    levels = rotated * inverse.view(-1, *[1] * (rows.ndim - 1))
+    return clip_codes(levels.round_(), low, high).to(torch.int8)
 
 
 def _packed(codes: Tensor) -> Tensor:
