@@ -7,6 +7,7 @@ import torch
 from integer_oracle import MatMulIntegerToFloat, asymmetric_conv, rotated
 from onnx.reference import ReferenceEvaluator
 from tensorrt_exports import Build, attributes, builder, producers, read
+from zoo import ROTATIONS
 
 from hqc.errors import ExportError
 from hqc.export import TensorRtOptions, export_program
@@ -111,6 +112,15 @@ def test_seven_bits_have_the_smaller_digit(exported) -> None:
     assert report.verification is not None
     names = {v for n in onnx.load(str(folder / "model.onnx")).graph.node for v in n.output}
     assert {name for name in names if name.endswith(".weight_matrix_1")}
+
+
+@pytest.mark.parametrize("target", ["portable", "onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_every_rotation(exported, rotation, target) -> None:
+    """Regular rotations, wide blocks, weights that were rotated before: codes and outputs are checked site by site."""
+    program, _, report = exported("wide_channels", "w4a4", target, rotation=ROTATIONS[rotation], ranges="asymmetric")
+    assert len(report.verification.sites) == len(program.plan.quantised)
+    assert not any(plan.weight_symmetric or plan.activation_symmetric for plan in program.plan.quantised)
 
 
 # ---- other implementations of the same file -------------------------------------------------------------------------
