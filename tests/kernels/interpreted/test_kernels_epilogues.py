@@ -123,7 +123,7 @@ def test_convolution(what: str, height: int, upsample: int, tile: ProductTile, d
     assert_same(found, wanted)
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(8, torch.float32), (8, torch.float16), (5, torch.float16)])
+@pytest.mark.parametrize(("size", "dtype"), [(8, torch.float16), (5, torch.float32)])
 def test_statistics_are_those_of_the_output(size: int, dtype: torch.dtype, tile: ProductTile, device: str) -> None:
     """64 pixels are whole tiles and come from the epilogue, 25 are not and take a pass of their own."""
     codes, weight, scale = codes_of(2, size, size, 32), weight_of(40, 3, 3, 32), torch.tensor([0.5, 2.0])
