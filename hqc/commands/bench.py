@@ -11,7 +11,7 @@ from hqc.commands.applies import Command, asked, option_name
 from hqc.commands.options import check_output_file, claim, force_option, json_option, rules_option
 
 if TYPE_CHECKING:
-    from hqc.evaluation.bench.workspace import Workspace
+    from hqc.evaluation.workspace import Workspace
 
 __all__ = ["bench"]
 
@@ -158,7 +158,7 @@ def _workspace(folder: Path | None, force: bool, on_start: Callable[[str], None]
     import tempfile
 
     from hqc import console as out
-    from hqc.evaluation.bench.workspace import Stage, Workspace
+    from hqc.evaluation.workspace import Stage, Workspace
 
     def say(stage: Stage) -> None:
         note = ", kept from an earlier run" if stage.reused else ""

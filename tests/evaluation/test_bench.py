@@ -25,7 +25,7 @@ from hqc.evaluation.bench.contender import Contender
 from hqc.evaluation.bench.models import Quantisation
 from hqc.evaluation.bench.peers import Built, Peer
 from hqc.evaluation.bench.run import Timing, bench, median_milliseconds
-from hqc.evaluation.bench.workspace import Workspace
+from hqc.evaluation.workspace import Workspace
 from hqc.export import export_program
 from hqc.program import InputSpec, Program
 from hqc.sampling.sources import synthetic_task

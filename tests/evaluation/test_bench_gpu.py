@@ -22,7 +22,7 @@ from hqc.evaluation.bench.machine import describe_machine, machine_line
 from hqc.evaluation.bench.models import Quantisation, find_models
 from hqc.evaluation.bench.result import BenchResult, Figures
 from hqc.evaluation.bench.table import bench_table
-from hqc.evaluation.bench.workspace import Workspace
+from hqc.evaluation.workspace import Workspace
 from hqc.export import export_program
 from hqc.passes import InsertHadamard, InsertQdq, SelectLayers
 from hqc.pipeline import run_pipeline

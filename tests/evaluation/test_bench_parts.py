@@ -26,7 +26,7 @@ from hqc.evaluation.bench.peers import PEERS, find_peers
 from hqc.evaluation.bench.result import BenchResult, Figures, Spread, spread
 from hqc.evaluation.bench.rounds import take_turns
 from hqc.evaluation.bench.table import bench_table
-from hqc.evaluation.bench.workspace import Stage, Workspace
+from hqc.evaluation.workspace import Stage, Workspace
 from hqc.kernels.precompile import available_cores
 from hqc.storage import atomic_folder, write_manifest
 

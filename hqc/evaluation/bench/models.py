@@ -21,7 +21,7 @@ from hqc.errors import (
     RuntimeMissingError,
     TrainingError,
 )
-from hqc.evaluation.bench.workspace import Workspace, content
+from hqc.evaluation.workspace import Workspace, content
 from hqc.export import EXPORT_KIND, export_program
 from hqc.export.model import MODEL_FILE
 from hqc.export.surveys import require_taken

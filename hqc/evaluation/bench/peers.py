@@ -16,7 +16,7 @@ from hqc.evaluation.bench.contender import worker_environment
 from hqc.evaluation.bench.machine import describe_machine, has_vnni
 from hqc.evaluation.bench.models import Quantisation, calibration_of, recipe_of
 from hqc.evaluation.bench.ort_int8 import Batch, write_batches
-from hqc.evaluation.bench.workspace import Workspace, content
+from hqc.evaluation.workspace import Workspace, content
 from hqc.export import EXPORT_KIND, export_program
 from hqc.export.model import DATA_FILE, MODEL_FILE
 from hqc.runtimes.base import named_inputs

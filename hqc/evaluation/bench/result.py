@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hqc.evaluation.bench.contender import Loaded
-from hqc.evaluation.bench.workspace import Stage
+from hqc.evaluation.workspace import Stage
 
 __all__ = ["DEFINITIONS", "BenchResult", "Figures", "Spread", "ratio", "runs_data", "spread"]
 

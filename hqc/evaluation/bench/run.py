@@ -20,7 +20,7 @@ from hqc.evaluation.bench.models import Models, Quantisation, find_models, input
 from hqc.evaluation.bench.peers import HQC, ON_GPU, PEERS, Built, compared, size_bytes
 from hqc.evaluation.bench.result import BenchResult, Figures, spread
 from hqc.evaluation.bench.rounds import PAUSE_SECONDS, Rounds, take_turns
-from hqc.evaluation.bench.workspace import Workspace
+from hqc.evaluation.workspace import Workspace
 from hqc.export.model import MODEL_FILE
 from hqc.kernels.precompile import available_cores
 from hqc.plan import QuantPlan

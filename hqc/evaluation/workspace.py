@@ -1,4 +1,4 @@
-"""Where a benchmark keeps what it makes: one artefact a stage, made again only when what it depends on changed.
+"""Where long work keeps what it makes: one artefact a stage, made again only when what it depends on changed.
 
 WORK/float.hqc, quantised.hqc, integer, onnxruntime-fp32, …     artefacts with manifests
 WORK/stages.json                                                stage -> fingerprint of what it was made from
@@ -20,7 +20,7 @@ from hqc.atomic import write_file
 from hqc.errors import ArtefactError
 from hqc.storage import check_manifest, refuse_existing
 
-__all__ = ["Stage", "Workspace", "content"]
+__all__ = ["Stage", "Workspace", "content", "fingerprint"]
 
 _STAGES = "stages.json"
 
@@ -59,10 +59,19 @@ class Workspace:
                 str(folder), f"cannot be written ({error.strerror})", "Choose another --work-dir."
             ) from error
 
-    def make(self, name: str, kind: str, depends: Mapping[str, Any] | None, build: Callable[[Path], None]) -> Path:
+    def make(
+        self,
+        name: str,
+        kind: str,
+        depends: Mapping[str, Any] | None,
+        build: Callable[[Path], None],
+        *,
+        measures: bool = False,
+    ) -> Path:
         """The artefact `name`: an earlier run's where it depended on the same, else what `build(path)` writes.
 
         kind: the manifest's format. depends: JSON data that decides the result; None: nothing is known, build always.
+        measures: the code of `hqc.evaluation` decides it too.
 
         Raises:
             ArtefactError: if something else stands in its place.
@@ -70,7 +79,7 @@ class Workspace:
         if name in self._made:
             return self._made[name]
         target, keys = self.folder / name, self._keys()
-        key = None if depends is None else _digest({"stage": name, "code": _code_digest(), **depends})
+        key = None if depends is None else fingerprint(name, depends, measures=measures)
         reused = key is not None and keys.get(name) == key and _intact(target, kind)
         with self.stage(name, reused=reused):
             if not reused:
@@ -123,13 +132,19 @@ def _intact(folder: Path, kind: str) -> bool:
     return True
 
 
+def fingerprint(name: str, depends: Mapping[str, Any], *, measures: bool = False) -> str:
+    """What a stage was made from in one word: see `Workspace.make`."""
+    return _digest({"stage": name, "code": _code_digest(measures), **depends})
+
+
 @cache
-def _code_digest() -> str:
-    """hqc's own source, without what only measures: another compiler makes another artefact."""
+def _code_digest(measures: bool) -> str:
+    """hqc's own source: another compiler makes another artefact. measures: with what only measures."""
     root, digest = Path(hqc.__file__).parent, hashlib.sha256()
+    left_out = ("commands", "serving") if measures else ("commands", "evaluation", "serving")
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if name.parts[0] not in ("commands", "evaluation", "serving"):
+        if name.parts[0] not in left_out:
             digest.update(name.as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
