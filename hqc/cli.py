@@ -13,6 +13,7 @@ from hqc import __version__
 from hqc.commands.analyze import analyze
 from hqc.commands.bench import bench
 from hqc.commands.compare import compare
+from hqc.commands.compare_recipes import compare_recipes
 from hqc.commands.compile import explain, export, inspect, trace
 from hqc.commands.doctor import doctor
 from hqc.commands.engine import build_engine
@@ -118,7 +119,7 @@ def main() -> None:
 
 COMMANDS = (
     *(trace, explain, inspect, recipes, ptq, qat, export, build_engine, tune),
-    *(sample, evaluate, analyze, compare, bench, serve, doctor),
+    *(sample, evaluate, analyze, compare, compare_recipes, bench, serve, doctor),
 )
 for command in COMMANDS:
     main.add_command(command)

@@ -22,7 +22,6 @@ __all__ = ["Asked", "asked_for", "asking_options", "followed", "sampled"]
 
 _MOST_LABELS = 10_000
 _CLASSES_SHOWN = 10
-_IMAGES_AT_ONCE, _PIXELS_AT_ONCE = 40, 40 * 64 * 64
 _TAKES = {"prompt": "prompts", "class_label": "class labels", "nothing": "neither labels nor prompts"}
 _BELONGS: Mapping[str, "Kind"] = {
     "labels": "class_label",
@@ -198,8 +197,7 @@ def followed(
 def _at_once(pipe: Any, batch_size: int | None) -> int:
     from hqc.evaluation.needs import needs_of
 
-    width, height = needs_of(pipe).size
-    return batch_size or max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // (width * height)))
+    return batch_size or needs_of(pipe).at_once
 
 
 @contextmanager

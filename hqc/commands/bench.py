@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hqc.commands.applies import Command, asked, option_name
-from hqc.commands.options import check_output_file, claim, force_option, json_option, rules_option
+from hqc.commands.options import check_output_file, claim, force_option, json_option, rules_option, say_stage
 
 if TYPE_CHECKING:
     from hqc.evaluation.workspace import Workspace
@@ -157,16 +157,11 @@ def _workspace(folder: Path | None, force: bool, on_start: Callable[[str], None]
     """The work folder, or a temporary one; every stage is a line with its seconds on standard error."""
     import tempfile
 
-    from hqc import console as out
-    from hqc.evaluation.workspace import Stage, Workspace
-
-    def say(stage: Stage) -> None:
-        note = ", kept from an earlier run" if stage.reused else ""
-        out.stderr.print(f"{stage.name}: {stage.seconds:.1f} s{note}", markup=False, highlight=False)
+    from hqc.evaluation.workspace import Workspace
 
     if folder is not None:
         claim(folder, stays=True)
-        yield Workspace(folder, force=force, on_start=on_start, on_end=say)
+        yield Workspace(folder, force=force, on_start=on_start, on_end=say_stage)
         return
     with tempfile.TemporaryDirectory(prefix="hqc-bench-") as temporary:
-        yield Workspace(Path(temporary), on_start=on_start, on_end=say)
+        yield Workspace(Path(temporary), on_start=on_start, on_end=say_stage)

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from hqc.evaluation.workspace import Stage
 
 __all__ = [
     "ROTATION_KINDS",
@@ -25,6 +28,7 @@ __all__ = [
     "rules_option",
     "runtime_option",
     "sampler_options",
+    "say_stage",
 ]
 
 
@@ -78,6 +82,14 @@ def conditions_asked(given: dict[str, Any]) -> dict[str, Any]:
     from hqc.sampling.prompts import read_prompts
 
     return {"prompts": read_prompts(file)}
+
+
+def say_stage(stage: "Stage") -> None:
+    """A line on standard error for a stage of a work folder that has ended."""
+    from hqc import console as out
+
+    note = ", kept from an earlier run" if stage.reused else ""
+    out.stderr.print(f"{stage.name}: {stage.seconds:.1f} s{note}", markup=False, highlight=False)
 
 
 # ---- options that several commands share ---------------------------------------------------------------------------

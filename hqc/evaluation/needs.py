@@ -22,6 +22,7 @@ __all__ = ["Needs", "call_kind", "denoiser_of", "needs_of"]
 
 Kind = Literal["prompt", "class_label", "nothing"]
 
+_IMAGES_AT_ONCE, _PIXELS_AT_ONCE = 40, 40 * 64 * 64
 _OPTIONS = ("guidance_scale", "eta", "negative_prompt")
 _ASKED = ("prompt", "class_labels", "batch_size")
 _SAMPLING = ("num_inference_steps", "generator", "output_type", "return_dict")
@@ -56,6 +57,12 @@ class Needs:
         """Whether the pipeline can give this model guidance."""
         null_is_another = self.pipeline == "DiTPipeline" and self.classes != _DIT_NULL_CLASS
         return "guidance_scale" in self.options and not null_is_another
+
+    @property
+    def at_once(self) -> int:
+        """Images that are drawn together unless another number is asked for: fewer of large ones."""
+        width, height = self.size
+        return max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // (width * height)))
 
     def usual_guidance(self, default: float) -> float:
         """Guidance where none is asked for: the pipeline's own where it is an input of the model."""

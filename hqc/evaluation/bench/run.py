@@ -94,6 +94,8 @@ def bench(
 def median_milliseconds(artefacts: Mapping[str, Path], *, timing: Timing) -> dict[str, float]:
     """Median milliseconds of one call of Programs (torch) and exports (onnxruntime), in turns on the same inputs.
 
+    All samples of a call are at the first calibrated timestep: exports may take one timestep a call.
+
     Raises:
         HqcError: if one of them cannot be loaded or run.
     """
@@ -103,7 +105,8 @@ def median_milliseconds(artefacts: Mapping[str, Path], *, timing: Timing) -> dic
         for name, path in artefacts.items()
     }
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as processes:
-        write_inputs(inputs, timing, None, Path(scratch) / "inputs.npz")
+        first = max((t for path in artefacts.values() if (t := first_timestep(path)) is not None), default=None)
+        write_inputs(inputs, timing, first, Path(scratch) / "inputs.npz")
         runners = {n: processes.enter_context(Contender(n, b.runtime, b.model)) for n, b in built.items()}
         for runner in runners.values():
             runner.load(Path(scratch) / "inputs.npz", timing.cores)
