@@ -35,7 +35,10 @@ tests: install ## pytest, a file at a time on two cores, the long ones first
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 figures: install ## measure again what the README shows (about two hours on two cores)
-	$(BIN)/python scripts/figures.py
+	test -d work/figures/digits.hqc || $(BIN)/hqc trace digits -o work/figures/digits.hqc
+	$(BIN)/hqc compare-recipes work/figures/digits.hqc --bits w4a4,w4a3 --recipes rtn,rtn+hadamard,hq-dm-hadamard,hq-dm \
+		--seeds 3 --images 1000 --work-dir work/figures/cells -o work/figures/digits.md --html work/figures/digits.html \
+		--json > work/figures/digits.json
 
 docs: install ## write docs/cli.md anew from the command line's own help
 	$(BIN)/python scripts/cli_reference.py

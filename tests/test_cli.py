@@ -733,7 +733,7 @@ def test_version_and_help() -> None:
     assert ok("--version").stdout == "hqc, version 0.1.0\n"
     text = ok("--help").stdout
     commands = [line.split()[0] for line in text.partition("Commands:\n")[2].splitlines()]
-    models = ["sample", "eval", "analyze", "compare", "bench", "serve"]
+    models = ["sample", "eval", "analyze", "compare", "compare-recipes", "bench", "serve"]
     made = ["trace", "explain", "inspect", "recipes", "ptq", "qat", "export", "build-engine", "tune"]
     assert commands == [*made, *models, "doctor"]
     for command in commands:

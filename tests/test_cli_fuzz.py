@@ -68,6 +68,7 @@ NEEDED = ("num_inference_steps", "calib_size", "batch_size", "images", "per_clas
 TEXTS: dict[str, tuple[str, ...]] = {
     "bits": ("w4a4", "W8A8", "w2a2", "w8a3", "w4a4", "w8a8", "w9a9", "w4", "", "w\u0664a4"),
     "recipe": ("rtn", "hq-dm", "hq-dm-reference", "rtn", "hq-dm", "\u00e9"),
+    "recipes": ("rtn", "rtn,rtn+hadamard", "all", "hq-dm-hadamard,rtn", "rtn-hadamard", "x.yaml", "rtn,,", "\u00e9"),
     "rules": ("default", "reference", "all", "none"),
     "keep_float": ("*", "conv_in", "*", "*res*", "*attn*", "[", "", "nothing.*"),
     "labels": ("0-9", "1", "1,4", "0", "2-3", "9-0", "3,12", "99", "x", "", "0-99999999"),
@@ -177,6 +178,7 @@ def no_long_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr("hqc.serving.server.serve", nothing)
         patch.setattr("hqc.engines.build.run_builder", nothing)
         patch.setattr("hqc.evaluation.bench.run._measure", nothing)
+        patch.setattr("hqc.evaluation.comparison.run.compare_recipes", nothing)
         yield
 
 

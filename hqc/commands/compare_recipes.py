@@ -62,9 +62,14 @@ __all__ = ["compare_recipes"]
     type=click.Path(path_type=Path, dir_okay=False),
     help="The table as Markdown; written anew after every cell.",
 )
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="The same with plots as one HTML file.")
 @click.option(
-    "--chart", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="The plots as .png or .svg."
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="The same with plots as one HTML file, at the end."
+)
+@click.option(
+    "--chart",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The plots as .png or .svg, at the end.",
 )
 @click.option(
     "--work-dir",
@@ -119,7 +124,7 @@ def compare_recipes(
     space = Workspace(folder, force=force, on_end=say_stage)
 
     def write(comparison: "Comparison", done: int, total: int) -> None:
-        outputs.write(record, comparison)
+        outputs.write_table(record, comparison)
         out.stderr.print(f"cell {done} of {total} is in {output}", markup=False, highlight=False)
 
     try:
@@ -127,6 +132,7 @@ def compare_recipes(
     except KeyboardInterrupt:
         click.echo(f"hqc: interrupted; the same command goes on from {folder}", err=True)
         raise
+    outputs.write_others(record, comparison)
     if as_json:
         out.print_json(comparison.to_dict())
     else:
@@ -245,13 +251,17 @@ class _Outputs:
         for name in self.others:
             require_drawing("matplotlib", f"--{name}")
 
-    def write(self, record: "Record", comparison: "Comparison") -> None:
-        """Writes them all anew."""
-        from hqc.evaluation.comparison.page import page
-        from hqc.evaluation.comparison.plots import plots_bytes
+    def write_table(self, record: "Record", comparison: "Comparison") -> None:
+        """Writes the table anew."""
         from hqc.evaluation.comparison.table import markdown
 
         record.write(self.table, markdown(comparison).encode())
+
+    def write_others(self, record: "Record", comparison: "Comparison") -> None:
+        """Writes what is drawn: at the end, for it takes its time."""
+        from hqc.evaluation.comparison.page import page
+        from hqc.evaluation.comparison.plots import plots_bytes
+
         if self.html is not None:
             record.write(self.html, page(comparison).encode())
         if self.chart is not None:

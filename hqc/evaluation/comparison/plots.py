@@ -4,7 +4,6 @@ The same figures give the same file, byte for byte, as with the benchmark's char
 """
 
 import io
-import itertools
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -77,19 +76,26 @@ def _draw_sizes(axes: "Axes", rows: Sequence[Row], looks: _Looks) -> None:
             axes.errorbar(
                 size.value / 1e6, psnr.value, yerr=psnr.deviation, fmt=mark, color=colour, label=label, capsize=3
             )
+    axes.margins(x=0.15)
+    axes.locator_params(axis="x", nbins=4)
     _frame(axes, "PSNR to float, dB, over MB", "MB, codes at their bits")
 
 
 def _draw_steps(axes: "Axes", rows: Sequence[Row], looks: _Looks, key: str, title: str) -> None:
     """One line a row, in the order of sampling."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     cosine = key.startswith("latent_cosine")
     for row in rows:
         points = row.by_timestep(key)
         colour, dash, _ = looks[row.bits, row.name]
         values = [max(1 - value, 1e-9) if cosine else value for _, value in points]
         axes.plot([timestep for timestep, _ in points], values, dash, color=colour, linewidth=1.4)
-    if cosine and any(itertools.chain.from_iterable(row.by_timestep(key) for row in rows)):
+    if cosine and any(row.by_timestep(key) for row in rows):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")  # the usual one writes formulas
     axes.invert_xaxis()
     _frame(axes, title, "timestep")
 
