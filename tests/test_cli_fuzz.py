@@ -94,7 +94,11 @@ class Lines:
         """A command with its arguments, and some of its options in any order."""
         names = list(main.commands)
         name = self.draw.choices(names, [WEIGHTS.get(name, 1) for name in names])[0]
-        parameters = main.commands[name].params
+        command, path = main.commands[name], [name]
+        if isinstance(command, click.Group):
+            path.append(self.draw.choice(list(command.commands)))
+            command = command.commands[path[-1]]
+        parameters = command.params
         self.models = self.usual(name)
         arguments = [self.value(p) for p in parameters if isinstance(p, click.Argument)]
         if self.draw.random() < 0.03:
@@ -103,7 +107,7 @@ class Lines:
         if name == "qat" and not any({"--steps", "--epochs"} & set(word) for word in words):
             words.append(["--steps", "1"])
         self.draw.shuffle(words)
-        return [name, *arguments, *(part for word in words for part in word)]
+        return [*path, *arguments, *(part for word in words for part in word)]
 
     def usual(self, command: str) -> list[str]:
         """The models that a command is most likely to take."""
