@@ -12,15 +12,20 @@ from hqc.program import Program
 from hqc.training.module import training_module
 
 HQ_DM = InsertHadamard()
+TRAINED = ("lora", "scale", "zero")
 MODELS = ("two_sites", "odd_channels", "geometry", "shared_input", "cross_attention")
 
 
 @pytest.fixture
 def student(captured: Callable[[str], Program]) -> Callable[..., Program]:
-    """student(name): quantised and rotated, with LoRA factors that are not zero and scales that clip."""
+    """student(name): quantised and rotated, with LoRA factors that are not zero and scales that clip.
 
-    def make(name: str, rotation: InsertHadamard = HQ_DM) -> Program:
-        passes = [SelectLayers(bits="w4a4"), rotation, InsertQdq((0.0, 500.0)), AttachLora(rank=4)]
+    ranges: symmetric, or asymmetric with zero points beside the middle.
+    """
+
+    def make(name: str, rotation: InsertHadamard = HQ_DM, ranges: str = "symmetric") -> Program:
+        insert = InsertQdq((0.0, 500.0), activation=ranges, weight=ranges)  # type: ignore[arg-type]
+        passes = [SelectLayers(bits="w4a4"), rotation, insert, AttachLora(rank=4)]
         program, generator = run_pipeline(captured(name), passes), torch.Generator().manual_seed(1)
         state = dict(program.state)
         for key, tensor in state.items():
@@ -28,6 +33,8 @@ def student(captured: Callable[[str], Program]) -> Callable[..., Program]:
                 state[key] = 0.02 * torch.randn(tensor.shape, generator=generator)
             if key.endswith("scale_table"):
                 state[key] = 0.2 + 0.1 * torch.rand(tensor.shape, generator=generator)
+            if key.endswith("zero_table"):
+                state[key] = 4 + 7 * torch.rand(tensor.shape, generator=generator)
         return program.evolve(state=state)
 
     return make
@@ -45,7 +52,7 @@ def doubled(program: Program) -> Program:
 
 def gradients(module: nn.Module, program: Program, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
     """The output and the gradients of a weighted sum of it to everything that can be trained."""
-    parameters = {name: p for name, p in module.named_parameters() if "lora" in name or "scale" in name}
+    parameters = {name: p for name, p in module.named_parameters() if any(part in name for part in TRAINED)}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     output = module(*(as_double(tensor) for tensor in program.example_inputs(batch, seed=5)))
@@ -65,6 +72,18 @@ def rotations(module: nn.Module) -> list[fx.Node]:
 def test_values_and_gradients_are_the_programs(student: Callable[[str], Program], model: str, batch: int) -> None:
     """In float64, where a code on a rounding boundary does not flip for the order of a sum."""
     assert_same(doubled(student(model)), batch)
+
+
+@pytest.mark.parametrize("model", ["two_sites", "geometry"])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_asymmetric_ranges_learn_their_zero_points(student: Callable[..., Program], model: str, batch: int) -> None:
+    program = doubled(student(model, ranges="asymmetric"))
+    assert_same(program, batch)
+    _, found = gradients(training_module(program, batch), program, batch)
+    for kind in ("activation_zero_table", "weight_zero"):
+        learnt = [bool((gradient != 0).any()) for name, gradient in found.items() if name.endswith(kind)]
+        assert len(learnt) == len(program.plan.quantised)
+        assert any(learnt), kind  # where something is clipped
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["single", "double"])
