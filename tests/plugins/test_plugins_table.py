@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
 
     def write(archs: dict[str, Any] | None = None, **changes: Any) -> Path:
         kernel = {"tile": [64, 32], "num_warps": 4, "parameters": 12, "archs": archs or {"sm_80": _build()}}
-        data = {"format": "hqc-plugins", "version": 1, "kernels": {"k": kernel}, "variants": {KEY: ["k"]}, **changes}
+        data = {"format": "hqc-plugins", "version": 2, "kernels": {"k": kernel}, "variants": {KEY: ["k"]}, **changes}
         (tmp_path / "plugins.json").write_text(json.dumps(data), encoding="utf-8")
         (tmp_path / "k_sm80.ptx").write_bytes(PTX)
         return tmp_path
@@ -98,8 +98,8 @@ def test_ptx_that_the_driver_cannot_load_is_refused_before_a_build(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"format": "other"}, "holds 'other' version 1"),
-        ({"version": 2}, "holds 'hqc-plugins' version 2"),
+        ({"format": "other"}, "holds 'other' version 2"),
+        ({"version": 1}, "holds 'hqc-plugins' version 1"),
         ({"kernels": {}}, "is not what hqc writes"),
         ({"variants": [1]}, "is not what hqc writes"),
         ({"kernels": {"k": {"archs": {"sm_80": {}}}}}, "is not what hqc writes"),

@@ -21,7 +21,8 @@ __all__ = ["FORMAT", "PLUGINS_FILE", "VERSION", "Kernel", "KernelTable", "Kernel
 AGAIN = "Export the model again."
 PLUGINS_FILE = "plugins.json"
 FORMAT = "hqc-plugins"
-VERSION = 1
+VERSION = 2
+"""2: nodes are told the kind of their rotation, `regular`."""
 
 _CUDA_OF_ISA: Mapping[tuple[int, int], tuple[int, int]] = {
     **{(8, minor): (12, minor) for minor in range(6)},
