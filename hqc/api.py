@@ -215,7 +215,14 @@ def quantise(
             program,
             found,
             request,
-            Work(program, task, found.sampler, observe, on_update=_logged(run, on_update)),
+            Work(
+                program,
+                task,
+                found.sampler,
+                observe,
+                on_update=_logged(run, on_update),
+                on_validation=None if run is None else run.log,
+            ),
             settings=run_settings(program, found, request, drawn_from),
             run=run,
             resume=resume,
@@ -242,12 +249,13 @@ def ptq(
     bits: str = "w4a4",
     *,
     hadamard: Rotation | bool = False,
-    block: int = 32,
+    block: int | None = None,
     **options: Any,
 ) -> Program:
     """Quantises without training: MSE weight scales, per-timestep activation scales along the float trajectory.
 
-    hadamard: rotate before the quantisers, with the kind (True is "sylvester") and the order `block`.
+    hadamard: rotate before the quantisers, with the kind ("sylvester", which True is, "regular", or "auto" to choose
+    one at every site) and the order `block`, the kind's usual one unless given.
     options: those of `quantise`.
 
     Raises:

@@ -1,6 +1,7 @@
 """Calibration: scales from what the sites see along the float trajectory, and from the weights."""
 
 from hqc.calibration.activations import CalibrateActivations, calibrate
+from hqc.calibration.rotations import ChooseRotation
 from hqc.calibration.weights import CalibrateWeights, mse_weight_scale
 
-__all__ = ["CalibrateActivations", "CalibrateWeights", "calibrate", "mse_weight_scale"]
+__all__ = ["CalibrateActivations", "CalibrateWeights", "ChooseRotation", "calibrate", "mse_weight_scale"]

@@ -25,7 +25,7 @@ from hqc.sampling.task import Denoise, trajectory
 from hqc.stages import doing
 from hqc.steps import check_options
 
-__all__ = ["CalibrateActivations", "calibrate"]
+__all__ = ["CalibrateActivations", "calibrate", "candidate_scales", "mse_scale"]
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,7 @@ class _Observer(fx.Interpreter):
         return x
 
     def _observe(self, site: str, x: Tensor, qmin: int, qmax: int) -> None:
-        flat = x.reshape(-1)
-        # An odd stride visits every channel of a contiguous tensor in turn.
-        stride = max(1, flat.numel() // _VALUES_A_CALL) | 1
-        flat = flat[::stride]
+        flat = _some(x)
         low, high = (float(bound) for bound in x.aminmax())
         top = max(-low, high)
         if not math.isfinite(top):
@@ -199,9 +196,7 @@ class _Observer(fx.Interpreter):
                 self._cause(),
             )
         key = (site, self.row)
-        scales = (top / max(-qmin, qmax) if top > 0 else 1.0) * torch.linspace(
-            1.0 / self.candidates, 1.05, self.candidates
-        )
+        scales = candidate_scales(top, max(-qmin, qmax), self.candidates)
         if key not in self.searches or self.searches[key].energy == 0:  # zeros cost nothing at any scale
             self.searches[key] = _Search(scales, torch.zeros(self.candidates))
         elif top > 0:
@@ -212,6 +207,24 @@ class _Observer(fx.Interpreter):
 def _rotated_back(rotation: fx.Node) -> int:
     """How many of its quantised values are rotated back: none where the weight is rotated too."""
     return sum(any(user.meta.get("role") == "rotation_back" for user in reader.users) for reader in rotation.users)
+
+
+def _some(x: Tensor) -> Tensor:
+    """At most about _VALUES_A_CALL of the values: an odd stride visits every channel of a contiguous tensor in turn."""
+    flat = x.reshape(-1)
+    return flat[:: max(1, flat.numel() // _VALUES_A_CALL) | 1]
+
+
+def candidate_scales(top: float, qmax: int, count: int) -> Tensor:
+    """Scales [count] whose largest code stands for the ranges 1/count … 1.05 of the largest |value|."""
+    return (top / qmax if top > 0 else 1.0) * torch.linspace(1.0 / count, 1.05, count)
+
+
+def mse_scale(x: Tensor, candidates: Tensor, qmin: int, qmax: int) -> float:
+    """The candidate that minimises Σ (x - s·clip(round(x/s), qmin, qmax))² over some of the values."""
+    search = _Search(candidates, torch.zeros(len(candidates)))
+    search.add(_some(x), qmin, qmax)
+    return search.best
 
 
 def calibrate(program: Program, forward_loop: Callable[[Denoise], None], *, candidates: int = 60) -> Program:

@@ -163,5 +163,5 @@ runtime_option = click.option(
 calib_size_option = click.option(
     "--calib-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Images."
 )
-ROTATION_KINDS = ("sylvester",)
+ROTATION_KINDS = ("sylvester", "regular", "auto")
 """What --hadamard takes; alone it is the first."""

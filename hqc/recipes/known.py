@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from hqc.calibration import CalibrateActivations, CalibrateWeights
+from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation
 from hqc.passes import AttachLora, DropSingleKeyAttention, InsertHadamard, InsertQdq, SelectLayers
 from hqc.steps import step_name
 from hqc.training import LOSSES, Distil, Group
@@ -15,6 +15,7 @@ STEPS: Mapping[str, type] = {
         DropSingleKeyAttention,
         SelectLayers,
         InsertHadamard,
+        ChooseRotation,
         InsertQdq,
         CalibrateWeights,
         CalibrateActivations,

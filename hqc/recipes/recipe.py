@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from hqc.calibration import ChooseRotation
 from hqc.errors import PlanError
 from hqc.passes import InsertHadamard
 from hqc.pipeline import Step, format_pipeline
@@ -119,7 +120,7 @@ class Recipe:
             raise PlanError(f"option {path}", f"recipe {self.name!r} has no step {name!r}; it has {has}", "Correct it.")
 
 
-ROTATIONS = (step_name(InsertHadamard),)
+ROTATIONS = (step_name(InsertHadamard), step_name(ChooseRotation))
 """The steps that rotate: a recipe has one of them at most."""
 
 

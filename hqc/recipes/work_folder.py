@@ -4,6 +4,7 @@ WORK/run.json         what decides the result: steps, options, bits, weights
 WORK/NN-step.hqc      the program after step NN, the last that took long; gone once the result is saved
 WORK/checkpoint       where the step after it stands; gone once the result is saved
 WORK/log.jsonl        one line an update
+WORK/validation.jsonl one line a measurement on the held-out trajectory, where a step makes some
 """
 
 import json
@@ -19,7 +20,7 @@ from hqc.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hqc.claims import clear_away, remove_tree
 from hqc.errors import ArtefactError
 from hqc.program import Program
-from hqc.sampling import Update
+from hqc.sampling import Update, Validation
 from hqc.storage import load_program, save_program
 
 __all__ = ["Run"]
@@ -37,6 +38,7 @@ class Run:
         self.settings_path = folder / "run.json"
         self.checkpoint = folder / "checkpoint"
         self.log_path = folder / "log.jsonl"
+        self.validation_path = folder / "validation.jsonl"
         self._step = 1  # that runs now
         self._new: Mapping[str, Any] | None = None  # the settings of a run that has written nothing yet
 
@@ -123,6 +125,7 @@ class Run:
         for path in (self.checkpoint, *self._programs()):
             remove_tree(path)
         write_file(self.log_path, b"")
+        self.validation_path.unlink(missing_ok=True)
         write_file(self.settings_path, json.dumps({"format": _FORMAT, "settings": settings}, indent=1).encode())
 
     def load(self, settings: Mapping[str, Any]) -> tuple[int, Program | None, Checkpoint | None]:
@@ -157,27 +160,27 @@ class Run:
 
     def _cut_log(self, updates: int) -> None:
         """Keeps the lines of earlier steps, and the first so many of the one that goes on."""
-        kept = [line for line in self._log_lines() if _is_before(line, self._step, updates)]
-        write_file(self.log_path, "".join(f"{line}\n" for line in kept).encode())
+        for path in (self.log_path, self.validation_path):
+            if path.exists() or path == self.log_path:
+                kept = [line for line in _lines(path) if _is_before(line, self._step, updates)]
+                write_file(path, "".join(f"{line}\n" for line in kept).encode())
 
-    def _log_lines(self) -> list[str]:
-        return self.log_path.read_text(encoding="utf-8").splitlines() if self.log_path.exists() else []
-
-    def log(self, update: Update) -> None:
-        """Adds a line to the log."""
+    def log(self, update: Update | Validation) -> None:
+        """Adds a line to the log of updates, or to that of the validation."""
         self._write_first()
+        path = self.log_path if isinstance(update, Update) else self.validation_path
         try:
-            with self.log_path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"of": self._step, **asdict(update)}) + "\n")
         except OSError as error:
             raise ArtefactError(
-                str(self.log_path), f"cannot be written ({error.strerror})", "Free some space, then give --resume."
+                str(path), f"cannot be written ({error.strerror})", "Free some space, then give --resume."
             ) from error
 
     def last_loss(self) -> float | None:
         """The loss that the log ends with."""
         try:
-            return float(json.loads(self._log_lines()[-1])["loss"])
+            return float(json.loads(_lines(self.log_path)[-1])["loss"])
         except (OSError, ValueError, LookupError, TypeError):
             return None
 
@@ -207,6 +210,10 @@ class Run:
             clear_away(path)  # what a killed process was writing
         if self._settings() is not None:
             self.settings_path.unlink(missing_ok=True)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _is_foreign(path: Path) -> bool:

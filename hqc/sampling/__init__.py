@@ -3,13 +3,14 @@
 from hqc.sampling.sampler import Sampler
 from hqc.sampling.sources import class_conditional_task, pipeline_task, synthetic_task
 from hqc.sampling.task import Task, guided
-from hqc.sampling.work import Observe, Update, Work
+from hqc.sampling.work import Observe, Update, Validation, Work
 
 __all__ = [
     "Observe",
     "Sampler",
     "Task",
     "Update",
+    "Validation",
     "Work",
     "class_conditional_task",
     "guided",

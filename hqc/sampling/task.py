@@ -150,16 +150,19 @@ def denoiser(module: nn.Module) -> Denoise:
     return denoise
 
 
-def guided(denoise: Denoise, sample: Tensor, timestep: float, conditions: Conditions | None, g: float) -> Tensor:
+def guided(
+    denoise: Denoise, sample: Tensor, timestep: float | Tensor, conditions: Conditions | None, g: float
+) -> Tensor:
     """ε = ε_u + g·(ε_c - ε_u), both halves in one call; ε_c alone for g ≤ 1 and where there is no null condition.
 
-    sample [N, …] -> [N, …]; conditions = (null, wanted). Of a model that predicts a variance too, only ε is returned.
+    sample [N, …] -> [N, …]; timestep of all samples, or [N]; conditions = (null, wanted).
+    Of a model that predicts a variance too, only ε is returned.
     """
     null, wanted = conditions if conditions is not None else (None, (None,))
+    times = timestep if isinstance(timestep, Tensor) else torch.full((len(sample),), timestep)
     if null is None or not guides(g):
-        times = torch.full((len(sample),), timestep)
         return noise_only(denoise(sample, times, *_each(wanted)), sample)
-    times = torch.full((2 * len(sample),), timestep)
+    times = torch.cat([times, times])
     both = [b if a is None or b is None else torch.cat([a, b]) for a, b in zip(_each(null), _each(wanted), strict=True)]
     without, with_condition = denoise(torch.cat([sample, sample]), times, *both).chunk(2)
     return noise_only(without + g * (with_condition - without), sample)

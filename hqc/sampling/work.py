@@ -9,7 +9,7 @@ from hqc.program import Program
 from hqc.sampling.sampler import Sampler
 from hqc.sampling.task import Denoise, Task
 
-__all__ = ["Observe", "Update", "Work"]
+__all__ = ["Observe", "Update", "Validation", "Work"]
 
 Observe = Callable[[Denoise], None]
 """Runs the denoiser that it is given on whatever it likes, one timestep a call."""
@@ -29,11 +29,22 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """After how many updates; by timestep Σ(ε̂ - ε)²/Σε² and the gain Σ⟨ε̂, ε⟩/Σε² on a held-out trajectory."""
+
+    step: int
+    timesteps: tuple[float, ...]
+    relative_error: tuple[float, ...]
+    gain: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Work:
     """Around the program of a run.
 
     teacher: the captured float program. task: what to sample; None with `observe` only. observe: calibrates instead
-    of the sampler. checkpoint: where the step was when it was killed. on_checkpoint, on_update: hear of its progress.
+    of the sampler. checkpoint: where the step was when it was killed. on_checkpoint, on_update, on_validation: hear of
+    its progress.
     """
 
     teacher: Program
@@ -43,6 +54,7 @@ class Work:
     checkpoint: Checkpoint | None = None
     on_checkpoint: Callable[[Checkpoint], None] | None = None
     on_update: Callable[[Update], None] | None = None
+    on_validation: Callable[[Validation], None] | None = None
 
     @property
     def sampled(self) -> Task:

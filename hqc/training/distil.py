@@ -3,7 +3,7 @@
     each epoch   a seed of its own; random conditions; x_T ~ N(0, I)
     each step    ε = teacher, ε̂ = student on the same x_t, both combined by guidance
                  L = the sum of the losses;  AdamW;  linear decay
-                 x_{t-1} = sampler step with the teacher's ε (no student roll-out)
+                 x_{t-1} = sampler step with the teacher's ε; with `own_share` also the student's own trajectories
 
 Every random number comes from (seed, epoch, step), so a run that was killed continues to the same bits.
 Source: HQ-DM's training loop; EfficientDM (arXiv 2310.03270).
@@ -11,27 +11,27 @@ Source: HQ-DM's training loop; EfficientDM (arXiv 2310.03270).
 
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from hqc.checkpoint import Checkpoint
-from hqc.errors import ArtefactError, PlanError, TrainingError
+from hqc.errors import PlanError, TrainingError
 from hqc.memory import require_memory, training_bytes
 from hqc.program import Program, Stage
 from hqc.sampling import Update, Work, guided
-from hqc.sampling.task import denoiser
+from hqc.sampling.task import Denoise, denoiser
 from hqc.steps import check_options
-from hqc.training.groups import Group, optimizer_of, trainable
+from hqc.training.groups import Group, trainable
 from hqc.training.losses import GuidedNoise, Loss, Seen
-from hqc.training.module import training_module
-from hqc.training.trajectories import State, visited
+from hqc.training.step_weights import step_weights
+from hqc.training.student import Student
+from hqc.training.trajectories import Epochs, Order, State
+from hqc.training.validation import HeldOut
 
 __all__ = ["Distil"]
 
-_SMALLEST_SCALE = 1e-8
+_WEIGHED_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,12 @@ class Distil:
     """Trains the tensors of the groups: `epochs` trajectories of the sampler, an update a step of them.
 
     updates: that many in all instead. batch_size: images of a trajectory. seed: of noise and conditions.
-    checkpoint_every: updates between checkpoints; it does not change the result.
+    order: of the updates of a trajectory: the "sampler"'s, its steps "shuffled", or batches that are "mixed" from all
+    its steps. weighting: "effect" weighs a step by what an error there does to the image (`step_weights`). own_share:
+    up to which share of the trajectories, growing linearly from none, are the student's own instead of the teacher's.
+    warm_up: share of the updates in which the rates grow to their own. ema: decay of the averages that are the result
+    (0: the last values are). checkpoint_every, validate_every: updates between checkpoints, and between measurements on
+    a trajectory that is held out (0: none); they do not change the result.
     """
 
     losses: tuple[Loss, ...] = (GuidedNoise(),)
@@ -48,7 +53,13 @@ class Distil:
     updates: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
     seed: Annotated[int, Field(ge=0)] = 3407
+    order: Order = "sampler"
+    weighting: Literal["uniform", "effect"] = "uniform"
+    own_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     checkpoint_every: Annotated[int, Field(ge=1)] = field(default=200, compare=False)
+    validate_every: Annotated[int, Field(ge=0)] = field(default=0, compare=False)
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.QUANTISED, Stage.TRAINED)
     gives: ClassVar[Stage | None] = Stage.TRAINED
@@ -64,8 +75,14 @@ class Distil:
         return self.updates or self.epochs * work.sampler.num_inference_steps
 
     def cost(self, program: Program, work: Work) -> float:
-        """A step runs the teacher once and the student forward and backward: 4 evaluations a sample."""
-        return float(4 * self.total(work) * self.batch_size * work.halves())
+        """A step runs the teacher once and the student forward and backward: 4 evaluations a sample.
+
+        The student's own trajectories are an evaluation more, and weighing the steps is a trajectory for each.
+        """
+        steps = work.sampler.num_inference_steps
+        updates = self.total(work) * self.batch_size * (4 + self.own_share / 2)
+        weighing = _WEIGHED_SAMPLES * (steps * (steps + 1) + steps) if self.weighting == "effect" else 0
+        return float((updates + weighing) * work.halves())
 
     def check(self, program: Program, work: Work) -> None:
         """A step runs a batch, twice as large with guidance, and keeps what the backward pass needs.
@@ -85,38 +102,54 @@ class Distil:
         Raises:
             TrainingError: if the loss is not finite, naming the step. ArtefactError: a checkpoint of another program.
         """
-        task, sampler, total = work.sampled, work.sampler, self.total(work)
-        module, names = training_module(program, self.batch_size * work.halves()), trainable(program, self.groups)
-        parameters = {name: _own_parameter(module, name) for name in names}
-        optimizer = optimizer_of(program, names, parameters)
+        total, sampler = self.total(work), work.sampler
+        student = Student(program, trainable(program, self.groups), self.batch_size * work.halves(), self.ema)
+        teacher = denoiser(work.teacher.module())
+        weights = self._weights(work, teacher, student.denoise)
+        epochs = Epochs(work.sampled, sampler, self.batch_size, self.seed, self.order, self.own_share, total)
+        first = 0
         if work.checkpoint is not None:
-            _restore(optimizer, parameters, work.checkpoint)
-        first = work.checkpoint.step if work.checkpoint is not None else 0
-        denoise, teacher = denoiser(module), denoiser(work.teacher.module())
-        scales: list[Tensor] = [parameters[name] for name, group in names.items() if group.positive]
+            student.restore(work.checkpoint)
+            first = work.checkpoint.step
+            epochs.restore(work.checkpoint)
+        held_out = self._held_out(work, teacher)
         began = time.perf_counter()
-        walk = visited(task, sampler, teacher, batch_size=self.batch_size, seed=self.seed, first=first, total=total)
-        for state in walk:
-            found = guided(denoise, state.sample, state.time_input, state.conditions, sampler.guidance_scale)
-            loss = self._loss(found, state)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * (1 - state.step / total)
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_clamp_min_(scales, _SMALLEST_SCALE)
+        for state in epochs.states(teacher, student.denoise, first):
+            found = guided(student.denoise, state.sample, state.time_input, state.conditions, sampler.guidance_scale)
+            loss = self._loss(found, state, weights)
+            student.learn(loss, self._factor(state.step, total))
             done = state.step + 1
             if work.on_update is not None:
                 work.on_update(_update(state, total, found, loss, time.perf_counter() - began))
+            if held_out is not None and work.on_validation is not None and done % self.validate_every == 0:
+                work.on_validation(held_out.measure(student.denoise, done))
             if work.on_checkpoint is not None and done % self.checkpoint_every == 0 and done < total:
-                work.on_checkpoint(_snapshot(done, optimizer, parameters))
+                work.on_checkpoint(student.snapshot(done, epochs.kept))
             began = time.perf_counter()
-        values = dict(program.state) | {name: p.detach().clone() for name, p in parameters.items()}
-        return program.evolve(state=values)
+        return student.result()
 
-    def _loss(self, found: Tensor, state: State) -> Tensor:
-        student, teacher = Seen(found, state.timestep), Seen(state.wanted, state.timestep)
+    def _factor(self, step: int, total: int) -> float:
+        """Of the rates: up to 1 while it warms up, and linearly down to 0."""
+        warm = self.warm_up * total
+        return (1 - step / total) * (min(1.0, (step + 1) / warm) if warm else 1.0)
+
+    def _weights(self, work: Work, teacher: Denoise, student: Denoise) -> dict[float, float] | None:
+        """By timestep; the student is the calibrated one, also where a checkpoint is about to be restored."""
+        if self.weighting == "uniform":
+            return None
+        task, sampler = work.sampled, work.sampler
+        found = step_weights(task, sampler, teacher, student, samples=_WEIGHED_SAMPLES, seed=self.seed)
+        times = task.scheduler(sampler.num_inference_steps).timesteps
+        return {float(t): weight for t, weight in zip(times, found, strict=True)}
+
+    def _held_out(self, work: Work, teacher: Denoise) -> HeldOut | None:
+        if not self.validate_every or work.on_validation is None:
+            return None
+        return HeldOut(work.sampled, work.sampler, teacher, self.batch_size)
+
+    def _loss(self, found: Tensor, state: State, weights: dict[float, float] | None) -> Tensor:
+        weight = state.weights(weights)
+        student, teacher = Seen(found, weight), Seen(state.wanted, weight)
         first, *more = (loss(student, teacher) for loss in self.losses)
         for one in more:
             first = first + one
@@ -131,40 +164,3 @@ class Distil:
 def _update(state: State, total: int, found: Tensor, loss: Tensor, seconds: float) -> Update:
     error = float((found.detach() - state.wanted).square().sum() / state.wanted.square().sum())
     return Update(state.step + 1, total, state.epoch, state.timestep, float(loss.detach()), error, seconds)
-
-
-def _own_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """A trainable copy of one weight, so that the program's own tensors stay as they are."""
-    path, leaf = name.rsplit(".", 1)
-    parameter = nn.Parameter(module.get_parameter(name).detach().clone())
-    setattr(module.get_submodule(path), leaf, parameter)
-    return parameter
-
-
-def _snapshot(step: int, optimizer: torch.optim.AdamW, parameters: dict[str, nn.Parameter]) -> Checkpoint:
-    tensors = {}
-    for name, parameter in parameters.items():
-        moments = optimizer.state[parameter]
-        tensors[f"value/{name}"] = parameter.detach().clone()
-        tensors[f"mean/{name}"] = moments["exp_avg"].clone()
-        tensors[f"square/{name}"] = moments["exp_avg_sq"].clone()
-    return Checkpoint(step, tensors)
-
-
-@torch.no_grad()
-def _restore(optimizer: torch.optim.AdamW, parameters: dict[str, nn.Parameter], saved: Checkpoint) -> None:
-    for name, parameter in parameters.items():
-        value, mean, square = (_saved(saved, f"{kind}/{name}", parameter) for kind in ("value", "mean", "square"))
-        parameter.copy_(value)
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(saved.step)),
-            "exp_avg": mean.clone(),
-            "exp_avg_sq": square.clone(),
-        }
-
-
-def _saved(saved: Checkpoint, name: str, parameter: Tensor) -> Tensor:
-    tensor = saved.tensors.get(name)
-    if tensor is None or tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
-        raise ArtefactError("checkpoint", f"has no {name} as this program needs it", "Start again without --resume.")
-    return tensor

@@ -1,7 +1,7 @@
 """A tiny guided denoiser with two trainable sites, its sampling task, and its quantisation."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from hqc.pipeline import run_procedure
 from hqc.program import Program
 from hqc.recipes import Recipe
 from hqc.recipes.run import Request, run_recipe
-from hqc.sampling import Sampler, Task, Update, Work
+from hqc.sampling import Sampler, Task, Update, Validation, Work
 from hqc.steps import step_name
 from hqc.training import Distil, Group
 from hqc.training.groups import trainable
@@ -71,6 +71,7 @@ class Settings:
     lr_activation_scale: float = 1e-3
     weight_decay: float = 0.01
     checkpoint_every: int = 3
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def having(self, changes: Mapping[str, Any]) -> "Settings":
         """With some of them changed."""
@@ -96,6 +97,7 @@ class Settings:
             batch_size=self.batch_size,
             seed=self.seed,
             checkpoint_every=self.checkpoint_every,
+            **self.more,
         )
 
 
@@ -113,8 +115,9 @@ def distil(
     resume: Checkpoint | None = None,
     on_step: Callable[[Update], None] | None = None,
     on_checkpoint: Callable[[Checkpoint], None] | None = None,
+    on_validation: Callable[[Validation], None] | None = None,
 ) -> Program:
     """Runs the step."""
     sampler = Sampler(settings.num_inference_steps, settings.guidance_scale, settings.eta)
-    work = Work(teacher, task, sampler, None, resume, on_checkpoint, on_step)
+    work = Work(teacher, task, sampler, None, resume, on_checkpoint, on_step, on_validation)
     return run_procedure(student, settings.step, work)

@@ -14,7 +14,7 @@ __all__ = ["GuidedNoise"]
 
 @dataclass(frozen=True)
 class GuidedNoise:
-    """weight·Σ (ε̂ - ε)² over all elements, ε = ε_u + g·(ε_c - ε_u).
+    """weight·Σ w_n·(ε̂ - ε)² over all elements, ε = ε_u + g·(ε_c - ε_u); w_n weighs the sampler's steps.
 
     Source: HQ-DM; EfficientDM (arXiv 2310.03270).
     """
@@ -26,5 +26,10 @@ class GuidedNoise:
 
     def __call__(self, student: Seen, teacher: Seen) -> Tensor:
         """The loss, a scalar."""
-        found = (student.noise - teacher.noise).square().sum()
+        squares = (student.noise - teacher.noise).square()
+        found = squares.sum()
+        if isinstance(teacher.weight, Tensor):
+            found = (squares.flatten(1).sum(1) * teacher.weight).sum()
+        elif teacher.weight is not None:
+            found = found * teacher.weight
         return found if self.weight == 1 else found * self.weight

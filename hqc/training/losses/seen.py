@@ -9,7 +9,7 @@ __all__ = ["Seen"]
 
 @dataclass(frozen=True)
 class Seen:
-    """noise: the guided ε [N, …]. timestep: the sampler's, of all samples."""
+    """noise: the guided ε [N, …]. weight: of the samples, a number or [N]; None is 1."""
 
     noise: Tensor
-    timestep: float
+    weight: Tensor | float | None = None

@@ -1,0 +1,196 @@
+"""Which rotation suits which site: the one whose quantised activations change the layer's output least.
+
+    error(R) = mean over timesteps of ‖op(R⁻¹·Q_a(R·x; s) - x, W)‖² / ‖op(x, W)‖²,  s = argmin ‖Q_a(R·x; s) - R·x‖²
+
+R runs over the candidates, the identity among them. A large order spreads outliers further, but mixes channels whose
+sizes differ less than its own sum varies; which of both wins depends on the site. Source: own.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from hqc.calibration.activations import candidate_scales, mse_scale
+from hqc.calibration.weights import mse_weight_scale
+from hqc.errors import PlanError
+from hqc.memory import activation_bytes, require_memory
+from hqc.passes import InsertHadamard
+from hqc.passes.rewriting import channel_axis, layer_inputs
+from hqc.passes.split_digits import digit_limit
+from hqc.pipeline import run_pass
+from hqc.plan import SitePlan, activation_range, weight_range
+from hqc.program import Program, Stage
+from hqc.rotations import KINDS, ORDERS, Rotation
+from hqc.running import node_failure
+from hqc.sampling import Work
+from hqc.sampling.task import trajectory
+from hqc.stages import doing
+from hqc.steps import check_options
+
+__all__ = ["ChooseRotation"]
+
+Candidate = tuple[str, int]
+"""Kind and order of a rotation."""
+
+_NONE: Candidate = ("none", 0)
+_WEIGHT_CANDIDATES = 16
+
+
+@dataclass(frozen=True)
+class ChooseRotation:
+    """Measures the candidates at every site and inserts the best, or none where nothing is better.
+
+    candidates: (kind, order); those that do not divide a site's channels are not tried there. samples: images of the
+    float trajectory; timesteps: how many of its steps are measured, evenly spread. tie: the share by which the error
+    must be lower than that of a cheaper candidate; second_digit: the same for weights that need a second int8 product
+    once they are rotated. seed: of noise and conditions.
+    """
+
+    candidates: tuple[tuple[str, int], ...] = (
+        *(("sylvester", 8), ("regular", 16), ("sylvester", 32), ("regular", 64), ("sylvester", 128)),
+    )
+    samples: Annotated[int, Field(ge=1, le=4096)] = 4
+    timesteps: Annotated[int, Field(ge=1, le=1000)] = 5
+    tie: Annotated[float, Field(ge=0, le=1)] = 0.01
+    second_digit: Annotated[float, Field(ge=0, le=1)] = 0.05
+    seed: Annotated[int, Field(ge=0)] = 2024
+
+    takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
+    gives: ClassVar[Stage | None] = None
+    samples_denoiser: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for kind, order in self.candidates:
+            if kind not in KINDS or order not in ORDERS[kind]:
+                there = "; ".join(f"{one} {', '.join(map(str, ORDERS[one]))}" for one in KINDS)
+                raise PlanError("choose_rotation", f"no rotation is {kind} of order {order}", f"There are {there}.")
+
+    def check(self, program: Program, work: Work) -> None:
+        """All images are one batch, twice as large with guidance.
+
+        Raises:
+            MemoryShortError: if that does not fit.
+        """
+        require_memory(
+            f"choosing rotations on {self.samples} images",
+            program.size_bytes() + activation_bytes(program.graph, self.samples * work.halves()),
+            "Take fewer images (--set choose_rotation.samples=2), close other programs, or take a larger machine",
+        )
+
+    def run(self, program: Program, work: Work) -> Program:
+        """The program with a rotation of its own at every site; the plan has every candidate's error as the reason.
+
+        Raises:
+            TrainingError: where the sampler meets NaN.
+        """
+        watcher = _Watcher(program, self.candidates)
+        task, sampler = work.sampled, work.sampler
+        steps = len(task.scheduler(sampler.num_inference_steps).timesteps)
+        measured = set(torch.linspace(0, steps - 1, min(self.timesteps, steps)).round().int().tolist())
+        options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta, self.seed)
+        with doing("choosing rotations") as stage:
+            for step, _ in enumerate(trajectory(task, watcher, self.samples, *options)):
+                watcher.share = 1 / len(measured) if step in measured else 0.0
+                stage(step, steps)
+        chosen = {site: self._choice(program, program.plan[site], found) for site, found in watcher.errors.items()}
+        sites = tuple((site, *(choice if choice != _NONE else (KINDS[0], 0))) for site, choice in chosen.items())
+        rotated = run_pass(program, InsertHadamard(sites=sites))
+        plans = {site: _explained(rotated.plan[site], found) for site, found in watcher.errors.items()}
+        return rotated.evolve(plan=rotated.plan.with_sites(plans))
+
+    def cost(self, program: Program, work: Work) -> float:
+        """One trajectory of every image, and every candidate where it is measured."""
+        calls = work.sampler.num_inference_steps + self.timesteps * len(self.candidates)
+        return float(self.samples * work.halves() * calls)
+
+    def _choice(self, program: Program, plan: SitePlan, errors: dict[Candidate, float]) -> Candidate:
+        """The cheapest candidate that no dearer one beats by its margin."""
+        digits = {candidate: _digits(program, plan, candidate) for candidate in errors}
+        best, *others = sorted(errors, key=lambda one: (digits[one], one[1]))
+        for other in others:
+            margin = self.second_digit if digits[other] > digits[best] else self.tie
+            if errors[other] < errors[best] * (1 - margin):
+                best = other
+        return best
+
+
+def _explained(plan: SitePlan, errors: dict[Candidate, float]) -> SitePlan:
+    """With the errors in the reason, the best first."""
+    ranked = sorted(errors, key=errors.__getitem__)
+    text = ", ".join(
+        f"{kind} {order or ''}".strip() + f" {100 * errors[kind, order] ** 0.5:.2g} %" for kind, order in ranked
+    )
+    return replace(plan, reason=f"{'rotation' if plan.block else 'unrotated'} by output error: {text}")
+
+
+def _name(kind: str, order: int) -> str:
+    return f"{kind} {order}" if order else kind
+
+
+def _digits(program: Program, plan: SitePlan, candidate: Candidate) -> int:
+    """How many int8 products the rotated weight codes need: 1 or 2."""
+    layer = next(node for site, node in program.sites() if site == plan.site)
+    weight = program.state[str(layer_inputs(layer)[1].target)]
+    low, high = weight_range(plan.weight_bits or 8)
+    scale = mse_weight_scale(weight, low, high, _WEIGHT_CANDIDATES)
+    codes = torch.ops.hqc.quantize(weight, scale, low, high)
+    if candidate[1]:
+        codes = torch.ops.hqc.rotate_codes(codes, candidate[1], *Rotation(candidate[1], candidate[0] == "regular").flag)
+    return 1 if int(codes.to(torch.int32).abs().max()) <= digit_limit(plan.activation_bits or 8) else 2
+
+
+@dataclass
+class _Watcher(fx.Interpreter):
+    """Runs the float graph and measures every candidate at every site that may be rotated."""
+
+    program: Program
+    candidates: tuple[Candidate, ...]
+    share: float = 0.0  # of a call in the mean; 0 where nothing is measured
+    errors: dict[str, dict[Candidate, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.program.module())
+        self.extra_traceback = False
+        free = [plan for plan in self.program.plan.quantised if not plan.reason.startswith("unrotated")]
+        self.plans = {plan.site: plan for plan in free}
+
+    def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            return self.run(sample, timestep, *[c for c in conditions if c is not None])  # type: ignore[no-any-return]
+
+    def run_node(self, n: fx.Node) -> Any:
+        site = n.meta.get("site", "") if n.meta.get("role") == "layer" else ""
+        inputs = [self.env[node] for node in layer_inputs(n)[:2]] if site in self.plans and self.share else []
+        try:
+            found = super().run_node(n)
+        except Exception as error:
+            raise node_failure(n, error) from error
+        if inputs:
+            self._measure(n, site, *inputs)
+        return found
+
+    def _measure(self, layer: fx.Node, site: str, x: Tensor, weight: Tensor) -> None:
+        plan, axis = self.plans[site], channel_axis(layer)
+        geometry = layer.args[3:]
+        energy = float(layer.target(x, weight, None, *geometry).square().sum())  # type: ignore[operator]
+        errors = self.errors.setdefault(site, {})
+        for kind, order in (_NONE, *self.candidates):
+            if order and plan.in_channels % order:
+                continue
+            flag = Rotation(order, kind == "regular").flag if order else ()
+            rotated = torch.ops.hqc.hadamard(x, order, axis, *flag) if order else x
+            quantised = _quantised(rotated, *activation_range(plan.activation_bits or 8))
+            difference = (torch.ops.hqc.hadamard(quantised, order, axis, *flag) if order else quantised) - x
+            found = float(layer.target(difference, weight, None, *geometry).square().sum())  # type: ignore[operator]
+            errors[kind, order] = errors.get((kind, order), 0.0) + (self.share * found / energy if energy > 0 else 0.0)
+
+
+def _quantised(x: Tensor, low: int, high: int) -> Tensor:
+    """x̂ with one scale, as calibration would choose it."""
+    top = float(x.abs().max())
+    scale = mse_scale(x, candidate_scales(top, high, 30), low, high) if top > 0 else 1.0
+    return torch.ops.hqc.fake_quantize(x, torch.full((len(x),), scale), low, high)  # type: ignore[no-any-return]
