@@ -145,13 +145,20 @@ _BASE = (
 )
 _ADALN = tuple(_edge(p, "adaLN modulation") for p in _MODULATIONS)
 
+_VALUES_AND_OUTPUTS = tuple(
+    Rule(p, "attention's values and outputs", bits=_EDGE)
+    for p in ("*.to_v", "*.to_out.0", "*.add_v_proj", "*.to_add_out")
+)
+
 RULE_SETS: Mapping[str, tuple[Rule, ...]] = {
     "default": (*_BASE, *_ADALN, *(_edge(p, "shortcut or downsampler") for p in _SHORTCUTS)),
     "reference": (*_BASE, *_ADALN, *(Rule(p, "shortcut or downsampler", float_=True) for p in _SHORTCUTS)),
+    "mixed": (*_BASE, *_ADALN, *(_edge(p, "shortcut or downsampler") for p in _SHORTCUTS), *_VALUES_AND_OUTPUTS),
     "all": _BASE,
 }
 """`default` quantises shortcuts, downsamplers and modulations at 8 bits; `reference` leaves shortcuts and downsamplers
-float, as HQ-DM's code does; `all` gives all of these the asked bits."""
+float, as HQ-DM's code does; `mixed` is `default` with attention's values and outputs at 8 bits (ConvRot); `all` gives
+all of these the asked bits."""
 
 
 @dataclass(frozen=True)

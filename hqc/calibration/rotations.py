@@ -1,9 +1,9 @@
 """Which rotation suits which site: the one whose quantised activations change the layer's output least.
 
-    error(R) = mean over timesteps of ‖op(R⁻¹·Q_a(R·x; s) - x, W)‖² / ‖op(x, W)‖²,  s = argmin ‖Q_a(R·x; s) - R·x‖²
+    error(R) = Σ_t ‖op(R⁻¹·Q_a(R·x; s_t) - x, W)‖² / Σ_t ‖op(x, W)‖²,  s_t = argmin ‖Q_a(R·x; s_t) - R·x‖²
 
-R runs over the candidates, the identity among them. A large order spreads outliers further, but mixes channels whose
-sizes differ less than its own sum varies; which of both wins depends on the site. Source: own.
+R runs over the candidates, the identity among them, t over timesteps. A large order spreads
+outliers further, but makes every value a sum of more; which of both wins depends on the site. Source: own.
 """
 
 from dataclasses import dataclass, field, replace
@@ -50,7 +50,8 @@ class ChooseRotation:
     """
 
     candidates: tuple[tuple[str, int], ...] = (
-        *(("sylvester", 8), ("regular", 16), ("sylvester", 32), ("regular", 64), ("sylvester", 128)),
+        *(("sylvester", 8), ("regular", 16), ("sylvester", 32), ("regular", 32)),
+        *(("regular", 64), ("sylvester", 128)),
     )
     samples: Annotated[int, Field(ge=1, le=4096)] = 4
     timesteps: Annotated[int, Field(ge=1, le=1000)] = 5
@@ -94,12 +95,13 @@ class ChooseRotation:
         options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta, self.seed)
         with doing("choosing rotations") as stage:
             for step, _ in enumerate(trajectory(task, watcher, self.samples, *options)):
-                watcher.share = 1 / len(measured) if step in measured else 0.0
+                watcher.measuring = step in measured
                 stage(step, steps)
-        chosen = {site: self._choice(program, program.plan[site], found) for site, found in watcher.errors.items()}
+        errors = watcher.errors
+        chosen = {site: self._choice(program, program.plan[site], found) for site, found in errors.items()}
         sites = tuple((site, *(choice if choice != _NONE else (KINDS[0], 0))) for site, choice in chosen.items())
         rotated = run_pass(program, InsertHadamard(sites=sites))
-        plans = {site: _explained(rotated.plan[site], found) for site, found in watcher.errors.items()}
+        plans = {site: _explained(rotated.plan[site], found) for site, found in errors.items()}
         return rotated.evolve(plan=rotated.plan.with_sites(plans))
 
     def cost(self, program: Program, work: Work) -> float:
@@ -149,8 +151,9 @@ class _Watcher(fx.Interpreter):
 
     program: Program
     candidates: tuple[Candidate, ...]
-    share: float = 0.0  # of a call in the mean; 0 where nothing is measured
-    errors: dict[str, dict[Candidate, float]] = field(default_factory=dict)
+    measuring: bool = False
+    sums: dict[str, dict[Candidate, float]] = field(default_factory=dict)
+    energies: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__(self.program.module())
@@ -162,9 +165,17 @@ class _Watcher(fx.Interpreter):
         with torch.no_grad():
             return self.run(sample, timestep, *[c for c in conditions if c is not None])  # type: ignore[no-any-return]
 
+    @property
+    def errors(self) -> dict[str, dict[Candidate, float]]:
+        """By site and candidate the relative squared error of the layer's output."""
+        return {
+            site: {one: found / max(self.energies[site], 1e-30) for one, found in sums.items()}
+            for site, sums in self.sums.items()
+        }
+
     def run_node(self, n: fx.Node) -> Any:
         site = n.meta.get("site", "") if n.meta.get("role") == "layer" else ""
-        inputs = [self.env[node] for node in layer_inputs(n)[:2]] if site in self.plans and self.share else []
+        inputs = [self.env[node] for node in layer_inputs(n)[:2]] if site in self.plans and self.measuring else []
         try:
             found = super().run_node(n)
         except Exception as error:
@@ -177,7 +188,8 @@ class _Watcher(fx.Interpreter):
         plan, axis = self.plans[site], channel_axis(layer)
         geometry = layer.args[3:]
         energy = float(layer.target(x, weight, None, *geometry).square().sum())  # type: ignore[operator]
-        errors = self.errors.setdefault(site, {})
+        self.energies[site] = self.energies.get(site, 0.0) + energy
+        sums = self.sums.setdefault(site, {})
         for kind, order in (_NONE, *self.candidates):
             if order and plan.in_channels % order:
                 continue
@@ -186,7 +198,7 @@ class _Watcher(fx.Interpreter):
             quantised = _quantised(rotated, *activation_range(plan.activation_bits or 8))
             difference = (torch.ops.hqc.hadamard(quantised, order, axis, *flag) if order else quantised) - x
             found = float(layer.target(difference, weight, None, *geometry).square().sum())  # type: ignore[operator]
-            errors[kind, order] = errors.get((kind, order), 0.0) + (self.share * found / energy if energy > 0 else 0.0)
+            sums[kind, order] = sums.get((kind, order), 0.0) + found
 
 
 def _quantised(x: Tensor, low: int, high: int) -> Tensor:

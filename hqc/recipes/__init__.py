@@ -4,14 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hqc.errors import PlanError
+from hqc.recipes.convrot import CONVROT, CONVROT_MIXED, CONVROT_SINGLE
 from hqc.recipes.files import read_recipe
 from hqc.recipes.hq_dm import HQ_DM, HQ_DM_REFERENCE
+from hqc.recipes.hqc import HQC
 from hqc.recipes.recipe import Recipe
 from hqc.recipes.rtn import RTN
 
 __all__ = ["RECIPES", "Recipe", "find_recipe"]
 
-RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (HQ_DM, HQ_DM_REFERENCE, RTN)}
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe for recipe in (HQC, HQ_DM, HQ_DM_REFERENCE, CONVROT, CONVROT_SINGLE, CONVROT_MIXED, RTN)
+}
 """Every recipe by its name."""
 
 
