@@ -421,9 +421,9 @@ def test_unknown_bits(made: SimpleNamespace, tmp_path: Path, command: str, bits:
     [
         (
             ("--recipe", "mine"),
-            "recipe 'mine': unknown; there are hq-dm, hq-dm-reference, rtn.",
+            "recipe 'mine': unknown; there are hqc, hq-dm, hq-dm-reference, efficientdm, convrot,",
         ),
-        (("--rules", "mine"), "rules 'mine': unknown; there are default, reference, all. Use one of them."),
+        (("--rules", "mine"), "rules 'mine': unknown; there are default, reference, mixed, all. Use one of them."),
         (("--keep-float", "down.*.nothing"), "pattern 'down.*.nothing': matches no site. Sites are named like"),
     ],
     ids=["recipe", "rules", "keep-float"],

@@ -1,7 +1,7 @@
-"""Activation scale tables by MSE search along a float trajectory.
+"""Activation scale tables by search along a float trajectory.
 
-For every site and timestep the scale minimises Σ (x - s·clip(round(x/s), -Q, Q))² over candidate clip ranges, x being
-the input of the site's quantiser (rotated where the plan says so). The quantisers are bypassed while observing, so the
+For every site and timestep the scale minimises the error of the site's quantiser over candidate clip ranges
+(`searches`), on its own input (rotated where the plan says so). The quantisers are bypassed while observing, so the
 trajectory is the float model's own.
 """
 
@@ -14,10 +14,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from hqc.bounds import bounds_of
+from hqc.calibration.searches import AsymmetricSearch, Search, SymmetricSearch, some_values
 from hqc.errors import TrainingError
 from hqc.memory import activation_bytes, require_memory
 from hqc.passes.insert_qdq import GRID
+from hqc.plan import SitePlan, activation_range, asymmetric_top
 from hqc.program import Program, Stage
 from hqc.running import node_failure
 from hqc.sampling import Work
@@ -25,7 +26,7 @@ from hqc.sampling.task import Denoise, trajectory
 from hqc.stages import doing
 from hqc.steps import check_options
 
-__all__ = ["CalibrateActivations", "calibrate", "candidate_scales", "mse_scale"]
+__all__ = ["CalibrateActivations", "calibrate"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class CalibrateActivations:
     """Fills the activation scale tables along the float model's own trajectory.
 
     `samples` images are sampled in one go; per site and timestep the scale minimises the squared quantisation error
-    over `candidates` clip ranges. seed: of the noise and the conditions.
+    over `candidates` clip ranges, or another `power` of it (2.4 is EfficientDM's). Asymmetric sites get their zero
+    points too. seed: of the noise and the conditions.
     """
 
     samples: Annotated[int, Field(ge=1, le=4096)] = 16
     candidates: Annotated[int, Field(ge=2, le=1000)] = 60
+    power: Annotated[float, Field(ge=1, le=8)] = 2.0
     seed: Annotated[int, Field(ge=0)] = 2024
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.QUANTISED,)
@@ -68,7 +71,7 @@ class CalibrateActivations:
         Raises:
             TrainingError: see `calibrate`.
         """
-        return calibrate(program, work.observe or self._trajectory(work), candidates=self.candidates)
+        return calibrate(program, work.observe or self._trajectory(work), candidates=self.candidates, power=self.power)
 
     def _trajectory(self, work: Work) -> Callable[[Denoise], None]:
         task, sampler = work.sampled, work.sampler
@@ -87,48 +90,14 @@ class CalibrateActivations:
         return float(self.samples * work.halves() * work.sampler.num_inference_steps)
 
 
-_VALUES_A_CALL = 16_384
-_CACHED_VALUES = 2_048
-"""Values that are tried with all candidates at once: the table of both stays in the cache."""
-
-
-@dataclass
-class _Search:
-    """Running squared error of every candidate scale for one site and timestep."""
-
-    candidates: Tensor
-    errors: Tensor
-    count: int = 0
-    energy: float = 0.0
-
-    def widen(self, scales: Tensor) -> None:
-        """Adds the larger of these candidates, for a call whose values outgrow the earlier ones.
-
-        Earlier values are not clipped there: their error is that of uniform rounding, s²/12 each, at most Σx².
-        """
-        larger = scales[scales > self.candidates[-1]]
-        self.candidates = torch.cat([self.candidates, larger])
-        self.errors = torch.cat([self.errors, (larger.square() * (self.count / 12)).clamp_max(self.energy)])
-
-    def add(self, x: Tensor, qmin: int, qmax: int) -> None:
-        scale = self.candidates.unsqueeze(1)
-        self.count += x.numel()
-        self.energy += float(x.square().sum())
-        for part in torch.split(x, _CACHED_VALUES):
-            self.errors += (part / scale).round_().clamp_(qmin, qmax).mul_(scale).sub_(part).square_().sum(1)
-
-    @property
-    def best(self) -> float:
-        return float(self.candidates[self.errors.argmin()])
-
-
 @dataclass
 class _Observer(fx.Interpreter):
     """Runs the graph with its quantisers bypassed and feeds every activation quantiser's input to the search."""
 
     program: Program
     candidates: int
-    searches: dict[tuple[str, int], _Search] = field(default_factory=dict)
+    power: float = 2.0
+    searches: dict[tuple[str, int], Search] = field(default_factory=dict)
     row: int = 0
     originals: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
 
@@ -167,7 +136,7 @@ class _Observer(fx.Interpreter):
                 raise node_failure(n, error) from error
         x = self.env[n.args[0]]  # type: ignore[index]
         if role == "activation_quantizer":
-            self._observe(n.meta["site"], x, *bounds_of(n, self.program).of_row(self.row))
+            self._observe(n.meta["site"], x)
         return x
 
     def _cause(self) -> str:
@@ -185,23 +154,24 @@ class _Observer(fx.Interpreter):
             del self.originals[rotation]
         return x
 
-    def _observe(self, site: str, x: Tensor, qmin: int, qmax: int) -> None:
-        flat = _some(x)
+    def _observe(self, site: str, x: Tensor) -> None:
         low, high = (float(bound) for bound in x.aminmax())
-        top = max(-low, high)
-        if not math.isfinite(top):
+        if not math.isfinite(max(-low, high)):
             raise TrainingError(
                 f"calibration at {site}",
                 f"met NaN or infinity at timestep {float(self.grid[self.row]):g}",
                 self._cause(),
             )
         key = (site, self.row)
-        scales = candidate_scales(top, max(-qmin, qmax), self.candidates)
-        if key not in self.searches or self.searches[key].energy == 0:  # zeros cost nothing at any scale
-            self.searches[key] = _Search(scales, torch.zeros(self.candidates))
-        elif top > 0:
-            self.searches[key].widen(scales)
-        self.searches[key].add(flat, qmin, qmax)
+        if key not in self.searches:
+            self.searches[key] = self._search(self.program.plan[site])
+        self.searches[key].add(some_values(x), low, high)
+
+    def _search(self, plan: SitePlan) -> Search:
+        bits = plan.activation_bits or 8
+        if plan.activation_symmetric:
+            return SymmetricSearch(*activation_range(bits), self.candidates, self.power)
+        return AsymmetricSearch(asymmetric_top(bits), self.candidates, self.power)
 
 
 def _rotated_back(rotation: fx.Node) -> int:
@@ -209,25 +179,9 @@ def _rotated_back(rotation: fx.Node) -> int:
     return sum(any(user.meta.get("role") == "rotation_back" for user in reader.users) for reader in rotation.users)
 
 
-def _some(x: Tensor) -> Tensor:
-    """At most about _VALUES_A_CALL of the values: an odd stride visits every channel of a contiguous tensor in turn."""
-    flat = x.reshape(-1)
-    return flat[:: max(1, flat.numel() // _VALUES_A_CALL) | 1]
-
-
-def candidate_scales(top: float, qmax: int, count: int) -> Tensor:
-    """Scales [count] whose largest code stands for the ranges 1/count … 1.05 of the largest |value|."""
-    return (top / qmax if top > 0 else 1.0) * torch.linspace(1.0 / count, 1.05, count)
-
-
-def mse_scale(x: Tensor, candidates: Tensor, qmin: int, qmax: int) -> float:
-    """The candidate that minimises Σ (x - s·clip(round(x/s), qmin, qmax))² over some of the values."""
-    search = _Search(candidates, torch.zeros(len(candidates)))
-    search.add(_some(x), qmin, qmax)
-    return search.best
-
-
-def calibrate(program: Program, forward_loop: Callable[[Denoise], None], *, candidates: int = 60) -> Program:
+def calibrate(
+    program: Program, forward_loop: Callable[[Denoise], None], *, candidates: int = 60, power: float = 2.0
+) -> Program:
     """Fills the activation scale tables of a quantised program.
 
     forward_loop(model) runs `model(sample, timestep, *conditions)` on whatever it likes, one timestep a call; every
@@ -236,7 +190,7 @@ def calibrate(program: Program, forward_loop: Callable[[Denoise], None], *, cand
     Raises:
         TrainingError: for NaN or infinity (naming site and timestep), or if the model was never called.
     """
-    observer = _Observer(program, candidates)
+    observer = _Observer(program, candidates, power)
     forward_loop(observer)
     state = dict(program.state)
     visited = sorted({row for _, row in observer.searches})
@@ -247,5 +201,8 @@ def calibrate(program: Program, forward_loop: Callable[[Denoise], None], *, cand
     for plan in program.plan.quantised:
         name = f"{plan.site}.activation_scale_table"
         nearest = [min(visited, key=lambda v, r=row: (abs(v - r), v)) for row in range(len(state[name]))]  # type: ignore[misc]
-        state[name] = torch.tensor([observer.searches[plan.site, row].best for row in nearest])
+        found = [observer.searches[plan.site, row] for row in nearest]
+        state[name] = torch.tensor([search.scale for search in found])
+        if not plan.activation_symmetric:
+            state[f"{plan.site}.activation_zero_table"] = torch.tensor([search.zero for search in found])
     return program.evolve(state=state)

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from hqc.calibration.activations import candidate_scales, mse_scale
+from hqc.calibration.searches import mse_scale
 from hqc.calibration.weights import mse_weight_scale
 from hqc.errors import PlanError
 from hqc.memory import activation_bytes, require_memory
@@ -36,7 +36,7 @@ Candidate = tuple[str, int]
 """Kind and order of a rotation."""
 
 _NONE: Candidate = ("none", 0)
-_WEIGHT_CANDIDATES = 16
+_WEIGHT_CANDIDATES, _SCALE_CANDIDATES = 16, 30
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,5 @@ class _Watcher(fx.Interpreter):
 
 def _quantised(x: Tensor, low: int, high: int) -> Tensor:
     """x̂ with one scale, as calibration would choose it."""
-    top = float(x.abs().max())
-    scale = mse_scale(x, candidate_scales(top, high, 30), low, high) if top > 0 else 1.0
+    scale = mse_scale(x, low, high, _SCALE_CANDIDATES)
     return torch.ops.hqc.fake_quantize(x, torch.full((len(x),), scale), low, high)  # type: ignore[no-any-return]

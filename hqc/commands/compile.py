@@ -135,7 +135,8 @@ def explain(
     """Show what a recipe would do to PROGRAM: every site with its bits, rotation, and the reason of every miss."""
     from hqc import console as out
     from hqc.plan import RULE_SETS
-    from hqc.recipes.run import Request, planned
+    from hqc.recipes.run import Request, is_procedure, planned
+    from hqc.steps import step_text
     from hqc.storage import load_program
 
     if target is not None:
@@ -157,6 +158,8 @@ def explain(
     rules = found.step("select_layers").rules
     out.console.print("rules, last match wins:", *(f"  {rule}" for rule in RULE_SETS[rules]), sep="\n", markup=False)
     out.console.print(f"pipeline: {found.text}", markup=False)
+    if unseen := [step_text(s) for s in found.steps if is_procedure(s) and s.samples_denoiser]:
+        out.console.print(f"not run, since they need samples: {', '.join(unseen)}", markup=False, highlight=False)
     for record in result.history[len(captured.history) :]:
         out.console.print(str(record), markup=False, highlight=False)
 

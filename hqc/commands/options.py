@@ -142,7 +142,7 @@ condition_options = options(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 bits_option = click.option("--bits", default="w4a4", show_default=True, help="wNaM, N and M in 2…8, case-insensitive.")
-rules_option = click.option("--rules", help="Layer rules: default, reference or all (default: the recipe's).")
+rules_option = click.option("--rules", help="Layer rules: default, reference, mixed or all (default: the recipe's).")
 keep_float_option = click.option("--keep-float", multiple=True, metavar="PATTERN", help="Leave matching sites float.")
 sampler_options = options(
     click.option("--num-inference-steps", "--n-steps", type=click.IntRange(1, 1000), default=20, show_default=True),

@@ -39,7 +39,7 @@ class SelectLayers:
     """Decides for every conv and linear layer: bits, float, rotation allowed.
 
     bits: `wNaM`; empty: what the plan asks for, or w4a4. rules: the name of a rule set (`default`, `reference`,
-    `all`). keep_float: wildcard patterns of sites to leave float, besides those of the plan; one that matches nothing
+    `mixed`, `all`). keep_float: wildcard patterns of sites to leave float, besides those of the plan; one that matches nothing
     is an error.
     """
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hqc.errors import PlanError
 from hqc.recipes.convrot import CONVROT, CONVROT_MIXED, CONVROT_SINGLE
+from hqc.recipes.efficientdm import EFFICIENTDM
 from hqc.recipes.files import read_recipe
 from hqc.recipes.hq_dm import HQ_DM, HQ_DM_REFERENCE
 from hqc.recipes.hqc import HQC
@@ -14,7 +15,8 @@ from hqc.recipes.rtn import RTN
 __all__ = ["RECIPES", "Recipe", "find_recipe"]
 
 RECIPES: Mapping[str, Recipe] = {
-    recipe.name: recipe for recipe in (HQC, HQ_DM, HQ_DM_REFERENCE, CONVROT, CONVROT_SINGLE, CONVROT_MIXED, RTN)
+    recipe.name: recipe
+    for recipe in (HQC, HQ_DM, HQ_DM_REFERENCE, EFFICIENTDM, CONVROT, CONVROT_SINGLE, CONVROT_MIXED, RTN)
 }
 """Every recipe by its name."""
 

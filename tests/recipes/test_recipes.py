@@ -306,5 +306,5 @@ def test_a_block_that_is_no_hadamard_order_is_refused(block: int) -> None:
 
 def test_unknown_rules_are_refused(captured: Callable[[str], Program]) -> None:
     recipe = find_recipe("rtn").set("select_layers.rules", "mine")
-    with pytest.raises(PlanError, match="rules 'mine': unknown; there are default, reference, all"):
+    with pytest.raises(PlanError, match="rules 'mine': unknown; there are default, reference, mixed, all"):
         planned_by(captured("two_sites"), recipe, Request("w4a4"))
