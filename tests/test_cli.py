@@ -500,6 +500,11 @@ def test_too_few_images(made: SimpleNamespace, tmp_path: Path, monkeypatch: pyte
 def test_a_program_that_was_quantised_already(made: SimpleNamespace, tmp_path: Path) -> None:
     said = refused(tmp_path, "ptq", made.rtn, "-o", tmp_path / "x.hqc", *STEPS)
     assert "takes a program that is captured; this one is quantised" in said
+    assert "conv_in" in ok("explain", made.rtn).stdout
+    assert json.loads(ok("explain", made.rtn, "--json").stdout)["plan"]["recipe"] == "rtn"
+    said = refused(tmp_path, "explain", made.rtn, "--recipe", "hq-dm")
+    assert said.startswith("--recipe: ")
+    assert "is quantised and has its own plan" in said
 
 
 def test_runtimes_that_do_not_fit(made: SimpleNamespace, tmp_path: Path) -> None:

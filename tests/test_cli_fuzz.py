@@ -69,7 +69,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "bits": ("w4a4", "W8A8", "w2a2", "w8a3", "w4a4", "w8a8", "w9a9", "w4", "", "w\u0664a4"),
     "recipe": ("rtn", "hq-dm", "hq-dm-reference", "rtn", "hq-dm", "\u00e9"),
     "recipes": ("rtn", "rtn,rtn+hadamard", "all", "hq-dm-hadamard,rtn", "rtn-hadamard", "x.yaml", "rtn,,", "\u00e9"),
-    "rules": ("default", "reference", "all", "none"),
+    "rules": ("default", "reference", "mixed", "all", "none"),
     "keep_float": ("*", "conv_in", "*", "*res*", "*attn*", "[", "", "nothing.*"),
     "labels": ("0-9", "1", "1,4", "0", "2-3", "9-0", "3,12", "99", "x", "", "0-99999999"),
     "against": ("onnxruntime-fp32", "torch,torch", "", "x"),

@@ -16,7 +16,7 @@ from hqc.errors import OptionError
 if TYPE_CHECKING:
     from hqc.sampling import Task
 
-__all__ = ["RULES", "Command", "Rule", "asked", "check_runtime", "check_sampler", "option_name"]
+__all__ = ["OF_A_RECIPE", "RULES", "Command", "Rule", "asked", "check_runtime", "check_sampler", "option_name"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ def _planned(parameter: str) -> Rule:
     )
 
 
-_OF_A_RECIPE = ("recipe", "changes", "bits", "rules", "hadamard", "no_hadamard", "block", "keep_float")
+OF_A_RECIPE = ("recipe", "changes", "bits", "rules", "hadamard", "no_hadamard", "block", "keep_float")
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
-    "explain": tuple(map(_planned, _OF_A_RECIPE)),
+    "explain": tuple(map(_planned, OF_A_RECIPE)),
     "qat": (Rule("epochs", lambda p: p["steps"] is None, "and --steps exclude each other", "Give one of them."),),
     "analyze": (
         Rule("sensitivity_samples", lambda p: p["sensitivity"] is not False, "is for what --no-sensitivity leaves out"),

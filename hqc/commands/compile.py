@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hqc.commands.applies import Command
+from hqc.commands.applies import OF_A_RECIPE, Command, asked, option_name
 from hqc.commands.engine import EngineArguments, engine_options
 from hqc.commands.exportable import print_survey, warn_unless_exportable
 from hqc.commands.options import (
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hqc.export import Target
     from hqc.export.interface import Names
     from hqc.export.tensorrt.options import Dtype, Plugins, TensorRtOptions
+    from hqc.program import Program
     from hqc.sizes import LatentSize
 
 __all__ = ["explain", "export", "inspect", "trace"]
@@ -132,9 +133,13 @@ def explain(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Show what a recipe would do to PROGRAM: every site with its bits, rotation, and the reason of every miss."""
+    """Show what a recipe would do to PROGRAM: every site with its bits, rotation, and the reason of every miss.
+
+    A PROGRAM that is quantised already shows its own plan, with the error of every rotation that was tried.
+    """
     from hqc import console as out
     from hqc.plan import RULE_SETS
+    from hqc.program import Stage
     from hqc.recipes.run import Request, is_procedure, planned
     from hqc.steps import step_text
     from hqc.storage import load_program
@@ -144,8 +149,11 @@ def explain(
 
         print_survey(program, survey(load_program(program), target), as_json=as_json)
         return
-    found = recipe_asked(recipe, given)
     captured = load_program(program)
+    if captured.stage != Stage.CAPTURED:
+        _show_own_plan(program, captured, as_json=as_json)
+        return
+    found = recipe_asked(recipe, given)
     result = planned(captured, found, Request(bits, keep_float), calibrated=False)
     if as_json:
         ran = [
@@ -162,6 +170,23 @@ def explain(
         out.console.print(f"not run, since they need samples: {', '.join(unseen)}", markup=False, highlight=False)
     for record in result.history[len(captured.history) :]:
         out.console.print(str(record), markup=False, highlight=False)
+
+
+def _show_own_plan(path: Path, program: "Program", *, as_json: bool) -> None:
+    """The plan of a program that is quantised: with the rotations that were chosen, and why.
+
+    Raises:
+        OptionError: for options of a recipe, which is not asked any more.
+    """
+    from hqc import console as out
+    from hqc.errors import OptionError
+
+    if typed := [name for name in OF_A_RECIPE if asked(name)]:
+        raise OptionError(option_name(typed[0]), f"{path} is quantised and has its own plan", "Leave it out.")
+    if as_json:
+        out.print_json({"plan": program.plan.to_dict()})
+        return
+    out.console.print(out.sites_table(program))
 
 
 @click.command(cls=Command)

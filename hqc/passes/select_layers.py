@@ -39,8 +39,8 @@ class SelectLayers:
     """Decides for every conv and linear layer: bits, float, rotation allowed.
 
     bits: `wNaM`; empty: what the plan asks for, or w4a4. rules: the name of a rule set (`default`, `reference`,
-    `mixed`, `all`). keep_float: wildcard patterns of sites to leave float, besides those of the plan; one that matches nothing
-    is an error.
+    `mixed`, `all`). keep_float: wildcard patterns of sites to leave float, besides those of the plan; one that matches
+    nothing is an error.
     """
 
     bits: str = ""

@@ -129,7 +129,7 @@ def test_a_keep_float_pattern_that_matches_nothing_is_an_error(captured: Callabl
 
 
 def test_an_unknown_rule_set_is_an_error(captured: Callable[[str], Program]) -> None:
-    with pytest.raises(PlanError, match=r"rules 'mine': unknown; there are default, reference, all"):
+    with pytest.raises(PlanError, match=r"rules 'mine': unknown; there are default, reference, mixed, all"):
         SelectLayers(rules="mine").find(captured("two_sites"))
 
 
