@@ -390,7 +390,7 @@ def test_a_killed_run_resumes_to_the_same_bits(made: SimpleNamespace, tmp_path: 
 def test_resuming_with_other_options_lists_them(made: SimpleNamespace, tmp_path: Path) -> None:
     common = ("qat", made.program, "-o", tmp_path / "x.hqc", *STEPS, "--calib-size", "2", "--batch-size", "1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hqc.training.distil.visited", _raise(KeyboardInterrupt()))
+        patch.setattr("hqc.training.trajectories.walk", _raise(KeyboardInterrupt()))
         assert hqc(*common, "--steps", "2").exit_code == 1
     said = refused(tmp_path, *common, "--steps", "3", "--resume", "--seed", "1")
     assert (

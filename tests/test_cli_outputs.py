@@ -138,7 +138,7 @@ def test_an_interrupted_run_is_not_dropped(made: SimpleNamespace, tmp_path: Path
     command = ("qat", made.program, "-o", tmp_path / "x.hqc", *QUICK, "--steps", "2", "--batch-size", "1")
     work = tmp_path / "x.hqc.training"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hqc.training.distil.visited", raising(KeyboardInterrupt()))
+        patch.setattr("hqc.training.trajectories.walk", raising(KeyboardInterrupt()))
         stopped = run(*command)
     assert stopped.exit_code == 1
     assert f"the same command with --resume goes on from {work}" in stopped.stderr

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hqc.checkpoint import Checkpoint
 from hqc.errors import ArtefactError
+from hqc.plan import asymmetric_top
 from hqc.program import Program
 from hqc.sampling.task import Denoise, denoiser
 from hqc.training.groups import Group, optimizer_of
@@ -30,6 +31,7 @@ class Student:
         module = training_module(program, samples)
         self._parameters = {name: _own_parameter(module, name) for name in names}
         self._scales: list[Tensor] = [self._parameters[name] for name, group in names.items() if group.positive]
+        self._zeros = [(self._parameters[name], top) for name in names if (top := _zero_top(program, name))]
         self._optimizer = optimizer_of(program, names, self._parameters)
         self._averages = {name: p.detach().clone() for name, p in self._parameters.items()} if ema else {}
         self.denoise: Denoise = denoiser(module)
@@ -43,6 +45,8 @@ class Student:
         self._optimizer.step()
         with torch.no_grad():
             torch._foreach_clamp_min_(self._scales, _SMALLEST_SCALE)
+            for zero, top in self._zeros:
+                zero.clamp_(0, top)
             if self._averages:
                 values: list[Tensor] = list(self._parameters.values())
                 torch._foreach_lerp_(list(self._averages.values()), values, 1 - self._ema)
@@ -77,6 +81,16 @@ class Student:
             self._optimizer.state[parameter] = {"step": torch.tensor(float(saved.step)), **moments}
         for name, average in self._averages.items():
             average.copy_(_saved(saved, f"average/{name}", average))
+
+
+def _zero_top(program: Program, name: str) -> int:
+    """The largest zero point that a tensor may hold, 0 for one that holds none: outside it would not learn."""
+    site, _, leaf = name.rpartition(".")
+    bits = {
+        "activation_zero_table": program.plan[site].activation_bits,
+        "weight_zero": program.plan[site].weight_bits,
+    }.get(leaf)
+    return asymmetric_top(bits) if bits else 0
 
 
 def _own_parameter(module: nn.Module, name: str) -> nn.Parameter:

@@ -86,6 +86,15 @@ def test_efficientdm_is_asymmetric_where_codes_fit(quantised: dict[str, Program]
     assert not any(key.endswith("zero_table") for key in quantised["hq-dm"].state)
 
 
+def test_zero_points_stay_where_they_learn(program: Program) -> None:
+    """At a rate that throws them far out they stop at the ends of 0 … 15."""
+    recipe = _short("efficientdm").with_rate("activation_zero_table", 100.0)
+    result = api.quantise(program, recipe, "w4a4")
+    tables = [t for key, t in result.state.items() if key.endswith("activation_zero_table")]
+    assert {float(table.min()) for table in tables} | {float(table.max()) for table in tables} >= {0.0, 15.0}
+    assert all(0 <= float(z) <= 15 for table in tables for z in table)
+
+
 def test_convrot_rotates_weights_too(quantised: dict[str, Program]) -> None:
     double, single, mixed = (quantised[name].plan for name in ("convrot", "convrot-single", "convrot-mixed"))
     rotated = [plan for plan in double.sites if plan.block]
