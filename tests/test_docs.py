@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import text_pipelines
+import tiny_pipeline
 from click.testing import CliRunner
 
 import hqc
@@ -156,6 +157,24 @@ def test_the_python_of_the_readme_runs(inside: Path) -> None:
     shown.remove('pipe = hqc.load("digits-onnx").pipeline()')
     assert len(shown) == 4
     assert set(shown) <= {line.partition("  #")[0] for line in block.splitlines()}
+
+
+@pytest.mark.slow
+def test_the_page_about_recipes(inside: Path) -> None:
+    """Its file through the command line, and its method as a recipe of the package: trained and exported."""
+    page = (ROOT / "docs" / "add-a-recipe.md").read_text(encoding="utf-8")
+    (recipe,) = _blocks(page, "yaml", "<!-- file: mine.yaml -->")
+    (inside / "mine.yaml").write_text(recipe, encoding="utf-8")
+    (commands,) = _blocks(page, "bash")
+    _run_commands(commands)
+    assert {plan.block for plan in hqc.load_program(inside / "mine.hqc").plan.sites} >= {64}
+    (method,) = _blocks(page, "python")
+    short = {"distil.updates": 2, "distil.batch_size": 1, "calibrate_activations.samples": 1}
+    settings = {**short, "sampler.num_inference_steps": 2}
+    program = hqc.trace(str(tiny_pipeline.save_tiny_pipeline(inside / "tiny")))
+    trained = hqc.qat(program, _run_python(method)["SCALES_ONLY"], "w4a4", settings=settings)
+    assert trained.plan.recipe == "scales-only"
+    hqc.export_program(trained, "onnxruntime", inside / "exported")
 
 
 @pytest.mark.slow
