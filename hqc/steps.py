@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
-from typing import Any, get_origin, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
-from pydantic.json_schema import GenerateJsonSchema
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from hqc.errors import PipelineTextError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "check_options",
@@ -215,7 +215,9 @@ def _built(where: str, kind: type, options: Mapping[str, Any]) -> Any:
 
 
 @cache
-def _adapters(kind: type) -> Mapping[str, TypeAdapter[Any]]:
+def _adapters(kind: type) -> "Mapping[str, TypeAdapter[Any]]":
+    from pydantic import TypeAdapter  # a machine that only runs programs may lack it
+
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: TypeAdapter(hints[field.name]) for field in fields(kind)}
 
@@ -226,6 +228,8 @@ def typed_option(where: str, kind: type, name: str, value: Any) -> Any:
     Raises:
         PipelineTextError: if it is not.
     """
+    from pydantic import ValidationError
+
     try:
         return _adapters(kind)[name].validate_python(value, strict=True)
     except (ValidationError, RecursionError) as error:
@@ -233,7 +237,8 @@ def typed_option(where: str, kind: type, name: str, value: Any) -> Any:
 
 
 def _problem(kind: type, name: str, value: Any, error: Exception) -> str:
-    first = error.errors()[0] if isinstance(error, ValidationError) else {"type": "type", "loc": (), "msg": str(error)}
+    errors = getattr(error, "errors", None)  # pydantic's
+    first = errors()[0] if errors is not None else {"type": "type", "loc": (), "msg": str(error)}
     inside = bool(first["loc"])
     if str(first["type"]).endswith("type") and not inside:
         expected = get_type_hints(kind)[name]
@@ -262,35 +267,36 @@ def check_options(step: Any) -> None:
 # ---- the schema ------------------------------------------------------------------------------------------------------
 
 
-class _ByName(GenerateJsonSchema):
-    """Dataclasses as `name: {options}`, closed."""
-
-    def dataclass_schema(self, schema: Any) -> dict[str, Any]:
-        """The schema of one step or part."""
-        inner = super().dataclass_schema(schema)
-        inner.pop("title", None)
-        inner["additionalProperties"] = False
-        name = step_name(schema["cls"])
-        return {
-            "type": "object",
-            "properties": {name: inner},
-            "required": [name],
-            "additionalProperties": False,
-            "description": (schema["cls"].__doc__ or "").strip().splitlines()[0],
-        }
-
-
 def schema_of(known: Known) -> dict[str, Any]:
     """The JSON schema of a list of steps: one of the known ones each.
 
     A bare name stands for a step without options.
     """
+    from pydantic import TypeAdapter
+    from pydantic.json_schema import GenerateJsonSchema
+
+    class ByName(GenerateJsonSchema):
+        """Dataclasses as `name: {options}`, closed."""
+
+        def dataclass_schema(self, schema: Any) -> dict[str, Any]:
+            """The schema of one step or part."""
+            inner = super().dataclass_schema(schema)
+            inner.pop("title", None)
+            inner["additionalProperties"] = False
+            name = step_name(schema["cls"])
+            return {
+                "type": "object",
+                "properties": {name: inner},
+                "required": [name],
+                "additionalProperties": False,
+                "description": (schema["cls"].__doc__ or "").strip().splitlines()[0],
+            }
+
     references: list[Any] = []
     definitions: dict[str, Any] = {}
-    for name, kind in known.items():
-        found = TypeAdapter(kind).json_schema(schema_generator=_ByName, ref_template="#/$defs/{model}")
+    for kind in known.values():
+        found = TypeAdapter(kind).json_schema(schema_generator=ByName, ref_template="#/$defs/{model}")
         definitions |= found.pop("$defs", {})
         definitions[kind.__name__] = found
         references.append({"$ref": f"#/$defs/{kind.__name__}"})
-        del name
     return {"type": "array", "items": {"oneOf": [*references, {"enum": list(known)}]}, "$defs": definitions}

@@ -337,6 +337,22 @@ def test_checkpointing_more_often_is_no_other_run(program: Program, interrupted:
     assert _same_bits(_qat(program, work_dir=interrupted, resume=True, settings=often), uninterrupted)
 
 
+def test_a_run_of_an_older_version_is_refused_and_can_be_dropped(
+    program: Program, uninterrupted: Program, tmp_path: Path
+) -> None:
+    """It kept one program, quantised.hqc, whose plan had the settings."""
+    hqc.save_program(hqc.ptq(program, small("rtn"), "w4a4"), tmp_path / "run" / "quantised.hqc")
+    with pytest.raises(ArtefactError) as caught:
+        _qat(program, work_dir=tmp_path / "run", resume=True)
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'}: belongs to a run of another version. Give --restart to begin anew."
+    )
+    with pytest.raises(ArtefactError, match="holds an unfinished run"):
+        _qat(program, work_dir=tmp_path / "run")
+    assert _same_bits(_qat(program, work_dir=tmp_path / "run", restart=True), uninterrupted)
+    assert not (tmp_path / "run" / "quantised.hqc").exists()
+
+
 def test_resuming_nothing_is_refused(program: Program, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError) as caught:
         _qat(program, work_dir=tmp_path / "none", resume=True)

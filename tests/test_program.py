@@ -113,9 +113,8 @@ def test_the_text_shows_python_functions_and_types() -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["hqc.plan", "hqc.ops.hadamard", "hqc.passes.split_digits"])
+@pytest.mark.parametrize("module", ["hqc.plan", "hqc.rotations", "hqc.passes.split_digits"])
 def test_examples_in_docstrings(module: str) -> None:
-    # hqc.ops.hadamard is also the name of a function: the module is asked for by its full name.
     outcome = doctest.testmod(importlib.import_module(module))
     assert outcome.attempted > 0
     assert outcome.failed == 0

@@ -33,7 +33,7 @@ from hqc.recipes.files import recipe_yaml
 from hqc.recipes.rotation import rotation
 from hqc.recipes.run import Request, run_recipe
 from hqc.sampling import Work
-from hqc.training import distil
+from hqc.training import distil, student
 
 SAMPLER = {"num_inference_steps": 2, "guidance_scale": 1.5, "eta": 0.0}
 
@@ -119,16 +119,22 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return count_call(sample, observe(self, sample, *rest))
 
     monkeypatch.setattr(distil, "denoiser", denoiser)
+    monkeypatch.setattr(student, "denoiser", denoiser)
     monkeypatch.setattr(activations._Observer, "__call__", observed)
     return count
 
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
-@pytest.mark.parametrize("name", ["rtn", "hq-dm"])
+@pytest.mark.parametrize("name", ["rtn", "hq-dm", "weighed", "mixed"])
 def test_the_declared_cost_is_what_is_used(
     made: SimpleNamespace, counted: list[int], name: str, guidance: float
 ) -> None:
-    recipe = trained(guidance=guidance) if name == "hq-dm" else trained(guidance=guidance).untrained()
+    recipe = trained(guidance=guidance)
+    if name == "rtn":
+        recipe = recipe.untrained()
+    elif name != "hq-dm":
+        option = {"weighed": ("weighting", "effect"), "mixed": ("order", "mixed")}[name]
+        recipe = recipe.having("distil", **dict([option]))
     request = Request("w4a4", timesteps=made.task.timesteps(2))
     run_recipe(made.program, recipe, request, Work(made.program, made.task, recipe.sampler))
     assert counted[0] == scaled(made.program, recipe, made.task, "w4a4", None).evaluations > 0

@@ -365,10 +365,8 @@ def test_too_little_memory_is_said_before_it_is_loaded(
 
 def test_tasks_are_told_apart_when_a_run_is_resumed(folders: dict[str, Path], tmp_path: Path) -> None:
     """The same program, recipe and seeds, and other prompts: another run."""
-    from hqc.recipes import TrainingSettings
-
     program = traced("sd15", folders["sd15"])
-    settings = TrainingSettings(steps=1, batch_size=1, num_inference_steps=2)
+    settings = {"distil.updates": 1, "distil.batch_size": 1, "sampler.num_inference_steps": 2}
 
     def run(task: Task, resume: bool) -> Program:
         return api.qat(program, "hq-dm", "w4a4", task=task, settings=settings, work_dir=tmp_path, resume=resume)
