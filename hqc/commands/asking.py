@@ -1,7 +1,6 @@
 """What `sample` and `eval` ask a model with: labels, prompts, or nothing; and what does not apply is refused."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,12 +143,12 @@ def sampled(
     """
     from hqc import console as out
     from hqc.evaluation.needs import denoiser_of
-    from hqc.evaluation.sampling import sample_images
+    from hqc.evaluation.sampling import as_one_line, sample_images
     from hqc.sampling.prompt_encoding import cut_prompts
 
     if cut := cut_prompts(pipe, asked.prompts, denoiser_of(pipe).inputs):
         click.echo(f"{model}: {cut} of {len(asked.prompts)} prompts are longer than its tokenizer takes: cut", err=True)
-    with _as_one_line(model, pipe), out.progress(f"sampling {model}", len(labels)) as advance:
+    with as_one_line(model, pipe), out.progress(f"sampling {model}", len(labels)) as advance:
         return sample_images(
             pipe,
             labels,
@@ -178,9 +177,10 @@ def followed(
         EvaluationError, TrainingError: see `trajectory_fidelity`.
     """
     from hqc import console as out
+    from hqc.evaluation.sampling import as_one_line
     from hqc.evaluation.trajectory_fidelity import RUNS, trajectory_fidelity
 
-    with _as_one_line(model, pipe), out.progress(f"following {model}", RUNS * len(labels)) as advance:
+    with as_one_line(model, pipe), out.progress(f"following {model}", RUNS * len(labels)) as advance:
         return trajectory_fidelity(
             pipe,
             reference,
@@ -198,17 +198,3 @@ def _at_once(pipe: Any, batch_size: int | None) -> int:
     from hqc.evaluation.needs import needs_of
 
     return batch_size or needs_of(pipe).at_once
-
-
-@contextmanager
-def _as_one_line(model: str, pipe: Any) -> Iterator[None]:
-    """What diffusers' pipelines raise for configurations that they were not written for, as an EvaluationError."""
-    try:
-        yield
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        said = " ".join(str(error).split())[:120]
-        raise EvaluationError(
-            model,
-            f"its {type(pipe).__name__} cannot be run ({type(error).__name__}: {said})",
-            "Check the pipeline's configurations, or run it from Python with hqc.load(…).as_denoiser().",
-        ) from error

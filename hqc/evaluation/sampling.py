@@ -22,6 +22,7 @@ __all__ = [
     "Samples",
     "SamplingPipeline",
     "SamplingProtocol",
+    "as_one_line",
     "describe_prompts",
     "describe_seeds",
     "sample_images",
@@ -275,6 +276,20 @@ def _sample(pipe: SamplingPipeline, options: dict[str, Any], seeds: Sequence[int
         output = pipe(**options, generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds])
     images = torch.from_numpy(np.asarray(output[0])).permute(0, 3, 1, 2)
     return images.float().contiguous(), last[0].float().cpu() if last else None
+
+
+@contextmanager
+def as_one_line(model: str, pipe: Any) -> Iterator[None]:
+    """What diffusers' pipelines raise for configurations that they were not written for, as an EvaluationError."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise EvaluationError(
+            model,
+            f"its {type(pipe).__name__} cannot be run ({type(error).__name__}: {said})",
+            "Check the pipeline's configurations, or run it from Python with hqc.load(…).as_denoiser().",
+        ) from error
 
 
 @contextmanager

@@ -62,6 +62,16 @@ def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "median_milliseconds", lambda artefacts, timing: dict.fromkeys(artefacts, 1.5))
 
 
+class Raises:
+    """Stands for a function that raises."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        raise self.error
+
+
 def compare(made: SimpleNamespace, output: Path, recipes: str, *more: object) -> Result:
     """Runs the command with two images and two steps."""
     arguments = [made.program, "--bits", "w4a4", "--recipes", recipes, "--images", "2", "--n-steps", "2", "-o", output]
@@ -185,13 +195,14 @@ def test_a_cell_that_fails_is_a_row_and_the_others_go_on(
     assert "| none: target onnxruntime: does not take this |" in text  # drawn by torch, and a row like others
     assert text.index("| 1 | quick |") < text.index("| – | learnt |")
 
-    def broken(*args: Any, **options: Any) -> None:
-        raise TrainingError("sampling", "met NaN", "Look.")
-
-    monkeypatch.setattr(cells, "sample_images", broken)
-    again = compare(made, output, str(made.quick), "--seeds", 1, "--images", 1)
-    assert again.exit_code == 1
-    assert "quick w4a4, seed 0 failed: sampling: met NaN. Look." in output.read_text()
+    for error, said in (
+        (TrainingError("sampling", "met NaN", "Look."), "sampling: met NaN. Look."),
+        (ValueError("odd"), "quick w4a4: its ClassConditionalLDMPipeline cannot be run (ValueError: odd)."),
+    ):
+        monkeypatch.setattr(cells, "sample_images", Raises(error))
+        again = compare(made, output, str(made.quick), "--seeds", 1, "--images", 1)
+        assert again.exit_code == 1
+        assert f"quick w4a4, seed 0 failed: {said}" in output.read_text()
 
 
 def test_what_is_not_the_works_own_is_left_alone(made: SimpleNamespace, tmp_path: Path) -> None:

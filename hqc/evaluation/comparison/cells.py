@@ -9,6 +9,7 @@ WORK/w4a4-rtn-0-figures     figures.json
 import json
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from hqc.evaluation.comparison.size import true_bytes
 from hqc.evaluation.comparison.subject import FOLLOWED, Protocol, Subject, source_files
 from hqc.evaluation.gain import at_gain_one
 from hqc.evaluation.metrics import evaluate, fidelity_figures
-from hqc.evaluation.sampling import Samples, sample_images
+from hqc.evaluation.sampling import Samples, as_one_line, sample_images
 from hqc.evaluation.trajectory_fidelity import TrajectoryFidelity, trajectory_fidelity
 from hqc.evaluation.workspace import Workspace, content, fingerprint
 from hqc.export import EXPORT_KIND, export_program
@@ -36,7 +37,7 @@ from hqc.program import Program
 from hqc.recipes import Recipe
 from hqc.recipes.work_folder import Run
 from hqc.sampling import Update
-from hqc.stages import doing
+from hqc.stages import Stage, doing
 from hqc.steps import flat_options
 from hqc.storage import atomic_folder, check_manifest, load_program, save_program, write_manifest
 
@@ -138,10 +139,24 @@ class Maker:
         remove_tree(work)
 
     def _run(self, cell: Cell, recipe: Recipe, work: Path, *, resume: bool = False, restart: bool = False) -> Program:
-        subject = self.subject
-        with doing(f"{cell.name} {cell.bits}, seed {cell.seed}"):
+        subject, what = self.subject, f"{cell.name} {cell.bits}, seed {cell.seed}"
+        with doing(what), ExitStack() as stack:
+            stages: list[Stage] = []
+
+            def hear(update: Update) -> None:
+                if not stages:  # above that of the step, which knows no numbers
+                    stages.append(stack.enter_context(doing(f"training {what}")))
+                stages[0](update.step, update.total, f"loss {update.loss:.4g}")
+
             return api.quantise(
-                subject.program, recipe, cell.bits, task=subject.task, work_dir=work, resume=resume, restart=restart
+                subject.program,
+                recipe,
+                cell.bits,
+                task=subject.task,
+                work_dir=work,
+                resume=resume,
+                restart=restart,
+                on_update=hear,
             )
 
     def _clear_other_runs(self, cell: Cell, own: Path) -> None:
@@ -191,7 +206,7 @@ class Maker:
 
     def _draw(self, pipe: Any, seed: int, what: str) -> Samples:
         protocol = self.protocol
-        with doing(f"sampling {what}, seed {seed}") as stage:
+        with as_one_line(what, pipe), doing(f"sampling {what}, seed {seed}") as stage:
             return sample_images(
                 pipe,
                 protocol.labels(protocol.images),
@@ -213,7 +228,7 @@ class Maker:
     def _followed(self, pipe: Any, seed: int, what: str) -> TrajectoryFidelity:
         protocol = self.protocol
         count = min(FOLLOWED, protocol.images)
-        with doing(f"following {what}, seed {seed}") as stage:
+        with as_one_line(what, pipe), doing(f"following {what}, seed {seed}") as stage:
             return trajectory_fidelity(
                 pipe,
                 self.subject.pipeline,
