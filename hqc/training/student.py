@@ -44,7 +44,8 @@ class Student:
             group["lr"] = group["base_lr"] * factor
         self._optimizer.step()
         with torch.no_grad():
-            torch._foreach_clamp_min_(self._scales, _SMALLEST_SCALE)
+            if self._scales:
+                torch._foreach_clamp_min_(self._scales, _SMALLEST_SCALE)
             for zero, top in self._zeros:
                 zero.clamp_(0, top)
             if self._averages:

@@ -11,10 +11,12 @@ from guided_denoiser import Settings, distil, task_with
 from torch import Tensor
 
 from hqc.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from hqc.pipeline import run_procedure
 from hqc.program import Program
 from hqc.recipes.work_folder import Run
-from hqc.sampling import Sampler, Task, Update, Validation, guided
+from hqc.sampling import Sampler, Task, Update, Validation, Work, guided
 from hqc.sampling.task import denoiser
+from hqc.training import Distil, Group
 from hqc.training.losses import GuidedNoise, Seen
 from hqc.training.step_weights import step_weights
 from hqc.training.trajectories import Epochs, walk
@@ -134,6 +136,13 @@ def test_averages_are_those_of_the_values(student: Program, teacher: Program, ta
     for value in (*values, last):
         average = 0.75 * average + 0.25 * value
     torch.testing.assert_close(result.state[name], average, rtol=1e-5, atol=1e-8)
+
+
+def test_groups_without_scales_learn_too(student: Program, teacher: Program, task: Task) -> None:
+    step = Distil(groups=(Group("*.lora_?", rate=1e-2),), updates=2, batch_size=2)
+    result = run_procedure(student, step, Work(teacher, task, SAMPLER))
+    assert not torch.equal(result.state["middle.lora_b"], student.state["middle.lora_b"])
+    assert torch.equal(result.state["middle.weight_scale"], student.state["middle.weight_scale"])
 
 
 def test_validation_is_on_a_trajectory_of_its_own_and_changes_nothing(
