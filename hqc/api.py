@@ -269,7 +269,7 @@ def ptq(
     return quantise(program, found, bits, **options)
 
 
-def qat(program: Program, recipe: str | Recipe = "hq-dm", bits: str = "w4a4", **options: Any) -> Program:
+def qat(program: Program, recipe: str | Recipe = "hqc", bits: str = "w4a4", **options: Any) -> Program:
     """Quantises and trains by distillation from `program`. options: those of `quantise`.
 
     Raises:

@@ -26,7 +26,7 @@ from hqc.sampling.task import Denoise, trajectory
 from hqc.stages import doing
 from hqc.steps import check_options
 
-__all__ = ["CalibrateActivations", "calibrate"]
+__all__ = ["CalibrateActivations", "calibrate", "not_finite_because"]
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,6 @@ class _Observer(fx.Interpreter):
             self._observe(n.meta["site"], x)
         return x
 
-    def _cause(self) -> str:
-        """What to do about values that are not finite, by whether the weights are."""
-        damaged = next((name for name, t in self.program.state.items() if bool(t.isnan().any())), None)
-        if damaged is not None:
-            return f"Its weight {damaged} has NaN: trace the model again, from a file that is whole."
-        return "Sample and weights are finite, so the model overflows; --keep-float leaves the site float."
-
     def _original(self, rotation: fx.Node) -> Tensor:
         """What a rotation was applied to, for each of its readers once."""
         waiting = self.originals[rotation]
@@ -160,7 +153,7 @@ class _Observer(fx.Interpreter):
             raise TrainingError(
                 f"calibration at {site}",
                 f"met NaN or infinity at timestep {float(self.grid[self.row]):g}",
-                self._cause(),
+                not_finite_because(self.program),
             )
         key = (site, self.row)
         if key not in self.searches:
@@ -172,6 +165,14 @@ class _Observer(fx.Interpreter):
         if plan.activation_symmetric:
             return SymmetricSearch(*activation_range(bits), self.candidates, self.power)
         return AsymmetricSearch(asymmetric_top(bits), self.candidates, self.power)
+
+
+def not_finite_because(program: Program) -> str:
+    """What to do about values that are not finite, by whether the weights are."""
+    damaged = next((name for name, t in program.state.items() if bool(t.isnan().any())), None)
+    if damaged is not None:
+        return f"Its weight {damaged} has NaN: trace the model again, from a file that is whole."
+    return "Sample and weights are finite, so the model overflows; --keep-float leaves the site float."
 
 
 def _rotated_back(rotation: fx.Node) -> int:

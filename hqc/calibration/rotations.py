@@ -6,6 +6,7 @@ R runs over the candidates, the identity among them, t over timesteps. A large o
 outliers further, but makes every value a sum of more; which of both wins depends on the site. Source: own.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
@@ -13,9 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from hqc.calibration.activations import not_finite_because
 from hqc.calibration.searches import mse_scale
 from hqc.calibration.weights import mse_weight_scale
-from hqc.errors import PlanError
+from hqc.errors import PlanError, TrainingError
 from hqc.memory import activation_bytes, require_memory
 from hqc.passes import InsertHadamard
 from hqc.passes.rewriting import channel_axis, layer_inputs
@@ -152,6 +154,7 @@ class _Watcher(fx.Interpreter):
     program: Program
     candidates: tuple[Candidate, ...]
     measuring: bool = False
+    timestep: float = 0.0
     sums: dict[str, dict[Candidate, float]] = field(default_factory=dict)
     energies: dict[str, float] = field(default_factory=dict)
 
@@ -162,6 +165,7 @@ class _Watcher(fx.Interpreter):
         self.plans = {plan.site: plan for plan in free}
 
     def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
+        self.timestep = float(timestep.reshape(-1)[0])
         with torch.no_grad():
             return self.run(sample, timestep, *[c for c in conditions if c is not None])  # type: ignore[no-any-return]
 
@@ -188,6 +192,9 @@ class _Watcher(fx.Interpreter):
         plan, axis = self.plans[site], channel_axis(layer)
         geometry = layer.args[3:]
         energy = float(layer.target(x, weight, None, *geometry).square().sum())  # type: ignore[operator]
+        if not math.isfinite(energy):
+            said = f"met NaN or infinity at timestep {self.timestep:g}"
+            raise TrainingError(f"choosing rotations at {site}", said, not_finite_because(self.program))
         self.energies[site] = self.energies.get(site, 0.0) + energy
         sums = self.sums.setdefault(site, {})
         for kind, order in (_NONE, *self.candidates):

@@ -87,7 +87,7 @@ def ptq(program: Path, output: Path, work_dir: Path | None, as_json: bool, **giv
 @click.command(cls=Command)
 @program_argument
 @output_option
-@click.option("--recipe", default="hq-dm", show_default=True, metavar="NAME|FILE.yaml")
+@click.option("--recipe", default="hqc", show_default=True, metavar="NAME|FILE.yaml")
 @_quantising_options
 @_training_options
 @_work_options
