@@ -29,6 +29,7 @@ __all__ = [
     "bytes_text",
     "export_bytes",
     "peak_resident_bytes",
+    "require_call_memory",
     "require_memory",
     "resident_bytes",
     "return_free_memory",
@@ -55,6 +56,18 @@ def require_memory(what: str, needed: int, do: str = "") -> None:
         f"needs about {bytes_text(needed)} of memory and {bytes_text(available)} are available",
         f"{do or 'Use a smaller batch, close other programs, or take a larger machine'}; {IGNORE}=1 goes on anyway.",
     )
+
+
+def require_call_memory(what: str, program: Any, rows: int, do: str) -> None:
+    """Refuses to start what calls a denoiser on so many rows, if they do not fit beside a second copy of its weights.
+
+    do: what makes the rows fewer.
+
+    Raises:
+        MemoryShortError: with the numbers.
+    """
+    needed = program.size_bytes() + activation_bytes(program.graph, rows)
+    require_memory(what, needed, f"{do}, close other programs, or take a larger machine")
 
 
 def bytes_text(count: int) -> str:

@@ -7,7 +7,7 @@ training) is one too, with `run(program, work)` instead: it needs more than the 
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -170,11 +170,3 @@ def run_pipeline(program: Program, passes: Sequence[Pass], *, check_numerics: bo
     for one in passes:
         program = run_pass(program, one, check_numerics=check_numerics)
     return program
-
-
-def dry_run(program: Program, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Findings, Program]]:
-    """Each pass with its findings and its result: what `hqc explain` prints."""
-    for one in passes:
-        findings = one.find(program)
-        program = run_pass(program, one)
-        yield one, findings, program

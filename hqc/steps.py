@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 __all__ = [
+    "built",
     "check_options",
     "flat_options",
     "from_data",
@@ -130,7 +131,7 @@ def _parse_call(call: ast.expr, known: Known, parts: Known) -> Any:
             raise PipelineTextError(where, f"gives option {keyword.arg} twice", "Give it once.")
         _require_option(where, keyword.arg, kind)
         options[str(keyword.arg)] = _literal(where, str(keyword.arg), keyword.value, parts)
-    return _built(where, kind, options)
+    return built(where, kind, options)
 
 
 def _unparse(call: ast.expr) -> str:
@@ -170,9 +171,7 @@ def from_data(data: Any, known: Known, parts: Known, where: str) -> Any:
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise PipelineTextError(where, f"its options are {_shown(options)}", "Write them as option: value.")
-    for option in options:
-        _require_option(where, option, kind)
-    return _built(where, kind, {k: value_from(v, parts, f"{where}.{k}") for k, v in options.items()})
+    return built(where, kind, {k: value_from(v, parts, f"{where}.{k}") for k, v in options.items()})
 
 
 def value_from(value: Any, parts: Known, where: str) -> Any:
@@ -207,7 +206,14 @@ def _require_option(where: str, name: Any, kind: type) -> None:
         raise PipelineTextError(where, f"has no option {name!r}; {has}", "Correct it.", lists=True)
 
 
-def _built(where: str, kind: type, options: Mapping[str, Any]) -> Any:
+def built(where: str, kind: type, options: Mapping[str, Any]) -> Any:
+    """The step or part with these options, checked.
+
+    Raises:
+        PipelineTextError: for one that it does not have, that it lacks, or that does not fit.
+    """
+    for option in options:
+        _require_option(where, option, kind)
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in options]:
         raise PipelineTextError(where, f"lacks its option {missing[0]}", "Give it.")

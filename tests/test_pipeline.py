@@ -23,7 +23,7 @@ from hqc.passes import (
     SelectLayers,
     SplitDigits,
 )
-from hqc.pipeline import Findings, Pass, dry_run, format_pipeline, parse_pipeline, run_pass, run_pipeline
+from hqc.pipeline import Findings, Pass, format_pipeline, parse_pipeline, run_pass, run_pipeline
 from hqc.program import Program, Stage, copy_graph
 
 relaxed = settings(deadline=None, derandomize=True, max_examples=150)
@@ -212,12 +212,3 @@ def test_the_runner_checks_the_promise_about_numerics(how: str, captured: Callab
 def test_passes_run_in_the_order_given(captured: Callable[[str], Program]) -> None:
     with pytest.raises(PassError, match=r"freeze_integers.* takes a program that is quantised or trained"):
         run_pipeline(captured("two_sites"), [SelectLayers(), FreezeIntegers(), InsertQdq()])
-
-
-def test_a_dry_run_shows_findings_and_results(captured: Callable[[str], Program]) -> None:
-    chain: list[Pass] = [SelectLayers(), InsertHadamard(), InsertQdq()]
-    steps = list(dry_run(captured("two_sites"), chain))
-    assert [one for one, _, _ in steps] == chain
-    assert [findings.matches for _, findings, _ in steps] == [("conv", "head")] * 3
-    assert [program.stage for _, _, program in steps] == [Stage.CAPTURED, Stage.CAPTURED, Stage.QUANTISED]
-    assert captured("two_sites").history == ()

@@ -16,14 +16,13 @@ from torch import Tensor, fx
 
 from hqc.calibration.searches import AsymmetricSearch, Search, SymmetricSearch, some_values
 from hqc.errors import TrainingError
-from hqc.memory import activation_bytes, require_memory
+from hqc.memory import require_call_memory
 from hqc.passes.insert_qdq import GRID
 from hqc.plan import SitePlan, activation_range, asymmetric_top
 from hqc.program import Program, Stage
 from hqc.running import node_failure
-from hqc.sampling import Work
-from hqc.sampling.task import Denoise, trajectory
-from hqc.stages import doing
+from hqc.sampling import Observe, Work
+from hqc.sampling.task import Denoise
 from hqc.steps import check_options
 
 __all__ = ["CalibrateActivations", "calibrate", "not_finite_because"]
@@ -58,12 +57,8 @@ class CalibrateActivations:
         """
         if work.observe is not None:
             return
-        batch = self.samples * work.halves()
-        require_memory(
-            f"calibrating on {self.samples} images",
-            program.size_bytes() + activation_bytes(program.graph, batch),
-            "Take fewer calibration images (--calib-size), close other programs, or take a larger machine",
-        )
+        what, do = f"calibrating on {self.samples} images", "Take fewer calibration images (--calib-size)"
+        require_call_memory(what, program, self.samples * work.halves(), do)
 
     def run(self, program: Program, work: Work) -> Program:
         """The program with other activation scales.
@@ -73,15 +68,10 @@ class CalibrateActivations:
         """
         return calibrate(program, work.observe or self._trajectory(work), candidates=self.candidates, power=self.power)
 
-    def _trajectory(self, work: Work) -> Callable[[Denoise], None]:
-        task, sampler = work.sampled, work.sampler
-
+    def _trajectory(self, work: Work) -> Observe:
         def run(denoise: Denoise) -> None:
-            options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta, self.seed)
-            steps = len(task.scheduler(sampler.num_inference_steps).timesteps)
-            with doing("calibrating") as stage:
-                for step, _ in enumerate(trajectory(task, denoise, self.samples, *options)):
-                    stage(step, steps)
+            for _ in work.walk("calibrating", denoise, self.samples, self.seed):
+                pass
 
         return run
 

@@ -7,6 +7,7 @@ outliers further, but makes every value a sum of more; which of both wins depend
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
@@ -18,7 +19,7 @@ from hqc.calibration.activations import not_finite_because
 from hqc.calibration.searches import mse_scale
 from hqc.calibration.weights import mse_weight_scale
 from hqc.errors import PlanError, TrainingError
-from hqc.memory import activation_bytes, require_memory
+from hqc.memory import require_call_memory
 from hqc.passes import InsertHadamard
 from hqc.passes.rewriting import channel_axis, layer_inputs
 from hqc.passes.split_digits import digit_limit
@@ -28,8 +29,6 @@ from hqc.program import Program, Stage
 from hqc.rotations import KINDS, ORDERS, Rotation
 from hqc.running import node_failure
 from hqc.sampling import Work
-from hqc.sampling.task import trajectory
-from hqc.stages import doing
 from hqc.steps import check_options
 
 __all__ = ["ChooseRotation"]
@@ -78,11 +77,8 @@ class ChooseRotation:
         Raises:
             MemoryShortError: if that does not fit.
         """
-        require_memory(
-            f"choosing rotations on {self.samples} images",
-            program.size_bytes() + activation_bytes(program.graph, self.samples * work.halves()),
-            "Take fewer images (--set choose_rotation.samples=2), close other programs, or take a larger machine",
-        )
+        what, do = f"choosing rotations on {self.samples} images", "Take fewer images (--set choose_rotation.samples=2)"
+        require_call_memory(what, program, self.samples * work.halves(), do)
 
     def run(self, program: Program, work: Work) -> Program:
         """The program with a rotation of its own at every site; the plan has every candidate's error as the reason.
@@ -91,14 +87,10 @@ class ChooseRotation:
             TrainingError: where the sampler meets NaN.
         """
         watcher = _Watcher(program, self.candidates)
-        task, sampler = work.sampled, work.sampler
-        steps = len(task.scheduler(sampler.num_inference_steps).timesteps)
+        steps = len(work.sampled.scheduler(work.sampler.num_inference_steps).timesteps)
         measured = set(torch.linspace(0, steps - 1, min(self.timesteps, steps)).round().int().tolist())
-        options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta, self.seed)
-        with doing("choosing rotations") as stage:
-            for step, _ in enumerate(trajectory(task, watcher, self.samples, *options)):
-                watcher.measuring = step in measured
-                stage(step, steps)
+        for step in work.walk("choosing rotations", watcher, self.samples, self.seed):
+            watcher.measuring = step in measured
         errors = watcher.errors
         chosen = {site: self._choice(program, program.plan[site], found) for site, found in errors.items()}
         sites = tuple((site, *(choice if choice != _NONE else (KINDS[0], 0))) for site, choice in chosen.items())
@@ -113,7 +105,7 @@ class ChooseRotation:
 
     def _choice(self, program: Program, plan: SitePlan, errors: dict[Candidate, float]) -> Candidate:
         """The cheapest candidate that no dearer one beats by its margin."""
-        digits = {candidate: _digits(program, plan, candidate) for candidate in errors}
+        digits = _digits(program, plan, errors)
         best, *others = sorted(errors, key=lambda one: (digits[one], one[1]))
         for other in others:
             margin = self.second_digit if digits[other] > digits[best] else self.tie
@@ -125,9 +117,7 @@ class ChooseRotation:
 def _explained(plan: SitePlan, errors: dict[Candidate, float]) -> SitePlan:
     """With the errors in the reason, the best first."""
     ranked = sorted(errors, key=errors.__getitem__)
-    text = ", ".join(
-        f"{kind} {order or ''}".strip() + f" {100 * errors[kind, order] ** 0.5:.2g} %" for kind, order in ranked
-    )
+    text = ", ".join(f"{_name(*one)} {100 * errors[one] ** 0.5:.2g} %" for one in ranked)
     return replace(plan, reason=f"{'rotation' if plan.block else 'unrotated'} by output error: {text}")
 
 
@@ -135,16 +125,20 @@ def _name(kind: str, order: int) -> str:
     return f"{kind} {order}" if order else kind
 
 
-def _digits(program: Program, plan: SitePlan, candidate: Candidate) -> int:
-    """How many int8 products the rotated weight codes need: 1 or 2."""
+def _digits(program: Program, plan: SitePlan, candidates: Iterable[Candidate]) -> dict[Candidate, int]:
+    """How many int8 products the weight codes need, rotated by each candidate: 1 or 2."""
     layer = next(node for site, node in program.sites() if site == plan.site)
     weight = program.state[str(layer_inputs(layer)[1].target)]
     low, high = weight_range(plan.weight_bits or 8)
     scale = mse_weight_scale(weight, low, high, _WEIGHT_CANDIDATES)
-    codes = torch.ops.hqc.quantize(weight, scale, low, high)
-    if candidate[1]:
-        codes = torch.ops.hqc.rotate_codes(codes, candidate[1], *Rotation(candidate[1], candidate[0] == "regular").flag)
-    return 1 if int(codes.to(torch.int32).abs().max()) <= digit_limit(plan.activation_bits or 8) else 2
+    codes, limit = torch.ops.hqc.quantize(weight, scale, low, high), digit_limit(plan.activation_bits or 8)
+
+    def largest(kind: str, order: int) -> int:
+        flag = Rotation(order, kind == "regular").flag
+        rotated = torch.ops.hqc.rotate_codes(codes, order, *flag) if order else codes
+        return int(rotated.to(torch.int32).abs().max())
+
+    return {one: 1 if largest(*one) <= limit else 2 for one in candidates}
 
 
 @dataclass
@@ -200,12 +194,17 @@ class _Watcher(fx.Interpreter):
         for kind, order in (_NONE, *self.candidates):
             if order and plan.in_channels % order:
                 continue
-            flag = Rotation(order, kind == "regular").flag if order else ()
-            rotated = torch.ops.hqc.hadamard(x, order, axis, *flag) if order else x
-            quantised = _quantised(rotated, *activation_range(plan.activation_bits or 8))
-            difference = (torch.ops.hqc.hadamard(quantised, order, axis, *flag) if order else quantised) - x
+            quantised = _quantised(_rotated(x, kind, order, axis), *activation_range(plan.activation_bits or 8))
+            difference = _rotated(quantised, kind, order, axis) - x
             found = float(layer.target(difference, weight, None, *geometry).square().sum())  # type: ignore[operator]
             sums[kind, order] = sums.get((kind, order), 0.0) + found
+
+
+def _rotated(x: Tensor, kind: str, order: int, axis: int) -> Tensor:
+    """Ĥ·x, its own inverse; x itself without an order."""
+    if not order:
+        return x
+    return torch.ops.hqc.hadamard(x, order, axis, *Rotation(order, kind == "regular").flag)  # type: ignore[no-any-return]
 
 
 def _quantised(x: Tensor, low: int, high: int) -> Tensor:

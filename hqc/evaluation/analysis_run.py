@@ -7,7 +7,7 @@ from hqc.evaluation.analysis import analyse, with_scales
 from hqc.evaluation.analysis_report import Report
 from hqc.evaluation.inputs import Sampler, fixed_inputs
 from hqc.evaluation.sensitivity import Sensitivity, SensitivityProbe
-from hqc.memory import activation_bytes, require_memory
+from hqc.memory import require_call_memory
 from hqc.program import Program, Stage
 from hqc.recipes import Recipe
 from hqc.recipes.run import Request, planned
@@ -83,11 +83,7 @@ def _require_analysis_memory(program: Program, sampler: Sampler, samples: int, *
     """A call has a batch's rows, twice as many with guidance, or the sensitivity's fixed inputs."""
     batch = min(sampler.batch_size, sampler.images)
     rows = max(batch * (2 if guided else 1), samples * SENSITIVITY_TIMESTEPS)
-    require_memory(
-        f"analysing on batches of {batch}",
-        program.size_bytes() + activation_bytes(program.graph, rows),
-        "Take a smaller --batch-size, close other programs, or take a larger machine",
-    )
+    require_call_memory(f"analysing on batches of {batch}", program, rows, "Take a smaller --batch-size")
 
 
 def _duration(seconds: float) -> str:

@@ -19,7 +19,7 @@ from hqc.errors import PipelineTextError, PlanError
 from hqc.recipes.known import PARTS, STEPS
 from hqc.recipes.recipe import Recipe
 from hqc.sampling import Sampler
-from hqc.steps import from_data, options_of, schema_of, step_data, typed_option, value_from
+from hqc.steps import built, from_data, options_of, schema_of, step_data, value_from
 
 __all__ = ["option_value", "read_recipe", "recipe_schema", "recipe_yaml"]
 
@@ -121,12 +121,7 @@ def recipe_from_data(data: Any, where: str) -> Recipe:
 def _sampler(data: Any, where: str) -> Sampler:
     if not isinstance(data, dict):
         raise PipelineTextError(f"{where}, sampler", "is no mapping", "Write its options as name: value.")
-    names = [name for name, _ in Sampler.__dataclass_fields__.items()]
-    if unknown := [key for key in data if key not in names]:
-        raise PipelineTextError(
-            f"{where}, sampler", f"has no option {unknown[0]!r}; it has {', '.join(names)}", "Correct it."
-        )
-    return Sampler(**{key: typed_option(f"{where}, sampler", Sampler, key, value) for key, value in data.items()})
+    return built(f"{where}, sampler", Sampler, data)  # type: ignore[no-any-return]
 
 
 def recipe_schema() -> dict[str, Any]:

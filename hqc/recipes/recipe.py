@@ -1,7 +1,7 @@
 """What a recipe is: a method as a tuple of steps, in the order in which they run."""
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -62,7 +62,8 @@ class Recipe:
         if name == "sampler":
             return replace(self, sampler=_changed(f"--set {path}", self.sampler, option, value))
         self._require(name, path)
-        return self._mapped(lambda step: _changed(f"--set {path}", step, option, value), name)
+        own = [_changed(f"--set {path}", s, option, value) if step_name(type(s)) == name else s for s in self.steps]
+        return replace(self, steps=tuple(own))
 
     def with_rate(self, leaf: str, rate: float) -> "Recipe":
         """With another learning rate: of the group that decides for tensors of that name (`lora_a`, `weight_scale`).
@@ -109,9 +110,6 @@ class Recipe:
     def named(self, name: str) -> "Recipe":
         """Under another name."""
         return replace(self, name=name)
-
-    def _mapped(self, change: Callable[[Any], Any], name: str) -> "Recipe":
-        return replace(self, steps=tuple(change(s) if step_name(type(s)) == name else s for s in self.steps))
 
     def _require(self, name: str, path: str) -> None:
         names = [step_name(type(step)) for step in self.steps]

@@ -1,13 +1,14 @@
 """What a procedure may need besides the program: the float graph, what to sample, and where a killed one goes on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from hqc.checkpoint import Checkpoint
 from hqc.errors import TrainingError
 from hqc.program import Program
 from hqc.sampling.sampler import Sampler
-from hqc.sampling.task import Denoise, Task
+from hqc.sampling.task import Denoise, Task, trajectory
+from hqc.stages import doing
 
 __all__ = ["Observe", "Update", "Validation", "Work"]
 
@@ -66,6 +67,19 @@ class Work:
         if self.task is None:
             raise TrainingError("training", "there is nothing to sample", "Give task=… besides the forward loop.")
         return self.task
+
+    def walk(self, what: str, denoise: Denoise, samples: int, seed: int) -> Iterator[int]:
+        """Runs the sampler with `denoise` on so many images and yields each step before it is made, from 0.
+
+        what: goes on meanwhile, for the lines that are printed of it.
+        """
+        sampler = self.sampler
+        steps = len(self.sampled.scheduler(sampler.num_inference_steps).timesteps)
+        options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta, seed)
+        with doing(what) as stage:
+            for step, _ in enumerate(trajectory(self.sampled, denoise, samples, *options)):
+                stage(step, steps)
+                yield step
 
     def halves(self) -> int:
         """How many samples the denoiser is run on for one: two with guidance."""

@@ -77,11 +77,12 @@ class Distil:
     def cost(self, program: Program, work: Work) -> float:
         """A step runs the teacher once and the student forward and backward: 4 evaluations a sample.
 
-        The student's own trajectories are an evaluation more, and weighing the steps is a trajectory for each.
+        The student's own trajectories are an evaluation more. Weighing is a trajectory, and for every step the student
+        there and the teacher on what follows.
         """
         steps = work.sampler.num_inference_steps
         updates = self.total(work) * self.batch_size * (4 + self.own_share / 2)
-        weighing = _WEIGHED_SAMPLES * (steps * (steps + 1) + steps) if self.weighting == "effect" else 0
+        weighing = _WEIGHED_SAMPLES * (2 * steps + steps * (steps - 1) / 2) if self.weighting == "effect" else 0
         return float((updates + weighing) * work.halves())
 
     def check(self, program: Program, work: Work) -> None:
