@@ -191,7 +191,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def crashed(_: Request, error: Exception) -> JSONResponse:
-        return _error_response(ApiError(500, "internal error; the server's log has it", code="internal_error"))
+        # The exception goes on to uvicorn, which logs it and closes the connection: a client that was not told
+        # would send its next request into a connection that is being reset.
+        message, headers = "internal error; the server's log has it", {"Connection": "close"}
+        return _error_response(ApiError(500, message, code="internal_error", headers=headers))
 
 
 def _error_response(error: ApiError) -> JSONResponse:
