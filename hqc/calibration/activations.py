@@ -14,11 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from hqc.calibration.searches import AsymmetricSearch, Search, SymmetricSearch, some_values
+from hqc.calibration.searches import Search, activation_search, some_values
 from hqc.errors import TrainingError
 from hqc.memory import require_call_memory
 from hqc.passes.insert_qdq import GRID
-from hqc.plan import SitePlan, activation_range, asymmetric_top
 from hqc.program import Program, Stage
 from hqc.running import node_failure
 from hqc.sampling import Observe, Work
@@ -147,14 +146,10 @@ class _Observer(fx.Interpreter):
             )
         key = (site, self.row)
         if key not in self.searches:
-            self.searches[key] = self._search(self.program.plan[site])
+            plan = self.program.plan[site]
+            bits, symmetric = plan.activation_bits or 8, plan.activation_symmetric
+            self.searches[key] = activation_search(bits, symmetric, self.candidates, self.power)
         self.searches[key].add(some_values(x), low, high)
-
-    def _search(self, plan: SitePlan) -> Search:
-        bits = plan.activation_bits or 8
-        if plan.activation_symmetric:
-            return SymmetricSearch(*activation_range(bits), self.candidates, self.power)
-        return AsymmetricSearch(asymmetric_top(bits), self.candidates, self.power)
 
 
 def not_finite_because(program: Program) -> str:

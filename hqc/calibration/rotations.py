@@ -16,15 +16,16 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from hqc.calibration.activations import not_finite_because
-from hqc.calibration.searches import mse_scale
+from hqc.calibration.searches import activation_search, some_values
 from hqc.calibration.weights import mse_weight_scale
 from hqc.errors import PlanError, TrainingError
 from hqc.memory import require_call_memory
 from hqc.passes import InsertHadamard
+from hqc.passes.insert_qdq import Range
 from hqc.passes.rewriting import channel_axis, layer_inputs
 from hqc.passes.split_digits import digit_limit
 from hqc.pipeline import run_pass
-from hqc.plan import SitePlan, activation_range, weight_range
+from hqc.plan import HIGHEST_ASYMMETRIC_BITS, SitePlan, activation_range, asymmetric_top, weight_range
 from hqc.program import Program, Stage
 from hqc.rotations import KINDS, ORDERS, Rotation
 from hqc.running import node_failure
@@ -59,6 +60,7 @@ class ChooseRotation:
     tie: Annotated[float, Field(ge=0, le=1)] = 0.01
     second_digit: Annotated[float, Field(ge=0, le=1)] = 0.05
     seed: Annotated[int, Field(ge=0)] = 2024
+    activation: Range = "symmetric"
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
     gives: ClassVar[Stage | None] = None
@@ -86,7 +88,7 @@ class ChooseRotation:
         Raises:
             TrainingError: where the sampler meets NaN.
         """
-        watcher = _Watcher(program, self.candidates)
+        watcher = _Watcher(program, self.candidates, self.activation)
         steps = len(work.sampled.scheduler(work.sampler.num_inference_steps).timesteps)
         measured = set(torch.linspace(0, steps - 1, min(self.timesteps, steps)).round().int().tolist())
         for step in work.walk("choosing rotations", watcher, self.samples, self.seed):
@@ -105,13 +107,22 @@ class ChooseRotation:
 
     def _choice(self, program: Program, plan: SitePlan, errors: dict[Candidate, float]) -> Candidate:
         """The cheapest candidate that no dearer one beats by its margin."""
-        digits = _digits(program, plan, errors)
+        digits = _digits(program, plan, errors, self._largest_code(plan.activation_bits or 8))
         best, *others = sorted(errors, key=lambda one: (digits[one], one[1]))
         for other in others:
             margin = self.second_digit if digits[other] > digits[best] else self.tie
             if errors[other] < errors[best] * (1 - margin):
                 best = other
         return best
+
+    def _largest_code(self, bits: int) -> int:
+        """The largest |code| that an activation may have: a zero point may lie at either end."""
+        return activation_range(bits)[1] if _symmetric(self.activation, bits) else asymmetric_top(bits)
+
+
+def _symmetric(activation: Range, bits: int) -> bool:
+    """What insert_qdq makes of a range that was asked for."""
+    return activation == "symmetric" or bits > HIGHEST_ASYMMETRIC_BITS
 
 
 def _explained(plan: SitePlan, errors: dict[Candidate, float]) -> SitePlan:
@@ -125,13 +136,15 @@ def _name(kind: str, order: int) -> str:
     return f"{kind} {order}" if order else kind
 
 
-def _digits(program: Program, plan: SitePlan, candidates: Iterable[Candidate]) -> dict[Candidate, int]:
+def _digits(
+    program: Program, plan: SitePlan, candidates: Iterable[Candidate], largest_code: int
+) -> dict[Candidate, int]:
     """How many int8 products the weight codes need, rotated by each candidate: 1 or 2."""
     layer = next(node for site, node in program.sites() if site == plan.site)
     weight = program.state[str(layer_inputs(layer)[1].target)]
     low, high = weight_range(plan.weight_bits or 8)
     scale = mse_weight_scale(weight, low, high, _WEIGHT_CANDIDATES)
-    codes, limit = torch.ops.hqc.quantize(weight, scale, low, high), digit_limit(plan.activation_bits or 8)
+    codes, limit = torch.ops.hqc.quantize(weight, scale, low, high), digit_limit(largest_code)
 
     def largest(kind: str, order: int) -> int:
         flag = Rotation(order, kind == "regular").flag
@@ -147,6 +160,7 @@ class _Watcher(fx.Interpreter):
 
     program: Program
     candidates: tuple[Candidate, ...]
+    activation: Range
     measuring: bool = False
     timestep: float = 0.0
     sums: dict[str, dict[Candidate, float]] = field(default_factory=dict)
@@ -194,7 +208,7 @@ class _Watcher(fx.Interpreter):
         for kind, order in (_NONE, *self.candidates):
             if order and plan.in_channels % order:
                 continue
-            quantised = _quantised(_rotated(x, kind, order, axis), *activation_range(plan.activation_bits or 8))
+            quantised = _quantised(_rotated(x, kind, order, axis), plan.activation_bits or 8, self.activation)
             difference = _rotated(quantised, kind, order, axis) - x
             found = float(layer.target(difference, weight, None, *geometry).square().sum())  # type: ignore[operator]
             sums[kind, order] = sums.get((kind, order), 0.0) + found
@@ -207,7 +221,11 @@ def _rotated(x: Tensor, kind: str, order: int, axis: int) -> Tensor:
     return torch.ops.hqc.hadamard(x, order, axis, *Rotation(order, kind == "regular").flag)  # type: ignore[no-any-return]
 
 
-def _quantised(x: Tensor, low: int, high: int) -> Tensor:
-    """x̂ with one scale, as calibration would choose it."""
-    scale = mse_scale(x, low, high, _SCALE_CANDIDATES)
-    return torch.ops.hqc.fake_quantize(x, torch.full((len(x),), scale), low, high)  # type: ignore[no-any-return]
+def _quantised(x: Tensor, bits: int, activation: Range) -> Tensor:
+    """x̂ with one range, as calibration would choose it."""
+    symmetric = _symmetric(activation, bits)
+    search = activation_search(bits, symmetric, _SCALE_CANDIDATES)
+    least, largest = (float(bound) for bound in x.aminmax())
+    search.add(some_values(x), least, largest)
+    low, high = activation_range(bits) if symmetric else (-int(search.zero), asymmetric_top(bits) - int(search.zero))
+    return torch.ops.hqc.fake_quantize(x, torch.full((len(x),), search.scale), low, high)  # type: ignore[no-any-return]

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["AsymmetricSearch", "Search", "SymmetricSearch", "mse_scale", "some_values"]
+from hqc.plan import activation_range, asymmetric_top
+
+__all__ = ["AsymmetricSearch", "Search", "SymmetricSearch", "activation_search", "some_values"]
 
 _VALUES_A_CALL = 16_384
 _CACHED_VALUES = 2_048
@@ -125,9 +127,8 @@ class AsymmetricSearch(Search):
         return levels.clamp_(-zero, self._top - zero)
 
 
-def mse_scale(x: Tensor, low: int, high: int, count: int) -> float:
-    """The scale that minimises Σ (x - s·clip(round(x/s), low, high))² over some of the values."""
-    search = SymmetricSearch(low, high, count)
-    least, largest = (float(bound) for bound in x.aminmax())
-    search.add(some_values(x), least, largest)
-    return search.scale
+def activation_search(bits: int, symmetric: bool, count: int, power: float = 2.0) -> Search:
+    """A search for the range of a site's activations."""
+    if symmetric:
+        return SymmetricSearch(*activation_range(bits), count, power)
+    return AsymmetricSearch(asymmetric_top(bits), count, power)

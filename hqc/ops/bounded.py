@@ -33,15 +33,18 @@ def _gradients(
     levels = x * per_first_axis(scale.reciprocal(), x)
     rounded = levels.round()
     codes = rounded.clamp(per_first_axis(low, x), per_first_axis(high, x))
-    inside = (rounded == codes).to(grad.dtype)
-    below = (rounded < codes).to(grad.dtype)
+    # Masks are 1.0 and 0.0: a product with bool is 20 times as slow.
+    inside = torch.eq(rounded, codes, out=torch.empty_like(rounded))
+    below = rounded.lt_(codes)
+    grad_x = grad * inside
+    outside = grad - grad_x
+    slope = codes.addcmul_(levels, inside, value=-1).mul_(grad)
 
-    def per_row(slope: Tensor) -> Tensor:
-        return (grad * slope).reshape(len(scale), -1).sum(1)
+    def per_row(values: Tensor) -> Tensor:
+        return values.reshape(len(scale), -1).sum(1)
 
-    outside_low, outside = per_row(below), per_row(1 - inside)
-    slope = codes.addcmul_(levels, inside, value=-1)
-    return grad * inside, per_row(slope), outside_low * scale, (outside - outside_low) * scale
+    at_low, at_both = per_row(outside * below), per_row(outside)
+    return grad_x, per_row(slope), at_low * scale, (at_both - at_low) * scale
 
 
 @torch.library.custom_op("hqc::fake_quantize_bounded", mutates_args=())

@@ -87,7 +87,12 @@ class Recipe:
         return replace(self, steps=tuple(step for step in self.steps if step_name(type(step)) != name))
 
     def rotated(self, rotation: Step) -> "Recipe":
-        """With that rotation, in place of the recipe's own or in front of insert_qdq."""
+        """With that rotation, in place of the recipe's own or in front of insert_qdq.
+
+        One that is chosen is chosen for the range of activation codes that the recipe gives.
+        """
+        if isinstance(rotation, ChooseRotation):
+            rotation = replace(rotation, activation=self.step("insert_qdq").activation)
         plain = [step for step in self.steps if step_name(type(step)) not in ROTATIONS]
         place = next(i for i, step in enumerate(plain) if step_name(type(step)) == "insert_qdq")
         own = next((i for i, step in enumerate(self.steps) if step_name(type(step)) in ROTATIONS), place)

@@ -1,7 +1,7 @@
 """Which tensors training changes, and at which rate: patterns over their names, the last match wins."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -21,13 +21,14 @@ class Group:
     """The tensors of trained sites whose name matches a wildcard, and how they learn.
 
     rate: of AdamW, falling linearly to zero. relative: "weight_scale" multiplies it by the mean weight scale of the
-    tensor's own site, so that a step is the same fraction of every site's grid (EfficientDM's scale-aware rate).
+    tensor's own site, so that a step is the same fraction of every site's grid (EfficientDM's scale-aware rate); "own"
+    by the mean |value| of the tensor itself, so that scales of every size learn at one pace.
     decay: of the weights. positive: kept above zero, as scales are.
     """
 
     pattern: str
     rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    relative: Literal["", "weight_scale"] = ""
+    relative: Literal["", "weight_scale", "own"] = ""
     decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     positive: bool = False
 
@@ -38,6 +39,8 @@ class Group:
         """The rate of one tensor."""
         if not self.relative:
             return self.rate
+        if self.relative == "own":
+            return self.rate * float(program.state[name].abs().mean())
         site = name.rpartition(".")[0]
         return self.rate * float(program.state[f"{site}.{self.relative}"].mean())
 
@@ -45,8 +48,10 @@ class Group:
 def trainable(program: Program, groups: Sequence[Group]) -> dict[str, Group]:
     """The tensors that training changes, with their group.
 
+    A group of biases or zero points may match none: layers have no bias, codes of 8 bits no zero point.
+
     Raises:
-        PlanError: if a group matches none.
+        PlanError: if any other group matches none.
     """
     sites = {plan.site for plan in program.plan.quantised if plan.trained}
     found: dict[str, Group] = {}
@@ -58,13 +63,20 @@ def trainable(program: Program, groups: Sequence[Group]) -> dict[str, Group]:
         matched.update(fitting)
         if fitting:
             found[name] = fitting[-1]
-    if sites and (unused := [group for group in groups if group not in matched]):
+    if sites and (unused := [group for group in groups if group not in matched and not _may_be_absent(group, sites)]):
         raise PlanError(
             f"group {unused[0].pattern!r}",
             "matches no tensor of a trained site",
             "Correct the pattern, or put the step before it that adds the tensors (attach_lora adds *.lora_?).",
         )
     return found
+
+
+_MAY_BE_ABSENT = ("bias", "weight_zero", "activation_zero_table")
+
+
+def _may_be_absent(group: Group, sites: Collection[str]) -> bool:
+    return any(fnmatch.fnmatchcase(f"{site}.{leaf}", group.pattern) for site in sites for leaf in _MAY_BE_ABSENT)
 
 
 def optimizer_of(

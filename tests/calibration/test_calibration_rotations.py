@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from hqc.calibration import ChooseRotation
-from hqc.calibration.rotations import _digits
+from hqc.calibration.rotations import _digits, _quantised
 from hqc.capture import trace
 from hqc.capture.sources import Source
 from hqc.errors import PlanError
@@ -91,10 +91,30 @@ def test_a_second_digit_is_counted(selected: Program) -> None:
     program = selected.evolve(state={**selected.state, "spiky.weight": weight})
     plan = program.plan["spiky"]
     tried = [("sylvester", 8), ("sylvester", 16), ("sylvester", 32), ("none", 0)]
-    assert list(_digits(program, plan, tried).values()) == [1, 1, 2, 1]
+    assert list(_digits(program, plan, tried, 7).values()) == [1, 1, 2, 1]
+    assert list(_digits(program, plan, tried, 64).values()) == [1, 1, 2, 1]  # 8·8 ≤ 64, 8·16 rounds to less
     strict = ChooseRotation(second_digit=0.5)
     errors = {("none", 0): 1.0, ("sylvester", 8): 0.9, ("sylvester", 32): 0.6}
     assert strict._choice(program, plan, errors) == ("sylvester", 8)
+
+
+def test_the_range_of_codes_decides_too(selected: Program) -> None:
+    """Values of one sign: an asymmetric range gives them all its codes."""
+    symmetric, asymmetric = (
+        {one.site: one.reason for one in _chosen(selected, ChooseRotation(activation=kind)).plan.sites}  # type: ignore[arg-type]
+        for kind in ("symmetric", "asymmetric")
+    )
+    assert symmetric["spiky"] != asymmetric["spiky"]
+    x = torch.rand(2, 64, 4, 4, generator=torch.Generator().manual_seed(1))
+    errors = [float((_quantised(x, 4, kind) - x).square().sum()) for kind in ("symmetric", "asymmetric")]  # type: ignore[arg-type]
+    assert errors[1] < 0.4 * errors[0]  # half the step, a quarter of the error
+    assert torch.equal(_quantised(x, 8, "asymmetric"), _quantised(x, 8, "symmetric"))  # 8 bits stay symmetric
+
+
+def test_a_recipe_chooses_for_its_own_range() -> None:
+    efficientdm, rtn = (find_recipe(name).rotated(rotation("auto")) for name in ("efficientdm", "rtn"))
+    assert efficientdm.step("choose_rotation").activation == "asymmetric"
+    assert rtn.step("choose_rotation").activation == "symmetric"
 
 
 def test_it_runs_inside_a_recipe() -> None:

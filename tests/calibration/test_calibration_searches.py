@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hqc.calibration.searches import AsymmetricSearch, Search, SymmetricSearch, mse_scale
+from hqc.calibration.searches import AsymmetricSearch, Search, SymmetricSearch, activation_search
 
 
 def _values(seed: int, shift: float) -> Tensor:
@@ -49,8 +49,14 @@ def test_symmetric_ranges_are_the_best_too() -> None:
     errors = [_error(values, s, -7, 7, 2.4) for s in scales]
     found = _added(SymmetricSearch(-7, 7, 60, 2.4), x).scale
     assert found == pytest.approx(scales[int(np.argmin(errors))], rel=1e-4)
-    assert mse_scale(x, -7, 7, 60) == _added(SymmetricSearch(-7, 7, 60), x).scale
     assert min(errors) < 0.9 * errors[-4]  # searching pays: the whole range is worse
+
+
+@pytest.mark.parametrize(("symmetric", "like"), [(True, SymmetricSearch(-7, 7, 60)), (False, AsymmetricSearch(15, 60))])
+def test_search_of_a_range(symmetric: bool, like: Search) -> None:
+    x = _values(2, 0.5)
+    found, expected = _added(activation_search(4, symmetric, 60), x), _added(like, x)
+    assert (found.scale, found.zero) == (expected.scale, expected.zero)
 
 
 @pytest.mark.parametrize("power", [2.0, 2.4])
