@@ -6,7 +6,7 @@ import pytest
 import torch
 from integer_oracle import MatMulIntegerToFloat, asymmetric_conv, rotated
 from onnx.reference import ReferenceEvaluator
-from tensorrt_exports import Build, attributes, builder, producers, read
+from tensorrt_exports import Build, attributes, builder, constants, producers, read
 from zoo import ROTATIONS
 
 from hqc.errors import ExportError
@@ -17,11 +17,12 @@ from hqc.export.ort_session import open_session
 from hqc.export.prepare import prepare
 from hqc.export.reference import ForcedRun, verification_inputs
 from hqc.export.tensorrt.forms import Form
+from hqc.export.tensorrt.plugin_fit import rotation_obstacle
 from hqc.export.watched import WatchedModel, heard
 from hqc.passes import FreezeIntegers, MergeLora, RotateWeights
 from hqc.pipeline import run_pipeline
 from hqc.program import is_op
-from hqc.sites import quantised_sites
+from hqc.sites import quantised_sites, rotation_of
 
 ops = torch.ops.hqc
 TARGETS = ("portable", "onnxruntime")
@@ -171,10 +172,12 @@ def test_a_mixed_batch_equals_its_samples_one_by_one(exported, target) -> None:
     assert errors[-1] <= PARTED * report.verification.network.quantisation_error
 
 
-@pytest.mark.parametrize("target", [*TARGETS, "tensorrt"])
-def test_one_timestep_for_the_batch(quantised, captured, tmp_path, target) -> None:
+@pytest.mark.parametrize(
+    ("target", "plugins"), [*((t, "none") for t in TARGETS), ("tensorrt", "none"), ("tensorrt", "qdp")]
+)
+def test_one_timestep_for_the_batch(quantised, captured, tmp_path, target, plugins) -> None:
     program = quantised("two_sites", "w4a4", ranges="asymmetric")
-    options = {"tensorrt": TensorRtOptions(plugin_archs=())} if target == "tensorrt" else {}
+    options = {"tensorrt": TensorRtOptions(plugins=plugins, plugin_archs=())} if target == "tensorrt" else {}
     folder = tmp_path / "one"
     export_program(program, target, folder, float_program=captured("two_sites"), one_timestep=True, **options)
     args, feeds = inputs(program, 1)
@@ -195,8 +198,10 @@ def build(captured, quantised, tmp_path_factory) -> Build:
 @pytest.mark.parametrize("bits", ["w4a4", "w7a7", "w4a3"])
 @pytest.mark.parametrize("model", ["two_sites", "geometry", "shared_input", "odd_channels"])
 def test_tensorrt(build, model, bits, plugins) -> None:
-    program, _, report = build(model, bits, ranges="asymmetric", dtype="fp32", plugins=plugins)
+    program, folder, report = build(model, bits, ranges="asymmetric", dtype="fp32", plugins=plugins)
     network = report.verification.network
+    plugged = {n.op_type for n in read(folder).graph.node if n.domain == "hqc"}
+    assert ("HadamardQuantizeBounded" in plugged) == (plugins == "qdp" and bool(program.plan.quantised[0].block))
     assert network.forced_error <= EQUAL_CODES
     assert network.free_error <= max(0.1 * network.quantisation_error, 1e-5)
     assert len(report.verification.sites) == len(program.plan.quantised)
@@ -231,13 +236,39 @@ def test_tensorrt_clips_between_looked_up_bounds(build) -> None:
     assert not [n for n in graph.node if n.op_type == "Clip"]
 
 
-def test_plugins_say_why_they_do_not_take_a_site(build) -> None:
-    _, _, report = build("two_sites", "w4a4", ranges="asymmetric", dtype="fp32", plugins="qdp")
-    reasons = {layer.site: layer.reason for layer in report.layers}
-    assert all(
-        "rotated by standard operators: its range of codes is looked up by the timestep" in r for r in reasons.values()
+@pytest.mark.parametrize("rotation", ["sylvester 32 double", "regular 64"])
+def test_a_plugin_is_told_scale_and_bounds_of_every_timestep(build, rotation) -> None:
+    program, folder, report = build(
+        "wide_channels", "w4a4", ranges="asymmetric", rotation=ROTATIONS[rotation], dtype="fp32", plugins="qdp"
     )
-    assert any("not the int4 plugin: asymmetric codes" in r for r in reasons.values())
+    assert {layer.rotation for layer in report.layers} == {"plugin"}
+    assert not any("standard operators" in layer.reason for layer in report.layers)
+    graph = read(folder).graph
+    stored, made = constants(graph), producers(graph)
+    nodes = {n.name.split(".codes")[0]: n for n in graph.node if n.op_type == "HadamardQuantizeBounded"}
+    assert nodes.keys() == {plan.site for plan in program.plan.quantised}
+    for site, node in nodes.items():
+        values = attributes(node)
+        assert (values["block"], values["regular"]) == (program.plan[site].block, int("regular" in rotation))
+        table = stored[made[node.input[1]].input[0]]
+        zero = whole_zeros(program, f"{site}.activation_zero_table", 4)
+        scale = program.state[f"{site}.activation_scale_table"].numpy()
+        assert np.array_equal(table, np.stack([np.float32(1) / scale, -zero, 15 - zero], 1, dtype=np.float32))
+
+
+def test_a_site_that_wants_other_rows_of_bounds_keeps_standard_operators(quantised) -> None:
+    prepared = prepare(quantised("two_sites", "w4a4", ranges="asymmetric"), "tensorrt")
+    site = quantised_sites(prepared)[0]
+    turn, options = rotation_of(site.quantiser.args[0]), TensorRtOptions(plugins="qdp", plugin_archs=())
+    assert rotation_obstacle(site, turn, options) == ""
+    low = site.bounds.lookups.low
+    low.update_arg(2, low.args[2].args[0])
+    assert rotation_obstacle(site, turn, options) == "its range of codes is looked up by another row than its scale"
+
+
+def test_plugins_say_why_they_do_not_take_a_product(build) -> None:
+    _, _, report = build("two_sites", "w4a4", ranges="asymmetric", dtype="fp32", plugins="qdp")
+    assert any("not the int4 plugin: asymmetric codes" in layer.reason for layer in report.layers)
 
 
 def test_the_int4_plugin_takes_codes_that_fit(quantised, captured, tmp_path) -> None:

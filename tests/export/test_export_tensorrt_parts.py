@@ -216,6 +216,23 @@ def test_hadamard_quantize_body(shape, block, regular, dtype) -> None:
     assert set(np.unique(found)) == set(range(-7, 6))
 
 
+@pytest.mark.parametrize(("block", "regular"), [(1, 0), (32, 0), (64, 1)])
+@pytest.mark.parametrize("shape", [(3, 256), (3, 5, 256), (3, 256, 3, 2)], ids=str)
+def test_hadamard_quantize_bounded_body(shape, block, regular) -> None:
+    """Every sample is clipped to its own codes."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    step = np.array([[4, -15, 0], [5, -3, 12], [6, 0, 15]], np.float32)
+    axis = 1 if len(shape) == 4 else -1
+    numbers = {"block": block, "channel_axis": axis, "regular": regular}
+    found = call("HadamardQuantizeBounded", {"x": x, "step": step}, TYPES.INT8, **numbers)
+    real = torch.from_numpy(x)
+    turned = hadamard(real, block, axis, bool(regular)) if block > 1 else real
+    for codes, values, (inverse, low, high) in zip(found, turned, step, strict=True):
+        wanted = (values * inverse).round().clamp(low, high)
+        assert (torch.from_numpy(codes).float() != wanted).float().mean() <= 2e-3  # on a rounding boundary
+        assert (codes.min(), codes.max()) == (wanted.min(), wanted.max())
+
+
 @pytest.mark.parametrize("out", [TYPES.FLOAT, TYPES.FLOAT16])
 @pytest.mark.parametrize(("block", "regular"), [(1, 0), (16, 0), (16, 1), (32, 1)])
 @pytest.mark.parametrize("leading", [(3,), (2, 5)], ids=str)

@@ -38,6 +38,12 @@ CASES: dict[str, dict[str, Any]] = {
         "inputs": [("BF16", "LINEAR", (-1, 77, 192)), ("FLOAT", "LINEAR", (-1,))],
         "output": ("INT8", "LINEAR", (-1, 77, 192)),
     },
+    "tokens bounded": {
+        "op": "HadamardQuantizeBounded",
+        "attributes": {"block": 64, "channel_axis": -1, "regular": 1},
+        "inputs": [("BF16", "LINEAR", (-1, 77, 192)), ("FLOAT", "LINEAR", (-1, 3))],
+        "output": ("INT8", "LINEAR", (-1, 77, 192)),
+    },
     "linear": {
         "op": "Int4Linear",
         "attributes": {"block": 32, "out_type": 16, "regular": 0},

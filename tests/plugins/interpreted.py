@@ -35,8 +35,8 @@ def scales(count: int) -> np.ndarray:
     return (2.0 ** (np.arange(count) % 3 - 1)).astype(np.float32)
 
 
-def codes_of(x: np.ndarray, inverse: np.ndarray, block: int, low: int, high: int, regular: int) -> np.ndarray:
-    """The definition, channels last, in float64; NumPy rounds half to even."""
+def codes_of(x: np.ndarray, inverse: np.ndarray, block: int, low: Any, high: Any, regular: int) -> np.ndarray:
+    """The definition, channels last, in float64; NumPy rounds half to even. Bounds are numbers, or arrays [N, 1, …]."""
     groups = x.astype(np.float64).reshape(*x.shape[:-1], -1, block) @ signs(block, regular) / math.sqrt(block)
     levels = groups.reshape(x.shape) * inverse.reshape(-1, *[1] * (x.ndim - 1))
     return np.clip(np.round(levels), low, high).astype(np.int8)
@@ -128,6 +128,8 @@ def _nodes(rng: np.random.Generator, regular: int) -> dict[str, list[int]]:
     out = torch.empty(wanted.shape, dtype=torch.int8)
     found["tokens"] = compare("HadamardQuantize", tensors, attributes, 0, out, wanted)
 
+    found |= _bounded(rng, regular)
+
     codes, weight = rng.integers(-7, 8, (3, 7, 64), np.int8), rng.integers(-1, 2, (24, 64), np.int8)
     scale_w, scale_a, bias = scales(24), scales(3), rng.integers(-9, 10, 24).astype(np.float32)
     products = codes.astype(np.float64) @ rotate(weight, 16, regular).T
@@ -140,6 +142,27 @@ def _nodes(rng: np.random.Generator, regular: int) -> dict[str, list[int]]:
 
     for stride in (1, 2):
         found[f"conv, stride {stride}"] = _conv(rng, stride, regular)
+    return found
+
+
+def _bounded(rng: np.random.Generator, regular: int) -> dict[str, list[int]]:
+    """Every sample has bounds of its own; one ends at 0, and one holds no negative code."""
+    found, step = {}, np.stack([scales(3), np.array([-15, -3, 0]), np.array([0, 12, 15])], 1, dtype=np.float32)
+    image = (rng.integers(-64, 65, (3, 64, 5, 6)) * 3 / 8).astype(np.float16)
+    tokens = (rng.integers(-64, 65, (3, 7, 192)) * 3 / 8).astype(np.float32)
+    last = {"image, bounded": image.transpose(0, 2, 3, 1), "tokens, bounded": tokens}
+    last["image, bounded, channels last"] = last["image, bounded"]
+    for name, values in last.items():
+        bounds = (column.reshape(-1, *[1] * (values.ndim - 1)) for column in step.T[1:])
+        block = 64 if values is tokens else 16
+        wanted = codes_of(values, step[:, 0], block, *bounds, regular)
+        spans = [(codes.min(), codes.max()) for codes in wanted]
+        assert spans == [(-15, 0), (-3, 12), (0, 15)], spans
+        attributes = {"block": block, "channel_axis": -1 if values is tokens else 1, "regular": regular}
+        tensors = [torch.from_numpy(tokens if values is tokens else image), torch.from_numpy(step)]
+        out = torch.empty(wanted.shape, dtype=torch.int8)
+        index = int(name.endswith("last"))
+        found[name] = compare("HadamardQuantizeBounded", tensors, attributes, index, out, wanted)
     return found
 
 

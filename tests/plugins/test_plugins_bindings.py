@@ -24,6 +24,7 @@ LAUNCHES = {
     "image": [([64, 63], [1, 1, 3]), ([64, 63], [2, 4, 3])],
     "image last": [([189, 64, 63], [3, 1, 1]), ([189, 64, 63], [12, 2, 1])],
     "tokens": [([231, 192, 77], [4, 3, 1]), ([231, 192, 77], [15, 6, 1])],
+    "tokens bounded": [([231, 192, 77], [4, 3, 1]), ([231, 192, 77], [15, 6, 1])],
     "linear": [([231, 192, 96, 77], [8, 1, 1]), ([231, 192, 96, 77], [45, 1, 1])],
     "conv": [([60, 9, 7, 64, 96, 5, 4], [2, 1, 1]), ([60, 9, 7, 64, 96, 5, 4], [12, 1, 1])],
 }
@@ -31,6 +32,7 @@ OUTPUTS = {
     "image": ("INT8", [3, 64, 9, 7]),
     "image last": ("INT8", [3, 64, 9, 7]),
     "tokens": ("INT8", [3, 77, 192]),
+    "tokens bounded": ("INT8", [3, 77, 192]),
     "linear": ("BF16", [3, 77, 96]),
     "conv": ("HALF", [3, 96, 5, 4]),
 }
@@ -55,6 +57,7 @@ def test_the_creators_are_in_the_registry_once(probed: dict[str, Any]) -> None:
     assert probed["versions"] == ["1"]
     assert probed["creators"] == {
         "HadamardQuantize": [[name, "INT32"] for name in ("block", "low", "high", "channel_axis", "regular")],
+        "HadamardQuantizeBounded": [[name, "INT32"] for name in ("block", "channel_axis", "regular")],
         "Int4Linear": [["block", "INT32"], ["out_type", "INT32"], ["regular", "INT32"]],
         "Int4Conv": [[name, "INT32"] for name in ("block", "kernel", "stride", "padding", "out_type", "regular")],
     }

@@ -17,15 +17,16 @@ from hqc.plugins.hqc_qdp.table import Kernel, KernelTable, read_table
 
 pytestmark = pytest.mark.gpu
 BATCH = 3
+NODES = ("image", "image bounded", "conv", "tokens", "tokens bounded", "linear")
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelTable:
-    """The kernels of a model with every plugin node, for this GPU."""
+    """The kernels of models with every plugin node, for this GPU."""
     torch.cuda.init()
     capability = current_capability()
     folder = tmp_path_factory.mktemp("export")
-    onnx.save(model(), str(folder / "model.onnx"))
+    onnx.save(model(NODES), str(folder / "model.onnx"))
     own = f"sm_{capability[0]}{capability[1]}"
     archs = (own,) if own in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120") else ("sm_80",)
     write_plugins(folder, folder / "model.onnx", archs)
@@ -33,7 +34,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelTable:
 
 
 def _choices(name: str) -> tuple[Choice, ...]:
-    return next(node for node in plugin_nodes(model()) if node.name == name).choices()
+    return next(node for node in plugin_nodes(model(NODES)) if node.name == name).choices()
 
 
 def _run(
@@ -81,6 +82,19 @@ def test_images(index: int, kernels: KernelTable) -> None:
         for kernel, result in zip(used, results, strict=True)
         if not torch.equal(result, wanted)
     ]
+
+
+@pytest.mark.parametrize(("name", "index"), [("image", 0), ("image", 1), ("tokens", 0)])
+def test_bounds_of_every_sample(name: str, index: int, kernels: KernelTable) -> None:
+    choice = _choices(f"{name} bounded.codes")[index]
+    x = _normal(*((BATCH, 64, 8, 8) if name == "image" else (BATCH, 77, 64))).half().cuda()
+    step = torch.tensor([[4.0, -15, 0], [5, -3, 12], [6, 0, 15]]).cuda()
+    last = x.permute(0, 2, 3, 1).contiguous() if name == "image" else x
+    wanted = hadamard_quantize(last, step, low=None, high=None, block=32)
+    assert [len(codes.unique()) for codes in wanted] == [16] * BATCH
+    given = x if choice.formats[0] == "LINEAR" else last
+    results = _run(kernels, choice, x.shape, [given, step], torch.empty_like(wanted))
+    assert all(torch.equal(result, wanted) for result in results)
 
 
 def _differing(kernel: Kernel, found: torch.Tensor, wanted: torch.Tensor, levels: torch.Tensor) -> str:

@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
-NODES = ("image", "image, channels last", "tokens", "linear", "conv, stride 1", "conv, stride 2")
+BOUNDED = ("image, bounded", "tokens, bounded", "image, bounded, channels last")
+NODES = ("image", "image, channels last", "tokens", *BOUNDED, "linear", "conv, stride 1", "conv, stride 2")
 CASES = (*NODES, *(f"{node}, regular" for node in NODES))
 
 

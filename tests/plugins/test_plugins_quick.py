@@ -11,6 +11,7 @@ import pytest
 from hqc.errors import ArtefactError, RuntimeMissingError
 from hqc.plugins import hqc_qdp, register
 from hqc.plugins.hqc_qdp.current import CURRENT
+from hqc.plugins.hqc_qdp.nodes import OPS
 from hqc.plugins.hqc_qdp.problems import MissingError, PluginError
 from hqc.plugins.hqc_qdp.table import Kernel
 
@@ -50,7 +51,8 @@ def image(layout: fake.TensorFormat) -> list[fake.TensorDesc]:
 
 
 def test_all_nodes_are_registered_once(registry: fake.Registry) -> None:
-    assert sorted(registry.functions) == ["hqc::HadamardQuantize", "hqc::Int4Conv", "hqc::Int4Linear"]
+    assert sorted(registry.functions) == [f"hqc::{name}" for name in sorted(OPS)]
+    assert len(OPS) == 4
     assert all(set(kinds) == {"register", "autotune", "aot_impl"} for kinds in registry.functions.values())
     hqc_qdp.register_kernels(Kernels())  # the fake refuses a name that it has
 
@@ -87,6 +89,22 @@ def test_the_formats_decide_on_the_kernel_and_the_tactic_on_its_tile(
     assert entry.decode() == f"HadamardQuantize fp16 {name} channels=64 block=32 low=-7 high=7 {tactic - 1}"
     assert (ptx, launch.shared_mem, launch.block_x) == (b"ptx%d" % (tactic - 1), 512 * (tactic - 1), 128)
     assert (list(extra), (launch.grid_x, launch.grid_y, launch.grid_z)) == (integers, grid)
+
+
+def test_bounds_beside_the_scale_take_the_same_ways(registry: fake.Registry) -> None:
+    functions = registry.functions["hqc::HadamardQuantizeBounded"]
+    operands = [fake.TensorDesc((3, 64, 9, 7), HALF, HWC8), fake.TensorDesc((3, 3), REAL)]
+    numbers = ints(32, 1, 0)
+    assert [c.layouts for c in functions["autotune"](*operands, *numbers, ())] == [
+        "LINEAR, LINEAR, HWC16",
+        "HWC8, LINEAR, HWC16",
+    ]
+    codes = functions["register"](*operands, *numbers)
+    assert (codes.shape, codes.dtype) == ((3, 64, 9, 7), CODE)
+    outputs = (fake.TensorDesc((3, 64, 9, 7), CODE, HWC16),)
+    entry, _, launch, extra = functions["aot_impl"](*operands, *numbers, outputs, 2)
+    assert entry.decode() == "HadamardQuantizeBounded fp16 nhwc channels=64 block=32 1"
+    assert (list(extra), (launch.grid_x, launch.grid_y, launch.grid_z)) == ([189, 64, 63], (12, 2, 1))
 
 
 def test_formats_that_were_not_offered_are_refused(registry: fake.Registry) -> None:

@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
 
     def write(archs: dict[str, Any] | None = None, **changes: Any) -> Path:
         kernel = {"tile": [64, 32], "num_warps": 4, "parameters": 12, "archs": archs or {"sm_80": _build()}}
-        data = {"format": "hqc-plugins", "version": 2, "kernels": {"k": kernel}, "variants": {KEY: ["k"]}, **changes}
+        data = {"format": "hqc-plugins", "version": 3, "kernels": {"k": kernel}, "variants": {KEY: ["k"]}, **changes}
         (tmp_path / "plugins.json").write_text(json.dumps(data), encoding="utf-8")
         (tmp_path / "k_sm80.ptx").write_bytes(PTX)
         return tmp_path
@@ -98,8 +98,12 @@ def test_ptx_that_the_driver_cannot_load_is_refused_before_a_build(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"format": "other"}, "holds 'other' version 2"),
-        ({"version": 1}, "holds 'hqc-plugins' version 1"),
+        ({"format": "other"}, "holds 'other' version 3"),
+        (
+            {"version": 1},
+            "holds 'hqc-plugins' version 1, expected 'hqc-plugins' version 2 or 3. Export the model again.",
+        ),
+        ({"version": 4}, "holds 'hqc-plugins' version 4"),
         ({"kernels": {}}, "is not what hqc writes"),
         ({"variants": [1]}, "is not what hqc writes"),
         ({"kernels": {"k": {"archs": {"sm_80": {}}}}}, "is not what hqc writes"),
@@ -117,6 +121,10 @@ def test_what_is_wrong_is_said_in_one_line(changes: dict[str, Any], text: str, f
     with pytest.raises(PluginError, match=r"^[^\n]*$") as caught:
         read_table(place, (8, 0))
     assert text in str(caught.value)
+
+
+def test_what_was_exported_before_there_were_bounds_of_samples_is_read(folder: Callable[..., Path]) -> None:
+    assert read_table(folder(version=2), (8, 0)).tactics(KEY)
 
 
 def test_a_link_is_not_followed(folder: Callable[..., Path], tmp_path: Path) -> None:

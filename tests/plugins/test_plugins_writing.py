@@ -27,13 +27,14 @@ from hqc.storage import write_manifest
 
 triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton has no wheel for this platform")
 ARCHS = ("sm_80", "sm_100")
+NODES = ("tokens", "tokens bounded", "linear")
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export folder with the kernels of two nodes for two architectures."""
     folder = tmp_path_factory.mktemp("export")
-    onnx.save(model(("tokens", "linear")), str(folder / "model.onnx"))
+    onnx.save(model(NODES), str(folder / "model.onnx"))
     files = write_plugins(folder, folder / "model.onnx", ARCHS)
     assert {path for path in (folder / "plugins").rglob("*") if path.is_file()} == set(files)
     return folder
@@ -48,16 +49,17 @@ def test_every_variant_has_kernels_and_every_kernel_is_used(export: Path) -> Non
     data = _plugins(export)
     assert sorted(data["variants"]) == [
         "HadamardQuantize fp16 tokens channels=64 block=32 low=-7 high=7",
+        "HadamardQuantizeBounded fp16 tokens channels=64 block=32",
         "Int4Linear fp16 channels=64 outputs=96 block=32",
     ]
-    assert [len(names) for _, names in sorted(data["variants"].items())] == [2, 2]
+    assert [len(names) for _, names in sorted(data["variants"].items())] == [2, 2, 2]
     assert {name for names in data["variants"].values() for name in names} == set(data["kernels"])
 
 
 @triton
 def test_every_entry_point_is_what_the_launch_passes(export: Path) -> None:
     data, dims = _plugins(export), {"hadamard_quantize": (3, 77, 64), "int_gemm": (3, 77, 64)}
-    variants = {key: variant for key, (variant, _) in variants_of(plugin_nodes(model(("tokens", "linear")))).items()}
+    variants = {key: variant for key, (variant, _) in variants_of(plugin_nodes(model(NODES))).items()}
     inputs = {"hadamard_quantize": 2, "int_gemm": 5}
     checked = 0
     for key, names in data["variants"].items():
@@ -72,7 +74,7 @@ def test_every_entry_point_is_what_the_launch_passes(export: Path) -> None:
                 assert re.findall(r"\.visible \.entry (\w+)\(", text) == [build["entry"]] == [name], (name, arch)
                 assert re.findall(r"^\s*\.param \.(\w+)", text, re.MULTILINE) == kinds
                 checked += 1
-    assert checked == 8
+    assert checked == 12
 
 
 @triton
@@ -174,6 +176,9 @@ def test_nodes_are_read_with_their_sizes_and_types() -> None:
     assert found["site"].dims == ((None, 64, 8, 8), (96, 288), (96,), (None,), (96,))
     assert found["site"].types == ("int8", "int8", "fp32", "fp32", "fp32")
     assert found["line.codes"].types == ("fp16", "fp32")
+    (bounded,) = plugin_nodes(model(("tokens bounded",)))
+    assert (bounded.dims, bounded.types) == (((None, 77, 64), (None, 3)), ("fp16", "fp32"))
+    assert bounded.attributes == {"block": 32, "channel_axis": -1, "regular": 0}
     assert sorted(variants_of(list(found.values()))) == [
         "HadamardQuantize fp16 nchw channels=64 block=32 low=-7 high=7",
         "HadamardQuantize fp16 nhwc channels=64 block=32 low=-7 high=7",

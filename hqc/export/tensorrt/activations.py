@@ -3,6 +3,7 @@
     image   x [N, C, H, W] -> Conv(±H tiled [C, b, 1, 1], group C/b)          -> ·g[t] -> Clip -> QuantizeLinear(s₀)
     tokens  x [N, …, C]    -> Reshape [N, …, C/b, b] -> @ H [b, b]            -> ·g[t] -> Clip -> Reshape -> Q(s₀)
     plugin  x              -> HadamardQuantize(x, 1/s[t])                     (rotated sites, plugins = qdp)
+                              HadamardQuantizeBounded(x, [1/s, low, high][t]) where the timestep picks z
 
     g[t] = s₀/(s[t]·√b) as a table in float32,   Clip to [qmin·s₀, qmax·s₀]
 
@@ -44,8 +45,8 @@ class TensorRtState(Lowering):
 
 
 def looked_up(lo: TensorRtState, scale: Any, values: NDArray[np.float32], rank: int, name: str) -> ir.Value:
-    """A table [T] of values at the timestep's row, shaped to multiply a tensor of some rank: [N, 1, …]."""
-    table = lo.builder.constant(values.astype(np.float32).reshape(-1, *[1] * (rank - 1)), "table")
+    """A table [T, …] at the timestep's row, [N, …]; shaped to multiply a tensor of some rank: [N, 1, …]."""
+    table = lo.builder.constant(values.astype(np.float32).reshape(*values.shape, *[1] * (rank - 1)), "table")
     row = lo.value(scale.args[2])
     return typed(lo.builder.op("Gather", table, row, axis=0, name=name), FLOAT)
 
@@ -153,18 +154,24 @@ def _clipped(lo: TensorRtState, node: fx.Node, level: ir.Value, static: float) -
 
 def _plugin(lo: TensorRtState, node: fx.Node, table: NDArray[np.float32]) -> ir.Value:
     b = lo.builder
-    rotation, scale, low, high = node.args
+    rotation, scale = node.args[:2]
     block, regular = rotation_of(rotation)  # type: ignore[arg-type]
     image = len(lo.shape(node)) == 4 and int(rotation.args[2]) % 4 == 1  # type: ignore[union-attr, arg-type]
+    bounds, numbers = bounds_of(node, lo.program), {}
+    values = np.float32(1) / table
+    if bounds.lookups is None:
+        op, numbers = "HadamardQuantize", {"low": bounds.low, "high": bounds.high}
+    else:
+        op = "HadamardQuantizeBounded"
+        values = np.stack([values, bounds.lookups.lows.numpy(), bounds.lookups.highs.numpy()], 1)
     codes = b.op(
-        "HadamardQuantize",
+        op,
         lo.value(rotation.args[0]),  # type: ignore[union-attr]
-        per_sample_scale(lo, node, scale, np.float32(1) / table, f"{node.meta['site']}.input_scale"),
+        per_sample_scale(lo, node, scale, values, f"{node.meta['site']}.input_scale"),
         name=f"{node.meta['site']}.codes",
         domain=HQC_DOMAIN,
         block=block,
-        low=int(low),  # type: ignore[arg-type]
-        high=int(high),  # type: ignore[arg-type]
+        **numbers,
         channel_axis=1 if image else -1,
         regular=int(regular),
     )
@@ -174,8 +181,8 @@ def _plugin(lo: TensorRtState, node: fx.Node, table: NDArray[np.float32]) -> ir.
 def per_sample_scale(
     lo: TensorRtState, scaled: fx.Node, scale: Any, values: NDArray[np.float32], name: str
 ) -> ir.Value:
-    """A table at the timestep's row as [N], one for each sample of the tensor that a plugin scales."""
+    """A table [T, …] at the timestep's row as [N, …], one for each sample of the tensor that a plugin scales."""
     picked = looked_up(lo, scale, values, 1, name)
     if scale not in lo.shared or scaled in lo.shared:
         return picked
-    return typed(lo.builder.op("Expand", picked, batch_dims(lo, [BATCH]), name=f"{name}s"), FLOAT)
+    return typed(lo.builder.op("Expand", picked, batch_dims(lo, [BATCH, *values.shape[1:]]), name=f"{name}s"), FLOAT)

@@ -2,6 +2,8 @@
 
     HadamardQuantize(x, inv_scale [N]; block, low, high, channel_axis, regular) -> q int8, the shape of x
         q = clip(round(Ĥ·x · inv_scale[n]), low, high),  Ĥ = H_block/√block along channel_axis (1 or −1)
+    HadamardQuantizeBounded(x, step [N, 3]; block, channel_axis, regular) -> q int8
+        the same with step[n] = 1/s, least and largest code of the sample
     Int4Linear(q […, K], weight int8 [O, K/2], scale_w [O], scale_a [N], bias [O]; block, out_type, regular) -> […, O]
         y = (q @ (W·H_block)ᵀ)·scale_w[o]·scale_a[n] + bias[o],  H_block ±1; 1/√block is part of scale_w
     Int4Conv(q [N, C, H, W], weight int8 [O, kh·kw·C/2], …; + kernel, stride, padding) -> [N, O, H', W']
@@ -23,7 +25,7 @@ import onnx_ir as ir
 from hqc.export.builder import HQC_DOMAIN
 from hqc.export.functions import MATRIX_BODY
 
-__all__ = ["PLUGIN_ATTRIBUTES", "PLUGIN_NODES", "plugin_functions"]
+__all__ = ["PLUGIN_ATTRIBUTES", "PLUGIN_NODES", "ROTATING_NODES", "plugin_functions"]
 
 PLUGIN_ATTRIBUTES = {"plugin_namespace": HQC_DOMAIN, "plugin_version": "1", "aot": 1}
 """What makes TensorRT prefer a registered plugin to the function body, and its kernel inside the engine to Python."""
@@ -47,17 +49,28 @@ _HADAMARD_QUANTIZE = """
     sums = MatMul (turned, matrix)
     scaled = Mul (sums, factor)
     per_sample = Constant <value_ints = [-1, 1, 1, 1]> ()
+    {bounds}
     steps = Reshape (inv_scale, per_sample)
     level = Mul (scaled, steps)
     rounded = Round (level)
-    low_int = Constant <value_int: int = @low> ()
-    high_int = Constant <value_int: int = @high> ()
-    low_real = Cast <to = 1> (low_int)
-    high_real = Cast <to = 1> (high_int)
-    clipped = Clip (rounded, low_real, high_real)
+    at_least = Max (rounded, least)
+    clipped = Min (at_least, largest)
     back = Transpose <perm = [0, 1, 3, 2]> (clipped)
     whole = Reshape (back, shape)
     q = Cast <to = 3> (whole)
+"""
+
+_OF_THE_NODE = """
+    low = Constant <value_int: int = @low> ()
+    high = Constant <value_int: int = @high> ()
+    least = Cast <to = 1> (low)
+    largest = Cast <to = 1> (high)
+"""
+
+_OF_THE_SAMPLE = """
+    inv_scale, low, high = Split <axis = 1, num_outputs = 3> (step)
+    least = Reshape (low, per_sample)
+    largest = Reshape (high, per_sample)
 """
 
 # int8 [O, K/2] -> float32 [O, K]: n xor 8 − 8 is the signed value of a nibble.
@@ -146,12 +159,19 @@ PLUGIN_NODES = {
     "HadamardQuantize": (
         ("block", "low", "high", "channel_axis", "regular"),
         "(x, inv_scale) => (q)",
-        _HADAMARD_QUANTIZE,
+        _HADAMARD_QUANTIZE.replace("{bounds}", _OF_THE_NODE.strip()),
+    ),
+    "HadamardQuantizeBounded": (
+        ("block", "channel_axis", "regular"),
+        "(x, step) => (q)",
+        _HADAMARD_QUANTIZE.replace("{bounds}", _OF_THE_SAMPLE.strip()),
     ),
     "Int4Linear": (("block", "out_type", "regular"), _OPERANDS, _LINEAR),
     "Int4Conv": (("block", "kernel", "stride", "padding", "out_type", "regular"), _OPERANDS, _CONV),
 }
 """Attributes, operands and body by name."""
+ROTATING_NODES = ("HadamardQuantize", "HadamardQuantizeBounded")
+"""Those that read real values and write codes."""
 
 
 def plugin_functions(names: set[str], opset: int) -> Iterator[ir.Function]:

@@ -28,7 +28,7 @@ from hqc.export.scale_bank import lookup_key
 from hqc.export.shared import nearest_timestep
 from hqc.export.tensorrt.activations import TensorRtState, hadamard, looked_up, quantize
 from hqc.export.tensorrt.forms import Form, LayerForm, layer_forms, scale_table
-from hqc.export.tensorrt.functions import plugin_functions
+from hqc.export.tensorrt.functions import ROTATING_NODES, plugin_functions
 from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.export.tensorrt.precision import PRECISION, Precision, full_precision_nodes, set_precision
 from hqc.export.tensorrt.products import rescale
@@ -75,7 +75,7 @@ def _at_plugin_inputs(model: ir.Model, taps: Mapping[str, Tap]) -> Mapping[str, 
     reads = {
         str(node.outputs[0].name): str(node.inputs[0].name)  # type: ignore[union-attr]
         for node in model.graph
-        if node.op_type == "HadamardQuantize"
+        if node.op_type in ROTATING_NODES
     }
     return {site: replace(tap, input=Listen(reads.get(tap.codes.name, tap.input.name))) for site, tap in taps.items()}
 

@@ -23,7 +23,8 @@ class TensorRtOptions:
     """dtype of activations between the sites; standard operators only, or nodes that plugins take.
 
     plugins: `none` builds with every TensorRT from 10 on and with TensorRT-RTX. `qdp` writes `hqc::HadamardQuantize`,
-        `hqc::Int4Linear` and `hqc::Int4Conv`, each with a function body for runtimes without the plugin.
+        `hqc::HadamardQuantizeBounded`, `hqc::Int4Linear` and `hqc::Int4Conv`, each with a function body for runtimes
+        without the plugin.
     image_rotation: how [N, C, H, W] is rotated, as a grouped 1×1 convolution (stays in NHWC inside an engine, one
         kernel) or as a product between two reshapes. token_rotation: the same for […, C], where the product is
         between reshapes that move nothing.

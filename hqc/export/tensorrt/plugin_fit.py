@@ -21,14 +21,16 @@ _LIMIT = 127
 
 
 def rotation_obstacle(site: QuantisedSite, rotation: Rotation, options: TensorRtOptions) -> str:
-    """Why `HadamardQuantize` cannot make a site's codes; empty if it can."""
-    if site.bounds.lookups is not None:
-        return "its range of codes is looked up by the timestep"
-    low, high = site.bounds.low, site.bounds.high
+    """Why no plugin can rotate a site's input and make its codes; empty if one can."""
     image = is_op(site.products[0].node, ops.int_conv2d.default)
-    attributes = {"block": rotation.block, "low": low, "high": high, "channel_axis": 1 if image else -1}
-    attributes["regular"] = int(rotation.regular)
-    return _refusal("HadamardQuantize", (_dims(site.x), (None,)), options.dtype, attributes)
+    attributes = {**rotation_attributes(rotation), "channel_axis": 1 if image else -1}
+    found = site.bounds.lookups
+    if found is None:
+        attributes |= {"low": site.bounds.low, "high": site.bounds.high}
+        return _refusal("HadamardQuantize", (_dims(site.x), (None,)), options.dtype, attributes)
+    if {bound.args[2] for bound in (found.low, found.high)} != {site.quantiser.args[1].args[2]}:  # type: ignore[union-attr]
+        return "its range of codes is looked up by another row than its scale"
+    return _refusal("HadamardQuantizeBounded", (_dims(site.x), (None, 3)), options.dtype, attributes)
 
 
 def product_obstacle(

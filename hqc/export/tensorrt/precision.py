@@ -27,6 +27,7 @@ from torch import fx
 from hqc.bounds import QUANTISERS
 from hqc.errors import ExportError
 from hqc.export.builder import GraphBuilder, typed
+from hqc.export.tensorrt.functions import ROTATING_NODES
 from hqc.program import Program, aten, is_op
 
 __all__ = ["PRECISION", "Precision", "full_precision_nodes", "set_precision"]
@@ -154,7 +155,7 @@ class _Types:
     def _plugin(self, node: ir.Node) -> None:
         """A plugin reads and writes real values as activations; what comes from outside it reads as it is."""
         x = node.inputs[0]
-        if node.op_type == "HadamardQuantize" and x is not None and x.dtype == FLOAT and x.producer() is not None:
+        if node.op_type in ROTATING_NODES and x is not None and x.dtype == FLOAT and x.producer() is not None:
             node.replace_input_with(0, self._twin(x, self._dtype, node))
         if "out_type" in node.attributes:
             node.attributes["out_type"] = ir.AttrInt64("out_type", int(self._dtype))

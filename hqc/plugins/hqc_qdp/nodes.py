@@ -1,13 +1,14 @@
-"""The three plugin nodes: types and formats that they take, their output, the kernels that they need, and the launch.
+"""The plugin nodes: types and formats that they take, their output, the kernels that they need, and the launch.
 
     HadamardQuantize(x, inv_scale [N]; block, low, high, channel_axis, regular) -> int8, the shape of x
+    HadamardQuantizeBounded(x, step [N, 3]; block, channel_axis, regular) -> int8, the shape of x
     Int4Linear(q […, K], weight [O, K/2], scale_w [O], scale_a [N], bias [O]; block, out_type, regular) -> […, O]
     Int4Conv(q [N, C, H, W], weight [O, kernel²·C/2], …; block, kernel, stride, padding, out_type, regular)
         -> [N, O, H', W']
 
-block is the order of H, 1 for none; regular says which H, 1 the regular one, 0 Sylvester's. Sizes are whole numbers, or
-TensorRT's expressions of sizes that are known when the engine runs: the same formulas serve both. Channels and
-outputs are always whole numbers.
+step is 1/s, the least and the largest code of every sample. block is the order of H, 1 for none; regular says which H,
+1 the regular one, 0 Sylvester's. Sizes are whole numbers, or TensorRT's expressions of sizes that are known when the
+engine runs: the same formulas serve both. Channels and outputs are always whole numbers.
 
 Images are NCHW to ONNX and to TensorRT, whatever lies in memory. The kernels read and write NHWC, which is what
 TensorRT calls HWC16 (int8), HWC8 (float16 and bfloat16) and HWC (float32), as long as the channels fill the vector.
@@ -91,21 +92,26 @@ class Op(Protocol):
 
 @dataclass(frozen=True)
 class HadamardVariant:
-    """layout: "tokens" [N, …, C]; "nhwc" an image whose channels lie last in memory; "nchw" one that is turned so."""
+    """layout: "tokens" [N, …, C]; "nhwc" an image whose channels lie last in memory; "nchw" one that is turned so.
+
+    low and high None: every sample has its own bounds, beside its scale.
+    """
 
     dtype: str
     layout: str
     channels: int
     block: int
-    low: int
-    high: int
+    low: int | None
+    high: int | None
     regular: bool = False
 
     @property
     def key(self) -> str:
         """See `Variant`."""
-        sizes = f"channels={self.channels} {_rotation(self)} low={self.low} high={self.high}"
-        return f"HadamardQuantize {self.dtype} {self.layout} {sizes}"
+        sizes = f"{self.dtype} {self.layout} channels={self.channels} {_rotation(self)}"
+        if self.low is None:
+            return f"HadamardQuantizeBounded {sizes}"
+        return f"HadamardQuantize {sizes} low={self.low} high={self.high}"
 
     def launch(self, dims: Dims, tile: tuple[int, int], ceil_div: CeilDiv) -> Launch:
         """See `Variant`."""
@@ -127,27 +133,51 @@ class HadamardQuantize:
 
     def choices(self, dims: Sequence[Dims], dtype: str, attributes: Attributes) -> tuple[Choice, ...]:
         """See `Op`."""
-        rank = len(dims[0])
-        image = attributes["channel_axis"] == 1 and rank == 4
-        if not image and attributes["channel_axis"] not in (-1, rank - 1):
-            axis = attributes["channel_axis"]
-            raise PluginError(self.name, f"channel_axis is {axis} of {rank}, expected the last, or 1 of 4", NO_PLUGINS)
-        channels = _static(dims[0][1 if image else rank - 1], "HadamardQuantize", "channels")
-        bounds = attributes["low"], attributes["high"]
-        regular = _kind(self.name, attributes, channels)
-
-        def choice(layout: str, x_format: str, codes_format: str) -> Choice:
-            variant = HadamardVariant(dtype, layout, channels, attributes["block"], *bounds, regular)
-            return Choice(variant, (dtype, "fp32", "int8"), (x_format, "LINEAR", codes_format))
-
-        if not image:
-            return (choice("tokens", "LINEAR", "LINEAR"),)
-        _fills("HadamardQuantize", channels, "HWC16")
-        return choice("nchw", "LINEAR", "HWC16"), choice("nhwc", _LAST[dtype], "HWC16")
+        return _rotations(self.name, dims[0], dtype, attributes, (attributes["low"], attributes["high"]))
 
     def output(self, dims: Sequence[Dims], attributes: Attributes) -> tuple[tuple[Size, ...], str]:
         """See `Op`."""
         return tuple(dims[0]), "int8"
+
+
+class HadamardQuantizeBounded:
+    """The same with bounds of its own for every sample: an asymmetric range whose timestep picks its zero point."""
+
+    name = "HadamardQuantizeBounded"
+    attributes: tuple[str, ...] = ("block", "channel_axis", "regular")
+    inputs: tuple[str, ...] = ("x", "step")
+
+    def choices(self, dims: Sequence[Dims], dtype: str, attributes: Attributes) -> tuple[Choice, ...]:
+        """See `Op`."""
+        step = dims[1]
+        if len(step) != 2 or step[1] != 3:
+            raise PluginError(self.name, "step is not [N, 3]: 1/s, the least and the largest code", AGAIN)
+        return _rotations(self.name, dims[0], dtype, attributes, (None, None))
+
+    def output(self, dims: Sequence[Dims], attributes: Attributes) -> tuple[tuple[Size, ...], str]:
+        """See `Op`."""
+        return tuple(dims[0]), "int8"
+
+
+def _rotations(
+    op: str, sizes: Dims, dtype: str, attributes: Attributes, bounds: tuple[int | None, int | None]
+) -> tuple[Choice, ...]:
+    """The ways to rotate and quantise x of these sizes."""
+    rank, axis = len(sizes), attributes["channel_axis"]
+    image = axis == 1 and rank == 4
+    if not image and axis not in (-1, rank - 1):
+        raise PluginError(op, f"channel_axis is {axis} of {rank}, expected the last, or 1 of 4", NO_PLUGINS)
+    channels = _static(sizes[1 if image else rank - 1], op, "channels")
+    regular = _kind(op, attributes, channels)
+
+    def choice(layout: str, x_format: str, codes_format: str) -> Choice:
+        variant = HadamardVariant(dtype, layout, channels, attributes["block"], *bounds, regular)
+        return Choice(variant, (dtype, "fp32", "int8"), (x_format, "LINEAR", codes_format))
+
+    if not image:
+        return (choice("tokens", "LINEAR", "LINEAR"),)
+    _fills(op, channels, "HWC16")
+    return choice("nchw", "LINEAR", "HWC16"), choice("nhwc", _LAST[dtype], "HWC16")
 
 
 # ---- products ------------------------------------------------------------------------------------------------------
@@ -258,7 +288,8 @@ class Int4Conv:
         return (dims[0][0], dims[1][0], *places), _out_type(self.name, attributes)
 
 
-OPS: Mapping[str, Op] = {op.name: op for op in (HadamardQuantize(), Int4Linear(), Int4Conv())}
+_NODES: tuple[Op, ...] = (HadamardQuantize(), HadamardQuantizeBounded(), Int4Linear(), Int4Conv())
+OPS: Mapping[str, Op] = {op.name: op for op in _NODES}
 """The plugin nodes by name."""
 
 

@@ -90,6 +90,40 @@ def _kernel_hadamard(
     return _kernel("HadamardQuantize", (x, inv_scale), (block, low, high, channel_axis, regular), outputs, tactic)
 
 
+# ---- HadamardQuantizeBounded ---------------------------------------------------------------------------------------
+
+
+def _describe_bounded(
+    x: trtp.TensorDesc, step: trtp.TensorDesc, block: Ints, channel_axis: Ints, regular: Ints
+) -> trtp.TensorDesc:
+    codes = x.like()
+    codes.dtype = trt.int8
+    return codes
+
+
+def _tune_bounded(
+    x: trtp.TensorDesc,
+    step: trtp.TensorDesc,
+    block: Ints,
+    channel_axis: Ints,
+    regular: Ints,
+    outputs: tuple[trtp.TensorDesc],
+) -> list[trtp.AutoTuneCombination]:
+    return _tune("HadamardQuantizeBounded", (x, step), (block, channel_axis, regular))
+
+
+def _kernel_bounded(
+    x: trtp.TensorDesc,
+    step: trtp.TensorDesc,
+    block: Ints,
+    channel_axis: Ints,
+    regular: Ints,
+    outputs: tuple[trtp.TensorDesc],
+    tactic: int,
+) -> Aot:
+    return _kernel("HadamardQuantizeBounded", (x, step), (block, channel_axis, regular), outputs, tactic)
+
+
 # ---- Int4Linear ----------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +281,7 @@ def _ceil_div(size: Any, divisor: int) -> Any:
 
 for _name, _functions in {
     "HadamardQuantize": (_describe_hadamard, _tune_hadamard, _kernel_hadamard),
+    "HadamardQuantizeBounded": (_describe_bounded, _tune_bounded, _kernel_bounded),
     "Int4Linear": (_describe_linear, _tune_linear, _kernel_linear),
     "Int4Conv": (_describe_conv, _tune_conv, _kernel_conv),
 }.items():

@@ -21,8 +21,9 @@ __all__ = ["FORMAT", "PLUGINS_FILE", "VERSION", "Kernel", "KernelTable", "Kernel
 AGAIN = "Export the model again."
 PLUGINS_FILE = "plugins.json"
 FORMAT = "hqc-plugins"
-VERSION = 2
-"""2: nodes are told the kind of their rotation, `regular`."""
+VERSION = 3
+READABLE = (2, 3)
+"""2: nodes are told the kind of their rotation, `regular`. 3: `HadamardQuantizeBounded` is new, no more."""
 
 _CUDA_OF_ISA: Mapping[tuple[int, int], tuple[int, int]] = {
     **{(8, minor): (12, minor) for minor in range(6)},
@@ -91,8 +92,9 @@ def read_table(folder: Path, capability: tuple[int, int]) -> KernelTable:
     """
     path = folder / PLUGINS_FILE
     data = _read_json(path)
-    if data.get("format") != FORMAT or data.get("version") != VERSION:
-        found = f"holds {data.get('format')!r} version {data.get('version')!r}, expected {FORMAT!r} version {VERSION}"
+    if data.get("format") != FORMAT or data.get("version") not in READABLE:
+        expected = f"{FORMAT!r} version {' or '.join(map(str, READABLE))}"
+        found = f"holds {data.get('format')!r} version {data.get('version')!r}, expected {expected}"
         raise PluginError(str(path), found, AGAIN)
     try:
         listed, variants = data["kernels"], data["variants"]
