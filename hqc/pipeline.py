@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 
 from hqc.errors import PassError
+from hqc.plan import whole_site
 from hqc.program import PassRecord, Program, Stage
 from hqc.steps import parse_steps, step_text
 from hqc.verify import verify
@@ -112,7 +113,7 @@ def run_pass(program: Program, one: Pass, *, check_numerics: bool = False) -> Pr
     findings = one.find(program)
     result = one.apply(program, findings.matches)
     seconds = round(time.perf_counter() - start, 4)
-    left = {site for site, _ in result.sites()}
+    left = {name for site, _ in result.sites() for name in (site, whole_site(site))}
     removed = tuple(site for site, _ in program.sites() if site not in left)
     record = PassRecord(text, findings.matches, findings.misses, seconds, removed)
     result = result.evolve(history=(*result.history, record), stage=one.gives or program.stage)

@@ -19,8 +19,11 @@ __all__ = [
     "activation_range",
     "asymmetric_top",
     "decide",
+    "names_site",
     "parse_bits",
+    "part_site",
     "weight_range",
+    "whole_site",
 ]
 
 LOWEST_BITS, HIGHEST_BITS = 2, 8
@@ -326,6 +329,33 @@ def decide(site: str, rules: Sequence[Rule]) -> Rule | None:
     """The last rule whose pattern matches the site's name, or None."""
     found = None
     for rule in rules:
-        if fnmatch.fnmatchcase(site, rule.pattern):
+        if names_site(rule.pattern, site):
             found = rule
     return found
+
+
+def names_site(pattern: str, site: str) -> bool:
+    """Whether a wildcard pattern matches a site, or the one that it is a part of.
+
+    >>> names_site("*.conv_shortcut", "up.0.conv_shortcut:1"), names_site("*:0", "up.0.conv_shortcut:1")
+    (True, False)
+    """
+    return any(fnmatch.fnmatchcase(name, pattern) for name in {site, whole_site(site)})
+
+
+def part_site(site: str, number: int) -> str:
+    """The name of a part of a split site, counted from 0.
+
+    >>> part_site("up.0.conv_shortcut", 1)
+    'up.0.conv_shortcut:1'
+    """
+    return f"{site}:{number}"
+
+
+def whole_site(site: str) -> str:
+    """The site that a part belongs to; the site itself if it is whole.
+
+    >>> whole_site("up.0.conv_shortcut:1"), whole_site("conv_in")
+    ('up.0.conv_shortcut', 'conv_in')
+    """
+    return re.sub(r":\d+$", "", site)

@@ -364,7 +364,34 @@ def wide_channels() -> Source:
     return _source("wide_channels", _WideChannels(), channels=256)
 
 
-WIDE: Mapping[str, Callable[[], Source]] = {"wide_channels": wide_channels}
+class _Joined(nn.Module):
+    """Concatenations: read by a shortcut and a norm, by a layer of tokens, by layers that cannot be split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in, self.deep = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 32, 3, padding=1)
+        self.norm, self.conv = nn.GroupNorm(4, 48), nn.Conv2d(48, 24, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(48, 24, 3, stride=1, padding=1)
+        self.grouped = nn.Conv2d(48, 24, 1, groups=2)
+        self.fuse = nn.Linear(24 + 16 + 8, 8, bias=False)
+        self.rows = nn.Linear(8, 5)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        skip = self.conv_in(_shift(sample, timestep))
+        joined = torch.cat([self.deep(torch.tanh(skip)), 20 * skip], 1)
+        hidden = self.conv_shortcut(joined) + self.conv(functional.silu(self.norm(joined))) + self.grouped(joined)
+        tokens, given = (x.flatten(2).transpose(1, 2) for x in (hidden, skip))
+        fused = self.fuse(torch.cat([tokens, given, tokens[..., :8]], -1))  # [N, H*W, 8]
+        return self.rows(torch.cat([fused, fused], 1))  # [N, 2*H*W, 5]
+
+
+def joined() -> Source:
+    """Layers that read concatenations: a convolution of two parts, 20 times apart, and a linear layer of three."""
+    torch.manual_seed(13)
+    return _source("joined", _Joined(), channels=16)
+
+
+WIDE: Mapping[str, Callable[[], Source]] = {"wide_channels": wide_channels, "joined": joined}
 SHAPES: Mapping[str, Callable[[], Source]] = {f.__name__: f for f in (seamless, odd_sides, plain_attention)}
 UNETS: Mapping[str, Callable[[], Source]] = {f.__name__: f for f in (cross_attention, unconditional, without_attention)}
 PLAIN: Mapping[str, Callable[[], Source]] = {

@@ -11,6 +11,7 @@ from hqc.passes.merge_lora import MergeLora
 from hqc.passes.pack_int4 import PackInt4
 from hqc.passes.rotate_weights import RotateWeights
 from hqc.passes.select_layers import SelectLayers
+from hqc.passes.split_concat import SplitConcat
 from hqc.passes.split_digits import SplitDigits
 from hqc.steps import step_name
 
@@ -25,6 +26,7 @@ __all__ = [
     "PackInt4",
     "RotateWeights",
     "SelectLayers",
+    "SplitConcat",
     "SplitDigits",
 ]
 
@@ -32,6 +34,7 @@ PASSES: Mapping[str, type] = {
     step_name(kind): kind
     for kind in (
         DropSingleKeyAttention,
+        SplitConcat,
         SelectLayers,
         InsertHadamard,
         InsertQdq,

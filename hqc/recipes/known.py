@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation
-from hqc.passes import AttachLora, DropSingleKeyAttention, InsertHadamard, InsertQdq, SelectLayers
+from hqc.passes import AttachLora, DropSingleKeyAttention, InsertHadamard, InsertQdq, SelectLayers, SplitConcat
 from hqc.steps import step_name
 from hqc.training import LOSSES, Distil, Group
 
@@ -13,6 +13,7 @@ STEPS: Mapping[str, type] = {
     step_name(kind): kind
     for kind in (
         DropSingleKeyAttention,
+        SplitConcat,
         SelectLayers,
         InsertHadamard,
         ChooseRotation,

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from hqc.errors import PlanError
+from hqc.plan import whole_site
 from hqc.program import Program
 from hqc.steps import check_options
 
@@ -59,7 +60,7 @@ def trainable(program: Program, groups: Sequence[Group]) -> dict[str, Group]:
     for name, tensor in program.state.items():
         if name.rpartition(".")[0] not in sites or not tensor.is_floating_point():
             continue
-        fitting = [group for group in groups if fnmatch.fnmatchcase(name, group.pattern)]
+        fitting = [group for group in groups if _names(group.pattern, name)]
         matched.update(fitting)
         if fitting:
             found[name] = fitting[-1]
@@ -77,6 +78,12 @@ _MAY_BE_ABSENT = ("bias", "weight_zero", "activation_zero_table")
 
 def _may_be_absent(group: Group, sites: Collection[str]) -> bool:
     return any(fnmatch.fnmatchcase(f"{site}.{leaf}", group.pattern) for site in sites for leaf in _MAY_BE_ABSENT)
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a tensor, of a site or of the one that it is a part of."""
+    site, _, leaf = name.rpartition(".")
+    return any(fnmatch.fnmatchcase(f"{one}.{leaf}", pattern) for one in {site, whole_site(site)})
 
 
 def optimizer_of(

@@ -22,9 +22,11 @@ from hqc.passes import (
     PackInt4,
     RotateWeights,
     SelectLayers,
+    SplitConcat,
     SplitDigits,
 )
 from hqc.pipeline import Pass, run_pass, run_pipeline
+from hqc.plan import whole_site
 from hqc.program import Program, Stage, aten
 from hqc.steps import step_name
 from hqc.text import graph_text
@@ -32,6 +34,7 @@ from hqc.text import graph_text
 GRID = (0.0, 250.0, 500.0, 999.0)
 CHAIN: tuple[Pass, ...] = (
     DropSingleKeyAttention(),
+    SplitConcat(),
     SelectLayers(bits="w4a4"),
     InsertHadamard(),
     InsertQdq(timesteps=GRID),
@@ -109,7 +112,8 @@ def test_every_site_is_touched_or_has_a_reason(model: str, name: str, before: Ca
     program, one = before(model, name), CHAIN[NAMES.index(name)]
     findings = one.find(program)
     named = [*findings.matches, *(site for site, _ in findings.misses)]
-    expected = {site for site, _ in program.sites()} if name != "drop_single_key_attention" else set()
+    of_some = ("split_concat", "drop_single_key_attention")
+    expected = {site for site, _ in program.sites()} if name not in of_some else set()
     if name == "split_digits":
         expected &= {plan.site for plan in program.plan.quantised}
     assert len(named) == len(set(named)), "a site is named twice"
@@ -281,8 +285,10 @@ def test_site_names_survive_the_whole_chain(
 ) -> None:
     gone = after(model, NAMES[0]).history[-1].removed
     assert bool(gone) == (model == "single_key")
-    names = [site for site, _ in captured(model).sites() if site not in gone]
-    for name in NAMES:
+    whole = [site for site, _ in captured(model).sites() if site not in gone]
+    names = [site for site, _ in after(model, "split_concat").sites()]
+    assert list(dict.fromkeys(map(whole_site, names))) == whole
+    for name in NAMES[NAMES.index("split_concat") :]:
         assert [site for site, _ in after(model, name).sites()] == names, name
 
 
@@ -294,8 +300,8 @@ def test_what_stands_at_a_site_keeps_the_path_of_its_module(
     wanted = {site: layer.meta.get("scope") for site, layer in captured(model).sites()}
     for name in NAMES:
         nodes = [node for node in after(model, name).graph.nodes if "site" in node.meta]
-        assert {node.meta["site"]: node.meta.get("scope") for node in nodes}.items() <= wanted.items(), name
-        assert all(node.meta.get("scope") == wanted[node.meta["site"]] for node in nodes), name
+        assert {whole_site(node.meta["site"]): node.meta.get("scope") for node in nodes}.items() <= wanted.items(), name
+        assert all(node.meta.get("scope") == wanted[whole_site(node.meta["site"])] for node in nodes), name
 
 
 @pytest.mark.parametrize("model", ZOO)

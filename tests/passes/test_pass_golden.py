@@ -19,6 +19,7 @@ from hqc.passes import (
     PackInt4,
     RotateWeights,
     SelectLayers,
+    SplitConcat,
     SplitDigits,
 )
 from hqc.pipeline import Pass, run_pass, run_pipeline
@@ -63,6 +64,13 @@ def test_golden_single_key(captured: Callable[[str], Program], golden: Callable[
     before = captured("single_key")
     golden(GOLDEN / "drop_single_key_attention.before.txt", described(before))
     golden(GOLDEN / "drop_single_key_attention.after.txt", described(run_pass(before, DropSingleKeyAttention())))
+
+
+def test_golden_split_concat(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:
+    """`split_concat`, for a model that has concatenations."""
+    before = captured("joined")
+    golden(GOLDEN / "split_concat.before.txt", described(before))
+    golden(GOLDEN / "split_concat.after.txt", described(run_pass(before, SplitConcat())))
 
 
 def test_golden_two_digits(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:

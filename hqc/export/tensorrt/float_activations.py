@@ -6,7 +6,6 @@ Both rotations go with the quantiser that they enclose: Ĥ·Ĥ = 1. Where the we
 rotated back, the rotation stays: op(Ĥ·x, DQ(w_q; s_w)). Also here: the codes that no int8 quantiser makes.
 """
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -19,6 +18,7 @@ from hqc.errors import ExportError
 from hqc.export.tensorrt.weights import stored_codes
 from hqc.passes.rewriting import LINEAR, Rewriter, rewrite
 from hqc.pipeline import Findings
+from hqc.plan import names_site
 from hqc.program import Program, Stage, is_op
 from hqc.sites import QuantisedSite, quantised_sites, rotation_within
 
@@ -71,13 +71,13 @@ def weight_only_sites(program: Program, patterns: Sequence[str]) -> tuple[str, .
         and _is_linear(kinds[plan.site])
     ]
     for pattern in patterns:
-        if not fnmatch.filter(fitting, pattern):
+        if not any(names_site(pattern, site) for site in fitting):
             raise ExportError(
                 f"weight-only {pattern!r}",
                 "matches no linear layer with symmetric 4-bit weights",
                 "See `hqc inspect PROGRAM`.",
             )
-    return tuple(site for site in fitting if any(fnmatch.fnmatchcase(site, pattern) for pattern in patterns))
+    return tuple(site for site in fitting if any(names_site(pattern, site) for pattern in patterns))
 
 
 def _is_linear(site: QuantisedSite) -> bool:
