@@ -258,7 +258,7 @@ def test_a_plugin_is_told_scale_and_bounds_of_every_timestep(build, rotation) ->
 
 def test_a_site_that_wants_other_rows_of_bounds_keeps_standard_operators(quantised) -> None:
     prepared = prepare(quantised("two_sites", "w4a4", ranges="asymmetric"), "tensorrt")
-    site = quantised_sites(prepared)[0]
+    site = next(quantised_sites(prepared))
     turn, options = rotation_of(site.quantiser.args[0]), TensorRtOptions(plugins="qdp", plugin_archs=())
     assert rotation_obstacle(site, turn, options) == ""
     low = site.bounds.lookups.low
