@@ -1,6 +1,6 @@
 """`make demo`: the whole way on the bundled model, each step the command that a user would type, then one table.
 
-trace -> ptq (RTN, RTN + Hadamard) -> qat (HQ-DM) -> export -> sample -> eval
+trace -> ptq (RTN, RTN + Hadamard) -> qat (the recipe hqc) -> export -> sample -> eval
 """
 
 import argparse
@@ -26,10 +26,10 @@ ROWS = {
     "float": "digits.hqc",
     "RTN": "rtn.hqc",
     "RTN + Hadamard": "rtn-hadamard.hqc",
-    "HQ-DM": "hq-dm.hqc",
-    "HQ-DM, ONNX Runtime": "hq-dm-onnx",
+    "hqc, ONNX Runtime": "hqc-onnx",
     "float, ONNX Runtime": "digits-onnx",
 }
+"""What is measured. The export of the trained program draws what its torch form draws, and many times as fast."""
 SAMPLER = {"num_inference_steps": 20, "guidance_scale": 1.5, "eta": 0.0, "batch_size": 50}
 GAIN_IMAGES = 50
 
@@ -51,16 +51,16 @@ def main() -> None:
     began, work, bits = time.perf_counter(), options.work, options.bits
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    program, trained = str(work / "digits.hqc"), str(work / "hq-dm.hqc")
+    program, trained = str(work / "digits.hqc"), str(work / "hqc.hqc")
     hqc("trace", "digits", "-o", program)
     hqc("ptq", program, "--bits", bits, "-o", str(work / "rtn.hqc"))
     hqc("ptq", program, "--bits", bits, "--hadamard", "-o", str(work / "rtn-hadamard.hqc"))
     steps = ["--steps", str(options.steps)] if options.steps else []
-    hqc("qat", program, "--bits", bits, "--recipe", "hq-dm", *steps, "-o", trained)
-    hqc("export", trained, "--target", "onnxruntime", "-o", str(work / "hq-dm-onnx"))
+    hqc("qat", program, "--bits", bits, *steps, "-o", trained)
+    hqc("export", trained, "--target", "onnxruntime", "-o", str(work / "hqc-onnx"))
     hqc("export", program, "--target", "onnxruntime", "-o", str(work / "digits-onnx"))
     picture = work / "samples.png"
-    hqc("sample", str(work / "hq-dm-onnx"), "--compare-with", program, "--per-class", "4", "-o", str(picture))
+    hqc("sample", str(work / "hqc-onnx"), "--compare-with", program, "--per-class", "4", "-o", str(picture))
     console.print(f"measuring {options.images} images with each model …")
     timing = Timing(runs=30)
     milliseconds = median_milliseconds({name: work / file for name, file in ROWS.items()}, timing=timing)
