@@ -135,6 +135,8 @@ def _require_stage(program: Program, step: Step, text: str) -> None:
 def run_procedure(program: Program, step: Procedure, work: "Work") -> Program:
     """Runs one procedure: stage check, run, verify, record with the sites whose values it changed.
 
+    Passes that it runs have records of their own; its seconds are those besides.
+
     Raises:
         PassError: if the program is at a stage that it does not take, or the result breaks a contract.
     """
@@ -144,7 +146,8 @@ def run_procedure(program: Program, step: Procedure, work: "Work") -> Program:
     result = step.run(program, work)
     changed = {name.rpartition(".")[0] for name, value in result.state.items() if program.state.get(name) is not value}
     touched = tuple(plan.site for plan in result.plan.sites if plan.site in changed)
-    record = PassRecord(text, touched, (), round(time.perf_counter() - start, 4))
+    inside = sum(one.seconds for one in result.history[len(program.history) :])
+    record = PassRecord(text, touched, (), round(time.perf_counter() - start - inside, 4))
     result = result.evolve(history=(*result.history, record), stage=step.gives or program.stage)
     verify(result, after=text)
     return result

@@ -1,7 +1,7 @@
 """The parts of compare-recipes that run no cell: entries, budgets against counted evaluations, seeds, ranks, tables."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from hqc.calibration import activations
 from hqc.capture import trace
 from hqc.errors import ArtefactError, PlanError
 from hqc.evaluation.comparison.budget import Budgets, Scaled, default_budget, iterates, scaled
-from hqc.evaluation.comparison.cells import seeded
+from hqc.evaluation.comparison.cells import _seconds, seeded
 from hqc.evaluation.comparison.entries import find_entries
 from hqc.evaluation.comparison.images import Drawn, load_drawn, save_drawn
 from hqc.evaluation.comparison.notes import notes_of
@@ -27,12 +27,14 @@ from hqc.evaluation.comparison.subject import Protocol
 from hqc.evaluation.comparison.table import markdown
 from hqc.evaluation.sampling import Samples, SamplingProtocol
 from hqc.evaluation.workspace import fingerprint
-from hqc.program import Program
+from hqc.program import PassRecord, Program
 from hqc.recipes import RECIPES, Recipe
 from hqc.recipes.files import recipe_yaml
 from hqc.recipes.rotation import rotation
 from hqc.recipes.run import Request, run_recipe
-from hqc.sampling import Work
+from hqc.recipes.work_folder import Run
+from hqc.sampling import Update, Work
+from hqc.steps import step_text
 from hqc.training import distil, student
 
 SAMPLER = {"num_inference_steps": 2, "guidance_scale": 1.5, "eta": 0.0}
@@ -50,6 +52,23 @@ def trained(epochs: int = 2, guidance: float = 1.5) -> Recipe:
     """HQ-DM with little to do."""
     recipe = RECIPES["hq-dm"].having("distil", epochs=epochs, batch_size=3).having("calibrate_activations", samples=2)
     return recipe.set("sampler.num_inference_steps", 2).set("sampler.guidance_scale", guidance)
+
+
+# ---- seconds ---------------------------------------------------------------------------------------------------------
+
+
+def test_seconds_count_every_step_once(tmp_path: Path) -> None:
+    """A pass that a step ran by itself beside it; a step that was killed by what all its processes logged."""
+    recipe = RECIPES["rtn"].rotated(rotation("auto"))
+    texts = [step_text(step) for step in recipe.steps]
+    texts.insert(texts.index(step_text(rotation("auto"))), "insert_hadamard()")
+    records = [PassRecord(text, (), (), 1.0) for text in texts]
+    run = Run(tmp_path)
+    assert _seconds(records, recipe, run) == len(recipe.steps) + 1
+    update = asdict(Update(1, 1, 0, 1.0, 1.0, 1.0, 4.0))
+    lines = [json.dumps({"of": len(recipe.steps), **update})] * 2
+    run.log_path.write_text("\n".join(lines), encoding="utf-8")
+    assert _seconds(records, recipe, run) == len(recipe.steps) + 8
 
 
 # ---- entries ---------------------------------------------------------------------------------------------------------

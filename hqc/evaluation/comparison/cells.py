@@ -8,7 +8,7 @@ WORK/w4a4-rtn-0-figures     figures.json
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -33,12 +33,12 @@ from hqc.evaluation.workspace import Workspace, content, fingerprint
 from hqc.export import EXPORT_KIND, export_program
 from hqc.models.classifier import load_digit_classifier
 from hqc.plan import QuantPlan
-from hqc.program import Program
+from hqc.program import PassRecord, Program
 from hqc.recipes import Recipe
 from hqc.recipes.work_folder import Run
 from hqc.sampling import Update
 from hqc.stages import Stage, doing
-from hqc.steps import flat_options
+from hqc.steps import flat_options, step_text
 from hqc.storage import atomic_folder, check_manifest, load_program, save_program, write_manifest
 
 __all__ = ["Cell", "Maker", "seeded"]
@@ -133,7 +133,8 @@ class Maker:
             result = self._run(cell, recipe, work, resume=run.unfinished)
         except ArtefactError:  # what a killed run left cannot be gone on with
             result = self._run(cell, recipe, work, restart=True)
-        made = {"seconds": round(_seconds(result, recipe, run), 3), "true_bytes": true_bytes(result)}
+        records = result.history[len(self.subject.program.history) :]
+        made = {"seconds": round(_seconds(records, recipe, run), 3), "true_bytes": true_bytes(result)}
         plan = replace(result.plan, training={**result.plan.training, **made})
         save_program(result.evolve(plan=plan), target, force=True)
         remove_tree(work)
@@ -297,11 +298,13 @@ def _export_figures(exported: Path | None, refusal: str) -> dict[str, Any]:
     return {"integer_sites": found["sites"], "export_error": found["network"]["forced_error"], "export_refused": None}
 
 
-def _seconds(program: Program, recipe: Recipe, run: Run) -> float:
+def _seconds(records: Sequence[PassRecord], recipe: Recipe, run: Run) -> float:
     """Of all steps; of one that was killed and went on, those of its updates in all processes."""
-    logged = _logged(run)
-    records = program.history[-len(recipe.steps) :]
-    return sum(max(record.seconds, logged.get(number, 0.0)) for number, record in enumerate(records, 1))
+    logged, texts, done, total = _logged(run), [step_text(step) for step in recipe.steps], 0, 0.0
+    for record in records:  # a pass that a step ran by itself has one too
+        done += done < len(texts) and record.text == texts[done]
+        total += max(record.seconds, logged.pop(done, 0.0))
+    return total
 
 
 def _logged(run: Run) -> dict[int, float]:
