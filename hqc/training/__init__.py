@@ -2,6 +2,6 @@
 
 from hqc.training.distil import Distil
 from hqc.training.groups import Group
-from hqc.training.losses import LOSSES, GuidedNoise
+from hqc.training.losses import LOSSES, GuidedNoise, TemporalRelation
 
-__all__ = ["LOSSES", "Distil", "Group", "GuidedNoise"]
+__all__ = ["LOSSES", "Distil", "Group", "GuidedNoise", "TemporalRelation"]

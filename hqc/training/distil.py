@@ -20,12 +20,13 @@ from hqc.errors import PlanError, TrainingError
 from hqc.memory import require_memory, training_bytes
 from hqc.program import Program, Stage
 from hqc.sampling import Update, Work, guided
-from hqc.sampling.task import Denoise, denoiser
-from hqc.steps import check_options
+from hqc.sampling.task import Denoise
+from hqc.steps import check_options, step_name
 from hqc.training.groups import Group, trainable
 from hqc.training.losses import GuidedNoise, Loss, Seen
 from hqc.training.step_weights import step_weights
 from hqc.training.student import Student
+from hqc.training.taps import Before, Tapped, taps_of
 from hqc.training.trajectories import Epochs, Order, State
 from hqc.training.validation import HeldOut
 
@@ -69,6 +70,9 @@ class Distil:
         check_options(self)
         if not self.losses or not self.groups:
             raise PlanError("distil", "has no losses or no groups", "Say what is lowered, and which tensors learn.")
+        if self.order != "sampler" and (needing := [loss for loss in self.losses if loss.in_order]):
+            found = f"its steps are {self.order}; {step_name(type(needing[0]))} sees neighbouring ones"
+            raise PlanError("distil", found, "Take order='sampler', or leave the loss out.")
 
     def total(self, work: Work) -> int:
         """Updates in all."""
@@ -89,8 +93,9 @@ class Distil:
         """A step runs a batch, twice as large with guidance, and keeps what the backward pass needs.
 
         Raises:
-            MemoryShortError: if that does not fit.
+            MemoryShortError: if that does not fit. PlanError: for a loss of a block that there is not.
         """
+        taps_of(self.losses, work.teacher)
         require_memory(
             f"training on batches of {self.batch_size}",
             program.size_bytes() + training_bytes(program, self.batch_size * work.halves()),
@@ -104,8 +109,10 @@ class Distil:
             TrainingError: if the loss is not finite, naming the step. ArtefactError: a checkpoint of another program.
         """
         total, sampler = self.total(work), work.sampler
-        student = Student(program, trainable(program, self.groups), self.batch_size * work.halves(), self.ema)
-        teacher = denoiser(work.teacher.module())
+        taps = taps_of(self.losses, program)
+        student = Student(program, trainable(program, self.groups), self.batch_size * work.halves(), self.ema, taps)
+        teacher = Tapped(work.teacher.module(), taps_of(self.losses, work.teacher))
+        before = Before(self.losses)
         weights = self._weights(work, teacher, student.denoise)
         epochs = Epochs(work.sampled, sampler, self.batch_size, self.seed, self.order, self.own_share, total)
         first = 0
@@ -113,11 +120,15 @@ class Distil:
             student.restore(work.checkpoint)
             first = work.checkpoint.step
             epochs.restore(work.checkpoint)
+            before.restore(work.checkpoint)
         held_out = self._held_out(work, teacher)
         began = time.perf_counter()
         for state in epochs.states(teacher, student.denoise, first):
             found = guided(student.denoise, state.sample, state.time_input, state.conditions, sampler.guidance_scale)
-            loss = self._loss(found, state, weights)
+            weight, earlier = state.weights(weights), before.begin(state.epoch)
+            seen = Seen(found, weight, student.denoise.values, earlier[0])
+            loss = self._loss(seen, Seen(state.wanted, weight, teacher.values, earlier[1]), state.step)
+            before.add(seen.taps, teacher.values)
             student.learn(loss, self._factor(state.step, total))
             done = state.step + 1
             if work.on_update is not None:
@@ -125,7 +136,7 @@ class Distil:
             if held_out is not None and work.on_validation is not None and done % self.validate_every == 0:
                 work.on_validation(held_out.measure(student.denoise, done))
             if work.on_checkpoint is not None and done % self.checkpoint_every == 0 and done < total:
-                work.on_checkpoint(student.snapshot(done, epochs.kept))
+                work.on_checkpoint(student.snapshot(done, {**epochs.kept, **before.snapshot()}))
             began = time.perf_counter()
         return student.result()
 
@@ -148,16 +159,14 @@ class Distil:
             return None
         return HeldOut(work.sampled, work.sampler, teacher, self.batch_size)
 
-    def _loss(self, found: Tensor, state: State, weights: dict[float, float] | None) -> Tensor:
-        weight = state.weights(weights)
-        student, teacher = Seen(found, weight), Seen(state.wanted, weight)
+    def _loss(self, student: Seen, teacher: Seen, step: int) -> Tensor:
         first, *more = (loss(student, teacher) for loss in self.losses)
         for one in more:
             first = first + one
         value = float(first.detach())
         if not value < float("inf"):
             raise TrainingError(
-                f"training step {state.step + 1}", f"the loss is {value}", "Lower --lr-lora or the bits' risk."
+                f"training step {step + 1}", f"the loss is {value}", "Lower --lr-lora or the bits' risk."
             )
         return first
 

@@ -9,9 +9,9 @@ from hqc.checkpoint import Checkpoint
 from hqc.errors import ArtefactError
 from hqc.plan import asymmetric_top
 from hqc.program import Program
-from hqc.sampling.task import Denoise, denoiser
 from hqc.training.groups import Group, optimizer_of
 from hqc.training.module import training_module
+from hqc.training.taps import Tapped
 
 __all__ = ["Student"]
 
@@ -23,10 +23,17 @@ class Student:
     """Trains the named tensors of a program, which itself stays as it is.
 
     samples: of a call, which decide what is cheaper to rotate. ema: the decay d of the averages a := d·a + (1-d)·p that
-    are the result; 0 keeps none.
+    are the result; 0 keeps none. taps: nodes whose values `denoise` keeps.
     """
 
-    def __init__(self, program: Program, names: Mapping[str, Group], samples: int, ema: float = 0.0) -> None:
+    def __init__(
+        self,
+        program: Program,
+        names: Mapping[str, Group],
+        samples: int,
+        ema: float = 0.0,
+        taps: Mapping[str, str] | None = None,
+    ) -> None:
         self._program, self._ema = program, ema
         module = training_module(program, samples)
         self._parameters = {name: _own_parameter(module, name) for name in names}
@@ -34,7 +41,7 @@ class Student:
         self._zeros = [(self._parameters[name], top) for name in names if (top := _zero_top(program, name))]
         self._optimizer = optimizer_of(program, names, self._parameters)
         self._averages = {name: p.detach().clone() for name, p in self._parameters.items()} if ema else {}
-        self.denoise: Denoise = denoiser(module)
+        self.denoise = Tapped(module, taps or {})
 
     def learn(self, loss: Tensor, factor: float) -> None:
         """One update, with every rate times the factor."""

@@ -103,7 +103,7 @@ BAD_FILES = {
     "name: x\nsteps: []": "steps is no list",
     "name: 3\nsteps: [insert_qdq]": "name is 3; expected a text",
     "name: x\nblock: 3\nsteps: [insert_qdq]": "has no field 'block'",
-    "name: x\nsteps: [insert_qqd]": "unknown step 'insert_qqd'; there are drop_single_key_attention, select_layers",
+    "name: x\nsteps: [insert_qqd]": "unknown step 'insert_qqd'; there are drop_single_key_attention, ",
     "name: x\nsteps: [guided_noise]": "unknown step 'guided_noise'",
     "name: x\nsteps: [{insert_hadamard: {block: '32'}}]": "option block is a str; expected int",
     "name: x\nsteps: [{insert_hadamard: {size: 32}}]": "has no option 'size'; it has block",

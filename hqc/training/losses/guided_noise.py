@@ -1,11 +1,13 @@
 """The noise after guidance: what the sampler steps with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
+from hqc.program import Program
 from hqc.steps import check_options
 from hqc.training.losses.seen import Seen
 
@@ -21,8 +23,15 @@ class GuidedNoise:
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
+    window: ClassVar[int] = 1
+    in_order: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         check_options(self)
+
+    def taps(self, program: Program) -> Mapping[str, str]:
+        """It needs no more than the noise."""
+        return {}
 
     def __call__(self, student: Seen, teacher: Seen) -> Tensor:
         """The loss, a scalar."""

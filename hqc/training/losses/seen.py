@@ -1,15 +1,25 @@
 """What a loss sees of one graph in one step."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-__all__ = ["Seen"]
+__all__ = ["Seen", "Values"]
+
+Values = Mapping[str, Tensor]
+"""Of the nodes that losses asked for, by the losses' own names of them."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """noise: the guided ε [N, …]. weight: of the samples, a number or [N]; None is 1."""
+    """noise: the guided ε [N, …]. weight: of the samples, a number or [N]; None is 1.
+
+    taps: what the losses asked for, of every sample that the denoiser was run on ([2·N, …] with guidance). before: the
+    same of the steps before in this trajectory, the latest last, without gradients.
+    """
 
     noise: Tensor
     weight: Tensor | float | None = None
+    taps: Values = field(default_factory=dict)
+    before: tuple[Values, ...] = ()
