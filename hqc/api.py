@@ -4,6 +4,7 @@
     student = hqc.ptq(program, "rtn", "w4a4")                            # training-free
     student = hqc.qat(program, "hq-dm", "w4a4", work_dir="run")          # distillation, resumable
     student = hqc.qat(program, "hq-dm", settings={"distil.epochs": 10})  # with options of a step changed
+    student = hqc.ptq(program, "rtn", plan="plan.yaml")                  # with bits of single sites from a plan file
     report = hqc.export_program(student, "onnxruntime", "digits-w4a4")
     pipe.unet = hqc.load("digits-w4a4").as_unet()
 
@@ -30,8 +31,9 @@ from hqc.models import digits_path
 from hqc.paths import StrPath
 from hqc.program import InputSpec, Program
 from hqc.recipes import Recipe, find_recipe
+from hqc.recipes.plan_file import PlanFile, plan_asked
 from hqc.recipes.rotation import Rotation, rotation
-from hqc.recipes.run import Request, run_recipe, run_settings
+from hqc.recipes.run import Request, planned, run_recipe, run_settings
 from hqc.recipes.work_folder import Run
 from hqc.runtimes import as_unet
 from hqc.runtimes.base import named_inputs
@@ -172,11 +174,12 @@ def recipe_of(recipe: str | Recipe, settings: Mapping[str, Any] | None = None) -
 def quantise(
     program: Program,
     recipe: str | Recipe,
-    bits: str,
+    bits: str | None = None,
     *,
     task: Task | None = None,
     forward_loop: ForwardLoop | None = None,
     keep_float: Sequence[str] = (),
+    plan: StrPath | PlanFile | None = None,
     settings: Mapping[str, Any] | None = None,
     work_dir: StrPath | None = None,
     resume: bool = False,
@@ -185,6 +188,8 @@ def quantise(
 ) -> Program:
     """Runs a recipe's steps on a captured program; with a work folder it can be killed and resumed.
 
+    bits: None takes the plan's, or w4a4. plan: a file of rules that give single sites bits, a rotation, a LoRA rank
+    (`hqc.recipes.plan_file`).
     settings: options of its steps, as {"calibrate_activations.samples": 8}. forward_loop: calibrates instead of the
     sampler; the grid of the scale tables is then the timesteps that it visits, else the sampler's.
     work_dir: keeps the program after every long step, a JSON-lines log and the last checkpoint; no other run may use it
@@ -196,7 +201,10 @@ def quantise(
         training met NaN, or there is nothing to sample. MemoryShortError: before anything runs. ArtefactError: nothing
         to resume, or a run with other settings; with neither resume nor restart, an unfinished run.
     """
-    found = recipe_of(recipe, settings)
+    found, asked = recipe_of(recipe, settings), plan_asked(plan)
+    bits, found = asked.bits_with(bits), found.following(asked.rules)
+    if asked.rules:  # what does not fit the program is said before anything runs
+        planned(program, found, Request(bits, tuple(keep_float), rules=asked.rules), calibrated=False)
     if resume and restart:
         raise ArtefactError("--resume", "and --restart exclude each other", "Give one of them.")
     if resume and work_dir is None:
@@ -209,7 +217,7 @@ def quantise(
             task = task_of(program)
         observe = _user_loop(forward_loop, program) if forward_loop is not None else None
         grid = _visited(program, observe) if observe is not None else _grid(task, found)
-        request = Request(bits, tuple(keep_float), grid)
+        request = Request(bits, tuple(keep_float), grid, asked.rules)
         drawn_from = task.drawn_from if task is not None else "the forward loop"
         return run_recipe(
             program,
@@ -246,7 +254,7 @@ def _logged(run: Run | None, on_update: Callable[[Update], None] | None) -> Call
 def ptq(
     program: Program,
     recipe: str | Recipe = "rtn",
-    bits: str = "w4a4",
+    bits: str | None = None,
     *,
     hadamard: Rotation | bool = False,
     block: int | None = None,
@@ -269,7 +277,7 @@ def ptq(
     return quantise(program, found, bits, **options)
 
 
-def qat(program: Program, recipe: str | Recipe = "hqc", bits: str = "w4a4", **options: Any) -> Program:
+def qat(program: Program, recipe: str | Recipe = "hqc", bits: str | None = None, **options: Any) -> Program:
     """Quantises and trains by distillation from `program`. options: those of `quantise`.
 
     Raises:

@@ -5,10 +5,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hqc.errors import PlanError
 from hqc.rotations import ORDERS, Rotation
+
+if TYPE_CHECKING:
+    from hqc.site_rules import SiteRule
 
 __all__ = [
     "RULE_SETS",
@@ -221,7 +224,10 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """The decisions for a whole program, in the order in which data meets the sites."""
+    """The decisions for a whole program, in the order in which data meets the sites.
+
+    rules: of a plan file, which decided instead of the recipe.
+    """
 
     recipe: str = ""
     bits: str = ""
@@ -229,6 +235,7 @@ class QuantPlan:
     timesteps: tuple[float, ...] = ()
     keep_float: tuple[str, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
+    rules: tuple["SiteRule", ...] = ()
 
     def __getitem__(self, site: str) -> SitePlan:
         for plan in self.sites:
@@ -249,8 +256,13 @@ class QuantPlan:
         return replace(self, sites=tuple(changed.get(plan.site, plan) for plan in self.sites))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+        """Plain data for JSON; without rules where there are none, as older versions wrote it."""
+        from hqc.site_rules import rule_to_data  # it needs this module
+
+        data = asdict(self)
+        rules = [rule_to_data(rule) for rule in self.rules]
+        del data["rules"]
+        return {**data, "rules": rules} if rules else data
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "QuantPlan":
@@ -259,6 +271,8 @@ class QuantPlan:
         Raises:
             PlanError: if a field is missing, unknown, or of the wrong type.
         """
+        from hqc.site_rules import rule_from_data  # it needs this module
+
         try:
             plan = QuantPlan(
                 recipe=data["recipe"],
@@ -267,6 +281,7 @@ class QuantPlan:
                 timesteps=tuple(float(t) for t in data["timesteps"]),
                 keep_float=tuple(data.get("keep_float", ())),
                 training=dict(data.get("training", {})),
+                rules=tuple(rule_from_data(rule, f"rule {i}") for i, rule in enumerate(data.get("rules", ()), 1)),
             )
             _check_fields(plan)
             return plan

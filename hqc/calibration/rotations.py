@@ -30,9 +30,10 @@ from hqc.program import Program, Stage
 from hqc.rotations import KINDS, ORDERS, Rotation
 from hqc.running import node_failure
 from hqc.sampling import Work
+from hqc.site_rules import deciding
 from hqc.steps import check_options
 
-__all__ = ["ChooseRotation"]
+__all__ = ["ChooseRotation", "free_sites"]
 
 Candidate = tuple[str, int]
 """Kind and order of a rotation."""
@@ -88,6 +89,8 @@ class ChooseRotation:
         Raises:
             TrainingError: where the sampler meets NaN.
         """
+        if not free_sites(program):
+            return run_pass(program, InsertHadamard(block=0))
         watcher = _Watcher(program, self.candidates, self.activation)
         steps = len(work.sampled.scheduler(work.sampler.num_inference_steps).timesteps)
         measured = set(torch.linspace(0, steps - 1, min(self.timesteps, steps)).round().int().tolist())
@@ -123,6 +126,16 @@ class ChooseRotation:
 def _symmetric(activation: Range, bits: int) -> bool:
     """What insert_qdq makes of a range that was asked for."""
     return activation == "symmetric" or bits > HIGHEST_ASYMMETRIC_BITS
+
+
+def free_sites(program: Program) -> tuple[SitePlan, ...]:
+    """The sites whose rotation neither the recipe's rules nor a plan's decide."""
+    said = ((plan, deciding(program.plan.rules, plan.site, "rotation")) for plan in program.plan.quantised)
+    return tuple(
+        plan
+        for plan, rule in said
+        if not plan.reason.startswith("unrotated") and (rule is None or rule.kind_and_order is None)
+    )
 
 
 def _explained(plan: SitePlan, errors: dict[Candidate, float]) -> SitePlan:
@@ -169,8 +182,7 @@ class _Watcher(fx.Interpreter):
     def __post_init__(self) -> None:
         super().__init__(self.program.module())
         self.extra_traceback = False
-        free = [plan for plan in self.program.plan.quantised if not plan.reason.startswith("unrotated")]
-        self.plans = {plan.site: plan for plan in free}
+        self.plans = {plan.site: plan for plan in free_sites(self.program)}
 
     def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
         self.timestep = float(timestep.reshape(-1)[0])

@@ -39,10 +39,14 @@ def _planned(parameter: str) -> Rule:
     )
 
 
-OF_A_RECIPE = ("recipe", "changes", "bits", "rules", "hadamard", "no_hadamard", "block", "keep_float")
+OF_A_RECIPE = ("recipe", "changes", "bits", "rules", "hadamard", "no_hadamard", "block", "plan_file", "keep_float")
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
-    "explain": tuple(map(_planned, OF_A_RECIPE)),
+    "explain": (
+        *map(_planned, OF_A_RECIPE),
+        Rule("as_yaml", lambda p: p["target"] is None, "is of a plan, and --target asks about the program as it is"),
+        Rule("as_yaml", lambda p: not p["as_json"], "and --json exclude each other", "Give one of them."),
+    ),
     "qat": (Rule("epochs", lambda p: p["steps"] is None, "and --steps exclude each other", "Give one of them."),),
     "analyze": (
         Rule("sensitivity_samples", lambda p: p["sensitivity"] is not False, "is for what --no-sensitivity leaves out"),

@@ -1,5 +1,6 @@
 """Commands over Programs: trace, explain, inspect, export."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from hqc.commands.options import (
     keep_float_option,
     latent_size_option,
     output_option,
+    plan_option,
 )
-from hqc.commands.recipe_options import recipe_asked, recipe_options
+from hqc.commands.recipe_options import plan_and_bits, recipe_asked, recipe_options
 from hqc.stages import doing
+from hqc.wording import printable
 
 if TYPE_CHECKING:
     from hqc.capture.averages import Weights
@@ -117,7 +120,9 @@ def trace(
 @click.option("--recipe", default="hq-dm", show_default=True)
 @bits_option
 @recipe_options
+@plan_option
 @keep_float_option
+@click.option("--yaml", "as_yaml", is_flag=True, help="Print the plan as YAML for --plan.")
 @click.option(
     "--target",
     type=click.Choice(["portable", "onnxruntime", "tensorrt"]),
@@ -127,8 +132,8 @@ def trace(
 def explain(
     program: Path,
     recipe: str,
-    bits: str,
     keep_float: tuple[str, ...],
+    as_yaml: bool,
     target: "Target | None",
     as_json: bool,
     **given: Any,
@@ -138,6 +143,7 @@ def explain(
     A PROGRAM that is quantised already shows its own plan, with the error of every rotation that was tried.
     """
     from hqc import console as out
+    from hqc.calibration.rotations import free_sites
     from hqc.plan import RULE_SETS
     from hqc.program import Stage
     from hqc.recipes.run import Request, is_procedure, planned
@@ -151,10 +157,17 @@ def explain(
         return
     captured = load_program(program)
     if captured.stage != Stage.CAPTURED:
-        _show_own_plan(program, captured, as_json=as_json)
+        _show_own_plan(program, captured, as_yaml=as_yaml, as_json=as_json)
         return
-    found = recipe_asked(recipe, given)
-    result = planned(captured, found, Request(bits, keep_float), calibrated=False)
+    plan, bits = plan_and_bits(given)
+    found = recipe_asked(recipe, given).following(plan.rules)
+    result = planned(captured, found, Request(bits, keep_float, rules=plan.rules), calibrated=False)
+    unseen = [step_text(s) for s in found.steps if is_procedure(s) and s.samples_denoiser]
+    unseen = [text for text in unseen if text not in [record.text for record in result.history]]
+    if as_yaml:
+        undecided = [site.site for site in free_sites(result)] if found.step("choose_rotation") is not None else []
+        _print_plan(result, f"{program} by the recipe {found.name}", undecided)
+        return
     if as_json:
         ran = [
             {"pass": str(r.text), "missed": dict(r.missed), "removed": list(r.removed)}
@@ -164,15 +177,24 @@ def explain(
         return
     out.console.print(out.sites_table(result))
     rules = found.step("select_layers").rules
-    out.console.print("rules, last match wins:", *(f"  {rule}" for rule in RULE_SETS[rules]), sep="\n", markup=False)
+    ordered = [f"  {rule}" for rule in (*RULE_SETS[rules], *plan.rules)]
+    out.console.print("rules, last match wins:", *ordered, sep="\n", markup=False)
     out.console.print(f"pipeline: {found.text}", markup=False)
-    if unseen := [step_text(s) for s in found.steps if is_procedure(s) and s.samples_denoiser]:
+    if unseen:
         out.console.print(f"not run, since they need samples: {', '.join(unseen)}", markup=False, highlight=False)
     for record in result.history[len(captured.history) :]:
         out.console.print(str(record), markup=False, highlight=False)
 
 
-def _show_own_plan(path: Path, program: "Program", *, as_json: bool) -> None:
+def _print_plan(program: "Program", of: str, undecided: Sequence[str] = ()) -> None:
+    """The plan of a program as a file of rules. undecided: sites whose rotation is chosen when the recipe runs."""
+    from hqc.recipes.plan_file import plan_of, plan_yaml
+
+    left = [f"the recipe chooses the rotation of {len(undecided)} sites when it runs"] if undecided else []
+    click.echo(plan_yaml(plan_of(program.plan, undecided), [f"The plan of {printable(of)}", *left]), nl=False)
+
+
+def _show_own_plan(path: Path, program: "Program", *, as_yaml: bool, as_json: bool) -> None:
     """The plan of a program that is quantised: with the rotations that were chosen, and why.
 
     Raises:
@@ -183,6 +205,9 @@ def _show_own_plan(path: Path, program: "Program", *, as_json: bool) -> None:
 
     if typed := [name for name in OF_A_RECIPE if asked(name)]:
         raise OptionError(option_name(typed[0]), f"{path} is quantised and has its own plan", "Leave it out.")
+    if as_yaml:
+        _print_plan(program, str(path))
+        return
     if as_json:
         out.print_json({"plan": program.plan.to_dict()})
         return

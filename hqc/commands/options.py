@@ -24,6 +24,7 @@ __all__ = [
     "latent_size_option",
     "options",
     "output_option",
+    "plan_option",
     "program_argument",
     "rules_option",
     "runtime_option",
@@ -142,6 +143,13 @@ condition_options = options(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 bits_option = click.option("--bits", default="w4a4", show_default=True, help="wNaM, N and M in 2…8, case-insensitive.")
+plan_option = click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.yaml",
+    help="Rules that give single sites bits, a rotation, a LoRA rank; `hqc explain --yaml` and `hqc search` write one.",
+)
 rules_option = click.option("--rules", help="Layer rules: default, reference, mixed or all (default: the recipe's).")
 keep_float_option = click.option("--keep-float", multiple=True, metavar="PATTERN", help="Leave matching sites float.")
 sampler_options = options(

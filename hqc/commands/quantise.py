@@ -22,9 +22,11 @@ from hqc.commands.options import (
     keep_float_option,
     options,
     output_option,
+    plan_option,
     program_argument,
 )
 from hqc.commands.recipe_options import (
+    plan_and_bits,
     recipe_asked,
     recipe_options,
     sampler_of_recipe_options,
@@ -35,6 +37,7 @@ from hqc.stages import doing
 if TYPE_CHECKING:
     from hqc.program import Program
     from hqc.recipes import Recipe
+    from hqc.recipes.plan_file import PlanFile
     from hqc.recipes.work_folder import Run
     from hqc.sampling import Task
 
@@ -43,6 +46,7 @@ __all__ = ["ptq", "qat"]
 _quantising_options = options(
     bits_option,
     recipe_options,
+    plan_option,
     keep_float_option,
     click.option("--calib-size", type=click.IntRange(1, 4096), help="Images to calibrate on (default: the recipe's)."),
     condition_options,
@@ -112,6 +116,7 @@ class _Job:
     captured: "Program"
     recipe: "Recipe"
     bits: str
+    plan: "PlanFile"
     keep_float: tuple[str, ...]
     task: "Task"
     output: Path
@@ -142,14 +147,15 @@ def _job(kind: str, program: Path, output: Path, given: dict[str, Any], work_dir
     check_output(output, program, force=force, may_be_there=resume)
     conditions = conditions_asked(given)
     recipe = _recipe(kind, given)
-    bits, keep_float = given.pop("bits").lower(), given.pop("keep_float")
+    (plan, bits), keep_float = plan_and_bits(given), given.pop("keep_float")
+    recipe = recipe.following(plan.rules)
     with doing(f"reading {program}"):
         captured, pipeline = load_program(program), pipeline_folder(program)
     warn_unless_exportable(captured, program)
     guidance = recipe.sampler.guidance_scale if asked("guidance_scale") else None
     task = api.task_of(captured, folder=pipeline, guidance_scale=guidance, **conditions)
     check_sampler(task, {"guidance_scale": recipe.sampler.guidance_scale, "eta": recipe.sampler.eta})
-    return _Job(captured, recipe, bits, keep_float, task, output, pipeline, force, run, resume, restart)
+    return _Job(captured, recipe, bits, plan, keep_float, task, output, pipeline, force, run, resume, restart)
 
 
 def _recipe(kind: str, given: dict[str, Any]) -> "Recipe":
@@ -230,6 +236,7 @@ def _quantised(job: _Job) -> "Program":
                 job.bits,
                 task=job.task,
                 keep_float=job.keep_float,
+                plan=job.plan,
                 work_dir=None if run is None else run.folder,
                 resume=job.resume,
                 restart=job.restart,
@@ -262,7 +269,7 @@ def _finished(job: _Job) -> "Program":
     except ArtefactError:
         refuse_existing(job.output, force=False)
         raise
-    request = Request(job.bits, job.keep_float)
+    request = Request(job.bits, job.keep_float, rules=job.plan.rules)
     settings = run_settings(job.captured, job.recipe, request, job.task.drawn_from)
     stage = Stage.TRAINED if job.recipe.kind == "qat" else Stage.QUANTISED
     if result.stage != stage or dict(result.plan.training) != settings:

@@ -10,8 +10,9 @@ from hqc.commands.options import ROTATION_KINDS, options, rules_option
 
 if TYPE_CHECKING:
     from hqc.recipes import Recipe
+    from hqc.recipes.plan_file import PlanFile
 
-__all__ = ["recipe_asked", "recipe_options", "sampler_of_recipe_options", "with_sampler"]
+__all__ = ["plan_and_bits", "recipe_asked", "recipe_options", "sampler_of_recipe_options", "with_sampler"]
 
 recipe_options = options(
     click.option(
@@ -100,6 +101,18 @@ def _change(text: str) -> tuple[str, Any]:
     if not equals or not all(path.partition(".")):
         raise PlanError(f"--set {text}", "is not STEP.OPTION=VALUE", "Write it as in --set distil.epochs=10.")
     return path.strip().replace("-", "_"), option_value(value, f"--set {path}")
+
+
+def plan_and_bits(given: dict[str, Any]) -> "tuple[PlanFile, str]":
+    """The plan in the file of --plan, and the bits of what it says nothing about; both are taken out of `given`.
+
+    Raises:
+        PlanError: if the file holds none, or says other bits than those that were typed.
+    """
+    from hqc.recipes.plan_file import plan_asked
+
+    plan, bits = plan_asked(given.pop("plan_file")), given.pop("bits").lower()
+    return plan, plan.bits_with(bits if asked("bits") else None)
 
 
 def with_sampler(recipe: "Recipe", given: dict[str, Any]) -> "Recipe":

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hqc.errors import PlanError
 from hqc.passes.rewriting import layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage, aten
+from hqc.site_rules import deciding
 
 __all__ = ["AttachLora"]
 
@@ -29,7 +30,8 @@ __all__ = ["AttachLora"]
 class AttachLora:
     """Adds a trainable delta of the given rank to the weight of every quantised site but the 8-bit edge layers.
 
-    rank: at most min(O, C·kh·kw) is used. seed: of the initialisation of A; each site draws its own numbers.
+    rank: at most min(O, C·kh·kw) is used; a plan's rules may give single sites another, which must be at most that.
+    seed: of the initialisation of A; each site draws its own numbers.
     """
 
     rank: int = 32
@@ -44,8 +46,12 @@ class AttachLora:
             raise PlanError(f"rank {self.rank}", "a LoRA needs a rank of at least 1", "Leave attach_lora out instead.")
 
     def find(self, program: Program) -> Findings:
-        """Quantised sites that are trained."""
-        matches, misses = [], []
+        """Quantised sites that are trained.
+
+        Raises:
+            PlanError: for a rank of the plan's that exceeds a layer.
+        """
+        matches, misses, layers = [], [], dict(program.sites())
         for plan in program.plan.sites:
             if not plan.quantised:
                 misses.append((plan.site, f"float: {plan.reason}"))
@@ -53,6 +59,8 @@ class AttachLora:
                 misses.append((plan.site, "8-bit edge layer: not trained"))
             elif plan.lora_rank:
                 misses.append((plan.site, "has a LoRA already"))
+            elif not self._rank(program, plan.site, layers[plan.site]):
+                misses.append((plan.site, "rank 0 asked for in the plan"))
             else:
                 matches.append(plan.site)
         return Findings(tuple(matches), tuple(misses))
@@ -65,8 +73,7 @@ class AttachLora:
             quantiser = layer_inputs(edit.layers[site])[1]
             weight = quantiser.args[0]
             shape = program.state[str(weight.target)].shape  # type: ignore[union-attr]
-            columns = math.prod(shape[1:])
-            rank = min(self.rank, shape[0], columns)
+            columns, rank = math.prod(shape[1:]), self._rank(program, site, edit.layers[site])
             down = edit.weight(f"{site}.lora_a", _kaiming(rank, columns, self.seed, site), quantiser)
             up = edit.weight(f"{site}.lora_b", torch.zeros(shape[0], rank), quantiser)
             delta = edit.call(quantiser, aten.mm.default, up, down, shape=(shape[0], columns), dtype="float32")
@@ -75,6 +82,19 @@ class AttachLora:
             quantiser.replace_input_with(weight, total)  # type: ignore[arg-type]
             plans[site] = replace(program.plan[site], lora_rank=rank)
         return edit.finish(plan=program.plan.with_sites(plans))
+
+    def _rank(self, program: Program, site: str, layer: fx.Node) -> int:
+        """Of a site: what the plan's rules say, or this pass's own as far as the weight has it."""
+        weight = layer_inputs(layer)[1].args[0]
+        shape = program.state[str(weight.target)].shape  # type: ignore[union-attr]
+        largest = min(shape[0], math.prod(shape[1:]))
+        rule = deciding(program.plan.rules, site, "lora_rank")
+        if rule is None or rule.lora_rank is None:
+            return min(self.rank, largest)
+        if rule.lora_rank > largest:
+            found = f"lora_rank {rule.lora_rank} exceeds the layer {site}, whose weight is {list(shape)}"
+            raise PlanError(rule.place, found, f"Give at most {largest} there.")
+        return rule.lora_rank
 
 
 def _kaiming(rank: int, columns: int, seed: int, site: str) -> Tensor:

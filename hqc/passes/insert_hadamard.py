@@ -22,6 +22,7 @@ from hqc.passes.rewriting import UNPLANNED, Rewriter, channel_axis, layer_inputs
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage
 from hqc.rotations import KINDS, ORDERS, Rotation, block_size
+from hqc.site_rules import deciding
 
 __all__ = ["InsertHadamard"]
 
@@ -32,7 +33,8 @@ HADAMARD = torch.ops.hqc.hadamard.default
 class InsertHadamard:
     """Rotates the input of every quantised site, and back or the weight too.
 
-    block: order of the Hadamard matrix, of those that its kind has (`hqc.rotations.ORDERS`). tokens: rotate
+    block: order of the Hadamard matrix, of those that its kind has (`hqc.rotations.ORDERS`), or 0 to rotate only what
+    `sites` and the plan's rules name. tokens: rotate
     three-dimensional inputs (attention and feed-forward linears) too; False reproduces the reference implementation,
     which leaves them unrotated. kind: "sylvester" or "regular". weights: W·Ĥ becomes the weight instead of a rotation
     back, so that codes are never rotated. sites: (site, kind, order) for single sites, instead of `kind` and `block`,
@@ -50,7 +52,8 @@ class InsertHadamard:
     preserves: ClassVar[str] = "numerics"
 
     def __post_init__(self) -> None:
-        _check_order(self.kind, self.block)
+        if self.block != 0 or self.kind not in KINDS:
+            _check_order(self.kind, self.block)
         for choice in self.sites:
             _check_choice(choice)
         object.__setattr__(self, "sites", tuple(tuple(choice) for choice in self.sites))  # as text they may be lists
@@ -76,6 +79,10 @@ class InsertHadamard:
             raise PlanError(f"sites of insert_hadamard: {unknown[0]}", "no such site", f"Sites are named like {near}.")
         found: dict[str, Rotation | str] = {}
         for site, layer in layers.items():
+            rule = deciding(program.plan.rules, site, "rotation")
+            if rule is not None and rule.kind_and_order is not None:
+                found[site] = _rotation(program, site, layer, *rule.kind_and_order, tokens=True)
+                continue
             kind, order = chosen.get(site, (self.kind, self.block))
             decision = _rotation(program, site, layer, kind, order, tokens=self.tokens or site in chosen)
             exact = isinstance(decision, Rotation) and decision.block == order

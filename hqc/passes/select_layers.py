@@ -1,6 +1,7 @@
 """Select layers: ordered wildcard rules over site names decide bits, rotation and float exceptions.
 
-The graph stays as it is; the decisions go into the plan. Layers that no rule can quantise are misses:
+The graph stays as it is; the decisions go into the plan. Rules of a plan file (`hqc.site_rules`) come after the
+recipe's, and what is kept float after both. Layers that no rule can quantise are misses:
 
     grouped convolution          the rotation would mix channels of different groups
     first axis is not the batch  a per-sample scale has nothing to attach to
@@ -18,6 +19,7 @@ from hqc.passes.rewriting import CONV, LINEAR
 from hqc.pipeline import Findings
 from hqc.plan import RULE_SETS, Rule, SitePlan, decide, parse_bits
 from hqc.program import BATCH, Program, Stage, aten, is_op
+from hqc.site_rules import changed, deciding
 
 __all__ = ["SelectLayers"]
 
@@ -54,11 +56,12 @@ class SelectLayers:
     def _patterns(self, program: Program) -> tuple[str, ...]:
         return (*program.plan.keep_float, *self.keep_float)
 
-    def _rules(self, program: Program) -> tuple[Rule, ...]:
+    def _rule(self, program: Program, site: str) -> Rule | None:
+        """What decides for a site."""
         if self.rules not in RULE_SETS:
             raise PlanError(f"rules {self.rules!r}", f"unknown; there are {', '.join(RULE_SETS)}", "Use one of them.")
-        kept = tuple(Rule(pattern, "asked for", float_=True) for pattern in self._patterns(program))
-        return (*RULE_SETS[self.rules], *kept)
+        kept = [Rule(pattern, "asked for", float_=True) for pattern in self._patterns(program)]
+        return decide(site, kept) or changed(decide(site, RULE_SETS[self.rules]), program.plan.rules, site)
 
     def find(self, program: Program) -> Findings:
         """Sites to quantise; misses are layers that stay float."""
@@ -77,35 +80,38 @@ class SelectLayers:
         return Findings(tuple(matches), tuple(misses))
 
     def _float_reason(self, program: Program, site: str) -> str:
-        rule = decide(site, self._rules(program))
+        rule = self._rule(program, site)
         if rule is None:
             return "no rule names it"
         return f"rule {rule.pattern!r}: {rule.why}" if rule.float_ else ""
 
     def _check_patterns(self, program: Program) -> None:
         sites = [site for site, _ in program.sites()]
-        for pattern in self._patterns(program):
+        patterns = [(pattern, f"pattern {pattern!r}", "") for pattern in self._patterns(program)]
+        patterns += [(rule.pattern, rule.place, f"pattern {rule.pattern!r} ") for rule in program.plan.rules]
+        for pattern, place, named in patterns:
             if any(decide(site, [Rule(pattern, "")]) for site in sites):
                 continue
             for record in program.history:
                 if gone := [site for site in record.removed if decide(site, [Rule(pattern, "")])]:
-                    found = f"matches no site that is left: {record.text.partition('(')[0]} removed {gone[0]}"
-                    raise PlanError(f"pattern {pattern!r}", found, "Nothing of it is quantised: leave the pattern out.")
+                    found = f"{named}matches no site that is left: {record.text.partition('(')[0]} removed {gone[0]}"
+                    raise PlanError(place, found, "Nothing of it is quantised: leave the pattern out.")
             near = ", ".join(sites[:3])
-            raise PlanError(f"pattern {pattern!r}", "matches no site", f"Sites are named like {near}.")
+            raise PlanError(place, f"{named}matches no site", f"Sites are named like {near}.")
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Writes the plan: one entry for every layer, quantised or float with the reason."""
         asked, misses = parse_bits(self.bits or program.plan.bits or "w4a4"), dict(self.find(program).misses)
         plans = []
         for site, node in program.sites():
-            rule, plan = decide(site, self._rules(program)), _describe(site, node)
+            rule, plan = self._rule(program, site), _describe(site, node)
             if site not in matches or rule is None:
                 plans.append(replace(plan, reason=misses.get(site, "not selected")))
                 continue
             bits = rule.bits or asked
             reason = "" if rule.rotate else f"unrotated: {rule.why}"
-            trained = rule.trained or bits == asked
+            said = deciding(program.plan.rules, site, "trained")
+            trained = bool(said.trained) if said is not None else rule.trained or bits == asked
             plan = replace(plan, weight_bits=bits.weight, activation_bits=bits.activation, reason=reason)
             plans.append(replace(plan, trained=trained))
         return program.evolve(plan=replace(program.plan, bits=str(asked), sites=tuple(plans)))

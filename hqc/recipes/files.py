@@ -81,22 +81,31 @@ def option_value(text: str, where: str) -> Any:
     return value_from(read_yaml(text, where), PARTS, where)
 
 
+def read_yaml_file(path: Path, what: str) -> Any:
+    """Plain data from a YAML file. what: it is, a recipe or a plan.
+
+    Raises:
+        PlanError: if it cannot be read, is too large, or no YAML.
+    """
+    where = f"{what} {path}"
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LARGEST + 1)
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or "no UTF-8 text"
+        raise PlanError(where, f"cannot be read ({found})", "Check the path.") from error
+    if len(text) > _LARGEST:
+        raise PlanError(where, f"is larger than {_LARGEST:,} characters", f"Give a {what} file.")
+    return read_yaml(text, where)
+
+
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file.
 
     Raises:
         PlanError, PipelineTextError: if it is none: what, where, and what would be.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(_LARGEST + 1)
-    except (OSError, ValueError) as error:
-        found = getattr(error, "strerror", None) or "no UTF-8 text"
-        raise PlanError(f"recipe {path}", f"cannot be read ({found})", "Check the path.") from error
-    if len(text) > _LARGEST:
-        raise PlanError(f"recipe {path}", f"is larger than {_LARGEST:,} characters", "Give a recipe file.")
-    data = read_yaml(text, f"recipe {path}")
-    return recipe_from_data(data, f"recipe {path}")
+    return recipe_from_data(read_yaml_file(path, "recipe"), f"recipe {path}")
 
 
 def recipe_from_data(data: Any, where: str) -> Recipe:

@@ -11,6 +11,7 @@ from hqc.passes import InsertHadamard
 from hqc.pipeline import Step, format_pipeline
 from hqc.program import Stage
 from hqc.sampling import Sampler
+from hqc.site_rules import SiteRule
 from hqc.steps import step_name, step_text, typed_option
 
 __all__ = ["Recipe"]
@@ -97,6 +98,23 @@ class Recipe:
         place = next(i for i, step in enumerate(plain) if step_name(type(step)) == "insert_qdq")
         own = next((i for i, step in enumerate(self.steps) if step_name(type(step)) in ROTATIONS), place)
         return replace(self, steps=(*plain[:own], rotation, *plain[own:]))
+
+    def following(self, rules: Sequence[SiteRule]) -> "Recipe":
+        """With a step that rotates, if rules of a plan ask for rotations and it has none.
+
+        Raises:
+            PlanError: for what the rules ask of it and it does not do.
+        """
+        for rule in rules:
+            if rule.rotation is True and not self.rotates:
+                found = f"rotation is true, and recipe {self.name!r} does not rotate"
+                raise PlanError(rule.place, found, "Write kind and order, as in 'sylvester 32'.")
+            if rule.lora_rank and self.step("attach_lora") is None:
+                found = f"lora_rank is {rule.lora_rank}, and recipe {self.name!r} attaches no LoRA"
+                raise PlanError(rule.place, found, "Leave it out, or choose a recipe that trains one.")
+        if self.rotates or not any(isinstance(rule.rotation, str) for rule in rules):
+            return self
+        return self.rotated(InsertHadamard(block=0))
 
     def unrotated(self) -> "Recipe":
         """Without a rotation."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from typing_extensions import TypeIs
 
+from hqc.calibration import ChooseRotation
+from hqc.calibration.rotations import free_sites
 from hqc.errors import PassError
 from hqc.pipeline import Procedure, Step, run_pass, run_procedure
 from hqc.plan import QuantPlan, parse_bits
@@ -15,6 +17,7 @@ from hqc.program import Program, Stage
 from hqc.recipes.recipe import Recipe
 from hqc.recipes.work_folder import Run
 from hqc.sampling import Work
+from hqc.site_rules import SiteRule, rule_to_data
 from hqc.stages import doing
 from hqc.steps import flat_options, step_name
 
@@ -23,15 +26,20 @@ __all__ = ["Request", "begin", "is_procedure", "planned", "run_recipe", "run_set
 
 @dataclass(frozen=True)
 class Request:
-    """What a run is asked for besides the recipe: bits, layers to keep float, the grid of the scale tables."""
+    """What a run is asked for besides the recipe: bits, layers to keep float, the grid of the scale tables.
+
+    rules: of a plan file, for single sites.
+    """
 
     bits: str
     keep_float: tuple[str, ...] = ()
     timesteps: tuple[float, ...] = ()
+    rules: tuple[SiteRule, ...] = ()
 
 
 def run_settings(program: Program, recipe: Recipe, request: Request, conditions: str) -> dict[str, Any]:
     """Everything that decides a run's result, as JSON data. conditions: what they are drawn from."""
+    rules = [rule_to_data(rule) for rule in request.rules]
     return {
         "recipe": recipe.name,
         "steps": flat_options(recipe.steps),
@@ -41,6 +49,7 @@ def run_settings(program: Program, recipe: Recipe, request: Request, conditions:
         "weights_sha256": _weights_digest(program),
         "threads": torch.get_num_threads(),
         "conditions": conditions,
+        **({"plan": rules} if rules else {}),
     }
 
 
@@ -65,7 +74,7 @@ def begin(program: Program, recipe: Recipe, request: Request, settings: Mapping[
             "Give hqc trace's.",
         )
     bits = str(parse_bits(request.bits))
-    plan = QuantPlan(recipe.name, bits, (), request.timesteps, request.keep_float, dict(settings or {}))
+    plan = QuantPlan(recipe.name, bits, (), request.timesteps, request.keep_float, dict(settings or {}), request.rules)
     return program.evolve(plan=plan)
 
 
@@ -80,9 +89,14 @@ def planned(program: Program, recipe: Recipe, request: Request, *, calibrated: b
     for step in recipe.steps:
         if not is_procedure(step):
             current = run_pass(current, step)
-        elif calibrated and not step.samples_denoiser:
+        elif (calibrated and not step.samples_denoiser) or _has_nothing_to_sample(step, current):
             current = run_procedure(current, step, Work(program))
     return current
+
+
+def _has_nothing_to_sample(step: Procedure, program: Program) -> bool:
+    """Whether all that a step would measure has been decided by a plan."""
+    return isinstance(step, ChooseRotation) and not free_sites(program)
 
 
 def run_recipe(

@@ -197,7 +197,7 @@ def with_conv_codes(program: Program, codes: torch.Tensor, *rotation: int) -> Pr
     return program.evolve(graph=graph, state={**program.state, "conv.weight_codes": codes})
 
 
-@pytest.mark.parametrize("block", [0, 4, 24, 256, "32"])
+@pytest.mark.parametrize("block", [-8, 4, 24, 256, "32"])
 def test_a_block_that_is_none_is_an_error(block: object) -> None:
     with pytest.raises(PlanError, match="expected 8, 16, 32, 64 or 128"):
         InsertHadamard(block=block)  # type: ignore[arg-type]
