@@ -176,7 +176,7 @@ class SitePlan:
     quantised rotated too, so that nothing is rotated back. `lora_rank` is 0 for none; `trained` False leaves the site
     as calibrated.
     `weight_symmetric` and `activation_symmetric` False: the range of codes has a zero point, one an output channel and
-    one a timestep.
+    one a timestep. `smoothed`: every input channel has a factor, which the weight takes back.
     """
 
     site: str
@@ -193,6 +193,7 @@ class SitePlan:
     weight_rotated: bool = False
     weight_symmetric: bool = True
     activation_symmetric: bool = True
+    smoothed: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -331,6 +332,8 @@ def _site_plan(data: Mapping[str, Any]) -> SitePlan:
     ):
         if type(symmetric) is not bool or (not symmetric and (bits is None or bits > HIGHEST_ASYMMETRIC_BITS)):
             raise ValueError(f"site {plan.site!r} has an asymmetric range of {bits} bits")
+    if type(plan.smoothed) is not bool:
+        raise ValueError(f"site {plan.site!r} is smoothed: {plan.smoothed!r}")
     if plan.kind not in _KINDS:
         raise ValueError(f"site {plan.site!r} is a {plan.kind}")
     if plan.rotation not in ORDERS or plan.block not in (0, *ORDERS[plan.rotation]):

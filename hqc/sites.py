@@ -21,6 +21,7 @@ __all__ = [
     "quantised_sites",
     "rotation_of",
     "rotation_within",
+    "source_of",
 ]
 
 ops = torch.ops.hqc
@@ -141,6 +142,20 @@ def _fake_site(program: Program, site: str, layer: fx.Node) -> QuantisedSite | N
     elif not is_op(real, *FAKE_QUANTISERS):
         return None
     return QuantisedSite(site, _before_rotation(quantiser), quantiser, layer, real, bounds_of(quantiser, program))
+
+
+def source_of(layer: fx.Node, *, through_smoothing: bool = True) -> fx.Node:
+    """What a layer reads in front of its quantiser and rotation, and unless told otherwise its smoothing; any stage."""
+    x: fx.Node = layer.args[0]  # type: ignore[assignment]
+    if is_op(layer, ops.rescale.default) and (products := products_of(x)):
+        x = products[0].node.args[0]  # type: ignore[assignment]
+    passed = {*_QUANTISING, "smoothing"} if through_smoothing else _QUANTISING
+    while x.meta.get("role") in passed:
+        x = x.args[0]  # type: ignore[assignment]
+    return x
+
+
+_QUANTISING = {"activation", "activation_quantizer", "codes", "rotation", "rotation_back"}
 
 
 def _before_rotation(quantiser: fx.Node) -> fx.Node:

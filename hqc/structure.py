@@ -16,7 +16,7 @@ from hqc.errors import ExportError
 from hqc.plan import SitePlan, activation_range, asymmetric_top, weight_range
 from hqc.program import Program, Stage, aten, is_op
 from hqc.rotations import Rotation
-from hqc.sites import rotation_of, rotation_within
+from hqc.sites import rotation_of, rotation_within, source_of
 
 __all__ = ["site_problems"]
 
@@ -27,6 +27,7 @@ _ROLES: Mapping[str, tuple[Any, ...]] = {
     "layer": (_CONV, _LINEAR, _RESCALE),
     "activation_quantizer": FAKE_QUANTISERS,
     "weight_quantizer": FAKE_QUANTISERS,
+    "smoothing": (aten.mul.Tensor,),
     "rotation": (ops.hadamard.default,),
     "rotation_back": (ops.hadamard.default,),
     "lora": (aten.add.Tensor,),
@@ -39,7 +40,8 @@ _ROLES: Mapping[str, tuple[Any, ...]] = {
         *(ops.digit.default, ops.half.default, aten.to.dtype),
     ),
 }
-_WITH_SITE = ("layer", "activation_quantizer", "weight_quantizer", "rotation_back", "lora", "codes", "product")
+_OF_QUANTISED = ("activation_quantizer", "weight_quantizer", "lora", "codes", "product", "smoothing")
+_WITH_SITE = ("layer", "rotation_back", *_OF_QUANTISED)
 
 
 def site_problems(program: Program) -> list[str]:
@@ -63,7 +65,7 @@ def site_problems(program: Program) -> list[str]:
     problems += [
         f"{node.name} ({role}) belongs to a site that the plan does not quantise"
         for node in program.graph.nodes
-        if (role := node.meta.get("role")) in ("activation_quantizer", "weight_quantizer", "lora", "codes", "product")
+        if (role := node.meta.get("role")) in _OF_QUANTISED
         and not (node.meta["site"] in program.plan and program.plan[node.meta["site"]].quantised)
     ]
     return problems[:3]
@@ -123,6 +125,8 @@ def _plan_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator
         yield f"its block {plan.block} does not divide its {plan.in_channels} channels"
     if plan.lora_rank and (not plan.quantised or program.stage not in (Stage.QUANTISED, Stage.TRAINED)):
         yield "has a LoRA that no pass could have put there"
+    if problem := _smoothing_problem(program, plan, layer):
+        yield problem
     if program.stage == Stage.CAPTURED:
         if _rotated_by(layer.args[0]) != (plan.hadamard, plan.weight_rotated):
             yield "the plan and the graph do not agree about its rotation"
@@ -136,6 +140,21 @@ def _plan_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator
         if program.stage == Stage.INTEGER
         else _training_problems(program, plan, layer)
     )
+
+
+def _smoothing_problem(program: Program, plan: SitePlan, layer: fx.Node) -> str:
+    """What is wrong with the factors in front of a site."""
+    node = source_of(layer, through_smoothing=False)
+    if plan.smoothed != _of_site(node, plan, "smoothing") or _has_role(node, "smoothing") != plan.smoothed:
+        return "the plan and the graph do not agree about its smoothing"
+    if not plan.smoothed:
+        return ""
+    name: Any = node.args[1]
+    shape = (plan.in_channels, 1, 1) if plan.kind == "conv2d" else (plan.in_channels,)
+    if name.op != "get_attr" or name.target != f"{plan.site}.smoothing":
+        return "its smoothing is not stored"
+    found = tuple(program.state[name.target].shape) if name.target in program.state else None
+    return "" if found == shape else f"its smoothing is {found}; expected {shape}"
 
 
 def _is_linear_product(layer: fx.Node) -> bool:

@@ -82,6 +82,8 @@ def _check_state(program: Program) -> list[str]:
     for name, tensor in program.state.items():
         if name.endswith(("_scale", "scale_table")) and not bool((tensor > 0).all() & tensor.isfinite().all()):
             problems.append(f"{name} has a scale that is not positive and finite")
+        if name.endswith(".smoothing") and not bool((tensor > 0).all() & tensor.isfinite().all()):
+            problems.append(f"{name} has a factor that is not positive and finite")
         if name.endswith(("_zero", "zero_table")) and not bool(tensor.isfinite().all()):
             problems.append(f"{name} has a zero point that is not finite")
     return problems

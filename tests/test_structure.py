@@ -14,6 +14,7 @@ from hqc.passes import (
     FreezeIntegers,
     InsertHadamard,
     InsertQdq,
+    InsertSmoothing,
     MergeLora,
     PackInt4,
     RotateWeights,
@@ -26,8 +27,9 @@ from hqc.program import Program, copy_graph
 from hqc.structure import site_problems
 
 PASSES = (
-    *(DropSingleKeyAttention(), SelectLayers(rules="reference"), InsertHadamard(tokens=False), InsertQdq((0.0, 9.0))),
-    *(AttachLora(rank=2), MergeLora(), FreezeIntegers(), RotateWeights(), SplitDigits(), PackInt4()),
+    *(DropSingleKeyAttention(), SelectLayers(rules="reference"), InsertSmoothing(), InsertHadamard(tokens=False)),
+    *(InsertQdq((0.0, 9.0)), AttachLora(rank=2), MergeLora(), FreezeIntegers(), RotateWeights(), SplitDigits()),
+    PackInt4(),
 )
 
 

@@ -2,6 +2,7 @@
 
 from hqc.calibration.activations import CalibrateActivations, calibrate
 from hqc.calibration.rotations import ChooseRotation
+from hqc.calibration.smoothing import Smooth
 from hqc.calibration.weights import CalibrateWeights, mse_weight_scale
 
-__all__ = ["CalibrateActivations", "CalibrateWeights", "ChooseRotation", "calibrate", "mse_weight_scale"]
+__all__ = ["CalibrateActivations", "CalibrateWeights", "ChooseRotation", "Smooth", "calibrate", "mse_weight_scale"]

@@ -33,7 +33,7 @@ from hqc.sampling import Work
 from hqc.site_rules import deciding
 from hqc.steps import check_options
 
-__all__ = ["ChooseRotation", "free_sites"]
+__all__ = ["ChooseRotation", "free_sites", "quantised_activation"]
 
 Candidate = tuple[str, int]
 """Kind and order of a rotation."""
@@ -220,7 +220,7 @@ class _Watcher(fx.Interpreter):
         for kind, order in (_NONE, *self.candidates):
             if order and plan.in_channels % order:
                 continue
-            quantised = _quantised(_rotated(x, kind, order, axis), plan.activation_bits or 8, self.activation)
+            quantised = quantised_activation(_rotated(x, kind, order, axis), plan.activation_bits or 8, self.activation)
             difference = _rotated(quantised, kind, order, axis) - x
             found = float(layer.target(difference, weight, None, *geometry).square().sum())  # type: ignore[operator]
             sums[kind, order] = sums.get((kind, order), 0.0) + found
@@ -233,7 +233,7 @@ def _rotated(x: Tensor, kind: str, order: int, axis: int) -> Tensor:
     return torch.ops.hqc.hadamard(x, order, axis, *Rotation(order, kind == "regular").flag)  # type: ignore[no-any-return]
 
 
-def _quantised(x: Tensor, bits: int, activation: Range) -> Tensor:
+def quantised_activation(x: Tensor, bits: int, activation: Range) -> Tensor:
     """x̂ with one range, as calibration would choose it."""
     symmetric = _symmetric(activation, bits)
     search = activation_search(bits, symmetric, _SCALE_CANDIDATES)

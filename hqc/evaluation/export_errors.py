@@ -34,6 +34,7 @@ from hqc.export.model import DATA_FILE, MODEL_FILE, onnx_from_program
 from hqc.export.prepare import prepare
 from hqc.export.watched import WatchedModel, heard
 from hqc.program import InputSpec, Program
+from hqc.sites import quantised_sites
 from hqc.storage import check_manifest
 
 __all__ = ["compare_export"]
@@ -88,7 +89,8 @@ def _compare(program: Program, model: Path, listening: _Listening, args: Sequenc
     feeds = {spec.name: arg.numpy() for spec, arg in zip(program.inputs, args, strict=True)}
     taken = {value.name for value in onnx.load(str(model), load_external_data=False).graph.input}
     feeds = {name: array for name, array in feeds.items() if name in taken}
-    replay, found, output = Replay(program, args), list[LayerError](), None
+    behind_smoothing = {site.site: site.x for site in quantised_sites(program)}
+    replay, found, output = Replay(program, args, behind_smoothing), list[LayerError](), None
     heard_at = [*listening.outputs.values(), *listening.inputs.values()]
     with WatchedModel(model, [], values={listen.name for listen in heard_at}) as export:
         for group in _groups(watch(program, args)):

@@ -22,7 +22,7 @@ from hqc.errors import ComparisonError
 from hqc.evaluation.stepping import Run
 from hqc.export.reference import evaluate
 from hqc.program import Program
-from hqc.sites import quantised_sites
+from hqc.sites import source_of
 
 __all__ = [
     "Comparison",
@@ -80,7 +80,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Watched:
-    """A site that has just run: its input before any rotation, and its output."""
+    """A site that has just run: its input before any smoothing and rotation, and its output."""
 
     site: str
     x: Tensor
@@ -98,13 +98,8 @@ def error_numbers(a: Tensor, b: Tensor) -> ErrorNumbers:
 
 
 def site_inputs(program: Program) -> dict[str, fx.Node]:
-    """The node that every site reads: before rotation and quantiser."""
-    inputs: dict[str, fx.Node] = {site: _unrotated(layer.args[0]) for site, layer in program.sites()}  # type: ignore[arg-type]
-    return inputs | {site.site: site.x for site in quantised_sites(program)}
-
-
-def _unrotated(x: fx.Node) -> fx.Node:
-    return x.args[0] if x.meta.get("role") == "rotation" else x  # type: ignore[return-value]
+    """The node that every site reads: before smoothing, rotation and quantiser."""
+    return {site: source_of(layer) for site, layer in program.sites()}
 
 
 def watch(program: Program, args: Sequence[Tensor]) -> Iterator[Watched | Tensor]:
@@ -185,12 +180,15 @@ def _same_shape(site: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Replay:
-    """One site of a program on an input that is given, at the samples' own timesteps."""
+    """One site of a program on an input that is given, at the samples' own timesteps.
 
-    def __init__(self, program: Program, args: Sequence[Tensor]) -> None:
+    inputs: the node by site that is given; what the site reads before smoothing, unless named.
+    """
+
+    def __init__(self, program: Program, args: Sequence[Tensor], inputs: Mapping[str, fx.Node] | None = None) -> None:
         placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
         self.program, self.known = program, dict(zip(placeholders, args, strict=True))
-        self.layers, self.inputs = dict(program.sites()), site_inputs(program)
+        self.layers, self.inputs = dict(program.sites()), {**site_inputs(program), **(inputs or {})}
 
     @torch.no_grad()
     def __call__(self, site: str, x: Tensor) -> Tensor:

@@ -54,9 +54,9 @@ class Listen:
 class Tap:
     """Where verification listens at a site.
 
-    `input` before rotation, `codes` after quantisation, `output` after the bias; `weights` are the int8 matrices
-    [K, O] of its integer products; `zero_point` is what the codes carry on top of torch's; `rounding` is what the type
-    of the output adds to the relative error, 0 for float32.
+    `input` behind any smoothing and before rotation, `codes` after quantisation, `output` after the bias; `weights` are
+    the int8 matrices [K, O] of its integer products; `zero_point` is what the codes carry on top of torch's; `rounding`
+    is what the type of the output adds to the relative error, 0 for float32.
     """
 
     input: Listen

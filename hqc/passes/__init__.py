@@ -7,6 +7,7 @@ from hqc.passes.drop_single_key_attention import DropSingleKeyAttention
 from hqc.passes.freeze_integers import FreezeIntegers
 from hqc.passes.insert_hadamard import InsertHadamard
 from hqc.passes.insert_qdq import InsertQdq
+from hqc.passes.insert_smoothing import InsertSmoothing
 from hqc.passes.merge_lora import MergeLora
 from hqc.passes.pack_int4 import PackInt4
 from hqc.passes.rotate_weights import RotateWeights
@@ -22,6 +23,7 @@ __all__ = [
     "FreezeIntegers",
     "InsertHadamard",
     "InsertQdq",
+    "InsertSmoothing",
     "MergeLora",
     "PackInt4",
     "RotateWeights",
@@ -36,6 +38,7 @@ PASSES: Mapping[str, type] = {
         DropSingleKeyAttention,
         SplitConcat,
         SelectLayers,
+        InsertSmoothing,
         InsertHadamard,
         InsertQdq,
         AttachLora,

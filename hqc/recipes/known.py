@@ -2,8 +2,16 @@
 
 from collections.abc import Mapping
 
-from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation
-from hqc.passes import AttachLora, DropSingleKeyAttention, InsertHadamard, InsertQdq, SelectLayers, SplitConcat
+from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, Smooth
+from hqc.passes import (
+    AttachLora,
+    DropSingleKeyAttention,
+    InsertHadamard,
+    InsertQdq,
+    InsertSmoothing,
+    SelectLayers,
+    SplitConcat,
+)
 from hqc.steps import step_name
 from hqc.training import LOSSES, Distil, Group
 
@@ -15,6 +23,8 @@ STEPS: Mapping[str, type] = {
         DropSingleKeyAttention,
         SplitConcat,
         SelectLayers,
+        InsertSmoothing,
+        Smooth,
         InsertHadamard,
         ChooseRotation,
         InsertQdq,

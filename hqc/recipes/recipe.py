@@ -171,12 +171,15 @@ def _changed(where: str, step: Any, option: str, value: Any) -> Any:
 # ---- the order -------------------------------------------------------------------------------------------------------
 
 _AFTER = {
+    "insert_smoothing": ("select_layers",),
+    "smooth": ("insert_smoothing",),
     "insert_hadamard": ("select_layers",),
     "choose_rotation": ("select_layers",),
     "insert_qdq": ("select_layers",),
 }
-_LATER = {"insert_qdq": ("calibrate_activations",)}
-_ONCE = ("select_layers", "insert_qdq", "attach_lora")
+_LATER = {"insert_qdq": ("calibrate_activations",), "insert_smoothing": ("smooth",)}
+_NOT_AFTER = {"insert_smoothing": ROTATIONS, "smooth": ROTATIONS}
+_ONCE = ("select_layers", "insert_smoothing", "insert_qdq", "attach_lora")
 
 
 def check_order(name: str, steps: Sequence[Step]) -> None:
@@ -196,7 +199,10 @@ def check_order(name: str, steps: Sequence[Step]) -> None:
         if missing := [one for one in _AFTER.get(own, ()) if one not in names[:index]]:
             raise PlanError(where, f"comes before {missing[0]}, which it needs", f"Put {missing[0]} in front of it.")
         if missing := [one for one in _LATER.get(own, ()) if one not in names[index:]]:
-            raise PlanError(where, f"leaves scales that no {missing[0]} fills", f"Put {missing[0]} behind it.")
+            what = "scales" if own == "insert_qdq" else "factors"
+            raise PlanError(where, f"leaves {what} that no {missing[0]} fills", f"Put {missing[0]} behind it.")
+        if wrong := [one for one in _NOT_AFTER.get(own, ()) if one in names[:index]]:
+            raise PlanError(where, f"comes behind {wrong[0]}, which turns its channels", f"Put it before {wrong[0]}.")
         if own in _ONCE and own in names[:index]:
             raise PlanError(where, "is there twice", "Leave one out.")
     if stage not in (Stage.QUANTISED, Stage.TRAINED):

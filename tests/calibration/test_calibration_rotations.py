@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from hqc.calibration import ChooseRotation
-from hqc.calibration.rotations import _digits, _quantised
+from hqc.calibration.rotations import _digits, quantised_activation
 from hqc.capture import trace
 from hqc.capture.sources import Source
 from hqc.errors import PlanError
@@ -107,9 +107,10 @@ def test_the_range_of_codes_decides_too(selected: Program) -> None:
     )
     assert symmetric["spiky"] != asymmetric["spiky"]
     x = torch.rand(2, 64, 4, 4, generator=torch.Generator().manual_seed(1))
-    errors = [float((_quantised(x, 4, kind) - x).square().sum()) for kind in ("symmetric", "asymmetric")]  # type: ignore[arg-type]
+    errors = [float((quantised_activation(x, 4, kind) - x).square().sum()) for kind in ("symmetric", "asymmetric")]  # type: ignore[arg-type]
     assert errors[1] < 0.4 * errors[0]  # half the step, a quarter of the error
-    assert torch.equal(_quantised(x, 8, "asymmetric"), _quantised(x, 8, "symmetric"))  # 8 bits stay symmetric
+    eight = [quantised_activation(x, 8, kind) for kind in ("symmetric", "asymmetric")]  # type: ignore[arg-type]
+    assert torch.equal(*eight)  # 8 bits stay symmetric
 
 
 def test_a_recipe_chooses_for_its_own_range() -> None:

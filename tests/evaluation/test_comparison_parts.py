@@ -27,6 +27,8 @@ from hqc.evaluation.comparison.subject import Protocol
 from hqc.evaluation.comparison.table import markdown
 from hqc.evaluation.sampling import Samples, SamplingProtocol
 from hqc.evaluation.workspace import fingerprint
+from hqc.passes import InsertHadamard, InsertQdq, InsertSmoothing, SelectLayers
+from hqc.pipeline import Pass, run_pipeline
 from hqc.program import PassRecord, Program
 from hqc.recipes import RECIPES, Recipe
 from hqc.recipes.files import recipe_yaml
@@ -325,6 +327,16 @@ def test_true_bytes_count_codes_at_their_bits(made: SimpleNamespace) -> None:
     by_hand = sum(_bytes(quantised, name) for name in quantised.state)
     assert true_bytes(quantised) == by_hand < made.program.size_bytes() / 2
     assert true_bytes(made.program) == made.program.size_bytes()
+
+
+@pytest.mark.parametrize("steps", [(InsertSmoothing(),), (InsertHadamard(weights=True),)], ids=lambda s: str(s[0]))
+def test_true_bytes_know_weights_by_any_name(made: SimpleNamespace, steps: tuple[Pass, ...]) -> None:
+    """Steps that change a weight give it another name."""
+    chains = [(SelectLayers(bits="w3a4"), *more, InsertQdq((0.0,))) for more in ((), steps)]
+    plain, changed = (run_pipeline(made.program, chain) for chain in chains)
+    extra = sum(4 * t.numel() for name, t in changed.state.items() if name.endswith(".smoothing"))
+    assert not any(f"{plan.site}.weight" in changed.state for plan in changed.plan.sites if plan.block or plan.smoothed)
+    assert true_bytes(changed) == true_bytes(plain) + extra
 
 
 def _bytes(program: Program, name: str) -> float:

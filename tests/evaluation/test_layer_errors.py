@@ -17,8 +17,8 @@ from hqc.evaluation.inputs import noise_inputs, spread
 from hqc.evaluation.layer_errors import Comparison, ErrorNumbers, LayerError, compare_programs, error_numbers
 from hqc.export import export_program
 from hqc.export.prepare import prepare
-from hqc.passes import InsertHadamard, SelectLayers
-from hqc.pipeline import run_pipeline
+from hqc.passes import InsertHadamard, InsertQdq, InsertSmoothing, SelectLayers
+from hqc.pipeline import Pass, run_pipeline
 from hqc.program import Program
 from hqc.recipes import find_recipe
 from hqc.recipes.run import Request, planned
@@ -97,6 +97,46 @@ def test_a_program_whose_weights_are_rotated_too_is_compared_before_the_rotation
             assert error.made is not None
             assert error.made.relative is not None
             assert error.made.relative < 1e-5, "float32 rounding"
+
+
+def smoothed(program: Program) -> Program:
+    """With factors that are not one."""
+    made = run_pipeline(program, [SelectLayers(), InsertSmoothing()])
+    state, generator = dict(made.state), torch.Generator().manual_seed(2)
+    for plan in made.plan.sites:
+        factors = 0.25 + torch.rand(plan.in_channels, generator=generator)
+        state[f"{plan.site}.smoothing"] = factors.view(state[f"{plan.site}.smoothing"].shape)
+        weight = state[f"{plan.site}.weight_smoothed"]
+        state[f"{plan.site}.weight_smoothed"] = weight / factors.view(1, -1, *[1] * (weight.ndim - 2))
+    return made.evolve(state=state)
+
+
+@pytest.mark.parametrize("rotation", [(), (InsertHadamard(),), (InsertHadamard(weights=True),)])
+def test_a_smoothed_program_is_compared_before_the_smoothing(captured: Captured, rotation: tuple[Pass, ...]) -> None:
+    a = captured("two_sites")
+    b = run_pipeline(smoothed(a), rotation)
+    for pair in ((a, b), (b, a)):
+        for error in compare_programs(*pair, inputs_of(a)).sites:
+            assert error.made is not None
+            assert error.made.relative is not None
+            assert error.made.relative < 1e-5, "float32 rounding"
+
+
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+def test_an_export_of_a_smoothed_program_is_compared_on_equal_inputs(
+    captured: Captured, tmp_path: Path, target: Any
+) -> None:
+    program = run_pipeline(smoothed(captured("two_sites")), [InsertQdq(GRID)])
+    program = program.evolve(
+        state={n: torch.full_like(t, 0.2) if n.endswith("scale_table") else t for n, t in program.state.items()}
+    )
+    export_program(program, target, tmp_path / "x")
+    found = compare_export(program, tmp_path / "x", inputs_of(program))
+    assert [error.site for error in found.sites] == ["conv", "head"]
+    for error in found.sites:
+        assert error.made is not None
+        assert error.made.relative is not None
+        assert error.made.relative < 1e-5
 
 
 def test_what_a_site_makes_is_measured_on_equal_inputs(captured: Captured) -> None:

@@ -18,6 +18,7 @@ from hqc.passes import (
     FreezeIntegers,
     InsertHadamard,
     InsertQdq,
+    InsertSmoothing,
     MergeLora,
     PackInt4,
     RotateWeights,
@@ -36,6 +37,7 @@ CHAIN: tuple[Pass, ...] = (
     DropSingleKeyAttention(),
     SplitConcat(),
     SelectLayers(bits="w4a4"),
+    InsertSmoothing(),
     InsertHadamard(),
     InsertQdq(timesteps=GRID),
     AttachLora(rank=4),
@@ -46,13 +48,16 @@ CHAIN: tuple[Pass, ...] = (
     PackInt4(),
 )
 NAMES = [step_name(type(one)) for one in CHAIN]
+VALUED = ("insert_smoothing", "insert_qdq", "attach_lora")
 ops = torch.ops.hqc
 
 
 def with_trained_values(program: Program) -> Program:
-    """Scale tables and LoRAs as training would leave them: every row and every site different, fixed generator."""
+    """Factors, scale tables and LoRAs as steps would leave them: each row and each site different, fixed generator."""
     generator, state = torch.Generator().manual_seed(0), dict(program.state)
     for name, tensor in state.items():
+        if name.endswith(".smoothing"):
+            state[name] = 0.5 + torch.rand(tensor.shape, generator=generator)
         if name.endswith("scale_table"):
             state[name] = 0.2 + 0.3 * torch.rand(tensor.shape, generator=generator)
         if name.endswith("lora_b"):
@@ -70,7 +75,7 @@ def before(captured: Callable[[str], Program]) -> Callable[[str, str], Program]:
         if index == 0:
             return captured(model)
         program = run_pass(build(model, NAMES[index - 1]), CHAIN[index - 1])
-        return with_trained_values(program) if NAMES[index - 1] in ("insert_qdq", "attach_lora") else program
+        return with_trained_values(program) if NAMES[index - 1] in VALUED else program
 
     return build
 

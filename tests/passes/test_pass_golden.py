@@ -15,6 +15,7 @@ from hqc.passes import (
     FreezeIntegers,
     InsertHadamard,
     InsertQdq,
+    InsertSmoothing,
     MergeLora,
     PackInt4,
     RotateWeights,
@@ -71,6 +72,13 @@ def test_golden_split_concat(captured: Callable[[str], Program], golden: Callabl
     before = captured("joined")
     golden(GOLDEN / "split_concat.before.txt", described(before))
     golden(GOLDEN / "split_concat.after.txt", described(run_pass(before, SplitConcat())))
+
+
+def test_golden_smoothing(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:
+    """`insert_smoothing`, which not every recipe has."""
+    before = run_pass(captured("two_sites"), SelectLayers(bits="w4a4"))
+    golden(GOLDEN / "insert_smoothing.before.txt", described(before))
+    golden(GOLDEN / "insert_smoothing.after.txt", described(run_pass(before, InsertSmoothing())))
 
 
 def test_golden_two_digits(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:

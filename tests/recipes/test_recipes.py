@@ -13,9 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hqc.calibration import CalibrateActivations, CalibrateWeights
+from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, Smooth
 from hqc.errors import PassError, PipelineTextError, PlanError
-from hqc.passes import AttachLora, FreezeIntegers, InsertHadamard, InsertQdq, SelectLayers
+from hqc.passes import AttachLora, FreezeIntegers, InsertHadamard, InsertQdq, InsertSmoothing, SelectLayers
 from hqc.program import Program, Stage
 from hqc.recipes import RECIPES, Recipe, find_recipe
 from hqc.recipes.files import option_value, read_recipe, recipe_schema, recipe_yaml
@@ -214,6 +214,18 @@ ORDERS = {
     "lora first": ((AttachLora(), *PTQ), "takes a program that is quantised; here it is captured"),
     "nothing quantised": ((SelectLayers(),), "leaves the program captured"),
     "frozen": ((*PTQ, FreezeIntegers()), "leaves the program integer"),
+    "smoothing first": ((InsertSmoothing(), Smooth(), *PTQ), "comes before select_layers, which it needs"),
+    "nothing to smooth": ((*PTQ[:1], Smooth(), *PTQ[1:]), "comes before insert_smoothing, which it needs"),
+    "not smoothed": ((*PTQ[:1], InsertSmoothing(), *PTQ[1:]), "leaves factors that no smooth fills"),
+    "smoothed twice": ((*PTQ[:1], InsertSmoothing(), InsertSmoothing(), Smooth(), *PTQ[1:]), "is there twice"),
+    "rotated before": (
+        (*PTQ[:1], InsertHadamard(), InsertSmoothing(), Smooth(), *PTQ[1:]),
+        "comes behind insert_hadamard, which turns its channels",
+    ),
+    "rotated between": (
+        (*PTQ[:1], InsertSmoothing(), ChooseRotation(), Smooth(), *PTQ[1:]),
+        "comes behind choose_rotation, which turns its channels",
+    ),
 }
 
 

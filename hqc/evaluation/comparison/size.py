@@ -1,5 +1,7 @@
 """How large a quantised model is by its true bits, whatever a file's containers are."""
 
+from torch import fx
+
 from hqc.program import Program
 
 __all__ = ["true_bytes"]
@@ -12,7 +14,8 @@ def true_bytes(program: Program) -> float:
 
     Three-bit codes count three bits, which files keep in four.
     """
-    bits = {f"{site.site}.weight": site.weight_bits for site in program.plan.quantised}
+    layers = dict(program.sites())
+    bits = {_stored_weight(layers[site.site]): site.weight_bits for site in program.plan.quantised}
     total = 0.0
     for name, tensor in program.state.items():
         if name.rpartition(".")[2] in _MERGED:
@@ -20,3 +23,11 @@ def true_bytes(program: Program) -> float:
         width = bits.get(name)
         total += tensor.numel() * (8 * tensor.element_size() if width is None else width) / 8
     return total
+
+
+def _stored_weight(layer: fx.Node) -> str:
+    """What a layer's weight is quantised from; its name tells what passes did to it."""
+    node: fx.Node = layer.args[1]  # type: ignore[assignment]
+    while node.op != "get_attr":
+        node = node.args[0]  # type: ignore[assignment]
+    return str(node.target)

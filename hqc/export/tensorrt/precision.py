@@ -2,8 +2,9 @@
 
 A graph is lowered in float32; here every node gets its type.
 
-    full        the sites (rotation, scales, quantiser, product, bias), RMS normalisation, sums, exponentials, what a
-                sine or cosine is computed from, and what comes after the timestep up to the first layer
+    full        the sites (smoothing, rotation, scales, quantiser, product, bias), RMS normalisation, sums,
+                exponentials, what a sine or cosine is computed from, and what comes after the timestep up to the
+                first layer
     activation  the rest: convolutions and linear layers left float, attention, additions, SiLU, …; group and layer
                 normalisation, whose operators take their statistics in float32 by an attribute
     plugin      activations in and out, scales in float32
@@ -61,7 +62,7 @@ _LAYERS = (aten.linear.default, aten.conv2d.default, aten.conv1d.default, ops.re
 
 def full_precision_nodes(program: Program) -> frozenset[fx.Node]:
     """The fx nodes that compute in float32."""
-    nodes = {node for node in program.graph.nodes if is_op(node, *_FULL_TARGETS)}
+    nodes = {n for n in program.graph.nodes if is_op(n, *_FULL_TARGETS) or n.meta.get("role") == "smoothing"}
     nodes |= _before_waves(program) | _timestep_before_layers(program)
     quantised = (n for n in program.graph.nodes if is_op(n, ops.dequantize.default) and is_op(n.args[0], *QUANTISERS))
     return frozenset(nodes | set(quantised))

@@ -1,0 +1,142 @@
+"""What the sites of a float program read along a trajectory: the largest value of every channel, and some rows.
+
+A row is one token, or the window of one output pixel of a convolution, [C·kh·kw] as its weight is. With rows X and a
+weight W a layer is X·Wᵀ, so that a search may try any number of weights and scales without running the denoiser again.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from hqc.calibration.activations import not_finite_because
+from hqc.errors import TrainingError
+from hqc.memory import require_memory
+from hqc.passes.rewriting import CONV, channel_axis
+from hqc.program import Program, is_op
+from hqc.running import node_failure
+from hqc.sampling import Work
+
+__all__ = ["SiteRows", "collect", "require_row_memory"]
+
+_QUANTISERS = ("activation_quantizer", "weight_quantizer")
+
+
+@dataclass
+class SiteRows:
+    """Of one site: max|x| a channel [C] over every step, and rows [n, C·kh·kw] of each step that is measured."""
+
+    largest: Tensor
+    rows: list[Tensor] = field(default_factory=list)
+
+
+def require_row_memory(what: str, program: Program, rows: int, do: str) -> None:
+    """Refuses rows that do not fit, as if every layer were watched.
+
+    Raises:
+        MemoryShortError: with the numbers.
+    """
+    weights = (layer.args[1].meta["shape"] for _, layer in program.sites())  # type: ignore[union-attr]
+    columns = sum(math.prod(shape[1:]) for shape in weights)
+    require_memory(what, program.size_bytes() + 4 * rows * columns, do)
+
+
+def collect(
+    program: Program,
+    inputs: Mapping[str, fx.Node],
+    work: Work,
+    what: str,
+    *,
+    samples: int,
+    timesteps: int,
+    rows: int,
+    seed: int,
+) -> dict[str, SiteRows]:
+    """Samples images with the program, its quantisers bypassed, and watches the node that each site reads.
+
+    inputs: by site. what: goes on meanwhile. timesteps: how many steps give rows, evenly spread; rows: of each.
+
+    Raises:
+        TrainingError: for NaN or infinity, naming site and timestep.
+    """
+    watcher = _Watcher(program, inputs, rows, torch.Generator().manual_seed(seed))
+    steps = len(work.sampled.scheduler(work.sampler.num_inference_steps).timesteps)
+    measured = set(torch.linspace(0, steps - 1, min(timesteps, steps)).round().int().tolist())
+    for step in work.walk(what, watcher, samples, seed):
+        watcher.begin(measuring=step in measured)
+    watcher.begin(measuring=False)
+    return watcher.found
+
+
+@dataclass
+class _Watcher(fx.Interpreter):
+    """The denoiser of the trajectory. One step may call it more than once: each call gives rows."""
+
+    program: Program
+    inputs: Mapping[str, fx.Node]
+    count: int
+    generator: torch.Generator
+    found: dict[str, SiteRows] = field(default_factory=dict)
+    measuring: bool = False
+    timestep: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__init__(self.program.module())
+        self.extra_traceback = False
+        layers = dict(self.program.sites())
+        self.readers: dict[str, list[tuple[str, fx.Node]]] = {}
+        for site, node in self.inputs.items():
+            self.readers.setdefault(node.name, []).append((site, layers[site]))
+
+    def begin(self, *, measuring: bool) -> None:
+        """A step begins."""
+        self.measuring = measuring
+
+    def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
+        self.timestep = float(timestep.reshape(-1)[0])
+        with torch.no_grad():
+            return self.run(sample, timestep, *[c for c in conditions if c is not None])  # type: ignore[no-any-return]
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = self.env[n.args[0]] if n.meta.get("role") in _QUANTISERS else super().run_node(n)  # type: ignore[index]
+        except Exception as error:
+            raise node_failure(n, error) from error
+        for site, layer in self.readers.get(n.name, ()):
+            self._see(site, layer, value)
+        return value
+
+    def _see(self, site: str, layer: fx.Node, x: Tensor) -> None:
+        largest = x.abs().transpose(0, channel_axis(layer)).flatten(1).amax(1)
+        if not bool(largest.isfinite().all()):
+            said = f"met NaN or infinity at timestep {self.timestep:g}"
+            raise TrainingError(f"what {site} reads", said, not_finite_because(self.program))
+        seen = self.found.setdefault(site, SiteRows(torch.zeros_like(largest)))
+        seen.largest = torch.maximum(seen.largest, largest)
+        if self.measuring:
+            seen.rows.append(_rows(layer, x, self.count, self.generator))
+
+
+def _rows(layer: fx.Node, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Rows of random tokens or windows."""
+    if not is_op(layer, CONV):
+        tokens = x.reshape(-1, x.shape[-1])
+        return tokens[torch.randint(len(tokens), (count,), generator=generator)]
+    stride, padding, dilation = (_pair(layer, at, usual) for at, usual in ((3, 1), (4, 0), (5, 1)))
+    kernel = layer.args[1].meta["shape"][2:]  # type: ignore[union-attr]
+    padded = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    places = [torch.randint(len(x), (count,), generator=generator).view(-1, 1, 1)]
+    for axis in (0, 1):
+        outputs = (padded.shape[2 + axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
+        first = torch.randint(outputs, (count, 1), generator=generator) * stride[axis]
+        places.append((first + dilation[axis] * torch.arange(kernel[axis])).view(count, *((-1, 1), (1, -1))[axis]))
+    windows = padded.permute(0, 2, 3, 1)[places[0], places[1], places[2]]  # [count, kh, kw, C]
+    return windows.permute(0, 3, 1, 2).flatten(1)
+
+
+def _pair(layer: fx.Node, at: int, usual: int) -> list[int]:
+    return list(layer.args[at]) if len(layer.args) > at else [usual, usual]  # type: ignore[arg-type]

@@ -1,0 +1,153 @@
+"""Smoothing: which share of a site's outliers, channel by channel, moves from its activation into its weight.
+
+    x̂ = x·λ⁻¹, Ŵ = λ·W,  λ_c = max|x_c|^a / max|W_c|^b         (a, b) by output error, or ½ and ½
+
+    error(a, b) = Σ ‖Q_a(x̂)·Q_w(Ŵ)ᵀ - x·Wᵀ‖²                   over rows of x at some timesteps
+
+Candidates are (0, 0), then (α, 0) and (α, 1-α) for α evenly between 0 and 1. Only the ratios of λ matter: its geometric
+mean is 1, and it stays within 1/1024 … 1024, so that half precision holds it. A channel that is zero everywhere keeps
+λ = 1. Source: deepcompressor's grid (SVDQuant, arXiv 2411.05007); by="max_ratio", √(max|x_c|/max|W_c|), is MPQ-DM's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hqc.calibration.rotations import quantised_activation
+from hqc.calibration.site_rows import SiteRows, collect, require_row_memory
+from hqc.calibration.weights import mse_weight_scale
+from hqc.memory import require_call_memory
+from hqc.passes.insert_qdq import Range
+from hqc.passes.rewriting import layer_inputs
+from hqc.plan import SitePlan, weight_range
+from hqc.program import Program, Stage
+from hqc.sampling import Work
+from hqc.sites import source_of
+from hqc.steps import check_options
+
+__all__ = ["Smooth", "smoothing_factors"]
+
+_WEIGHT_CANDIDATES = 16
+_LARGEST = 1024.0
+_LESS = "Take fewer images (--set smooth.samples=2)"
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """Chooses the factors that `insert_smoothing` has put in front of the sites, and folds them into the weights.
+
+    by: "grid" measures the output error of the candidates with both operands quantised at the plan's widths, unrotated,
+    activations in the range `activation`; "max_ratio" takes a = b = ½. candidates: how many are tried at most. samples:
+    images of the float trajectory, whose every step gives max|x|; timesteps: how many of its steps are measured, evenly
+    spread, on `rows` rows each. seed: of noise, conditions and rows.
+    """
+
+    by: Literal["grid", "max_ratio"] = "grid"
+    candidates: Annotated[int, Field(ge=1, le=1000)] = 39
+    samples: Annotated[int, Field(ge=1, le=4096)] = 16
+    timesteps: Annotated[int, Field(ge=1, le=1000)] = 5
+    rows: Annotated[int, Field(ge=1, le=65536)] = 64
+    activation: Range = "symmetric"
+    seed: Annotated[int, Field(ge=0)] = 2024
+
+    takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
+    gives: ClassVar[Stage | None] = None
+    samples_denoiser: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def check(self, program: Program, work: Work) -> None:
+        """All images are one batch, twice as large with guidance; rows of every site are kept.
+
+        Raises:
+            MemoryShortError: if that does not fit. TrainingError: if there is nothing to sample.
+        """
+        what, _ = f"smoothing by {self.samples} images", work.sampled
+        require_call_memory(what, program, self.samples * work.halves(), _LESS)
+        if self.by == "grid":
+            require_row_memory(what, program, self.rows * self.timesteps, "Take fewer rows (--set smooth.rows=16)")
+
+    def run(self, program: Program, work: Work) -> Program:
+        """The program with other factors and weights, and the same numbers.
+
+        Raises:
+            TrainingError: where the sampler meets NaN.
+        """
+        layers, state = dict(program.sites()), dict(program.state)
+        smoothed = [plan for plan in program.plan.sites if plan.smoothed]
+        inputs = {plan.site: source_of(layers[plan.site]) for plan in smoothed}
+        steps = self.timesteps if self.by == "grid" else 0
+        options = {"samples": self.samples, "timesteps": steps, "rows": self.rows, "seed": self.seed}
+        seen = collect(program, inputs, work, "smoothing", **options)
+        for plan in smoothed:
+            weight, factors = str(layer_inputs(layers[plan.site])[1].target), f"{plan.site}.smoothing"
+            original = state[weight] * _per_input(state[factors].flatten(), state[weight])
+            found = self._choice(plan, original, seen[plan.site])
+            state[weight] = original * _per_input(found, original)
+            state[factors] = found.reciprocal().view(state[factors].shape)
+        return program.evolve(state=state)
+
+    def cost(self, program: Program, work: Work) -> float:
+        """One trajectory of every image; the search runs on rows."""
+        return float(self.samples * work.halves() * work.sampler.num_inference_steps)
+
+    def _choice(self, plan: SitePlan, weight: Tensor, seen: SiteRows) -> Tensor:
+        if self.by == "max_ratio":
+            return smoothing_factors(seen.largest, weight, 0.5, 0.5)
+        errors = {
+            pair: _error(plan, weight, seen.rows, smoothing_factors(seen.largest, weight, *pair), self.activation)
+            for pair in _pairs(self.candidates)
+        }
+        return smoothing_factors(seen.largest, weight, *min(errors, key=errors.__getitem__))
+
+
+def _pairs(candidates: int) -> Iterator[tuple[float, float]]:
+    """(a, b) of the candidates."""
+    yield 0.0, 0.0
+    count = candidates // 2
+    for index in range(1, count + 1):
+        alpha = index / (count + 1)
+        yield alpha, 0.0
+        yield alpha, 1 - alpha
+
+
+def smoothing_factors(largest: Tensor, weight: Tensor, a: float, b: float) -> Tensor:
+    """λ [C] = max|x_c|^a / max|W_c|^b, in the middle 1; largest: max|x_c| [C]."""
+    of_weight = weight.abs().transpose(0, 1).flatten(1).amax(1)
+    found = largest.pow(a) / of_weight.pow(b)
+    usable = (largest > 0) & (of_weight > 0)
+    if not bool(usable.any()):
+        return torch.ones_like(largest)
+    middle = found[usable].log().mean().exp()
+    return torch.where(usable, (found / middle).clamp(1 / _LARGEST, _LARGEST), torch.ones_like(found))
+
+
+def _per_input(factors: Tensor, weight: Tensor) -> Tensor:
+    """Factors [C] shaped to multiply a weight [O, C, …]."""
+    return factors.view(1, -1, *[1] * (weight.ndim - 2))
+
+
+@torch.no_grad()
+def _error(plan: SitePlan, weight: Tensor, rows: list[Tensor], factors: Tensor, activation: Range) -> float:
+    """Σ‖Q_a(x̂)·Q_w(Ŵ)ᵀ - x·Wᵀ‖² of a site."""
+    smooth = weight * _per_input(factors, weight)
+    quantised = _quantised_weight(smooth.flatten(1), plan)
+    window = weight[0, 0].numel()
+    total = 0.0
+    for x in rows:
+        scaled = x / factors.repeat_interleave(window)
+        found = quantised_activation(scaled, plan.activation_bits or 8, activation)
+        total += float((found @ quantised.T - x @ weight.flatten(1).T).square().sum())
+    return total
+
+
+def _quantised_weight(weight: Tensor, plan: SitePlan) -> Tensor:
+    """Ŵ [O, K] as calibration would quantise it."""
+    low, high = weight_range(plan.weight_bits or 8)
+    scale = mse_weight_scale(weight, low, high, _WEIGHT_CANDIDATES)
+    return torch.ops.hqc.fake_quantize(weight, scale, low, high)  # type: ignore[no-any-return]
