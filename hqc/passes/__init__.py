@@ -14,6 +14,7 @@ from hqc.passes.rotate_weights import RotateWeights
 from hqc.passes.select_layers import SelectLayers
 from hqc.passes.split_concat import SplitConcat
 from hqc.passes.split_digits import SplitDigits
+from hqc.passes.split_signs import SplitSigns
 from hqc.steps import step_name
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "SelectLayers",
     "SplitConcat",
     "SplitDigits",
+    "SplitSigns",
 ]
 
 PASSES: Mapping[str, type] = {
@@ -37,6 +39,7 @@ PASSES: Mapping[str, type] = {
     for kind in (
         DropSingleKeyAttention,
         SplitConcat,
+        SplitSigns,
         SelectLayers,
         InsertSmoothing,
         InsertHadamard,

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 from torch import fx
 
 from hqc.errors import PassError
+from hqc.passes.parts import replace_by_parts
 from hqc.passes.rewriting import CONV, Rewriter, layer_inputs, rewrite
 from hqc.pipeline import Findings
-from hqc.plan import part_site
 from hqc.program import Program, Stage, aten, is_op
 
 __all__ = ["SplitConcat"]
@@ -90,21 +90,10 @@ def _whole(cat: fx.Node) -> Iterator[tuple[str, str]]:
 
 
 def _split(edit: Rewriter, site: str) -> None:
-    """Puts a layer a part, and their sum, in place of one layer."""
     layer = edit.layers[site]
-    cat, weight, bias = layer_inputs(layer)
-    value, meta, name = edit.program.state[str(weight.target)], dict(layer.meta), layer.name
-    rest = {key: meta[key] for key in ("shape", "dtype", "scope") if key in meta}
-    start, parts = 0, list[fx.Node]()
-    for number, x in enumerate(_parts(cat)):
-        channels, own = x.meta["shape"][_axis(layer)], part_site(site, number)
-        stored = edit.weight(f"{own}.weight", value.narrow(1, start, channels).clone(), layer)
-        args = (x, stored, bias if number == 0 else None, *layer.args[3:])
-        parts.append(edit.call(layer, layer.target, *args, **{**meta, "site": own}))
+    value, axis, start, parts = edit.program.state[str(layer_inputs(layer)[1].target)], _axis(layer), 0, []
+    for x in _parts(layer.args[0]):  # type: ignore[arg-type]
+        channels = x.meta["shape"][axis]
+        parts.append((x, value.narrow(1, start, channels).clone()))
         start += channels
-    total = parts[0]
-    for part in parts[1:]:
-        total = edit.call(layer, aten.add.Tensor, total, part, site=site, **rest)
-    layer.replace_all_uses_with(total)
-    edit.graph.erase_node(layer)
-    total.name = name  # what is known by the layer's node stays known: its output
+    replace_by_parts(edit, site, parts)

@@ -11,6 +11,7 @@ from hqc.passes import (
     InsertSmoothing,
     SelectLayers,
     SplitConcat,
+    SplitSigns,
 )
 from hqc.steps import step_name
 from hqc.training import LOSSES, Distil, Group
@@ -22,6 +23,7 @@ STEPS: Mapping[str, type] = {
     for kind in (
         DropSingleKeyAttention,
         SplitConcat,
+        SplitSigns,
         SelectLayers,
         InsertSmoothing,
         Smooth,

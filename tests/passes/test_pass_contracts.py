@@ -47,6 +47,8 @@ CHAIN: tuple[Pass, ...] = (
     SplitDigits(),
     PackInt4(),
 )
+OPTIONAL = ("split_signs",)
+"""Passes that would double the sites of all that follow them here; they have tests of their own file alone."""
 NAMES = [step_name(type(one)) for one in CHAIN]
 VALUED = ("insert_smoothing", "insert_qdq", "attach_lora")
 ops = torch.ops.hqc
@@ -94,7 +96,7 @@ def calls(program: Program) -> Counter[str]:
 
 
 def test_the_chain_has_every_pass_in_its_order() -> None:
-    assert list(PASSES) == NAMES
+    assert [name for name in PASSES if name not in OPTIONAL] == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
