@@ -24,7 +24,7 @@ def notes_of(
         f"{min(FOLLOWED, protocol.images)} images of a seed. Milliseconds: the median of {RUNS} calls.",
         *_budget_lines(budgets, found),
         f"Ranks are among rows of the same bits, by {by}; rows within one standard deviation share one.",
-        f"Machine: {machine_line(describe_machine())}; {torch.get_num_threads()} threads.",
+        f"Machine: {machine_line(describe_machine())}; threads: {torch.get_num_threads()}.",
     )
 
 
