@@ -20,6 +20,7 @@ from hqc.commands.engine import build_engine
 from hqc.commands.models import evaluate, sample, serve
 from hqc.commands.quantise import ptq, qat
 from hqc.commands.recipes import recipes
+from hqc.commands.search import search
 from hqc.commands.tune import tune
 from hqc.errors import LONGEST_LINE, HqcError, is_memory_error
 from hqc.output import OutputError, checked_stdout
@@ -118,7 +119,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(trace, explain, inspect, recipes, ptq, qat, export, build_engine, tune),
+    *(trace, explain, inspect, recipes, search, ptq, qat, export, build_engine, tune),
     *(sample, evaluate, analyze, compare, compare_recipes, bench, serve, doctor),
 )
 for command in COMMANDS:

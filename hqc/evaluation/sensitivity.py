@@ -8,7 +8,7 @@ site run again.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +32,18 @@ class Sensitivity:
 
 
 class SensitivityProbe:
-    """The float run, timed, that tells what measuring every site will take."""
+    """The float run, timed, that tells what measuring every site will take.
 
-    def __init__(self, program: Program, planned: Program, args: Sequence[Tensor]) -> None:
+    only: the sites to measure; None measures all that are quantised.
+    """
+
+    def __init__(
+        self, program: Program, planned: Program, args: Sequence[Tensor], only: Collection[str] | None = None
+    ) -> None:
         self.planned, self.args = planned, tuple(args)
         self.run = Run(float_program(program))
-        self.sites = {site.site: site for site in quantised_sites(planned)}
+        sites = {site.site: site for site in quantised_sites(planned)}
+        self.sites = sites if only is None else {name: sites[name] for name in sites if name in only}
         self.names = [spec.name for spec in program.inputs]
         values, started, at = self.run.start(self.args), time.perf_counter(), {}
         for _, node in self.run.steps(values):
@@ -54,8 +60,12 @@ class SensitivityProbe:
         return _relative(run.finish(run.start(self.args)), self.wanted)
 
     @torch.no_grad()
-    def measure(self, progress: Callable[[int, str], None] = lambda done, site: None) -> tuple[Sensitivity, ...]:
-        """Every quantised site, in graph order."""
+    def measure(
+        self,
+        progress: Callable[[int, str], None] = lambda done, site: None,
+        on_site: Callable[[Sensitivity], None] = lambda found: None,
+    ) -> tuple[Sensitivity, ...]:
+        """Every site that is asked for, in graph order. on_site: hears of each once it is measured."""
         inputs = (node for node in self.planned.graph.nodes if node.op == "placeholder")
         known = dict(zip(inputs, self.args, strict=True))
         times = self.args[self.names.index("timestep")]
@@ -71,6 +81,7 @@ class SensitivityProbe:
             rows = [(t, times == t) for t in sorted(set(times.tolist()))]
             by_timestep = tuple((t, _relative(output[row], self.wanted[row])) for t, row in rows)
             found.append(Sensitivity(site.site, _relative(output, self.wanted), by_timestep))
+            on_site(found[-1])
             progress(len(found), site.site)
         return tuple(found)
 

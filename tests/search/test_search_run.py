@@ -1,0 +1,137 @@
+"""A search from end to end: the plan, what it predicts and measures, resuming, the command."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import ok, refused
+
+import hqc
+from hqc.errors import PassError
+from hqc.evaluation.comparison.size import true_bytes
+from hqc.evaluation.sensitivity import SensitivityProbe
+from hqc.program import Program
+from hqc.recipes import Recipe, find_recipe
+from hqc.recipes.plan_file import plan_yaml, read_plan
+from hqc.sampling import synthetic_task
+from hqc.search import Asked, Found, parse_budget, search
+from hqc.search.journal import Journal
+from hqc.search.measure import Measure
+from hqc.storage import load_program, save_program
+
+Captured = Callable[[str], Program]
+CANDIDATES = ("w2a8", "w4a8", "w8a8")
+
+
+def quick(name: str = "rtn") -> Recipe:
+    recipe = find_recipe(name).set("sampler.num_inference_steps", 2)
+    return recipe.set("calibrate_activations.samples", 1).set("calibrate_activations.candidates", 10)
+
+
+def searched(program: Program, budget: str, **more: Any) -> Found:
+    asked = Asked(parse_budget(budget), CANDIDATES, samples=2, timesteps=2)
+    return search(program, quick(), synthetic_task(program), asked, **more)
+
+
+@pytest.fixture(scope="module")
+def program(captured: Captured) -> Program:
+    return captured("cross_attention")
+
+
+@pytest.fixture(scope="module")
+def found(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return searched(program, "w4a8", folder=tmp_path_factory.getbasetemp() / "search")
+
+
+def test_the_plan_is_better_than_equal_bits_of_as_many_bytes(found: Found) -> None:
+    assert found.found.cost <= found.budget == found.uniform.cost
+    assert found.found.predicted < found.uniform.predicted
+    assert found.found.measured < found.uniform.measured
+    assert found.uniform.bits == "w4a8"
+    assert len(found.widths) > 1
+    assert found.found.measured == pytest.approx(found.found.predicted, rel=0.5), "errors of single sites add up"
+
+
+def test_predicted_is_the_root_of_the_sum_of_squares(found: Found) -> None:
+    squares = sum(choice.error**2 for choice in (*found.choices, *found.fixed))
+    assert found.found.predicted == pytest.approx(squares**0.5)
+    assert {choice.bits for choice in found.fixed} == {"w8a8"}
+    first = found.plan.rules[0]
+    assert first.why == f"error {found.choices[0].error:.2e} of {found.found.predicted:.2e}"
+
+
+def test_ptq_by_the_plan_takes_what_was_said(program: Program, found: Found, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(plan_yaml(found.plan), encoding="utf-8")
+    made = hqc.ptq(program, quick(), plan=tmp_path / "plan.yaml", task=synthetic_task(program))
+    assert true_bytes(made) == found.found.cost
+    assert {site.site: site.widths for site in made.plan.sites} == {
+        choice.site: choice.bits for choice in (*found.choices, *found.fixed)
+    }
+
+
+def test_a_site_measured_alone_is_what_the_probe_says(program: Program, found: Found) -> None:
+    task = synthetic_task(program)
+    made = hqc.ptq(program, quick(), "w4a8", task=task)
+    measure = Measure(program, quick(), task, (), 2, 2, 2024, Journal(None))
+    one = found.choices[3].site
+    probe = SensitivityProbe(program, made, measure._inputs, [one])
+    assert [s.site for s in probe.measure()] == [one]
+    assert measure.sites("w4a8", [one], lambda done, note: None) == {one: probe.measure()[0].error}
+
+
+def test_a_search_goes_on_where_it_was_killed(
+    program: Program, found: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(done: int, note: str) -> None:
+        if done >= 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        searched(program, "w4a8", folder=tmp_path / "w", phase=lambda name, total: nullcontext(killed))
+    kept = (tmp_path / "w" / "measured.jsonl").read_text().splitlines()
+    assert len(kept) == 30
+    assert searched(program, "w4a8", folder=tmp_path / "w") == found, "to the bit"
+    lines = (tmp_path / "w" / "measured.jsonl").read_text().splitlines()
+    assert lines[:30] == kept
+    assert len(set(lines)) == len(lines) == 3 * len(found.choices) + len(found.fixed) + 2
+
+    def never(*args: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("hqc.search.measure.run_recipe", never)
+    assert searched(program, "w4a8", folder=tmp_path / "w") == found
+
+
+def test_a_larger_budget_errs_less(program: Program, found: Found, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp() / "search"
+    more = searched(program, "90%", folder=folder)
+    assert more.found.predicted < found.found.predicted
+    assert more.ends == found.ends
+
+
+def test_a_quantised_program_is_refused(program: Program) -> None:
+    task = synthetic_task(program)
+    made = hqc.ptq(program, quick(), "w4a8", task=task)
+    with pytest.raises(PassError, match="takes a program that is captured"):
+        searched(made, "w4a8")
+
+
+def test_the_command(program: Program, tmp_path: Path) -> None:
+    source, plan = tmp_path / "p.hqc", tmp_path / "plan.yaml"
+    save_program(program, source)
+    some = ("--synthetic", "--n-steps", "2", "--calib-size", "1")
+    few = ("--candidates", "w4a4,w8a8", "--samples", "1", "--timesteps", "1", *some)
+    said = refused(tmp_path, "search", source, "--budget", "9TBOPs", "-o", plan, *few)
+    assert said.startswith("--budget 9TBOPs: is above every plan of w4a4, w8a8. Give one from ")
+    data = json.loads(ok("search", source, "--budget", "75%", "-o", plan, "--json", *few).stdout)
+    assert data["found"]["cost"] <= data["budget"]
+    assert read_plan(plan).rules[0].pattern == data["choices"][0]["site"]
+    assert "# found: " in plan.read_text()
+    ok("ptq", source, "-o", tmp_path / "q.hqc", "--plan", plan, *some)
+    made = load_program(tmp_path / "q.hqc").plan
+    assert {site.widths for site in made.quantised} == {"w4a4", "w8a8"}
+    said = refused(tmp_path, "search", source, "--budget", "75%", "-o", plan, *few)
+    assert said.startswith(f"{plan}: already exists")
