@@ -2,6 +2,7 @@
 
 symmetric     -Q … Q             whole numbers in the call
 asymmetric    -z … 2ⁿ-1-z        of a zero point z: activations look it up by the timestep, weights have one a channel
+mixed         -z … t-z           with a top t for every output channel of a weight
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ ops = torch.ops.hqc
 FAKE_QUANTISERS = (ops.fake_quantize.default, ops.fake_quantize_bounded.default)
 QUANTISERS = (ops.quantize.default, ops.quantize_bounded.default)
 """Each with the arguments (x, scale, low, high): floats with gradients, and codes."""
-_MADE_OF = (aten.neg.default, aten.rsub.Scalar, aten.clamp.default, ops.round_ste.default)
+_MADE_OF = (
+    *(aten.neg.default, aten.rsub.Scalar, aten.clamp.default, ops.round_ste.default),
+    *(aten.minimum.default, aten.sub.Tensor),
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ def _values(node: Any, program: Program, where: str) -> Tensor:
     if is_op(node, aten.index_select.default):
         return _values(node.args[0], program, where)
     if is_op(node, *_MADE_OF):
-        return node.target(_values(node.args[0], program, where), *node.args[1:])  # type: ignore[no-any-return]
+        given = (_values(one, program, where) if isinstance(one, fx.Node) else one for one in node.args)
+        return node.target(*given)  # type: ignore[no-any-return]
     raise ExportError(where, f"its code range is made by {node}, which no pass writes", "Quantise it again with hqc.")
 
 

@@ -32,6 +32,8 @@ __all__ = [
 LOWEST_BITS, HIGHEST_BITS = 2, 8
 HIGHEST_ASYMMETRIC_BITS = 7
 """With 8 bits codes q - z reach from -255 to 255, which int8 does not hold."""
+HIGHEST_MIXED_BITS = HIGHEST_ASYMMETRIC_BITS - 1
+"""Output channels of a mixed weight have a bit more or less."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,8 @@ class SitePlan:
     quantised rotated too, so that nothing is rotated back. `lora_rank` is 0 for none; `trained` False leaves the site
     as calibrated.
     `weight_symmetric` and `activation_symmetric` False: the range of codes has a zero point, one an output channel and
-    one a timestep. `smoothed`: every input channel has a factor, which the weight takes back.
+    one a timestep. `smoothed`: every input channel has a factor, which the weight takes back. `weight_mixed`: output
+    channels have n - 1, n or n + 1 bits, n in the mean.
     """
 
     site: str
@@ -194,6 +197,7 @@ class SitePlan:
     weight_symmetric: bool = True
     activation_symmetric: bool = True
     smoothed: bool = False
+    weight_mixed: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -202,11 +206,11 @@ class SitePlan:
 
     @property
     def widths(self) -> str:
-        """`w4a4`, or `float`; an asymmetric operand has a star: `w4*a4*`."""
+        """`w4a4`, or `float`; an asymmetric operand has a star, `w4*a4*`, a weight of mixed bits a sign: `w4±*a4*`."""
         if not self.quantised:
             return "float"
         stars = ["" if symmetric else "*" for symmetric in (self.weight_symmetric, self.activation_symmetric)]
-        return f"w{self.weight_bits}{stars[0]}a{self.activation_bits}{stars[1]}"
+        return f"w{self.weight_bits}{'±' if self.weight_mixed else ''}{stars[0]}a{self.activation_bits}{stars[1]}"
 
     @property
     def hadamard(self) -> Rotation | None:
@@ -334,6 +338,9 @@ def _site_plan(data: Mapping[str, Any]) -> SitePlan:
             raise ValueError(f"site {plan.site!r} has an asymmetric range of {bits} bits")
     if type(plan.smoothed) is not bool:
         raise ValueError(f"site {plan.site!r} is smoothed: {plan.smoothed!r}")
+    mixable = not plan.weight_symmetric and (plan.weight_bits or 8) <= HIGHEST_MIXED_BITS
+    if type(plan.weight_mixed) is not bool or (plan.weight_mixed and not mixable):
+        raise ValueError(f"site {plan.site!r} has mixed weights of {plan.weight_bits} bits")
     if plan.kind not in _KINDS:
         raise ValueError(f"site {plan.site!r} is a {plan.kind}")
     if plan.rotation not in ORDERS or plan.block not in (0, *ORDERS[plan.rotation]):

@@ -220,8 +220,8 @@ def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iter
         yield problem
     elif not _activation_codes_fit(program, plan, real):
         yield f"its activation's codes are not those of {plan.activation_bits} bits"
-    elif not _codes_fit(program, weight, weight_range(plan.weight_bits or 8), plan.weight_bits, plan.weight_symmetric):
-        yield f"its weight's codes are not those of {plan.weight_bits} bits"
+    elif problem := _weight_codes_problem(program, plan, weight):
+        yield problem
     elif f"{plan.site}.activation_scale_table" not in program.state:
         yield "has no table of scales"
     elif missing := [name for name in _zero_points(plan) if name not in program.state]:
@@ -246,26 +246,46 @@ def _activation_codes_fit(program: Program, plan: SitePlan, quantiser: fx.Node) 
     return _codes_fit(program, quantiser, activation_range(bits or 8), bits, plan.activation_symmetric)
 
 
+def _weight_codes_problem(program: Program, plan: SitePlan, quantiser: fx.Node) -> str:
+    bits = plan.weight_bits or 8
+    if not plan.weight_mixed:
+        fit = _codes_fit(program, quantiser, weight_range(bits), bits, plan.weight_symmetric)
+        return "" if fit else f"its weight's codes are not those of {bits} bits"
+    span = _spans(program, quantiser)
+    if span is None:
+        return f"its weight's codes are not those of about {bits} bits"
+    fewer, same, more = (span == asymmetric_top(b) for b in (bits - 1, bits, bits + 1))
+    if not bool((fewer | same | more).all()) or int(fewer.sum()) != int(more.sum()):
+        return f"its weight's channels have not {bits - 1} to {bits + 1} bits, {bits} in the mean"
+    return ""
+
+
 def _codes_fit(
     program: Program, quantiser: fx.Node, symmetric_range: tuple[int, int], bits: int | None, symmetric: bool
 ) -> bool:
     """Whether a quantiser's codes are those of its bits: one range, or ranges of 2ⁿ codes that hold 0."""
     if symmetric:
         return quantiser.args[2:] == symmetric_range
+    span = _spans(program, quantiser)
+    return span is not None and bool((span == asymmetric_top(bits or 8)).all())
+
+
+def _spans(program: Program, quantiser: fx.Node) -> torch.Tensor | None:
+    """Largest less least code of ranges that hold 0, by row; None for other ranges."""
     try:
         lookups = bounds_of(quantiser, program).lookups
     except ExportError:
-        return False
+        return None
     if lookups is None or lookups.lows.shape != lookups.highs.shape:
-        return False
+        return None
     holds_zero = bool((lookups.lows <= 0).all() & (lookups.highs >= 0).all())
-    return holds_zero and bool((lookups.highs - lookups.lows == asymmetric_top(bits or 8)).all())
+    return lookups.highs - lookups.lows if holds_zero else None
 
 
 def _zero_points(plan: SitePlan) -> list[str]:
-    """What calibration and training find the zero points by."""
-    kinds = (("weight_zero", plan.weight_symmetric), ("activation_zero_table", plan.activation_symmetric))
-    return [f"{plan.site}.{name}" for name, symmetric in kinds if not symmetric]
+    """What calibration and training find the zero points and the tops of ranges by."""
+    kinds = {"weight_zero": not plan.weight_symmetric, "activation_zero_table": not plan.activation_symmetric}
+    return [f"{plan.site}.{name}" for name, has in {**kinds, "weight_top": plan.weight_mixed}.items() if has]
 
 
 def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator[str]:

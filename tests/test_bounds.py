@@ -9,6 +9,7 @@ from torch import fx
 from hqc.bounds import bounds_of, clip_codes
 from hqc.errors import ExportError
 from hqc.passes import FreezeIntegers, InsertQdq, SelectLayers
+from hqc.passes.rewriting import layer_inputs
 from hqc.pipeline import run_pipeline
 from hqc.program import Program, aten, copy_graph
 from hqc.sites import quantised_sites
@@ -38,6 +39,25 @@ def test_tables_are_read_off_the_graph(frozen: bool, asymmetric: Program) -> Non
     assert [conv.of_row(row) for row in range(3)] == [(0, 15), (-6, 9), (-15, 0)]
     assert conv.key != head.key
     assert conv.key == next(s for s in quantised_sites(program) if s.site == "conv").bounds.key
+
+
+def test_channels_of_a_mixed_weight_have_tops_of_their_own(captured: Callable[[str], Program]) -> None:
+    """-z … t-z, z rounded and kept in 0…t."""
+    ranges = InsertQdq(GRID, activation="asymmetric", weight="mixed")
+    program = run_pipeline(captured("two_sites"), [SelectLayers(bits="w4a4"), ranges])
+    top, zero = program.state["conv.weight_top"].clone(), program.state["conv.weight_zero"].clone()
+    assert top.tolist() == [15.0] * len(top)
+    top[:3], zero[:3] = torch.tensor([31.0, 7.0, 15.0]), torch.tensor([30.6, 9.0, -2.0])
+    program = program.evolve(state={**program.state, "conv.weight_top": top, "conv.weight_zero": zero})
+    found = bounds_of(layer_inputs(dict(program.sites())["conv"])[1], program)
+    assert [found.of_row(row) for row in range(3)] == [(-31, 0), (-7, 0), (0, 15)]
+    frozen = run_pipeline(program, [FreezeIntegers()])
+    assert {name for name in frozen.state if name.startswith("conv.weight_")} == {
+        "conv.weight_codes",
+        "conv.weight_scale",
+    }
+    codes = frozen.state["conv.weight_codes"].flatten(1)
+    assert [int(codes[0].max()), int(codes[1].min()), int(codes[2].min())] == [0, -7, 0]
 
 
 def test_equal_numbers_are_one_key(captured: Callable[[str], Program]) -> None:

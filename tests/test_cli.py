@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -117,6 +118,7 @@ def test_explain(made: SimpleNamespace) -> None:
     assert "pipeline: drop_single_key_attention(), select_layers(), insert_hadamard()" in text
     assert "rule '*.to_q': asked for" in text
     assert "  removed down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q\n" in text
+    assert re.search(r"^weights: [\d.]+ [kM]B by their bits, [\d.]+ [kM]B as int8 and packed int4$", text, re.MULTILINE)
     assert "3 input channels" in text or "4 input channels" in text or "first or last layer" in text
 
 
@@ -124,6 +126,7 @@ def test_explain_as_json(made: SimpleNamespace) -> None:
     said = json.loads(ok("explain", made.program, "--recipe", "rtn", "--json").stdout)
     sites = {site["site"]: site for site in said["plan"]["sites"]}
     assert sites["conv_in"]["weight_bits"] == 8
+    assert 0 < said["weights"]["bytes_by_bits"] == said["weights"]["bytes_stored"]  # four and eight bits, symmetric
     assert "insert_hadamard" not in said["pipeline"]
     assert [ran["pass"].partition("(")[0] for ran in said["passes"]] == [
         "drop_single_key_attention",
@@ -421,7 +424,7 @@ def test_unknown_bits(made: SimpleNamespace, tmp_path: Path, command: str, bits:
     [
         (
             ("--recipe", "mine"),
-            "recipe 'mine': unknown; there are hqc, hq-dm, hq-dm-reference, efficientdm, convrot,",
+            "recipe 'mine': unknown; there are hqc, hq-dm, hq-dm-reference, efficientdm, mpq-dm, convrot,",
         ),
         (("--rules", "mine"), "rules 'mine': unknown; there are default, reference, mixed, all. Use one of them."),
         (("--keep-float", "down.*.nothing"), "pattern 'down.*.nothing': matches no site. Sites are named like"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from zoo import ZOO
 
 from hqc.checking import check_calls
@@ -33,12 +34,13 @@ PASSES = (
 )
 
 
-@pytest.mark.parametrize("ranges", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("ranges", ["symmetric", "asymmetric", "mixed"])
 @pytest.mark.parametrize("model", ZOO)
 def test_what_the_passes_make_is_right(model: str, ranges: str, captured: Callable[[str], Program]) -> None:
     program = captured(model)
     for one in PASSES:
-        one = replace(one, activation=ranges, weight=ranges) if isinstance(one, InsertQdq) else one
+        activation = "symmetric" if ranges == "symmetric" else "asymmetric"
+        one = replace(one, activation=activation, weight=ranges) if isinstance(one, InsertQdq) else one
         program = run_pass(program, one)
         assert site_problems(program) == []
         check_calls(program)
@@ -126,6 +128,31 @@ def test_an_integer_product_with_another_rotation(
     changed: SitePlan = replace(program.plan["conv"], **fields)
     problems = site_problems(program.evolve(plan=program.plan.with_sites({"conv": changed})))
     assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda top: top.index_fill(0, torch.tensor([0]), 31.0), id="more than the mean"),
+        pytest.param(lambda top: top.index_fill(0, torch.tensor([0, 1]), 63.0), id="two bits more"),
+        pytest.param(lambda top: top - 1, id="no power of two"),
+    ],
+)
+def test_channels_of_other_bits_than_the_plan_says(
+    change: Callable[..., Any], captured: Callable[[str], Program]
+) -> None:
+    ranges = InsertQdq((0.0,), activation="asymmetric", weight="mixed")
+    program = run_pipeline(captured("two_sites"), [SelectLayers(bits="w4a4"), ranges])
+    top = program.state["conv.weight_top"]
+    mixed = top.clone()
+    mixed[:4], mixed[4:8] = 31.0, 7.0
+    assert site_problems(program.evolve(state={**program.state, "conv.weight_top": mixed})) == []
+    problems = site_problems(program.evolve(state={**program.state, "conv.weight_top": change(top)}))
+    assert problems == ["site conv: its weight's channels have not 3 to 5 bits, 4 in the mean"]
+    plain = replace(program.plan["conv"], weight_mixed=False)
+    mixed_state = program.evolve(state={**program.state, "conv.weight_top": mixed})
+    problems = site_problems(mixed_state.evolve(plan=program.plan.with_sites({"conv": plain})))
+    assert problems == ["site conv: its weight's codes are not those of 4 bits"]
 
 
 def test_a_site_that_nothing_reads(quantised: Program) -> None:

@@ -1,8 +1,17 @@
 """Calibration: scales from what the sites see along the float trajectory, and from the weights."""
 
 from hqc.calibration.activations import CalibrateActivations, calibrate
+from hqc.calibration.channel_bits import MixChannelBits
 from hqc.calibration.rotations import ChooseRotation
 from hqc.calibration.smoothing import Smooth
 from hqc.calibration.weights import CalibrateWeights, mse_weight_scale
 
-__all__ = ["CalibrateActivations", "CalibrateWeights", "ChooseRotation", "Smooth", "calibrate", "mse_weight_scale"]
+__all__ = [
+    "CalibrateActivations",
+    "CalibrateWeights",
+    "ChooseRotation",
+    "MixChannelBits",
+    "Smooth",
+    "calibrate",
+    "mse_weight_scale",
+]

@@ -8,13 +8,14 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from hqc.bounds import bounds_of
-from hqc.passes.insert_qdq import spanning_weight_range
+from hqc.passes.insert_qdq import spanning_range
 from hqc.passes.rewriting import layer_inputs
+from hqc.plan import asymmetric_top
 from hqc.program import Program, Stage
 from hqc.sampling import Work
 from hqc.steps import check_options
 
-__all__ = ["CalibrateWeights", "mse_weight_scale"]
+__all__ = ["CalibrateWeights", "mse_weight_scale", "source_weight"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class CalibrateWeights:
         for plan in program.plan.quantised:
             quantiser = layer_inputs(layers[plan.site])[1]
             bounds = bounds_of(quantiser, program)
-            weight = state[_source(quantiser)]
+            weight = state[source_weight(quantiser)]
             if not plan.weight_symmetric:
-                found = spanning_weight_range(weight, plan.weight_bits or 8)
+                top = torch.tensor(float(asymmetric_top(plan.weight_bits or 8)))
+                found = spanning_range(weight, state[f"{plan.site}.weight_top"] if plan.weight_mixed else top)
                 state[f"{plan.site}.weight_scale"], state[f"{plan.site}.weight_zero"] = found
                 continue
             state[f"{plan.site}.weight_scale"] = mse_weight_scale(weight, bounds.low, bounds.high, self.candidates)
@@ -56,7 +58,7 @@ class CalibrateWeights:
         return 0.0
 
 
-def _source(quantiser: fx.Node) -> str:
+def source_weight(quantiser: fx.Node) -> str:
     """The name of the weight that a quantiser reads; a LoRA beside it starts at zero."""
     weight = quantiser.args[0]
     if weight.meta.get("role") == "lora":  # type: ignore[union-attr]

@@ -173,9 +173,12 @@ def explain(
             {"pass": str(r.text), "missed": dict(r.missed), "removed": list(r.removed)}
             for r in result.history[len(captured.history) :]
         ]
-        out.print_json({"plan": result.plan.to_dict(), "pipeline": found.text, "passes": ran})
+        out.print_json(
+            {"plan": result.plan.to_dict(), "pipeline": found.text, "passes": ran, "weights": _weights(result)}
+        )
         return
     out.console.print(out.sites_table(result))
+    _print_weights(result)
     rules = found.step("select_layers").rules
     ordered = [f"  {rule}" for rule in (*RULE_SETS[rules], *plan.rules)]
     out.console.print("rules, last match wins:", *ordered, sep="\n", markup=False)
@@ -209,9 +212,27 @@ def _show_own_plan(path: Path, program: "Program", *, as_yaml: bool, as_json: bo
         _print_plan(program, str(path))
         return
     if as_json:
-        out.print_json({"plan": program.plan.to_dict()})
+        out.print_json({"plan": program.plan.to_dict(), "weights": _weights(program)})
         return
     out.console.print(out.sites_table(program))
+    _print_weights(program)
+
+
+def _weights(program: "Program") -> dict[str, int]:
+    """Bytes of the quantised weights by their bits, and as files keep them."""
+    from hqc.evaluation.comparison.size import weight_bytes
+
+    return dict(zip(("bytes_by_bits", "bytes_stored"), map(round, weight_bytes(program)), strict=True))
+
+
+def _print_weights(program: "Program") -> None:
+    from hqc import console as out
+    from hqc.memory import bytes_text
+
+    by_bits, stored = map(bytes_text, _weights(program).values())
+    out.console.print(
+        f"weights: {by_bits} by their bits, {stored} as int8 and packed int4", markup=False, highlight=False
+    )
 
 
 @click.command(cls=Command)

@@ -6,7 +6,8 @@
 Q_a is symmetric with narrow range ±(2^(n-1) - 1), Q_w symmetric with full range and one scale per output channel.
 With an asymmetric range the codes are -z…2ⁿ-1-z: of an activation z is looked up as its scale is, of a weight it is one
 per output channel. z is a parameter like the scales, rounded and kept in 0…2ⁿ-1 where it is read. Operands of 8 bits
-stay symmetric, since their codes would not fit int8; the plan says so.
+stay symmetric, since their codes would not fit int8; the plan says so. A mixed weight is an asymmetric one whose
+channels have tops of their own, -z…t-z with t = 2ᵇ-1: b is n until `mix_channel_bits` chooses n - 1, n or n + 1.
 The row i comes from the graph's own `timestep` input, so the program stays a pure function and a batch may mix
 timesteps. Weight scales start at max|W_o|/qmax, or span the channel's values and 0 where it is asymmetric; the tables
 start at scale 1 and a zero point in the middle: calibration fills them all.
@@ -23,14 +24,22 @@ from torch import Tensor, fx
 from hqc.errors import PassError, PlanError
 from hqc.passes.rewriting import UNPLANNED, Rewriter, layer_inputs, rewrite
 from hqc.pipeline import Findings
-from hqc.plan import HIGHEST_ASYMMETRIC_BITS, SitePlan, activation_range, asymmetric_top, weight_range
+from hqc.plan import (
+    HIGHEST_ASYMMETRIC_BITS,
+    HIGHEST_MIXED_BITS,
+    SitePlan,
+    activation_range,
+    asymmetric_top,
+    weight_range,
+)
 from hqc.program import BATCH, Program, Stage, aten
 
-__all__ = ["GRID", "InsertQdq", "spanning_weight_range"]
+__all__ = ["GRID", "InsertQdq", "spanning_range", "spanning_weight_range"]
 
 GRID = "timestep_grid"
 ops = torch.ops.hqc
 Range = Literal["symmetric", "asymmetric"]
+WeightRange = Literal["symmetric", "asymmetric", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +47,13 @@ class InsertQdq:
     """Puts quantisers on the input and the weight of every quantised site.
 
     timesteps: the calibrated grid, one row of every scale table each; empty: what the plan asks for, or one row.
-    activation, weight: "symmetric", or "asymmetric" for operands of at most 7 bits.
+    activation, weight: "symmetric", or "asymmetric" for operands of at most 7 bits. weight="mixed": asymmetric, and up
+    to 6 bits with bits of its own for every output channel.
     """
 
     timesteps: tuple[float, ...] = ()
     activation: Range = "symmetric"
-    weight: Range = "symmetric"
+    weight: WeightRange = "symmetric"
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
     gives: ClassVar[Stage | None] = Stage.QUANTISED
@@ -54,11 +64,9 @@ class InsertQdq:
             raise PlanError("timesteps", f"the grid {self.timesteps} is not all numbers", "Give finite timesteps.")
         if len(set(self.timesteps)) != len(self.timesteps):
             raise PlanError("timesteps", "the grid repeats a timestep", "Give distinct timesteps.")
-        for name, value in (("activation", self.activation), ("weight", self.weight)):
-            if value not in get_args(Range):
-                raise PlanError(
-                    f"{name} {value!r}", f"unknown range; there are {', '.join(get_args(Range))}", "Use one."
-                )
+        for name, value, kinds in (("activation", self.activation, Range), ("weight", self.weight, WeightRange)):
+            if value not in (known := get_args(kinds)):
+                raise PlanError(f"{name} {value!r}", f"unknown range; there are {', '.join(known)}", "Use one.")
 
     def find(self, program: Program) -> Findings:
         """Every site that the plan quantises."""
@@ -89,13 +97,14 @@ class InsertQdq:
                 ("activations", self.activation, plan.activation_bits),
                 ("weights", self.weight, plan.weight_bits),
             )
-            if kind == "asymmetric" and (bits or 8) > HIGHEST_ASYMMETRIC_BITS
+            if kind != "symmetric" and (bits or 8) > HIGHEST_ASYMMETRIC_BITS
         ]
         note = f"{' and '.join(wide)} symmetric: asymmetric codes of 8 bits do not fit int8" if wide else ""
         return replace(
             plan,
             activation_symmetric=self.activation == "symmetric" or "activations" in wide,
             weight_symmetric=self.weight == "symmetric" or "weights" in wide,
+            weight_mixed=self.weight == "mixed" and (plan.weight_bits or 8) <= HIGHEST_MIXED_BITS,
             reason="; ".join(text for text in (plan.reason, note) if text),
         )
 
@@ -149,7 +158,11 @@ def _weight_range(edit: Rewriter, plan: SitePlan, weight: fx.Node, layer: fx.Nod
         return edit.weight(f"{plan.site}.weight_scale", _range_scale(value, high), layer), low, high
     scale, zero = spanning_weight_range(value, bits)
     stored = edit.weight(f"{plan.site}.weight_scale", scale, layer)
-    return stored, *_bounds(edit, edit.weight(f"{plan.site}.weight_zero", zero, layer), bits, layer)
+    kept = edit.weight(f"{plan.site}.weight_zero", zero, layer)
+    if not plan.weight_mixed:
+        return stored, *_bounds(edit, kept, bits, layer)
+    top = edit.weight(f"{plan.site}.weight_top", torch.full_like(zero, asymmetric_top(bits)), layer)
+    return stored, *_bounds_below(edit, kept, top, layer)
 
 
 def _bounds(edit: Rewriter, zero: fx.Node, bits: int, before: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -161,19 +174,33 @@ def _bounds(edit: Rewriter, zero: fx.Node, bits: int, before: fx.Node) -> tuple[
     return low, edit.call(before, aten.rsub.Scalar, whole, top, like=zero)
 
 
-@torch.no_grad()
-def spanning_weight_range(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and whole zero point per output channel [O] whose 2ⁿ codes span the channel's values and 0.
+def _bounds_below(edit: Rewriter, zero: fx.Node, top: fx.Node, before: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """-z and t - z of a zero point, whole and in 0…t, with a top t for each channel."""
+    positive = edit.call(before, aten.clamp.default, zero, 0, like=zero)
+    inside = edit.call(before, aten.minimum.default, positive, top, like=zero)
+    whole = edit.call(before, ops.round_ste.default, inside, like=zero)
+    low = edit.call(before, aten.neg.default, whole, like=zero)
+    return low, edit.call(before, aten.sub.Tensor, top, whole, like=zero)
 
-    s = (max(W_o, 0) - min(W_o, 0))/(2ⁿ-1), z = round(-min(W_o, 0)/s). An all-zero channel gets scale 1.
+
+def spanning_weight_range(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`spanning_range` of 2ⁿ codes for every output channel."""
+    return spanning_range(weight, torch.tensor(float(asymmetric_top(bits))))
+
+
+@torch.no_grad()
+def spanning_range(weight: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and whole zero point per output channel [O] whose t + 1 codes span the channel's values and 0.
+
+    s = (max(W_o, 0) - min(W_o, 0))/t, z = round(-min(W_o, 0)/s); t a number or [O]. An all-zero channel gets scale 1.
     """
     if not weight.numel():
         return weight.new_ones(len(weight)), weight.new_zeros(len(weight))
-    flat, top = weight.flatten(1).to(torch.float32), asymmetric_top(bits)
+    flat = weight.flatten(1).to(torch.float32)
     least, largest = flat.amin(1).clamp_max(0), flat.amax(1).clamp_min(0)
     span = largest - least
     scale = torch.where(span > 0, span / top, torch.ones_like(span))
-    return scale, (-least / scale).round().clamp(0, top)
+    return scale, torch.minimum((-least / scale).round().clamp_min(0), top)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, Smooth
+from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, MixChannelBits, Smooth
 from hqc.passes import (
     AttachLora,
     DropSingleKeyAttention,
@@ -30,6 +30,7 @@ STEPS: Mapping[str, type] = {
         InsertHadamard,
         ChooseRotation,
         InsertQdq,
+        MixChannelBits,
         CalibrateWeights,
         CalibrateActivations,
         AttachLora,

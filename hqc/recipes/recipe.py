@@ -176,6 +176,7 @@ _AFTER = {
     "insert_hadamard": ("select_layers",),
     "choose_rotation": ("select_layers",),
     "insert_qdq": ("select_layers",),
+    "mix_channel_bits": ("insert_qdq",),
 }
 _LATER = {"insert_qdq": ("calibrate_activations",), "insert_smoothing": ("smooth",)}
 _NOT_AFTER = {"insert_smoothing": ROTATIONS, "smooth": ROTATIONS}
@@ -203,6 +204,8 @@ def check_order(name: str, steps: Sequence[Step]) -> None:
             raise PlanError(where, f"leaves {what} that no {missing[0]} fills", f"Put {missing[0]} behind it.")
         if wrong := [one for one in _NOT_AFTER.get(own, ()) if one in names[:index]]:
             raise PlanError(where, f"comes behind {wrong[0]}, which turns its channels", f"Put it before {wrong[0]}.")
+        if own == "mix_channel_bits" and steps[names.index("insert_qdq")].weight != "mixed":  # type: ignore[union-attr]
+            raise PlanError(where, "finds no mixed weights", "Give insert_qdq(weight='mixed').")
         if own in _ONCE and own in names[:index]:
             raise PlanError(where, "is there twice", "Leave one out.")
     if stage not in (Stage.QUANTISED, Stage.TRAINED):

@@ -38,7 +38,8 @@ class Student:
         module = training_module(program, samples)
         self._parameters = {name: _own_parameter(module, name) for name in names}
         self._scales: list[Tensor] = [self._parameters[name] for name, group in names.items() if group.positive]
-        self._zeros = [(self._parameters[name], top) for name in names if (top := _zero_top(program, name))]
+        tops = {name: _zero_top(program, name) for name in names}
+        self._zeros = [(self._parameters[name], top) for name, top in tops.items() if top is not None]
         self._optimizer = optimizer_of(program, names, self._parameters)
         self._averages = {name: p.detach().clone() for name, p in self._parameters.items()} if ema else {}
         self.denoise = Tapped(module, taps or {})
@@ -54,7 +55,7 @@ class Student:
             if self._scales:
                 torch._foreach_clamp_min_(self._scales, _SMALLEST_SCALE)
             for zero, top in self._zeros:
-                zero.clamp_(0, top)
+                zero.copy_(torch.minimum(zero.clamp_min(0), top))
             if self._averages:
                 values: list[Tensor] = list(self._parameters.values())
                 torch._foreach_lerp_(list(self._averages.values()), values, 1 - self._ema)
@@ -91,14 +92,16 @@ class Student:
             average.copy_(_saved(saved, f"average/{name}", average))
 
 
-def _zero_top(program: Program, name: str) -> int:
-    """The largest zero point that a tensor may hold, 0 for one that holds none: outside it would not learn."""
+def _zero_top(program: Program, name: str) -> Tensor | None:
+    """The largest zero points that a tensor may hold, None for one that holds none: outside they would not learn."""
     site, _, leaf = name.rpartition(".")
+    if leaf == "weight_zero" and program.plan[site].weight_mixed:
+        return program.state[f"{site}.weight_top"]
     bits = {
         "activation_zero_table": program.plan[site].activation_bits,
         "weight_zero": program.plan[site].weight_bits,
     }.get(leaf)
-    return asymmetric_top(bits) if bits else 0
+    return torch.tensor(float(asymmetric_top(bits))) if bits else None
 
 
 def _own_parameter(module: nn.Module, name: str) -> nn.Parameter:

@@ -9,8 +9,11 @@ import torch
 from torch import fx
 
 from hqc.bounds import FAKE_QUANTISERS
+from hqc.calibration.weights import source_weight
 from hqc.export import ExportReport, export_program
 from hqc.passes import AttachLora, DropSingleKeyAttention, InsertHadamard, InsertQdq, SelectLayers
+from hqc.passes.insert_qdq import spanning_range
+from hqc.passes.rewriting import layer_inputs
 from hqc.pipeline import run_pipeline
 from hqc.plan import activation_range, asymmetric_top
 from hqc.program import Program
@@ -44,12 +47,13 @@ class _Ranges(fx.Interpreter):
 def quantised(captured: Callable[[str], Program]) -> Callable[..., Program]:
     """quantised("two_sites", "w4a4"): fake quantisation with a LoRA, random deltas, scales near each site's range.
 
-    ranges="asymmetric": both operands, with zero points of all kinds at the timesteps.
+    ranges="asymmetric": both operands, with zero points of all kinds at the timesteps. "mixed": besides, a third of
+    the output channels has a bit more, a third one less.
     """
 
     @cache
     def build(name: str, bits: str, rotation: InsertHadamard = HQ_DM, ranges: str = "symmetric") -> Program:
-        insert = InsertQdq(GRID, activation=ranges, weight=ranges)
+        insert = InsertQdq(GRID, activation="asymmetric" if ranges == "mixed" else ranges, weight=ranges)
         passes = [DropSingleKeyAttention(), SelectLayers(bits=bits), rotation, insert]
         program = run_pipeline(captured(name), [*passes, AttachLora(rank=3)])
         generator, state = torch.Generator().manual_seed(1), dict(program.state)
@@ -63,12 +67,27 @@ def quantised(captured: Callable[[str], Program]) -> Callable[..., Program]:
                 # Never whole, and one past each end of what a zero point may be.
                 zeros = torch.tensor([-1.3, 0.3 * levels, 0.7 * levels + 0.4, levels + 2.0])
                 state[f"{site}.activation_zero_table"] = zeros[torch.randperm(len(GRID), generator=generator)]
+        for site, layer in program.sites():
+            if (plan := program.plan[site]).weight_mixed:
+                top = mixed_tops(plan.weight_bits, plan.out_channels, generator)
+                found = spanning_range(state[source_weight(layer_inputs(layer)[1])], top)
+                names = (f"{site}.weight_{leaf}" for leaf in ("top", "scale", "zero"))
+                state |= dict(zip(names, (top, *found), strict=True))
         for key, tensor in state.items():
             if key.endswith("lora_b"):
                 state[key] = 0.05 * torch.randn(tensor.shape, generator=generator)
         return program.evolve(state=state)
 
     return build
+
+
+def mixed_tops(bits: int, channels: int, generator: torch.Generator) -> torch.Tensor:
+    """2ᵇ-1 of the channels: a third of them, at random, with a bit more than `bits`, as many with one less."""
+    widths, order = torch.full((channels,), float(bits)), torch.randperm(channels, generator=generator)
+    third = channels // 3
+    widths[order[:third]] += 1
+    widths[order[channels - third :]] -= 1
+    return torch.exp2(widths) - 1
 
 
 Exported = Callable[..., tuple[Program, Path, ExportReport]]

@@ -53,10 +53,14 @@ def unsigned_weight(program, site: str) -> tuple[np.ndarray, np.ndarray]:
     state, bits = program.state, program.plan[site].weight_bits
     weight = state[f"{site}.weight"]
     weight = (weight + (state[f"{site}.lora_b"] @ state[f"{site}.lora_a"]).view(weight.shape)).numpy()
-    zero = whole_zeros(program, f"{site}.weight_zero", bits)
+    zero, top = whole_zeros(program, f"{site}.weight_zero", bits + 1), np.array([2**bits - 1])
+    if program.plan[site].weight_mixed:
+        top = state[f"{site}.weight_top"].numpy().astype(np.int64)
+        assert set(top) == {2**b - 1 for b in (bits - 1, bits, bits + 1)}
     shape = (-1, *[1] * (weight.ndim - 1))
+    assert (zero <= top).all()
     levels = np.rint(weight * (np.float32(1) / state[f"{site}.weight_scale"].numpy()).reshape(shape))
-    return np.clip(levels + zero.reshape(shape), 0, 2**bits - 1).astype(np.int64), zero
+    return np.clip(levels + zero.reshape(shape), 0, top.reshape(shape)).astype(np.int64), zero
 
 
 def oracle(program, prepared, site, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -88,7 +92,15 @@ def oracle(program, prepared, site, codes: np.ndarray, rows: np.ndarray) -> np.n
 @pytest.mark.parametrize("model", ["two_sites", "odd_channels", "geometry", "shared_input"])
 def test_every_site_equals_explicit_zero_points(quantised, tmp_path, model, bits) -> None:
     """Padded borders, stride 2, dilation, and samples at different timesteps, in onnxruntime."""
-    program = quantised(model, bits, ranges="asymmetric")
+    _check_sites(quantised(model, bits, ranges="asymmetric"), tmp_path)
+
+
+@pytest.mark.parametrize(("model", "bits"), [("two_sites", "w4a4"), ("geometry", "w2a4"), ("odd_channels", "w6a6")])
+def test_channels_of_mixed_bits_equal_explicit_zero_points(quantised, tmp_path, model, bits) -> None:
+    _check_sites(quantised(model, bits, ranges="mixed"), tmp_path)
+
+
+def _check_sites(program, tmp_path) -> None:
     prepared = prepare(program, "onnxruntime")
     proto, taps = onnx_from_program(prepared, "onnxruntime", 21)
     _, feeds = inputs(program)
@@ -113,6 +125,19 @@ def test_seven_bits_have_the_smaller_digit(exported) -> None:
     assert report.verification is not None
     names = {v for n in onnx.load(str(folder / "model.onnx")).graph.node for v in n.output}
     assert {name for name in names if name.endswith(".weight_matrix_1")}
+
+
+@pytest.mark.parametrize("target", ["portable", "onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("rotation", ["regular 64", "sylvester 32 double"])
+@pytest.mark.parametrize("bits", ["w4a4", "w2a4"])
+def test_mixed_bits_in_every_target(exported, bits, rotation, target) -> None:
+    """int8 holds the codes of every channel; codes and outputs are checked site by site."""
+    program, _, report = exported("wide_channels", bits, target, rotation=ROTATIONS[rotation], ranges="mixed")
+    assert len(report.verification.sites) == len(program.plan.quantised)
+    assert all(plan.weight_mixed for plan in program.plan.quantised)
+    assert program.plan.quantised[0].widths == f"w{bits[1]}±*a4*"
+    if target == "tensorrt":
+        assert {layer.weight_bits_stored for layer in report.layers} <= {8, 16}
 
 
 @pytest.mark.parametrize("target", ["portable", "onnxruntime", "tensorrt"])
@@ -211,6 +236,14 @@ def test_tensorrt(build, model, bits, plugins) -> None:
 def test_tensorrt_rotations(build, options) -> None:
     _, _, report = build("two_sites", "w4a4", ranges="asymmetric", dtype="fp32", **options)
     assert report.verification.network.forced_error <= EQUAL_CODES
+
+
+def test_tensorrt_plugins_of_mixed_bits(build) -> None:
+    """Codes that do not fit four bits are int8 products between the plugin's rotations."""
+    _, folder, report = build("two_sites", "w4a4", ranges="mixed", dtype="fp32", plugins="qdp")
+    assert report.verification.network.forced_error <= EQUAL_CODES
+    assert Form.INT4_PLUGIN not in {layer.form for layer in report.layers}
+    assert {n.op_type for n in read(folder).graph.node if n.domain == "hqc"} == {"HadamardQuantizeBounded"}
 
 
 @pytest.mark.parametrize("plugins", ["none", "qdp"])

@@ -23,7 +23,7 @@ from hqc.recipes.known import PARTS, STEPS
 from hqc.recipes.run import Request
 from hqc.recipes.run import planned as planned_by
 from hqc.sampling import Sampler
-from hqc.steps import parse_steps
+from hqc.steps import parse_steps, step_name
 from hqc.training import Distil, Group, GuidedNoise
 
 HQ_DM_TEXT = (
@@ -236,6 +236,15 @@ def test_an_impossible_order_is_said_before_anything_runs(steps: str) -> None:
         Recipe("mine", "", chain)
     assert said in str(caught.value)
     assert caught.value.where.startswith("recipe 'mine'")
+
+
+def test_mixed_bits_are_chosen_where_there_are_some() -> None:
+    recipe = find_recipe("mpq-dm")
+    with pytest.raises(PlanError, match=r"mix_channel_bits\(samples=32\): finds no mixed weights. Give insert_qdq"):
+        recipe.having("insert_qdq", weight="asymmetric")
+    steps = [step for step in recipe.steps if step_name(type(step)) != "insert_qdq"]
+    with pytest.raises(PlanError, match="takes a program that is quantised"):
+        replace(recipe, steps=tuple(steps))
 
 
 def test_training_without_losses_or_groups_is_refused() -> None:

@@ -15,6 +15,11 @@ from hqc.sampling import Update
 
 SHORT = {"sampler.num_inference_steps": 3, "calibrate_activations.samples": 2, "calibrate_activations.candidates": 10}
 TRAINED = {"distil.updates": 7, "distil.batch_size": 2, "distil.checkpoint_every": 2, "attach_lora.rank": 2}
+FEW = {
+    "choose_rotation": {"samples": 1, "timesteps": 2},
+    "smooth": {"samples": 1},
+    "mix_channel_bits": {"samples": 1, "timesteps": 2, "rows": 8},
+}
 QAT = [name for name, recipe in RECIPES.items() if recipe.kind == "qat"]
 
 
@@ -30,8 +35,8 @@ def quantised(program: Program) -> dict[str, Program]:
 
 def _short(name: str) -> Recipe:
     found = api.recipe_of(name, SHORT)
-    if found.step("choose_rotation") is not None:
-        found = found.having("choose_rotation", samples=1, timesteps=2)
+    for step, options in FEW.items():
+        found = found.having(step, **options) if found.step(step) is not None else found
     return found if found.kind == "ptq" else api.recipe_of(found, TRAINED)
 
 
@@ -57,7 +62,7 @@ def test_its_export_equals_it(quantised: dict[str, Program], name: str, tmp_path
     assert float((session(*args) - wanted).norm() / wanted.norm()) < 0.02
 
 
-@pytest.mark.parametrize("name", ["efficientdm", "hqc"])
+@pytest.mark.parametrize("name", ["efficientdm", "hqc", "mpq-dm"])
 def test_it_resumes_to_the_same_bits(
     program: Program, quantised: dict[str, Program], name: str, tmp_path: Path
 ) -> None:
@@ -93,6 +98,34 @@ def test_zero_points_stay_where_they_learn(program: Program) -> None:
     tables = [t for key, t in result.state.items() if key.endswith("activation_zero_table")]
     assert {float(table.min()) for table in tables} | {float(table.max()) for table in tables} >= {0.0, 15.0}
     assert all(0 <= float(z) <= 15 for table in tables for z in table)
+
+
+def test_mpq_dm_mixes_the_bits_of_channels(quantised: dict[str, Program]) -> None:
+    result, changed = quantised["mpq-dm"], []
+    for plan in result.plan.quantised:
+        narrow = plan.weight_bits == 4
+        assert (plan.weight_mixed, plan.smoothed, plan.activation_symmetric) == (narrow, narrow, not narrow), plan.site
+        if not narrow:
+            continue
+        top, zero = (result.state[f"{plan.site}.weight_{leaf}"] for leaf in ("top", "zero"))
+        bits = (top + 1).log2()
+        assert float(bits.mean()) == 4
+        assert set(bits.tolist()) <= {3.0, 4.0, 5.0}
+        assert bool(((zero >= 0) & (zero <= top)).all())
+        more = int((bits == 5).sum())
+        assert f"{more} of {len(bits)} channels with a bit more, {more} with one less" in plan.reason
+        changed.append(more)
+        assert bool((result.state[f"{plan.site}.smoothing"] != 1).any())
+    assert len(set(changed)) > 1
+    assert any(bool((t != t.round()).any()) for key, t in result.state.items() if key.endswith("weight_zero"))
+
+
+@pytest.mark.parametrize("target", ["portable", "tensorrt"])
+def test_mpq_dm_in_the_other_targets(quantised: dict[str, Program], target: str, tmp_path: Path) -> None:
+    """Codes and outputs of every site are verified; ONNX Runtime is among the tests of all methods."""
+    result = quantised["mpq-dm"]
+    report = hqc.export_program(result, target, tmp_path / "x")
+    assert len(report.verification.sites) == len(result.plan.quantised)
 
 
 def test_convrot_rotates_weights_too(quantised: dict[str, Program]) -> None:

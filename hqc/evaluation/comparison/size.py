@@ -2,9 +2,13 @@
 
 from torch import fx
 
+from hqc.bounds import bounds_of
+from hqc.ops.weight_codes import fits_int4
+from hqc.passes.rewriting import layer_inputs
+from hqc.plan import SitePlan
 from hqc.program import Program
 
-__all__ = ["true_bytes"]
+__all__ = ["true_bytes", "weight_bytes"]
 
 _MERGED = ("lora_a", "lora_b")
 
@@ -23,6 +27,31 @@ def true_bytes(program: Program) -> float:
         width = bits.get(name)
         total += tensor.numel() * (8 * tensor.element_size() if width is None else width) / 8
     return total
+
+
+def weight_bytes(program: Program) -> tuple[float, float]:
+    """Bytes of the quantised weights by their bits, and as an integer program keeps them.
+
+    It keeps two codes a byte at sites of at most 4 bits whose codes all lie in -8…7, else one. Channels of mixed bits
+    have their site's bits in the mean.
+    """
+    by_bits = stored = 0.0
+    layers = dict(program.sites())
+    for plan in program.plan.quantised:
+        count, fits = _codes(program, plan, layers[plan.site])
+        by_bits += count * (plan.weight_bits or 8) / 8
+        stored += count / 2 if fits and (plan.weight_bits or 8) <= 4 else count
+    return by_bits, stored
+
+
+def _codes(program: Program, plan: SitePlan, layer: fx.Node) -> tuple[int, bool]:
+    """How many codes a site's weight has, and whether they fit 4 bits."""
+    if (packed := program.state.get(f"{plan.site}.weight_packed")) is not None:
+        return 2 * packed.numel(), True
+    if (codes := program.state.get(f"{plan.site}.weight_codes")) is not None:
+        return codes.numel(), fits_int4(codes)
+    bounds = bounds_of(layer_inputs(layer)[1], program)
+    return program.state[_stored_weight(layer)].numel(), -8 <= bounds.low <= bounds.high <= 7
 
 
 def _stored_weight(layer: fx.Node) -> str:

@@ -1,0 +1,131 @@
+"""Bits by output channel: a bit more for the channels whose weights have the heaviest tails, one less for the lightest.
+
+    κ_o = E[(w - μ)⁴]/σ⁴ of a channel's weights                 kurtosis
+    b_o = n + 1 for the k largest κ, n - 1 for the k smallest, n for the rest: n in the mean, exactly
+    k   = argmin Σ ‖(Q_b(W) - W)·x‖²,  k ∈ {0, O/10, 2·O/10, …, O/2}     over rows of x at some timesteps
+
+Ranges span a channel's weights and 0. A channel's error depends on its own bits alone, so that three errors a channel
+give those of every k. Source: outlier-driven mixed quantisation of MPQ-DM (arXiv 2412.11549); its released code tries
+k ∈ {0, O/10} on one batch.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hqc.calibration.site_rows import collect, require_row_memory
+from hqc.calibration.weights import source_weight
+from hqc.memory import require_call_memory
+from hqc.passes.insert_qdq import spanning_range
+from hqc.passes.rewriting import layer_inputs
+from hqc.plan import SitePlan
+from hqc.program import Program, Stage
+from hqc.sampling import Work
+from hqc.steps import check_options
+
+__all__ = ["MixChannelBits", "channel_bits", "kurtosis"]
+
+_CHANGES = (-1, 0, 1)
+
+
+@dataclass(frozen=True)
+class MixChannelBits:
+    """Chooses the bits of the output channels of every mixed weight, and their ranges.
+
+    parts: k is a multiple of the channels' 1/parts. samples: images of the float trajectory; timesteps: how many of its
+    steps are measured, evenly spread, on `rows` rows each. seed: of noise, conditions and rows.
+    """
+
+    parts: Annotated[int, Field(ge=2, le=1000)] = 10
+    samples: Annotated[int, Field(ge=1, le=4096)] = 8
+    timesteps: Annotated[int, Field(ge=1, le=1000)] = 5
+    rows: Annotated[int, Field(ge=1, le=65536)] = 64
+    seed: Annotated[int, Field(ge=0)] = 2024
+
+    takes: ClassVar[tuple[Stage, ...]] = (Stage.QUANTISED,)
+    gives: ClassVar[Stage | None] = None
+    samples_denoiser: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def check(self, program: Program, work: Work) -> None:
+        """All images are one batch, twice as large with guidance; rows of every site are kept.
+
+        Raises:
+            MemoryShortError: if that does not fit. TrainingError: if there is nothing to sample.
+        """
+        what, _ = f"mixing bits by {self.samples} images", work.sampled
+        less = "Take fewer images (--set mix_channel_bits.samples=2)"
+        require_call_memory(what, program, self.samples * work.halves(), less)
+        fewer = "Take fewer rows (--set mix_channel_bits.rows=16)"
+        require_row_memory(what, program, self.rows * self.timesteps, fewer)
+
+    def run(self, program: Program, work: Work) -> Program:
+        """The program with other bits, scales and zero points of its mixed weights; the plan says how many changed.
+
+        Raises:
+            TrainingError: where the sampler meets NaN.
+        """
+        layers, state, plans = dict(program.sites()), dict(program.state), {}
+        mixed = [plan for plan in program.plan.quantised if plan.weight_mixed]
+        if not mixed:  # wide operands have none
+            return program
+        inputs = {plan.site: layer_inputs(layers[plan.site])[0] for plan in mixed}
+        options = {"samples": self.samples, "timesteps": self.timesteps, "rows": self.rows, "seed": self.seed}
+        seen = collect(program, inputs, work, "mixing bits", **options)
+        for plan in mixed:
+            weight = state[source_weight(layer_inputs(layers[plan.site])[1])]
+            bits = channel_bits(weight, torch.cat(seen[plan.site].rows), plan.weight_bits or 8, self.parts)
+            top = torch.exp2(bits) - 1
+            names = (f"{plan.site}.weight_{leaf}" for leaf in ("top", "scale", "zero"))
+            state |= dict(zip(names, (top, *spanning_range(weight, top)), strict=True))
+            plans[plan.site] = _explained(plan, bits)
+        return program.evolve(state=state, plan=program.plan.with_sites(plans))
+
+    def cost(self, program: Program, work: Work) -> float:
+        """One trajectory of every image; the choice is made on rows."""
+        return float(self.samples * work.halves() * work.sampler.num_inference_steps)
+
+
+def _explained(plan: SitePlan, bits: Tensor) -> SitePlan:
+    changed = int((bits > (plan.weight_bits or 8)).sum())
+    note = f"{changed} of {len(bits)} channels with a bit more, {changed} with one less"
+    return replace(plan, reason="; ".join(text for text in (plan.reason, note) if text))
+
+
+@torch.no_grad()
+def channel_bits(weight: Tensor, rows: Tensor, bits: int, parts: int) -> Tensor:
+    """Bits [O] of a weight [O, …] that is read with rows [n, K]; `bits` in the mean."""
+    flat = weight.flatten(1).to(torch.float32)
+    channels = len(flat)
+    order = kurtosis(flat).sort(stable=True).indices
+    fewer, same, more = (_errors(flat, rows, bits + change)[order] for change in _CHANGES)
+
+    def error(k: int) -> float:
+        return float(fewer[:k].sum() + same[k : channels - k].sum() + more[channels - k :].sum())
+
+    best = min(sorted({channels * part // parts for part in range(parts // 2 + 1)}), key=error)
+    chosen = torch.full((channels,), float(bits))
+    chosen[order[:best]] -= 1
+    chosen[order[channels - best :]] += 1
+    return chosen
+
+
+def _errors(weight: Tensor, rows: Tensor, bits: int) -> Tensor:
+    """Σ ((Q(W_o) - W_o)·x)² [O] of a weight [O, K], every channel with that many bits."""
+    top = torch.full((len(weight),), 2.0**bits - 1)
+    scale, zero = spanning_range(weight, top)
+    difference: Tensor = torch.ops.hqc.fake_quantize_bounded(weight, scale, -zero, top - zero) - weight
+    return (rows @ difference.T).double().square().sum(0)
+
+
+def kurtosis(weight: Tensor) -> Tensor:
+    """E[(w - μ)⁴]/σ⁴ [O] of the rows of [O, K]; 0 of a row of one value."""
+    centred = weight.double() - weight.double().mean(1, keepdim=True)
+    variance = centred.square().mean(1)
+    found = centred.pow(4).mean(1) / variance.square()
+    return torch.where(variance > 0, found, torch.zeros_like(found))
