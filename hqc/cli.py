@@ -18,6 +18,7 @@ from hqc.commands.compile import explain, export, inspect, trace
 from hqc.commands.doctor import doctor
 from hqc.commands.engine import build_engine
 from hqc.commands.models import evaluate, sample, serve
+from hqc.commands.qr_adaptor import qr_adaptor
 from hqc.commands.quantise import ptq, qat
 from hqc.commands.recipes import recipes
 from hqc.commands.search import search
@@ -119,7 +120,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(trace, explain, inspect, recipes, search, ptq, qat, export, build_engine, tune),
+    *(trace, explain, inspect, recipes, search, qr_adaptor, ptq, qat, export, build_engine, tune),
     *(sample, evaluate, analyze, compare, compare_recipes, bench, serve, doctor),
 )
 for command in COMMANDS:

@@ -70,6 +70,16 @@ MISUSED = [
     ("search {captured} -o x.yaml --budget 50% --prompts {words} --synthetic", "--prompts"),
     ("search {plain} -o x.yaml --budget 50% --guidance-scale 3", "--guidance-scale 3"),
     ("search {plain} -o x.yaml --budget 50% --eta 1", "--eta 1"),
+    ("qr-adaptor {captured} -o x.yaml --budget much", "--budget much"),
+    ("qr-adaptor {captured} -o x.yaml --budget 50% --ranks 0", "--ranks 0"),
+    ("qr-adaptor {captured} -o x.yaml --budget 50% --chart x.pdf", "--chart x.pdf"),
+    ("qr-adaptor {captured} -o x.yaml --budget 50% --candidates w4a4", "--candidates w4a4"),
+    ("qr-adaptor {captured} -o x.yaml --budget 50% --no-hadamard --block 16", "--block 16"),
+    ("qr-adaptor {captured} -o x.yaml --budget 50% --hadamard --no-hadamard", "--hadamard"),
+    ("qr-adaptor {captured} -o x.yaml --budget 50% --set distil.epoch=1", "--set distil.epoch"),
+    ("qr-adaptor {captured} -o x.yaml --budget 50% --prompts {words} --synthetic", "--prompts"),
+    ("qr-adaptor {plain} -o x.yaml --budget 50% --guidance-scale 3", "--guidance-scale 3"),
+    ("qr-adaptor {plain} -o x.yaml --budget 50% --eta 1", "--eta 1"),
     ("search {quantised} -o x.yaml --budget 50%", "search: takes a program that is captured"),
     ("qat {plain} -o x --guidance-scale 3", "--guidance-scale 3"),
     ("qat {plain} -o x --eta 1", "--eta 1"),
@@ -154,6 +164,8 @@ ALWAYS = {
     "recipes export": "output",
     "search": "budget output recipe candidates samples timesteps seed rules keep_float calib_size synthetic "
     "num_inference_steps work_dir force as_json",
+    "qr-adaptor": "budget output recipe candidates ranks trials population trainings epochs samples timesteps seed "
+    "rules keep_float calib_size synthetic num_inference_steps work_dir force as_json",
     "ptq": "output recipe bits rules keep_float calib_size synthetic num_inference_steps work_dir force as_json",
     "qat": "output recipe bits rules keep_float calib_size synthetic num_inference_steps batch_size seed "
     "lr_lora lr_weight_scale lr_activation_scale checkpoint_every work_dir resume steps force as_json",

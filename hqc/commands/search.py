@@ -1,5 +1,6 @@
 """The command that chooses bits for every layer: search."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,64 @@ from hqc.commands.options import (
     force_option,
     json_option,
     keep_float_option,
+    options,
     program_argument,
 )
 from hqc.commands.recipe_options import recipe_asked, recipe_options, sampler_of_recipe_options, with_sampler
 from hqc.stages import doing
 
 if TYPE_CHECKING:
+    from hqc.program import Program
+    from hqc.recipes import Recipe
+    from hqc.sampling import Task
     from hqc.search import Found
 
-__all__ = ["search"]
+__all__ = ["Measured", "measured_on", "search", "sensitivity_options"]
+
+sensitivity_options = options(
+    click.option(
+        "--candidates",
+        metavar="wNaM,…",
+        help="What a site may have (default: w2…w8 with a8 for bytes, combinations of a4 to a8 for bit operations).",
+    ),
+    click.option("--samples", type=click.IntRange(1, 1024), default=4, show_default=True, help="Images at a timestep."),
+    click.option("--timesteps", type=click.IntRange(1, 1000), default=4, show_default=True, help="That are measured."),
+    click.option("--seed", type=click.IntRange(0, 2**31), default=2024, show_default=True, help="Of the images."),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a search measures, by which recipe, and where it keeps that."""
+
+    program: "Program"
+    task: "Task"
+    recipe: "Recipe"
+    candidates: tuple[str, ...]
+    folder: Path
+
+
+def measured_on(path: Path, output: Path, given: dict[str, Any]) -> Measured:
+    """Checks and loads what searches take."""
+    from hqc import api
+    from hqc.atomic import refuse_nested
+    from hqc.search.run import parse_candidates
+    from hqc.storage import load_program, pipeline_folder
+
+    candidates, work_dir = given["candidates"], given["work_dir"]
+    widths = () if candidates is None else parse_candidates(candidates)
+    folder = work_dir if work_dir is not None else output.with_name(output.name + ".work")
+    conditions = conditions_asked(given)
+    recipe = with_sampler(recipe_asked(given["recipe"], given), given)
+    if given["calib_size"] is not None:
+        recipe = recipe.set("calibrate_activations.samples", given["calib_size"])
+    with doing(f"reading {path}"):
+        captured = load_program(path)
+    guidance = recipe.sampler.guidance_scale if asked("guidance_scale") else None
+    task = api.task_of(captured, folder=pipeline_folder(path), guidance_scale=guidance, **conditions)
+    check_sampler(task, {"guidance_scale": recipe.sampler.guidance_scale, "eta": recipe.sampler.eta})
+    refuse_nested(folder, path)
+    return Measured(captured, task, recipe, widths, folder)
 
 
 @click.command(cls=Command)
@@ -38,14 +88,7 @@ __all__ = ["search"]
     "-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The plan, for --plan."
 )
 @click.option("--recipe", default="rtn", show_default=True, metavar="NAME|FILE.yaml", help="What calibrates.")
-@click.option(
-    "--candidates",
-    metavar="wNaM,…",
-    help="What a site may have (default: w2…w8 with a8 for bytes, combinations of a4 to a8 for bit operations).",
-)
-@click.option("--samples", type=click.IntRange(1, 1024), default=4, show_default=True, help="Images at a timestep.")
-@click.option("--timesteps", type=click.IntRange(1, 1000), default=4, show_default=True, help="That are measured.")
-@click.option("--seed", type=click.IntRange(0, 2**31), default=2024, show_default=True, help="Of the images.")
+@sensitivity_options
 @recipe_options
 @keep_float_option
 @click.option("--calib-size", type=click.IntRange(1, 4096), help="Images to calibrate on (default: the recipe's).")
@@ -58,41 +101,27 @@ __all__ = ["search"]
 )
 @force_option
 @json_option
-def search(program: Path, output: Path, work_dir: Path | None, force: bool, as_json: bool, **given: Any) -> None:
+def search(program: Path, output: Path, force: bool, as_json: bool, **given: Any) -> None:
     """Choose bits for every layer of PROGRAM within a budget, so that the output errs least; write a plan file.
 
     Each layer alone is quantised at every candidate, and the error of the denoiser's output measured; the choice is
     exact for the sum of their squares. Prints the plan's error as predicted and as measured, and that of equal bits.
     """
-    from hqc import api
     from hqc import console as out
-    from hqc.atomic import refuse_nested, write_file
+    from hqc.atomic import write_file
     from hqc.recipes.plan_file import plan_yaml
     from hqc.search import Asked, parse_budget
     from hqc.search import search as run
-    from hqc.search.run import parse_candidates
-    from hqc.storage import load_program, pipeline_folder
 
-    budget, candidates = parse_budget(given["budget"]), given["candidates"]
-    widths = () if candidates is None else parse_candidates(candidates)
-    folder = work_dir if work_dir is not None else output.with_name(output.name + ".work")
+    budget = parse_budget(given["budget"])
     check_output_file(output, force=force)
-    conditions = conditions_asked(given)
-    recipe = with_sampler(recipe_asked(given["recipe"], given), given)
-    if given["calib_size"] is not None:
-        recipe = recipe.set("calibrate_activations.samples", given["calib_size"])
-    with doing(f"reading {program}"):
-        captured = load_program(program)
-    guidance = recipe.sampler.guidance_scale if asked("guidance_scale") else None
-    task = api.task_of(captured, folder=pipeline_folder(program), guidance_scale=guidance, **conditions)
-    check_sampler(task, {"guidance_scale": recipe.sampler.guidance_scale, "eta": recipe.sampler.eta})
-    refuse_nested(folder, program)
+    subject = measured_on(program, output, given)
+    recipe, task, folder = subject.recipe, subject.task, subject.folder
     claim(folder, stays=True)
-    wanted = Asked(
-        budget, widths, given["keep_float"], samples=given["samples"], timesteps=given["timesteps"], seed=given["seed"]
-    )
+    numbers = {name: given[name] for name in ("samples", "timesteps", "seed")}
+    wanted = Asked(budget, subject.candidates, given["keep_float"], **numbers)
     try:
-        found = run(captured, recipe, task, wanted, folder=folder, phase=out.progress)
+        found = run(subject.program, recipe, task, wanted, folder=folder, phase=out.progress)
     except KeyboardInterrupt:
         click.echo(f"hqc: interrupted; the same command goes on from {folder}", err=True)
         raise

@@ -116,13 +116,13 @@ def multiply_adds(layer: fx.Node) -> int:
     return values * math.prod(int(size) for size in inputs) if outputs else 0
 
 
-def limit_of(budget: Budget, table: CostTable) -> int:
-    """What a plan may take, as the table counts.
+def limit_of(budget: Budget, table: CostTable, more: tuple[int, int] = (0, 0)) -> int:
+    """What a plan may take, as the table counts. more: what the smallest and the largest plan take besides.
 
     Raises:
         PlanError: for one below the smallest plan or above the largest, with both.
     """
-    smallest, largest = table.ends
+    smallest, largest = (end + own for end, own in zip(table.ends, more, strict=True))
     if budget.bits and budget.bits not in table.candidates:
         found = f"is none of the candidates {', '.join(table.candidates)}"
         raise PlanError(f"--budget {budget.text}", found, "Add it to --candidates.")

@@ -32,7 +32,7 @@ Progress = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class Measure:
-    """Calibrates by a recipe that does not train and measures, unless the journal has it.
+    """Quantises by a recipe and measures, unless the journal has it.
 
     samples: images of the float trajectory at each of so many `timesteps`. seed: of their noise and conditions.
     """
@@ -64,11 +64,11 @@ class Measure:
     def sites(self, bits: str, sites: Sequence[str], progress: Progress) -> dict[str, float]:
         """The error of each of the sites, quantised alone at these bits. progress: is told how many are known."""
         request = self.request(bits)
-        key = self._key(request)
+        key = self.key(request)
         known = {site: found for site in sites if (found := self.journal.get(key, site)) is not None}
         progress(len(known), bits)
         if left := [site for site in sites if site not in known]:
-            probe = SensitivityProbe(self.program, self._calibrated(request), self._inputs, left)
+            probe = SensitivityProbe(self.program, self.calibrated(request), self.inputs, left)
 
             def hear(found: Sensitivity) -> None:
                 known[found.site] = self.journal.add(key, found.error, found.site)
@@ -80,18 +80,20 @@ class Measure:
     def plan(self, bits: str, rules: Sequence[SiteRule] = ()) -> float:
         """The error with every site quantised at once."""
         request = self.request(bits, rules)
-        key = self._key(request)
+        key = self.key(request)
         known = self.journal.get(key)
         if known is not None:
             return known
-        probe = SensitivityProbe(self.program, self._calibrated(request), self._inputs, ())
+        probe = SensitivityProbe(self.program, self.calibrated(request), self.inputs, ())
         return self.journal.add(key, probe.all_sites_error())
 
-    def _calibrated(self, request: Request) -> Program:
+    def calibrated(self, request: Request) -> Program:
+        """What the recipe makes of the program."""
         recipe = self.recipe.following(request.rules)
         return run_recipe(self.program, recipe, request, Work(self.program, self.task, recipe.sampler))
 
-    def _key(self, request: Request) -> str:
+    def key(self, request: Request) -> str:
+        """Of all that decides an error besides the site."""
         asked = {"bits": request.bits, "plan": [rule_to_data(rule) for rule in request.rules]}
         inputs = {**asdict(self._trajectory), "timesteps": self.timesteps}
         return fingerprint("error", {"settings": {**self._settings, **asked}, "inputs": inputs}, measures=True)
@@ -106,5 +108,6 @@ class Measure:
         return Trajectory(self.samples, self.samples, seed=self.seed, **asdict(self.recipe.sampler))
 
     @cached_property
-    def _inputs(self) -> tuple[Tensor, ...]:
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the denoisers are run on."""
         return trajectory_inputs(self.program, self.task, self._trajectory, self.timesteps)

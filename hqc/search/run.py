@@ -22,7 +22,18 @@ from hqc.search.journal import Journal
 from hqc.search.measure import Measure, Progress
 from hqc.site_rules import SiteRule
 
-__all__ = ["CANDIDATES", "Asked", "Choice", "Found", "Judged", "parse_candidates", "search"]
+__all__ = [
+    "CANDIDATES",
+    "Asked",
+    "Choice",
+    "Found",
+    "Judged",
+    "measured_errors",
+    "parse_candidates",
+    "search",
+    "uniform_candidate",
+    "widths_of",
+]
 
 CANDIDATES: Mapping[Unit, str] = {
     "bytes": "w2a8,w3a8,w4a8,w5a8,w6a8,w8a8",
@@ -137,12 +148,12 @@ def search(
     measure = Measure(program, own, task, asked.keep_float, asked.samples, asked.timesteps, asked.seed, Journal(folder))
     measure.check()
     fixed = {
-        site.site: _widths(site) for site in programs[candidates[0]].plan.quantised if site.site not in table.sites
+        site.site: widths_of(site) for site in programs[candidates[0]].plan.quantised if site.site not in table.sites
     }
-    errors, errors_of_fixed = _measured(measure, table, tuple(fixed), phase)
+    errors, errors_of_fixed = measured_errors(measure, table, tuple(fixed), phase)
     constant = sum(error**2 for error in errors_of_fixed.values())
     chosen = allocate(list(table.sites.values()), [[error**2 for error in row] for row in errors], limit - table.fixed)
-    best = _uniform(table, errors, limit)
+    best = uniform_candidate(table, errors, limit)
 
     def predicted(numbers: Sequence[int]) -> float:
         return math.sqrt(_squares(errors, numbers) + constant)
@@ -177,11 +188,11 @@ def search(
     )
 
 
-def _widths(site: SitePlan) -> str:
+def widths_of(site: SitePlan) -> str:
     return f"w{site.weight_bits}a{site.activation_bits}"
 
 
-def _measured(
+def measured_errors(
     measure: Measure, table: CostTable, fixed: Sequence[str], phase: Phase
 ) -> tuple[list[list[float]], dict[str, float]]:
     """The error of every free site at every candidate, a row a site, and by name those of the fixed ones."""
@@ -190,17 +201,17 @@ def _measured(
         done = 0
         for bits in table.candidates:
             wanted = free if columns else [*free, *fixed]
-            columns.append(measure.sites(bits, wanted, _behind(done, advance)))
+            columns.append(measure.sites(bits, wanted, behind(done, advance)))
             done += len(wanted)
     return [[column[site] for column in columns] for site in free], {site: columns[0][site] for site in fixed}
 
 
-def _behind(done: int, advance: Progress) -> Progress:
+def behind(done: int, advance: Progress) -> Progress:
     """The progress of a part, after so much."""
     return lambda known, note: advance(done + known, note)
 
 
-def _uniform(table: CostTable, errors: Sequence[Sequence[float]], limit: int) -> int:
+def uniform_candidate(table: CostTable, errors: Sequence[Sequence[float]], limit: int) -> int:
     """The candidate for every site: the largest within the limit, of equal ones that with the least error."""
     count, numbers = len(table.sites), range(len(table.candidates))
     costs = [table.total([one] * count) for one in numbers]

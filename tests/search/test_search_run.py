@@ -77,7 +77,7 @@ def test_a_site_measured_alone_is_what_the_probe_says(program: Program, found: F
     made = hqc.ptq(program, quick(), "w4a8", task=task)
     measure = Measure(program, quick(), task, (), 2, 2, 2024, Journal(None))
     one = found.choices[3].site
-    probe = SensitivityProbe(program, made, measure._inputs, [one])
+    probe = SensitivityProbe(program, made, measure.inputs, [one])
     assert [s.site for s in probe.measure()] == [one]
     assert measure.sites("w4a8", [one], lambda done, note: None) == {one: probe.measure()[0].error}
 
