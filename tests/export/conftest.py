@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixed_bits import mixed_channels
 from torch import fx
 
 from hqc.bounds import FAKE_QUANTISERS
-from hqc.calibration.weights import source_weight
 from hqc.export import ExportReport, export_program
 from hqc.passes import AttachLora, DropSingleKeyAttention, InsertHadamard, InsertQdq, SelectLayers
-from hqc.passes.insert_qdq import spanning_range
-from hqc.passes.rewriting import layer_inputs
 from hqc.pipeline import run_pipeline
 from hqc.plan import activation_range, asymmetric_top
 from hqc.program import Program
@@ -67,27 +65,13 @@ def quantised(captured: Callable[[str], Program]) -> Callable[..., Program]:
                 # Never whole, and one past each end of what a zero point may be.
                 zeros = torch.tensor([-1.3, 0.3 * levels, 0.7 * levels + 0.4, levels + 2.0])
                 state[f"{site}.activation_zero_table"] = zeros[torch.randperm(len(GRID), generator=generator)]
-        for site, layer in program.sites():
-            if (plan := program.plan[site]).weight_mixed:
-                top = mixed_tops(plan.weight_bits, plan.out_channels, generator)
-                found = spanning_range(state[source_weight(layer_inputs(layer)[1])], top)
-                names = (f"{site}.weight_{leaf}" for leaf in ("top", "scale", "zero"))
-                state |= dict(zip(names, (top, *found), strict=True))
+        state |= mixed_channels(program, generator)
         for key, tensor in state.items():
             if key.endswith("lora_b"):
                 state[key] = 0.05 * torch.randn(tensor.shape, generator=generator)
         return program.evolve(state=state)
 
     return build
-
-
-def mixed_tops(bits: int, channels: int, generator: torch.Generator) -> torch.Tensor:
-    """2ᵇ-1 of the channels: a third of them, at random, with a bit more than `bits`, as many with one less."""
-    widths, order = torch.full((channels,), float(bits)), torch.randperm(channels, generator=generator)
-    third = channels // 3
-    widths[order[:third]] += 1
-    widths[order[channels - third :]] -= 1
-    return torch.exp2(widths) - 1
 
 
 Exported = Callable[..., tuple[Program, Path, ExportReport]]

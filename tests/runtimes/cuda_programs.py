@@ -1,6 +1,7 @@
 """Quantised programs for the tests of the GPU runtime: round to nearest, scales near each quantiser's own range."""
 
 import torch
+from mixed_bits import mixed_channels
 from torch import fx
 
 from hqc.bounds import FAKE_QUANTISERS
@@ -48,7 +49,8 @@ def _prepared(program: Program, layers: SelectLayers, rotation: InsertHadamard, 
 
 
 def _prepare(program: Program, layers: SelectLayers, rotation: InsertHadamard, kind: str) -> _Prepared:
-    student = run_pipeline(program, [layers, rotation, InsertQdq(GRID, activation=kind, weight=kind)])
+    activation = "symmetric" if kind == "symmetric" else "asymmetric"
+    student = run_pipeline(program, [layers, rotation, InsertQdq(GRID, activation=activation, weight=kind)])
     ranges = _Ranges(student)
     with torch.no_grad():
         ranges.run(*student.example_inputs(4, seed=5))
@@ -66,6 +68,7 @@ def quantised(
 ) -> Program:
     """A program with random scale tables [T], and of the kind "asymmetric" random zero points beside them.
 
+    kind "mixed": random bits by output channel besides.
     shared: sites that read one tensor in one range have one table, as calibration gives them; else each its own.
     """
     student, scales, inputs = _prepared(program, SelectLayers(bits=bits, keep_float=keep_float), rotation, kind)
@@ -79,7 +82,7 @@ def quantised(
             # As the spread of the scale: at most a quarter of the range beside its middle.
             levels = asymmetric_top(student.plan[site].activation_bits)
             state[f"{site}.activation_zero_table"] = levels * (0.5 + 1.25 * (spreads[key] - 1))
-    return student.evolve(state=state)
+    return student.evolve(state=state | mixed_channels(student, generator))
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:

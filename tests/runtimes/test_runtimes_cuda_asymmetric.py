@@ -22,8 +22,17 @@ def built(program, dtype=torch.float32, *, pack=True, fuse=True):
 )
 def test_it_computes_what_the_integer_program_computes(captured, name: str, bits: str) -> None:
     """Batch 3, mixed timesteps. In float32 the same sums; in half precision no further from the float model."""
-    original = captured(name)
-    program = quantised(original, bits, kind="asymmetric")
+    _check(captured(name), bits, "asymmetric")
+
+
+@pytest.mark.parametrize(("name", "bits"), [("cross_attention", "w4a4"), ("geometry", "w2a4"), ("two_sites", "w6a6")])
+def test_channels_of_mixed_bits(captured, name: str, bits: str) -> None:
+    _check(captured(name), bits, "mixed")
+
+
+def _check(original, bits: str, kind: str) -> None:
+    program = quantised(original, bits, kind=kind)
+    assert any(plan.weight_mixed for plan in program.plan.quantised) == (kind == "mixed")
     inputs = program.example_inputs(3, seed=7)
     wanted, reference = original.module()(*inputs), integer_form(program).module()(*inputs)
     quantisation = relative(reference, wanted)
