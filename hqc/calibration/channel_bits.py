@@ -93,7 +93,9 @@ class MixChannelBits:
 
 def _explained(plan: SitePlan, bits: Tensor) -> SitePlan:
     changed = int((bits > (plan.weight_bits or 8)).sum())
-    note = f"{changed} of {len(bits)} channels with a bit more, {changed} with one less"
+    note = f"all {len(bits)} channels with {plan.weight_bits} bits"
+    if changed:
+        note = f"{changed} of {len(bits)} channels with a bit more, {changed} with one less"
     return replace(plan, reason="; ".join(text for text in (plan.reason, note) if text))
 
 
