@@ -55,9 +55,10 @@ class Bounds:
         return max(-self.low, self.high)
 
     def of_row(self, row: int) -> tuple[int, int]:
-        """At one row of the tables."""
+        """At one row of the tables; one that has a single row serves all."""
         if self.lookups is None:
             return self.low, self.high
+        row = row if len(self.lookups.lows) > 1 else 0
         return int(self.lookups.lows[row]), int(self.lookups.highs[row])
 
     @property

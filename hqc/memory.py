@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ __all__ = [
     "bytes_text",
     "export_bytes",
     "peak_resident_bytes",
+    "reconstruction_bytes",
     "require_call_memory",
     "require_memory",
     "resident_bytes",
@@ -278,6 +279,20 @@ def training_bytes(program: Any, rows: int) -> int:
     """
     values = sum(_value_bytes(node.meta, rows) for node in program.graph.nodes if node.op == "call_function")
     return values + 3 * values // 4 + 4 * int(program.size_bytes())
+
+
+def reconstruction_bytes(program: Any, units: Sequence[Any], samples: int, rows: int) -> int:
+    """Bytes that reconstructing a captured program's units takes on top of its weights, so many rows a step.
+
+    Its rewritten weights; of all samples the values that are alive at one place, of both graphs, with a unit's inputs
+    and outputs; of the largest unit every value of a step and its gradient, and of its weights a dozen copies (levels,
+    α with gradient and moments, shares, codes, and what the sum over them keeps).
+    """
+    largest = 0
+    for unit in units:
+        values = sum(_value_bytes(node.meta, rows) for node in unit.graph.nodes if node.op == "call_function")
+        largest = max(largest, 2 * values + 12 * int(unit.size_bytes()))
+    return int(program.size_bytes()) + activation_bytes(program.graph, samples) + largest
 
 
 def _value_bytes(meta: Mapping[str, Any], batch: int) -> int:

@@ -1,7 +1,7 @@
 """Commands that quantise a Program: ptq and qat."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from hqc.recipes import Recipe
     from hqc.recipes.plan_file import PlanFile
     from hqc.recipes.work_folder import Run
-    from hqc.sampling import Task
+    from hqc.sampling import Task, Update
 
 __all__ = ["ptq", "qat"]
 
@@ -240,12 +240,26 @@ def _quantised(job: _Job) -> "Program":
                 work_dir=None if run is None else run.folder,
                 resume=job.resume,
                 restart=job.restart,
-                on_update=lambda update: advance(update.step, f"loss {update.loss:.4g}"),
+                on_update=_told(advance),
             )
             _save(job, result)
     if run is not None:
         api.finish_run(run.folder)
     return result
+
+
+def _told(advance: Callable[[int, str], object]) -> "Callable[[Update], None]":
+    """Moves a bar by the updates of one step after the other: each counts its own from 1."""
+    before, last = 0, (0, 0)
+
+    def hear(update: "Update") -> None:
+        nonlocal before, last
+        step, total = last
+        before += total if update.step <= step else 0
+        last = (update.step, update.total)
+        advance(before + update.step, f"loss {update.loss:.4g}")
+
+    return hear
 
 
 def _silent(done: int, note: str) -> None:

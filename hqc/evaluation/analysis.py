@@ -269,6 +269,8 @@ def _watched(program: Program, planned: Program, wanted: int) -> Iterator[tuple[
         rotation = plan.hadamard or (Rotation(block) if block else None)
         own = program.stage != Stage.CAPTURED and site in quantised
         table = planned.state[f"{site}.activation_scale_table"] if own else None
+        if table is not None and len(table) == 1:
+            table = table.expand(len(planned.plan.timesteps))  # one row serves all
         bounds = quantised[site].bounds if own else None
         weight = _weight_numbers(program, planned, quantised.get(site), layer, bits)
         yield site, _Watched(plan, bits, rotation, axis, table, bounds, weight)
@@ -300,6 +302,9 @@ def with_scales(planned: Program, sites: Sequence[SiteAnalysis]) -> Program:
         found: Mapping[float, float] = {
             row.timestep: (row.rotated if site.plan.block and row.rotated else row.plain).scale for row in site.rows
         }
+        if len(state[name]) == 1:
+            state[name] = torch.tensor([max(found.values())])  # one row that clips at no timestep
+            continue
         nearest = [min(found, key=lambda t, r=row: (abs(t - r), t)) for row in planned.plan.timesteps]  # type: ignore[misc]
         state[name] = torch.tensor([found[t] for t in nearest])
     return planned.evolve(state=state)

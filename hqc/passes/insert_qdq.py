@@ -48,12 +48,13 @@ class InsertQdq:
 
     timesteps: the calibrated grid, one row of every scale table each; empty: what the plan asks for, or one row.
     activation, weight: "symmetric", or "asymmetric" for operands of at most 7 bits. weight="mixed": asymmetric, and up
-    to 6 bits with bits of its own for every output channel.
+    to 6 bits with bits of its own for every output channel. static: one row for all timesteps.
     """
 
     timesteps: tuple[float, ...] = ()
     activation: Range = "symmetric"
     weight: WeightRange = "symmetric"
+    static: bool = False
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
     gives: ClassVar[Stage | None] = Stage.QUANTISED
@@ -78,13 +79,14 @@ class InsertQdq:
         """Inserts the grid lookup once, then both quantisers of each site."""
         edit, plans = rewrite(program), {}
         grid = self.timesteps or program.plan.timesteps or (0.0,)
-        row = _row(edit, grid) if matches else None
+        rows = grid[:1] if self.static else grid
+        row = _row(edit, rows) if matches else None
         for site in matches:
             plan, layer = self._with_ranges(program.plan[site]), edit.layers[site]
             plans[site] = plan
             x, weight, _ = layer_inputs(layer)
             rotated, reader = (x.all_input_nodes[0], x) if x.meta.get("role") == "rotation_back" else (x, layer)
-            scale_and_bounds = _activation_range(edit, plan, row, len(grid), reader)
+            scale_and_bounds = _activation_range(edit, plan, row, len(rows), reader)
             _quantise(edit, plan, rotated, reader, scale_and_bounds, "activation_quantizer")
             _quantise(edit, plan, weight, layer, _weight_range(edit, plan, weight, layer), "weight_quantizer")
         return edit.finish(plan=replace(program.plan.with_sites(plans), timesteps=grid))

@@ -10,6 +10,7 @@ from hqc.recipes.files import read_recipe
 from hqc.recipes.hq_dm import HQ_DM, HQ_DM_REFERENCE
 from hqc.recipes.hqc import HQC
 from hqc.recipes.mpq_dm import MPQ_DM
+from hqc.recipes.q_diffusion import Q_DIFFUSION
 from hqc.recipes.recipe import Recipe
 from hqc.recipes.rtn import RTN
 
@@ -17,7 +18,10 @@ __all__ = ["RECIPES", "Recipe", "find_recipe"]
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
-    for recipe in (HQC, HQ_DM, HQ_DM_REFERENCE, EFFICIENTDM, MPQ_DM, CONVROT, CONVROT_SINGLE, CONVROT_MIXED, RTN)
+    for recipe in (
+        *(HQC, HQ_DM, HQ_DM_REFERENCE, EFFICIENTDM, MPQ_DM, CONVROT, CONVROT_SINGLE, CONVROT_MIXED),
+        *(Q_DIFFUSION, RTN),
+    )
 }
 """Every recipe by its name."""
 

@@ -14,7 +14,7 @@ from hqc.passes import (
     SplitSigns,
 )
 from hqc.steps import step_name
-from hqc.training import LOSSES, Distil, Group
+from hqc.training import LOSSES, Distil, Group, Reconstruct
 
 __all__ = ["PARTS", "STEPS"]
 
@@ -33,6 +33,7 @@ STEPS: Mapping[str, type] = {
         MixChannelBits,
         CalibrateWeights,
         CalibrateActivations,
+        Reconstruct,
         AttachLora,
         Distil,
     )

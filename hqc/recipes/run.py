@@ -127,11 +127,21 @@ def run_recipe(
         current = saved or current
     elif run is not None:
         run.begin(settings or {})
+    unquantised = _unquantised(begin(program, recipe, request), recipe.steps[:done])
     for number, step in enumerate(recipe.steps, 1):
         if number > done:
+            unquantised = current if current.stage == Stage.CAPTURED else unquantised
             own = checkpoint if checkpoint is not None and checkpoint.of == number else None
-            current = _one(current, step, number, replace(work, checkpoint=own), run)
+            current = _one(current, step, number, replace(work, checkpoint=own, unquantised=unquantised), run)
     return current
+
+
+def _unquantised(program: Program, steps: Sequence[Step]) -> Program:
+    """The captured program after those of the steps that rewrite it and keep its numbers."""
+    for step in steps:
+        if not is_procedure(step) and step.preserves == "numerics" and program.stage in step.takes:
+            program = run_pass(program, step)
+    return program
 
 
 def _check(program: Program, steps: Sequence[Step], work: Work) -> None:

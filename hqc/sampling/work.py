@@ -45,7 +45,8 @@ class Work:
 
     teacher: the captured float program. task: what to sample; None with `observe` only. observe: calibrates instead
     of the sampler. checkpoint: where the step was when it was killed. on_checkpoint, on_update, on_validation: hear of
-    its progress.
+    its progress. unquantised: the float program as the passes in front of the quantisers left it: equal numbers, and
+    the names of nodes and sites that the program of the run has; None: the teacher has them.
     """
 
     teacher: Program
@@ -56,6 +57,7 @@ class Work:
     on_checkpoint: Callable[[Checkpoint], None] | None = None
     on_update: Callable[[Update], None] | None = None
     on_validation: Callable[[Validation], None] | None = None
+    unquantised: Program | None = None
 
     @property
     def sampled(self) -> Task:

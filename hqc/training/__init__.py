@@ -3,5 +3,6 @@
 from hqc.training.distil import Distil
 from hqc.training.groups import Group
 from hqc.training.losses import LOSSES, GuidedNoise, TemporalRelation
+from hqc.training.reconstruct import Reconstruct
 
-__all__ = ["LOSSES", "Distil", "Group", "GuidedNoise", "TemporalRelation"]
+__all__ = ["LOSSES", "Distil", "Group", "GuidedNoise", "Reconstruct", "TemporalRelation"]

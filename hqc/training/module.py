@@ -21,7 +21,7 @@ from hqc.ops.straight_through import RoundSte
 from hqc.passes.rewriting import CONV, LINEAR, layer_inputs
 from hqc.program import Program, is_op
 
-__all__ = ["training_module"]
+__all__ = ["training_module", "without_dispatcher"]
 
 ops = torch.ops.hqc
 
@@ -36,6 +36,11 @@ def training_module(program: Program, batch: int) -> nn.Module:
         if is_op(node, CONV, LINEAR) and node.meta.get("role") == "layer":
             _rotate_weight(module.graph, node, batch)
     module.graph.eliminate_dead_code()
+    return without_dispatcher(module)
+
+
+def without_dispatcher(module: fx.GraphModule) -> fx.GraphModule:
+    """The same module, changed to call hqc's operators without the dispatcher."""
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target in _DIRECT:
             node.target = _DIRECT[node.target]

@@ -6,7 +6,6 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from conftest import GRID
 
 from hqc.calibration import calibrate
 from hqc.export import TensorRtOptions, export_program
@@ -19,17 +18,24 @@ from hqc.runtimes.cuda.build import BuildOptions, integer_module
 from hqc.runtimes.cuda.forms import integer_form
 from hqc.runtimes.cuda.kernel_set import reference_kernels
 
+GRID = (0.0, 300.0, 600.0, 900.0)
 PARTS = ("conv_shortcut:0", "conv_shortcut:1", "fuse:0", "fuse:1", "fuse:2")
 
 
 @pytest.fixture(scope="module")
 def split(captured):
-    """split("symmetric"): the joined model, split, rotated and calibrated on random inputs."""
+    """split("symmetric"): the joined model, split, rotated and calibrated on random inputs.
+
+    "static": asymmetric activations with one row for all timesteps, no rotation, as Q-Diffusion has it.
+    """
 
     @cache
     def build(ranges: str) -> Program:
         select = SelectLayers(bits="w4a4", rules="all")
-        steps = [SplitConcat(), select, InsertHadamard(), InsertQdq(GRID, activation=ranges, weight=ranges)]
+        if ranges == "static":
+            steps = [SplitConcat(), select, InsertQdq(GRID, activation="asymmetric", static=True)]
+        else:
+            steps = [SplitConcat(), select, InsertHadamard(), InsertQdq(GRID, activation=ranges, weight=ranges)]
         program = run_pipeline(captured("joined"), steps)
 
         def run(denoise) -> None:
@@ -46,7 +52,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("target", ["portable", "onnxruntime", "tensorrt"])
-@pytest.mark.parametrize("ranges", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("ranges", ["symmetric", "asymmetric", "static"])
 def test_every_part_is_verified(split, captured, target: str, ranges: str, tmp_path: Path) -> None:
     program = split(ranges)
     report = export_program(program, target, tmp_path / "x", float_program=captured("joined"))
@@ -71,7 +77,7 @@ def test_a_pattern_of_the_whole_site_reaches_both_parts_in_tensorrt(split, tmp_p
     assert {forms[part] for part in PARTS if part.startswith("fuse")} == {Form.INT4_WEIGHT_ONLY}
 
 
-@pytest.mark.parametrize("ranges", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("ranges", ["symmetric", "asymmetric", "static"])
 def test_the_gpu_runtime_computes_the_same(split, ranges: str) -> None:
     """Its graph with kernels in plain torch; the sum of two parts may be the tail of one product."""
     program = split(ranges)

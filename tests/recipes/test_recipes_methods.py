@@ -19,6 +19,7 @@ FEW = {
     "choose_rotation": {"samples": 1, "timesteps": 2},
     "smooth": {"samples": 1},
     "mix_channel_bits": {"samples": 1, "timesteps": 2, "rows": 8},
+    "reconstruct": {"samples": 1, "timesteps": 3, "iterations": 20, "batch_size": 2},
 }
 QAT = [name for name, recipe in RECIPES.items() if recipe.kind == "qat"]
 
@@ -145,6 +146,54 @@ def test_hqc_chooses_its_rotations(quantised: dict[str, Program]) -> None:
     plan = quantised["hqc"].plan
     assert len({(site.rotation, site.block) for site in plan.sites}) > 2
     assert any(site.reason.startswith("rotation by output error: ") for site in plan.sites)
+
+
+def test_q_diffusion_splits_shortcuts_and_has_one_scale_a_tensor(
+    program: Program, quantised: dict[str, Program]
+) -> None:
+    result = quantised["q-diffusion"]
+    parts = [plan for plan in result.plan.quantised if ":" in plan.site]
+    assert {plan.site.partition(":")[0].rpartition(".")[2] for plan in parts} == {"conv_shortcut"}
+    assert len(parts) == 4
+    assert {plan.widths for plan in parts} == {"w4a4*"}
+    tables = [t for key, t in result.state.items() if key.endswith(("_scale_table", "_zero_table"))]
+    assert {len(table) for table in tables} == {1}
+    assert len(result.plan.timesteps) == 3
+    plain = api.quantise(program, _short("q-diffusion").without("reconstruct"), "w4a4")
+    learnt = {key.rpartition(".")[2] for key, t in result.state.items() if not torch.equal(t, plain.state[key])}
+    assert learnt >= {"weight", "activation_scale_table"}
+    off = [
+        key for key, t in result.state.items() if key.endswith("weight_scale") and not torch.equal(t, plain.state[key])
+    ]
+    assert off == []
+
+
+def test_q_diffusion_resumes_in_either_reconstruction(
+    program: Program, quantised: dict[str, Program], tmp_path: Path
+) -> None:
+    """Killed between units of the first, then of the second: the result is the same to the bit."""
+
+    class Interrupted(Exception):
+        pass
+
+    def stop_in(second: bool):
+        seen = [0, 0]  # reconstructions begun, last step
+
+        def stop(update: Update) -> None:
+            seen[0] += update.step <= seen[1] or not seen[0]
+            seen[1] = update.step
+            if seen[0] == 1 + second and update.epoch == 5:
+                raise Interrupted
+
+        return stop
+
+    recipe, wanted = _short("q-diffusion"), quantised["q-diffusion"]
+    with pytest.raises(Interrupted):
+        api.quantise(program, recipe, "w4a4", work_dir=tmp_path / "run", on_update=stop_in(second=False))
+    with pytest.raises(Interrupted):
+        api.quantise(program, recipe, "w4a4", work_dir=tmp_path / "run", resume=True, on_update=stop_in(second=True))
+    found = api.quantise(program, recipe, "w4a4", work_dir=tmp_path / "run", resume=True)
+    assert all(torch.equal(tensor, wanted.state[key]) for key, tensor in found.state.items())
 
 
 def test_a_checkpoint_of_another_step_is_not_taken(program: Program, tmp_path: Path) -> None:
