@@ -286,7 +286,8 @@ def reconstruction_bytes(program: Any, units: Sequence[Any], samples: int, rows:
 
     Its rewritten weights; of all samples the values that are alive at one place, of both graphs, with a unit's inputs
     and outputs; of the largest unit every value of a step and its gradient, and of its weights a dozen copies (levels,
-    α with gradient and moments, shares, codes, and what the sum over them keeps).
+    α with gradient and moments, shares, codes, and what the sum over them keeps). Measured against: `digits` on 640
+    samples at 32 rows 233 MB (estimate 320).
     """
     largest = 0
     for unit in units:

@@ -10,7 +10,7 @@ The sum goes over all weights of a block, both parts of a split layer too: the r
 
 The paper's numbers: 5120 inputs (20 steps, 256 each), batches of 32, 20 000 steps a block at rate 1e-3 for the
 rounding, 5000 at 4e-4 for the scales, λ = 0.01, β from 20 to 2 after a warm-up of 20 %. The defaults here take minutes
-on two cores: 640 inputs, 300 steps at 3e-2, and 100 for the scales. With time, as in the paper:
+on two cores: 640 inputs, 300 steps at 3e-2, and 100 for the scales. With time (it changes both):
 
     --set reconstruct.samples=128 --set reconstruct.iterations=20000 --set reconstruct.rate=1e-3
 

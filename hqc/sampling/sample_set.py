@@ -81,9 +81,11 @@ class _Recorder:
     def _keep(self, time: float, given: tuple[Tensor, ...]) -> None:
         kept = self.seen.setdefault(time, [])
         left = self.each - sum(len(one[0]) for one in kept)
-        if left > 0:
+        if left > 0:  # of both halves of a guided batch, if it is too large
+            count = len(given[0])
+            rows = torch.linspace(0, count - 1, min(left, count)).round().long()
             pairs = zip(given, self.teacher.inputs, strict=True)
-            kept.append(tuple(x[:left].clone() if spec.batched else x for x, spec in pairs))
+            kept.append(tuple(x[rows] if spec.batched else x for x, spec in pairs))
 
     def samples(self, timesteps: int) -> SampleSet:
         """Those of so many of the timesteps."""

@@ -85,6 +85,17 @@ def test_a_forward_loop_is_what_it_runs(program: Program) -> None:
     assert found.inputs[0][:, 0, 0, 0].tolist() == [7, 7, 1, 1]
 
 
+def test_both_halves_of_a_guided_loop_are_taken(program: Program) -> None:
+    """A batch of null and wanted conditions, twice as large as what is kept."""
+
+    def loop(denoise: Denoise) -> None:
+        halves = torch.cat([torch.zeros(4, 3, 4), torch.ones(4, 3, 4)])
+        denoise(torch.zeros(8, 2, 4, 4), torch.tensor(5.0), halves)
+
+    found = collected(Work(program, observe=loop), images=4, timesteps=2)
+    assert found.inputs[2][:, 0, 0].tolist() == [0, 0, 1, 1]
+
+
 def test_a_loop_that_runs_nothing_is_refused(program: Program) -> None:
     with pytest.raises(TrainingError, match="the forward loop never called the model"):
         collected(Work(program, observe=lambda denoise: None))
