@@ -90,13 +90,26 @@ def fields(title: str, values: dict[str, Any]) -> None:
 
 
 def sites_table(program: Program) -> Table:
-    """One row a site: bits (a star where the range is asymmetric), rotation, LoRA rank, the reason of exceptions."""
+    """One row a site: bits (a star where the range is asymmetric), rotation, LoRA rank, the reason of exceptions.
+
+    Where some are smoothed or have a branch there is a column for that.
+    """
     table = Table(title=f"{program.plan.recipe or 'plan'} {program.plan.bits}", title_justify="left")
-    for column in ("site", "kind", "in", "out", "bits", "rotation", "LoRA", "note"):
+    beside = any(map(_beside, program.plan.sites))
+    columns = ["site", "kind", "in", "out", "bits", "rotation", "LoRA", *(["beside"] if beside else []), "note"]
+    for column in columns:
         table.add_column(column, justify="right" if column in ("in", "out", "LoRA") else "left", overflow="fold")
     for plan in program.plan.sites:
-        table.add_row(*map(Text, _row(plan)))  # Text: a pattern may hold [brackets]
+        *before, note = _row(plan)
+        shown = [*before, *([_beside(plan) or "–"] if beside else []), note]
+        table.add_row(*map(Text, shown))  # Text: a pattern may hold [brackets]
     return table
+
+
+def _beside(plan: SitePlan) -> str:
+    """What is float around a site's product."""
+    parts = ["smoothed"] if plan.smoothed else []
+    return ", ".join([*parts, *([f"branch {plan.branch_rank}"] if plan.branch_rank else [])])
 
 
 def _row(plan: SitePlan) -> tuple[str, ...]:

@@ -180,6 +180,7 @@ class SitePlan:
     `weight_symmetric` and `activation_symmetric` False: the range of codes has a zero point, one an output channel and
     one a timestep. `smoothed`: every input channel has a factor, which the weight takes back. `weight_mixed`: output
     channels have n - 1, n or n + 1 bits, n in the mean.
+    `branch_rank`: of the float branch beside the site, 0 for none.
     """
 
     site: str
@@ -198,6 +199,7 @@ class SitePlan:
     activation_symmetric: bool = True
     smoothed: bool = False
     weight_mixed: bool = False
+    branch_rank: int = 0
 
     @property
     def quantised(self) -> bool:
@@ -320,7 +322,7 @@ def _site_plan(data: Mapping[str, Any]) -> SitePlan:
     plan = SitePlan(**data)
     texts, counts = (
         (plan.site, plan.kind, plan.reason, plan.rotation),
-        (plan.in_channels, plan.out_channels, plan.block, plan.lora_rank),
+        (plan.in_channels, plan.out_channels, plan.block, plan.lora_rank, plan.branch_rank),
     )
     widths = (plan.weight_bits, plan.activation_bits)
     if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in counts):

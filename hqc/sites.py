@@ -1,5 +1,6 @@
 """A quantised site in the graph of a program at any stage: its input, rotation, codes, products and layer."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ __all__ = [
     "Product",
     "QuantisedSite",
     "absorbed_nodes",
+    "branch_name",
+    "output_of",
     "products_of",
     "quantised_sites",
     "rotation_of",
@@ -153,6 +156,20 @@ def source_of(layer: fx.Node, *, through_smoothing: bool = True) -> fx.Node:
     while x.meta.get("role") in passed:
         x = x.args[0]  # type: ignore[assignment]
     return x
+
+
+def output_of(layer: fx.Node) -> fx.Node:
+    """The whole result of a site: its layer's, or the sum with its float branch."""
+    return next((user for user in layer.users if user.meta.get("role") == "branch"), layer)
+
+
+def branch_name(site: str) -> str:
+    """What the sum of a site and its branch is called, in graphs and in exports.
+
+    >>> branch_name("mid.conv1")
+    'mid_conv1_branch'
+    """
+    return re.sub(r"\W", "_", f"{site}_branch")
 
 
 _QUANTISING = {"activation", "activation_quantizer", "codes", "rotation", "rotation_back"}

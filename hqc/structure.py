@@ -16,7 +16,7 @@ from hqc.errors import ExportError
 from hqc.plan import SitePlan, activation_range, asymmetric_top, weight_range
 from hqc.program import Program, Stage, aten, is_op
 from hqc.rotations import Rotation
-from hqc.sites import rotation_of, rotation_within, source_of
+from hqc.sites import output_of, rotation_of, rotation_within, source_of
 
 __all__ = ["site_problems"]
 
@@ -28,6 +28,8 @@ _ROLES: Mapping[str, tuple[Any, ...]] = {
     "activation_quantizer": FAKE_QUANTISERS,
     "weight_quantizer": FAKE_QUANTISERS,
     "smoothing": (aten.mul.Tensor,),
+    "branch": (aten.add.Tensor,),
+    **dict.fromkeys(("branch_down", "branch_up"), (_CONV, _LINEAR)),
     "rotation": (ops.hadamard.default,),
     "rotation_back": (ops.hadamard.default,),
     "lora": (aten.add.Tensor,),
@@ -40,7 +42,7 @@ _ROLES: Mapping[str, tuple[Any, ...]] = {
         *(ops.digit.default, ops.half.default, aten.to.dtype),
     ),
 }
-_OF_QUANTISED = ("activation_quantizer", "weight_quantizer", "lora", "codes", "product", "smoothing")
+_OF_QUANTISED = ("activation_quantizer", "weight_quantizer", "lora", "codes", "product", "smoothing", "branch")
 _WITH_SITE = ("layer", "rotation_back", *_OF_QUANTISED)
 
 
@@ -125,8 +127,7 @@ def _plan_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator
         yield f"its block {plan.block} does not divide its {plan.in_channels} channels"
     if plan.lora_rank and (not plan.quantised or program.stage not in (Stage.QUANTISED, Stage.TRAINED)):
         yield "has a LoRA that no pass could have put there"
-    if problem := _smoothing_problem(program, plan, layer):
-        yield problem
+    yield from (text for check in (_smoothing_problem, _branch_problem) if (text := check(program, plan, layer)))
     if program.stage == Stage.CAPTURED:
         if _rotated_by(layer.args[0]) != (plan.hadamard, plan.weight_rotated):
             yield "the plan and the graph do not agree about its rotation"
@@ -155,6 +156,30 @@ def _smoothing_problem(program: Program, plan: SitePlan, layer: fx.Node) -> str:
         return "its smoothing is not stored"
     found = tuple(program.state[name.target].shape) if name.target in program.state else None
     return "" if found == shape else f"its smoothing is {found}; expected {shape}"
+
+
+def _branch_problem(program: Program, plan: SitePlan, layer: fx.Node) -> str:
+    """What is wrong with the float branch beside a site."""
+    total = output_of(layer)
+    if (total is not layer) != bool(plan.branch_rank):
+        return "the plan and the graph do not agree about its branch"
+    if total is layer:
+        return ""
+    up: Any = total.args[1]
+    if not _of_site(total, plan, "branch") or total.args[0] is not layer or list(layer.users) != [total]:
+        return "its branch is not all that is added to it"
+    if not _has_role(up, "branch_up") or not _has_role(up.args[0], "branch_down"):
+        return "its branch is not two layers"
+    down: Any = up.args[0]
+    if down.args[0] is not source_of(layer, through_smoothing=False):
+        return "its branch reads something else than it does"
+    shapes = []
+    for name, node in (("branch_down", down.args[1]), ("branch_up", up.args[1])):
+        if node.op != "get_attr" or node.target != f"{plan.site}.{name}" or node.target not in program.state:
+            return f"its {name} is not stored"
+        shapes.append(tuple(program.state[node.target].shape))
+    wanted = ((plan.branch_rank, plan.in_channels), (plan.out_channels, plan.branch_rank))
+    return "" if (shapes[0][:2], shapes[1][:2]) == wanted else f"its branch is not of rank {plan.branch_rank}"
 
 
 def _is_linear_product(layer: fx.Node) -> bool:

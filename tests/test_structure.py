@@ -10,6 +10,7 @@ from zoo import ZOO
 
 from hqc.checking import check_calls
 from hqc.passes import (
+    AttachBranch,
     AttachLora,
     DropSingleKeyAttention,
     FreezeIntegers,
@@ -28,9 +29,9 @@ from hqc.program import Program, copy_graph
 from hqc.structure import site_problems
 
 PASSES = (
-    *(DropSingleKeyAttention(), SelectLayers(rules="reference"), InsertSmoothing(), InsertHadamard(tokens=False)),
-    *(InsertQdq((0.0, 9.0)), AttachLora(rank=2), MergeLora(), FreezeIntegers(), RotateWeights(), SplitDigits()),
-    PackInt4(),
+    *(DropSingleKeyAttention(), SelectLayers(rules="reference"), InsertSmoothing(), AttachBranch(rank=2)),
+    *(InsertHadamard(tokens=False), InsertQdq((0.0, 9.0)), AttachLora(rank=2), MergeLora(), FreezeIntegers()),
+    *(RotateWeights(), SplitDigits(), PackInt4()),
 )
 
 

@@ -2,6 +2,7 @@
 
 from hqc.calibration.activations import CalibrateActivations, calibrate
 from hqc.calibration.channel_bits import MixChannelBits
+from hqc.calibration.low_rank import Decompose
 from hqc.calibration.rotations import ChooseRotation
 from hqc.calibration.smoothing import Smooth
 from hqc.calibration.weights import CalibrateWeights, mse_weight_scale
@@ -10,6 +11,7 @@ __all__ = [
     "CalibrateActivations",
     "CalibrateWeights",
     "ChooseRotation",
+    "Decompose",
     "MixChannelBits",
     "Smooth",
     "calibrate",

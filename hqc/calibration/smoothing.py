@@ -2,11 +2,12 @@
 
     x̂ = x·λ⁻¹, Ŵ = λ·W,  λ_c = max|x_c|^a / max|W_c|^b         (a, b) by output error, or ½ and ½
 
-    error(a, b) = Σ ‖Q_a(x̂)·Q_w(Ŵ)ᵀ - x·Wᵀ‖²                   over rows of x at some timesteps
+    error(a, b) = Σ ‖Q_a(x̂)·Q_w(Ŵ - L)ᵀ + x̂·Lᵀ - x·Wᵀ‖²        over rows of x at some timesteps
 
-Candidates are (0, 0), then (α, 0) and (α, 1-α) for α evenly between 0 and 1. Only the ratios of λ matter: its geometric
-mean is 1, and it stays within 1/1024 … 1024, so that half precision holds it. A channel that is zero everywhere keeps
-λ = 1. Source: deepcompressor's grid (SVDQuant, arXiv 2411.05007); by="max_ratio", √(max|x_c|/max|W_c|), is MPQ-DM's.
+L is SVD_r(Ŵ) where the site has a branch of rank r, else 0. Candidates are (0, 0), then (α, 0) and (α, 1-α) for α
+evenly between 0 and 1. Only the ratios of λ matter: its geometric mean is 1, and it stays within 1/1024 … 1024, so that
+half precision holds it. A channel that is zero everywhere keeps λ = 1. Source: deepcompressor's grid (SVDQuant, arXiv
+2411.05007); by="max_ratio", √(max|x_c|/max|W_c|), is MPQ-DM's.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hqc.calibration.low_rank import low_rank
 from hqc.calibration.rotations import quantised_activation
 from hqc.calibration.site_rows import SiteRows, collect, require_row_memory
 from hqc.calibration.weights import mse_weight_scale
@@ -134,15 +136,20 @@ def _per_input(factors: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _error(plan: SitePlan, weight: Tensor, rows: list[Tensor], factors: Tensor, activation: Range) -> float:
-    """Σ‖Q_a(x̂)·Q_w(Ŵ)ᵀ - x·Wᵀ‖² of a site."""
+    """Σ‖Q_a(x̂)·Q_w(Ŵ - L)ᵀ + x̂·Lᵀ - x·Wᵀ‖² of a site; L is its branch's, as far as it has one."""
     smooth = weight * _per_input(factors, weight)
-    quantised = _quantised_weight(smooth.flatten(1), plan)
+    flat, branch = smooth.flatten(1), torch.zeros(())
+    if plan.branch_rank:
+        up, down = low_rank(flat, plan.branch_rank)
+        branch = up @ down
+    quantised = _quantised_weight(flat - branch, plan)
     window = weight[0, 0].numel()
     total = 0.0
     for x in rows:
         scaled = x / factors.repeat_interleave(window)
         found = quantised_activation(scaled, plan.activation_bits or 8, activation)
-        total += float((found @ quantised.T - x @ weight.flatten(1).T).square().sum())
+        made = found @ quantised.T + (scaled @ branch.T if plan.branch_rank else 0)
+        total += float((made - x @ weight.flatten(1).T).square().sum())
     return total
 
 

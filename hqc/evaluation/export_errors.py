@@ -34,7 +34,7 @@ from hqc.export.model import DATA_FILE, MODEL_FILE, onnx_from_program
 from hqc.export.prepare import prepare
 from hqc.export.watched import WatchedModel, heard
 from hqc.program import InputSpec, Program
-from hqc.sites import quantised_sites
+from hqc.sites import branch_name, output_of, quantised_sites
 from hqc.storage import check_manifest
 
 __all__ = ["compare_export"]
@@ -161,12 +161,17 @@ def _laid_out(listen: Listen, values: Mapping[str, Any], like: Tensor) -> Tensor
 def _listening(program: Program, model: Path, made: _Made) -> _Listening:
     names = _value_names(onnx.load(str(model), load_external_data=False).graph)
     outputs = {site: Listen(site) for site, _ in program.sites() if site in names}
+    whole = {site: Listen(branch_name(site)) for site, _ in program.sites() if branch_name(site) in names}
     # The network's output keeps its own name, also where it is a site's.
-    outputs |= {site: Listen(OUTPUT) for site, layer in program.sites() if any(u.op == "output" for u in layer.users)}
+    for site, layer in program.sites():
+        total = output_of(layer)
+        if any(user.op == "output" for user in total.users):
+            (outputs if total is layer else whole)[site] = Listen(OUTPUT)
     taps = _own_taps(program, names, made)
     if taps is None:
-        return _Listening(outputs, own=False)
-    return _Listening(outputs | {s: t.output for s, t in taps.items()}, {s: t.input for s, t in taps.items()})
+        return _Listening(outputs | whole, own=False)
+    outputs |= {site: tap.output for site, tap in taps.items()}
+    return _Listening(outputs | whole, {site: tap.input for site, tap in taps.items()})
 
 
 def _value_names(graph: Any) -> set[str]:

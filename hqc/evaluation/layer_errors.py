@@ -22,7 +22,7 @@ from hqc.errors import ComparisonError
 from hqc.evaluation.stepping import Run
 from hqc.export.reference import evaluate
 from hqc.program import Program
-from hqc.sites import source_of
+from hqc.sites import output_of, source_of
 
 __all__ = [
     "Comparison",
@@ -80,7 +80,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Watched:
-    """A site that has just run: its input before any smoothing and rotation, and its output."""
+    """A site that has just run: its input before any smoothing and rotation, and its output with any branch."""
 
     site: str
     x: Tensor
@@ -105,15 +105,17 @@ def site_inputs(program: Program) -> dict[str, fx.Node]:
 def watch(program: Program, args: Sequence[Tensor]) -> Iterator[Watched | Tensor]:
     """Runs a program; every site as it is computed, then the output."""
     run, sources = Run(program), {site: node.name for site, node in site_inputs(program).items()}
+    outputs = {output_of(layer).name: site for site, layer in program.sites()}
     pending, held = Counter(sources.values()), dict[str, Tensor]()
     values = run.start(args)
     for _, node in run.steps(values):
         if node.name in pending:
             held[node.name] = values[node]
-        if node.meta.get("role") != "layer":
+        if node.name not in outputs:
             continue
-        source = sources[node.meta["site"]]
-        yield Watched(node.meta["site"], held[source], values[node])
+        site = outputs[node.name]
+        source = sources[site]
+        yield Watched(site, held[source], values[node])
         pending[source] -= 1
         if not pending[source]:
             del held[source]
@@ -193,4 +195,4 @@ class Replay:
     @torch.no_grad()
     def __call__(self, site: str, x: Tensor) -> Tensor:
         known: Mapping[fx.Node, Tensor] = {**self.known, self.inputs[site]: x}
-        return evaluate(self.program, self.layers[site], known)
+        return evaluate(self.program, output_of(self.layers[site]), known)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from hqc.passes.attach_branch import AttachBranch
 from hqc.passes.attach_lora import AttachLora
 from hqc.passes.drop_single_key_attention import DropSingleKeyAttention
 from hqc.passes.freeze_integers import FreezeIntegers
@@ -19,6 +20,7 @@ from hqc.steps import step_name
 
 __all__ = [
     "PASSES",
+    "AttachBranch",
     "AttachLora",
     "DropSingleKeyAttention",
     "FreezeIntegers",
@@ -42,6 +44,7 @@ PASSES: Mapping[str, type] = {
         SplitSigns,
         SelectLayers,
         InsertSmoothing,
+        AttachBranch,
         InsertHadamard,
         InsertQdq,
         AttachLora,

@@ -13,6 +13,7 @@ from hqc.recipes.mpq_dm import MPQ_DM
 from hqc.recipes.q_diffusion import Q_DIFFUSION
 from hqc.recipes.recipe import Recipe
 from hqc.recipes.rtn import RTN
+from hqc.recipes.svdquant import SVDQUANT
 
 __all__ = ["RECIPES", "Recipe", "find_recipe"]
 
@@ -20,7 +21,7 @@ RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         *(HQC, HQ_DM, HQ_DM_REFERENCE, EFFICIENTDM, MPQ_DM, CONVROT, CONVROT_SINGLE, CONVROT_MIXED),
-        *(Q_DIFFUSION, RTN),
+        *(Q_DIFFUSION, SVDQUANT, RTN),
     )
 }
 """Every recipe by its name."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
-from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, MixChannelBits, Smooth
+from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, Decompose, MixChannelBits, Smooth
 from hqc.passes import (
+    AttachBranch,
     AttachLora,
     DropSingleKeyAttention,
     InsertHadamard,
@@ -26,11 +27,13 @@ STEPS: Mapping[str, type] = {
         SplitSigns,
         SelectLayers,
         InsertSmoothing,
+        AttachBranch,
         Smooth,
         InsertHadamard,
         ChooseRotation,
         InsertQdq,
         MixChannelBits,
+        Decompose,
         CalibrateWeights,
         CalibrateActivations,
         Reconstruct,

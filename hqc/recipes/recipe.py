@@ -173,14 +173,17 @@ def _changed(where: str, step: Any, option: str, value: Any) -> Any:
 _AFTER = {
     "insert_smoothing": ("select_layers",),
     "smooth": ("insert_smoothing",),
+    "attach_branch": ("select_layers",),
+    "decompose": ("attach_branch",),
     "insert_hadamard": ("select_layers",),
     "choose_rotation": ("select_layers",),
     "insert_qdq": ("select_layers",),
     "mix_channel_bits": ("insert_qdq",),
 }
-_LATER = {"insert_qdq": ("calibrate_activations",), "insert_smoothing": ("smooth",)}
-_NOT_AFTER = {"insert_smoothing": ROTATIONS, "smooth": ROTATIONS}
-_ONCE = ("select_layers", "insert_smoothing", "insert_qdq", "attach_lora")
+_LATER = {"insert_qdq": ("calibrate_activations",), "insert_smoothing": ("smooth",), "attach_branch": ("decompose",)}
+_LEFT = {"insert_qdq": "scales", "insert_smoothing": "factors", "attach_branch": "branches"}
+_NOT_AFTER = {"insert_smoothing": (*ROTATIONS, "attach_branch"), "smooth": ROTATIONS}
+_ONCE = ("select_layers", "insert_smoothing", "attach_branch", "insert_qdq", "attach_lora")
 
 
 def check_order(name: str, steps: Sequence[Step]) -> None:
@@ -200,10 +203,11 @@ def check_order(name: str, steps: Sequence[Step]) -> None:
         if missing := [one for one in _AFTER.get(own, ()) if one not in names[:index]]:
             raise PlanError(where, f"comes before {missing[0]}, which it needs", f"Put {missing[0]} in front of it.")
         if missing := [one for one in _LATER.get(own, ()) if one not in names[index:]]:
-            what = "scales" if own == "insert_qdq" else "factors"
-            raise PlanError(where, f"leaves {what} that no {missing[0]} fills", f"Put {missing[0]} behind it.")
+            raise PlanError(where, f"leaves {_LEFT[own]} that no {missing[0]} fills", f"Put {missing[0]} behind it.")
         if wrong := [one for one in _NOT_AFTER.get(own, ()) if one in names[:index]]:
-            raise PlanError(where, f"comes behind {wrong[0]}, which turns its channels", f"Put it before {wrong[0]}.")
+            raise PlanError(
+                where, f"comes behind {wrong[0]}, which reads what it changes", f"Put it in front of {wrong[0]}."
+            )
         if own == "mix_channel_bits" and steps[names.index("insert_qdq")].weight != "mixed":  # type: ignore[union-attr]
             raise PlanError(where, "finds no mixed weights", "Give insert_qdq(weight='mixed').")
         if own in _ONCE and own in names[:index]:

@@ -13,6 +13,7 @@ from zoo import ZOO, fingerprint
 from hqc.errors import PassError
 from hqc.passes import (
     PASSES,
+    AttachBranch,
     AttachLora,
     DropSingleKeyAttention,
     FreezeIntegers,
@@ -38,6 +39,7 @@ CHAIN: tuple[Pass, ...] = (
     SplitConcat(),
     SelectLayers(bits="w4a4"),
     InsertSmoothing(),
+    AttachBranch(rank=2),
     InsertHadamard(),
     InsertQdq(timesteps=GRID),
     AttachLora(rank=4),
@@ -50,18 +52,20 @@ CHAIN: tuple[Pass, ...] = (
 OPTIONAL = ("split_signs",)
 """Passes that would double the sites of all that follow them here; they have tests of their own file alone."""
 NAMES = [step_name(type(one)) for one in CHAIN]
-VALUED = ("insert_smoothing", "insert_qdq", "attach_lora")
+VALUED = ("insert_smoothing", "attach_branch", "insert_qdq", "attach_lora")
 ops = torch.ops.hqc
 
 
 def with_trained_values(program: Program) -> Program:
-    """Factors, scale tables and LoRAs as steps would leave them: each row and each site different, fixed generator."""
+    """Factors, branches, tables and LoRAs as steps would leave them: each row and site different, fixed generator."""
     generator, state = torch.Generator().manual_seed(0), dict(program.state)
     for name, tensor in state.items():
         if name.endswith(".smoothing"):
             state[name] = 0.5 + torch.rand(tensor.shape, generator=generator)
         if name.endswith("scale_table"):
             state[name] = 0.2 + 0.3 * torch.rand(tensor.shape, generator=generator)
+        if "branch_" in name:
+            state[name] = 0.1 * torch.randn(tensor.shape, generator=generator)
         if name.endswith("lora_b"):
             state[name] = 0.02 * torch.randn(tensor.shape, generator=generator)
     return program.evolve(state=state)

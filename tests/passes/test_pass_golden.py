@@ -10,6 +10,7 @@ import pytest
 
 from hqc.passes import (
     PASSES,
+    AttachBranch,
     AttachLora,
     DropSingleKeyAttention,
     FreezeIntegers,
@@ -79,6 +80,13 @@ def test_golden_smoothing(captured: Callable[[str], Program], golden: Callable[[
     before = run_pass(captured("two_sites"), SelectLayers(bits="w4a4"))
     golden(GOLDEN / "insert_smoothing.before.txt", described(before))
     golden(GOLDEN / "insert_smoothing.after.txt", described(run_pass(before, InsertSmoothing())))
+
+
+def test_golden_branch(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:
+    """`attach_branch`, behind a smoothing."""
+    before = run_pipeline(captured("two_sites"), [SelectLayers(bits="w4a4"), InsertSmoothing()])
+    golden(GOLDEN / "attach_branch.before.txt", described(before))
+    golden(GOLDEN / "attach_branch.after.txt", described(run_pass(before, AttachBranch(rank=2))))
 
 
 def test_golden_two_digits(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:

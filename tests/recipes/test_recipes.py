@@ -13,9 +13,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, Smooth
+from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, Decompose, Smooth
 from hqc.errors import PassError, PipelineTextError, PlanError
-from hqc.passes import AttachLora, FreezeIntegers, InsertHadamard, InsertQdq, InsertSmoothing, SelectLayers
+from hqc.passes import (
+    AttachBranch,
+    AttachLora,
+    FreezeIntegers,
+    InsertHadamard,
+    InsertQdq,
+    InsertSmoothing,
+    SelectLayers,
+)
 from hqc.program import Program, Stage
 from hqc.recipes import RECIPES, Recipe, find_recipe
 from hqc.recipes.files import option_value, read_recipe, recipe_schema, recipe_yaml
@@ -218,13 +226,20 @@ ORDERS = {
     "nothing to smooth": ((*PTQ[:1], Smooth(), *PTQ[1:]), "comes before insert_smoothing, which it needs"),
     "not smoothed": ((*PTQ[:1], InsertSmoothing(), *PTQ[1:]), "leaves factors that no smooth fills"),
     "smoothed twice": ((*PTQ[:1], InsertSmoothing(), InsertSmoothing(), Smooth(), *PTQ[1:]), "is there twice"),
+    "branch first": ((AttachBranch(), *PTQ[:2], Decompose(), *PTQ[2:]), "comes before select_layers, which it needs"),
+    "no branch": ((*PTQ[:2], Decompose(), *PTQ[2:]), "comes before attach_branch, which it needs"),
+    "empty branch": ((*PTQ[:1], AttachBranch(), *PTQ[1:]), "leaves branches that no decompose fills"),
+    "smoothed behind its branch": (
+        (*PTQ[:1], AttachBranch(), InsertSmoothing(), Smooth(), PTQ[1], Decompose(), *PTQ[2:]),
+        "comes behind attach_branch, which reads what it changes",
+    ),
     "rotated before": (
         (*PTQ[:1], InsertHadamard(), InsertSmoothing(), Smooth(), *PTQ[1:]),
-        "comes behind insert_hadamard, which turns its channels",
+        "comes behind insert_hadamard, which reads what it changes",
     ),
     "rotated between": (
         (*PTQ[:1], InsertSmoothing(), ChooseRotation(), Smooth(), *PTQ[1:]),
-        "comes behind choose_rotation, which turns its channels",
+        "comes behind choose_rotation, which reads what it changes",
     ),
 }
 

@@ -8,16 +8,21 @@ import torch
 
 import hqc
 from hqc import api
+from hqc.calibration import Smooth
 from hqc.checkpoint import Checkpoint
+from hqc.evaluation.comparison.size import true_bytes
+from hqc.export.reference import without_quantisers
 from hqc.program import Program, Stage
 from hqc.recipes import RECIPES, Recipe
+from hqc.recipes.known import STEPS
 from hqc.sampling import Update
 
 SHORT = {"sampler.num_inference_steps": 3, "calibrate_activations.samples": 2, "calibrate_activations.candidates": 10}
 TRAINED = {"distil.updates": 7, "distil.batch_size": 2, "distil.checkpoint_every": 2, "attach_lora.rank": 2}
 FEW = {
     "choose_rotation": {"samples": 1, "timesteps": 2},
-    "smooth": {"samples": 1},
+    "smooth": {"samples": 1, "timesteps": 2, "rows": 16, "candidates": 3},
+    "decompose": {"samples": 1, "timesteps": 2, "rows": 16, "rounds": 3, "candidates": 20},
     "mix_channel_bits": {"samples": 1, "timesteps": 2, "rows": 8},
     "reconstruct": {"samples": 1, "timesteps": 3, "iterations": 20, "batch_size": 2},
 }
@@ -140,6 +145,54 @@ def test_convrot_rotates_weights_too(quantised: dict[str, Program]) -> None:
     values = [plan for plan in mixed.sites if plan.site.endswith((".to_v", ".to_out.0"))]
     assert values
     assert all((plan.weight_bits, plan.activation_bits) == (8, 8) for plan in values)
+
+
+def test_svdquant_splits_every_site_of_the_asked_bits(program: Program, quantised: dict[str, Program]) -> None:
+    result = quantised["svdquant"]
+    split = [plan for plan in result.plan.quantised if plan.branch_rank]
+    assert {plan.kind for plan in split} == {"conv2d", "linear"}
+    for plan in result.plan.quantised:
+        assert plan.smoothed == bool(plan.branch_rank) == (plan.weight_bits == 4), plan.site
+    for plan in split:
+        assert plan.branch_rank == 8, "32, a quarter of 32 channels at most"
+        assert "weight error" in plan.reason
+        assert bool(result.state[f"{plan.site}.branch_up"].any())
+        assert not bool((result.state[f"{plan.site}.smoothing"] == 1).all()), plan.site
+    args = program.example_inputs(2)
+    wanted = program.module()(*args)
+    torch.testing.assert_close(without_quantisers(result).module()(*args), wanted, rtol=1e-3, atol=1e-3)
+    # True bits: codes, and the branch and the factors as they are stored.
+    plain = true_bytes(quantised["rtn"])
+    beside = sum(4 * t.numel() for n, t in result.state.items() if "branch_" in n or n.endswith(".smoothing"))
+    assert true_bytes(result) == plain + beside
+
+
+@pytest.mark.parametrize("killed_in", ["decompose", "calibrate_activations"])
+def test_svdquant_goes_on_after_its_last_long_step(
+    program: Program, quantised: dict[str, Program], killed_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    ran: list[str] = []
+    kind = STEPS[killed_in]
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "run", killed)
+        with pytest.raises(Killed):
+            api.quantise(program, _short("svdquant"), "w4a4", work_dir=tmp_path / "run")
+    kept = [path.name for path in (tmp_path / "run").glob("*.hqc")]
+    assert kept == [{"decompose": "05-smooth.hqc", "calibrate_activations": "08-decompose.hqc"}[killed_in]]
+    smooth = Smooth.run
+    monkeypatch.setattr(Smooth, "run", lambda *given: (ran.append("smooth"), smooth(*given))[1])
+    found = api.quantise(program, _short("svdquant"), "w4a4", work_dir=tmp_path / "run", resume=True)
+    assert not ran
+    wanted = quantised["svdquant"]
+    assert found.state.keys() == wanted.state.keys()
+    assert all(torch.equal(tensor, wanted.state[key]) for key, tensor in found.state.items())
+    assert found.plan.sites == wanted.plan.sites
 
 
 def test_hqc_chooses_its_rotations(quantised: dict[str, Program]) -> None:
