@@ -36,6 +36,10 @@ HIGHEST_MIXED_BITS = HIGHEST_ASYMMETRIC_BITS - 1
 """Output channels of a mixed weight have a bit more or less."""
 
 
+HIGHEST_LOOKUP_BITS = 4
+"""The tables of a weight have 2ⁿ entries for each output channel; of more, an int8 grid holds too many."""
+
+
 @dataclass(frozen=True)
 class Bits:
     """Weight and activation widths, each 2…8."""
@@ -179,8 +183,8 @@ class SitePlan:
     as calibrated.
     `weight_symmetric` and `activation_symmetric` False: the range of codes has a zero point, one an output channel and
     one a timestep. `smoothed`: every input channel has a factor, which the weight takes back. `weight_mixed`: output
-    channels have n - 1, n or n + 1 bits, n in the mean.
-    `branch_rank`: of the float branch beside the site, 0 for none.
+    channels have n - 1, n or n + 1 bits, n in the mean. `weight_lookup`: codes are of 8 bits, at most 2ⁿ different ones
+    in an output channel. `branch_rank`: of the float branch beside the site, 0 for none.
     """
 
     site: str
@@ -200,6 +204,7 @@ class SitePlan:
     smoothed: bool = False
     weight_mixed: bool = False
     branch_rank: int = 0
+    weight_lookup: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -207,12 +212,21 @@ class SitePlan:
         return self.weight_bits is not None
 
     @property
+    def weight_code_bits(self) -> int:
+        """Of the range that the weight's codes lie in: 8 where they come from a table."""
+        return 8 if self.weight_lookup else self.weight_bits or 8
+
+    @property
     def widths(self) -> str:
-        """`w4a4`, or `float`; an asymmetric operand has a star, `w4*a4*`, a weight of mixed bits a sign: `w4±*a4*`."""
+        """`w4a4`, or `float`; an asymmetric operand has a star, `w4*a4*`, a weight of mixed bits a sign: `w4±*a4*`.
+
+        One whose codes come from a table has a tilde: `w4~a8`.
+        """
         if not self.quantised:
             return "float"
         stars = ["" if symmetric else "*" for symmetric in (self.weight_symmetric, self.activation_symmetric)]
-        return f"w{self.weight_bits}{'±' if self.weight_mixed else ''}{stars[0]}a{self.activation_bits}{stars[1]}"
+        form = "±" if self.weight_mixed else "~" if self.weight_lookup else ""
+        return f"w{self.weight_bits}{form}{stars[0]}a{self.activation_bits}{stars[1]}"
 
     @property
     def hadamard(self) -> Rotation | None:
@@ -343,6 +357,9 @@ def _site_plan(data: Mapping[str, Any]) -> SitePlan:
     mixable = not plan.weight_symmetric and (plan.weight_bits or 8) <= HIGHEST_MIXED_BITS
     if type(plan.weight_mixed) is not bool or (plan.weight_mixed and not mixable):
         raise ValueError(f"site {plan.site!r} has mixed weights of {plan.weight_bits} bits")
+    plain = plan.weight_symmetric and (plan.weight_bits or 8) <= HIGHEST_LOOKUP_BITS
+    if type(plan.weight_lookup) is not bool or (plan.weight_lookup and not plain):
+        raise ValueError(f"site {plan.site!r} has a table for weights of {plan.weight_bits} bits")
     if plan.kind not in _KINDS:
         raise ValueError(f"site {plan.site!r} is a {plan.kind}")
     if plan.rotation not in ORDERS or plan.block not in (0, *ORDERS[plan.rotation]):

@@ -272,7 +272,7 @@ def _activation_codes_fit(program: Program, plan: SitePlan, quantiser: fx.Node) 
 
 
 def _weight_codes_problem(program: Program, plan: SitePlan, quantiser: fx.Node) -> str:
-    bits = plan.weight_bits or 8
+    bits = plan.weight_code_bits
     if not plan.weight_mixed:
         fit = _codes_fit(program, quantiser, weight_range(bits), bits, plan.weight_symmetric)
         return "" if fit else f"its weight's codes are not those of {bits} bits"

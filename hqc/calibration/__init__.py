@@ -2,6 +2,7 @@
 
 from hqc.calibration.activations import CalibrateActivations, calibrate
 from hqc.calibration.channel_bits import MixChannelBits
+from hqc.calibration.lookup import FitLookup
 from hqc.calibration.low_rank import Decompose
 from hqc.calibration.rotations import ChooseRotation
 from hqc.calibration.smoothing import Smooth
@@ -12,6 +13,7 @@ __all__ = [
     "CalibrateWeights",
     "ChooseRotation",
     "Decompose",
+    "FitLookup",
     "MixChannelBits",
     "Smooth",
     "calibrate",

@@ -22,7 +22,7 @@ __all__ = ["CalibrateWeights", "mse_weight_scale", "source_weight"]
 class CalibrateWeights:
     """Scales that minimise ‖W_o - s·clip(round(W_o/s))‖² for every output channel of every quantised weight.
 
-    An asymmetric range spans the channel's values and 0 instead.
+    An asymmetric range spans the channel's values and 0 instead. Scales of tables are `fit_lookup`'s, and stay.
     candidates: how many scales are tried a channel, see `mse_weight_scale`.
     """
 
@@ -42,6 +42,8 @@ class CalibrateWeights:
         """The program with other weight scales."""
         layers, state = dict(program.sites()), dict(program.state)
         for plan in program.plan.quantised:
+            if plan.weight_lookup:
+                continue
             quantiser = layer_inputs(layers[plan.site])[1]
             bounds = bounds_of(quantiser, program)
             weight = state[source_weight(quantiser)]

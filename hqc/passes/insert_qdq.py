@@ -8,6 +8,7 @@ With an asymmetric range the codes are -z…2ⁿ-1-z: of an activation z is look
 per output channel. z is a parameter like the scales, rounded and kept in 0…2ⁿ-1 where it is read. Operands of 8 bits
 stay symmetric, since their codes would not fit int8; the plan says so. A mixed weight is an asymmetric one whose
 channels have tops of their own, -z…t-z with t = 2ᵇ-1: b is n until `mix_channel_bits` chooses n - 1, n or n + 1.
+A weight with a table has codes of 8 bits, of which `fit_lookup` uses 2ⁿ for each output channel.
 The row i comes from the graph's own `timestep` input, so the program stays a pure function and a batch may mix
 timesteps. Weight scales start at max|W_o|/qmax, or span the channel's values and 0 where it is asymmetric; the tables
 start at scale 1 and a zero point in the middle: calibration fills them all.
@@ -26,6 +27,7 @@ from hqc.passes.rewriting import UNPLANNED, Rewriter, layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.plan import (
     HIGHEST_ASYMMETRIC_BITS,
+    HIGHEST_LOOKUP_BITS,
     HIGHEST_MIXED_BITS,
     SitePlan,
     activation_range,
@@ -39,7 +41,7 @@ __all__ = ["GRID", "InsertQdq", "spanning_range", "spanning_weight_range"]
 GRID = "timestep_grid"
 ops = torch.ops.hqc
 Range = Literal["symmetric", "asymmetric"]
-WeightRange = Literal["symmetric", "asymmetric", "mixed"]
+WeightRange = Literal["symmetric", "asymmetric", "mixed", "lookup"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class InsertQdq:
 
     timesteps: the calibrated grid, one row of every scale table each; empty: what the plan asks for, or one row.
     activation, weight: "symmetric", or "asymmetric" for operands of at most 7 bits. weight="mixed": asymmetric, and up
-    to 6 bits with bits of its own for every output channel. static: one row for all timesteps.
+    to 6 bits with bits of its own for every output channel; "lookup": up to 4 bits with a table for each of them.
+    static: one row for all timesteps.
     """
 
     timesteps: tuple[float, ...] = ()
@@ -99,13 +102,14 @@ class InsertQdq:
                 ("activations", self.activation, plan.activation_bits),
                 ("weights", self.weight, plan.weight_bits),
             )
-            if kind != "symmetric" and (bits or 8) > HIGHEST_ASYMMETRIC_BITS
+            if kind in ("asymmetric", "mixed") and (bits or 8) > HIGHEST_ASYMMETRIC_BITS
         ]
         note = f"{' and '.join(wide)} symmetric: asymmetric codes of 8 bits do not fit int8" if wide else ""
         return replace(
             plan,
             activation_symmetric=self.activation == "symmetric" or "activations" in wide,
-            weight_symmetric=self.weight == "symmetric" or "weights" in wide,
+            weight_symmetric=self.weight in ("symmetric", "lookup") or "weights" in wide,
+            weight_lookup=self.weight == "lookup" and (plan.weight_bits or 8) <= HIGHEST_LOOKUP_BITS,
             weight_mixed=self.weight == "mixed" and (plan.weight_bits or 8) <= HIGHEST_MIXED_BITS,
             reason="; ".join(text for text in (plan.reason, note) if text),
         )
@@ -154,7 +158,7 @@ def _quantise(
 
 def _weight_range(edit: Rewriter, plan: SitePlan, weight: fx.Node, layer: fx.Node) -> tuple[Any, Any, Any]:
     """Scale, least and largest code of each output channel."""
-    value, bits = edit.program.state[str(weight.target)], plan.weight_bits or 8
+    value, bits = edit.program.state[str(weight.target)], plan.weight_code_bits
     low, high = weight_range(bits)
     if plan.weight_symmetric:
         return edit.weight(f"{plan.site}.weight_scale", _range_scale(value, high), layer), low, high

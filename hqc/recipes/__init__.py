@@ -7,6 +7,7 @@ from hqc.errors import PlanError
 from hqc.recipes.convrot import CONVROT, CONVROT_MIXED, CONVROT_SINGLE
 from hqc.recipes.efficientdm import EFFICIENTDM
 from hqc.recipes.files import read_recipe
+from hqc.recipes.ganq import GANQ_INT8
 from hqc.recipes.hq_dm import HQ_DM, HQ_DM_REFERENCE
 from hqc.recipes.hqc import HQC
 from hqc.recipes.mpq_dm import MPQ_DM
@@ -21,7 +22,7 @@ RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         *(HQC, HQ_DM, HQ_DM_REFERENCE, EFFICIENTDM, MPQ_DM, CONVROT, CONVROT_SINGLE, CONVROT_MIXED),
-        *(Q_DIFFUSION, SVDQUANT, RTN),
+        *(Q_DIFFUSION, SVDQUANT, GANQ_INT8, RTN),
     )
 }
 """Every recipe by its name."""

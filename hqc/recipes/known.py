@@ -2,7 +2,15 @@
 
 from collections.abc import Mapping
 
-from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, Decompose, MixChannelBits, Smooth
+from hqc.calibration import (
+    CalibrateActivations,
+    CalibrateWeights,
+    ChooseRotation,
+    Decompose,
+    FitLookup,
+    MixChannelBits,
+    Smooth,
+)
 from hqc.passes import (
     AttachBranch,
     AttachLora,
@@ -34,6 +42,7 @@ STEPS: Mapping[str, type] = {
         InsertQdq,
         MixChannelBits,
         Decompose,
+        FitLookup,
         CalibrateWeights,
         CalibrateActivations,
         Reconstruct,

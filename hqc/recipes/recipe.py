@@ -212,5 +212,9 @@ def check_order(name: str, steps: Sequence[Step]) -> None:
             raise PlanError(where, "finds no mixed weights", "Give insert_qdq(weight='mixed').")
         if own in _ONCE and own in names[:index]:
             raise PlanError(where, "is there twice", "Leave one out.")
+        if getattr(step, "weight", "") == "lookup" and "fit_lookup" not in names[index:]:
+            raise PlanError(where, "leaves tables that no fit_lookup fills", "Put fit_lookup behind it.")
+        if step.gives == Stage.TRAINED and "fit_lookup" in names[:index]:
+            raise PlanError(where, "would train weights out of the tables of fit_lookup", "Leave one of them out.")
     if stage not in (Stage.QUANTISED, Stage.TRAINED):
         raise PlanError(f"recipe {name!r}", f"leaves the program {stage}", "End it with a quantised program.")

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, Decompose, Smooth
+from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, Decompose, FitLookup, Smooth
 from hqc.errors import PassError, PipelineTextError, PlanError
 from hqc.passes import (
     AttachBranch,
@@ -28,9 +28,9 @@ from hqc.program import Program, Stage
 from hqc.recipes import RECIPES, Recipe, find_recipe
 from hqc.recipes.files import option_value, read_recipe, recipe_schema, recipe_yaml
 from hqc.recipes.known import PARTS, STEPS
-from hqc.recipes.run import Request
+from hqc.recipes.run import Request, run_recipe
 from hqc.recipes.run import planned as planned_by
-from hqc.sampling import Sampler
+from hqc.sampling import Sampler, Work, synthetic_task
 from hqc.steps import parse_steps, step_name
 from hqc.training import Distil, Group, GuidedNoise
 
@@ -221,6 +221,11 @@ ORDERS = {
     "twice": ((SelectLayers(), *PTQ), "is there twice"),
     "lora first": ((AttachLora(), *PTQ), "takes a program that is quantised; here it is captured"),
     "nothing quantised": ((SelectLayers(),), "leaves the program captured"),
+    "no tables": ((*PTQ[:1], InsertQdq(weight="lookup"), *PTQ[2:]), "leaves tables that no fit_lookup fills"),
+    "tables trained": (
+        (*PTQ[:1], InsertQdq(weight="lookup"), FitLookup(), *PTQ[3:], Distil(groups=(Group("*.weight", rate=1.0),))),
+        "would train weights out of the tables of fit_lookup",
+    ),
     "frozen": ((*PTQ, FreezeIntegers()), "leaves the program integer"),
     "smoothing first": ((InsertSmoothing(), Smooth(), *PTQ), "comes before select_layers, which it needs"),
     "nothing to smooth": ((*PTQ[:1], Smooth(), *PTQ[1:]), "comes before insert_smoothing, which it needs"),
@@ -260,6 +265,17 @@ def test_mixed_bits_are_chosen_where_there_are_some() -> None:
     steps = [step for step in recipe.steps if step_name(type(step)) != "insert_qdq"]
     with pytest.raises(PlanError, match="takes a program that is quantised"):
         replace(recipe, steps=tuple(steps))
+
+
+def test_a_table_needs_few_bits(captured: Callable[[str], Program]) -> None:
+    """At 8 bits there is no weight with a table, and the step says so."""
+    program = captured("cross_attention")
+    recipe = find_recipe("ganq-int8")
+    plan = planned_by(program, recipe, Request("w4a8")).plan
+    assert {p.weight_lookup for p in plan.quantised} == {True, False}
+    assert any(p.widths == "w4~a8" for p in plan.quantised)
+    with pytest.raises(PlanError, match=r"fit_lookup: no weight has a table; the plan is w8a8. Ask for w2 … w4"):
+        run_recipe(program, recipe, Request("w8a8"), Work(program, synthetic_task(program), Sampler(2, 1.0, 0.0)))
 
 
 def test_training_without_losses_or_groups_is_refused() -> None:

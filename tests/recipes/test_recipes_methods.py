@@ -12,6 +12,8 @@ from hqc.calibration import Smooth
 from hqc.checkpoint import Checkpoint
 from hqc.evaluation.comparison.size import true_bytes
 from hqc.export.reference import without_quantisers
+from hqc.passes import FreezeIntegers
+from hqc.pipeline import run_pass
 from hqc.program import Program, Stage
 from hqc.recipes import RECIPES, Recipe
 from hqc.recipes.known import STEPS
@@ -25,6 +27,7 @@ FEW = {
     "decompose": {"samples": 1, "timesteps": 2, "rows": 16, "rounds": 3, "candidates": 20},
     "mix_channel_bits": {"samples": 1, "timesteps": 2, "rows": 8},
     "reconstruct": {"samples": 1, "timesteps": 3, "iterations": 20, "batch_size": 2},
+    "fit_lookup": {"samples": 1, "timesteps": 2, "rows": 32, "rounds": 2},
 }
 QAT = [name for name, recipe in RECIPES.items() if recipe.kind == "qat"]
 
@@ -127,10 +130,31 @@ def test_mpq_dm_mixes_the_bits_of_channels(quantised: dict[str, Program]) -> Non
     assert any(bool((t != t.round()).any()) for key, t in result.state.items() if key.endswith("weight_zero"))
 
 
+def test_ganq_takes_its_weights_from_tables(program: Program, quantised: dict[str, Program]) -> None:
+    result, rounded = quantised["ganq-int8"], quantised["rtn"]
+    tables = [plan for plan in result.plan.quantised if plan.weight_lookup]
+    assert {plan.site for plan in tables} == {plan.site for plan in result.plan.quantised if plan.weight_bits == 4}
+    frozen = run_pass(result, FreezeIntegers())
+    for plan in tables:
+        codes = frozen.state[f"{plan.site}.weight_codes"].flatten(1)
+        assert max(len(row.unique()) for row in codes) <= 16, plan.site
+        assert int(codes.to(torch.int32).abs().max()) <= 127
+        # What is stored is what the codes say: nothing is rounded a second time.
+        scale = result.state[f"{plan.site}.weight_scale"].unsqueeze(1)
+        torch.testing.assert_close(codes * scale, result.state[f"{plan.site}.weight"].flatten(1), rtol=1e-6, atol=0)
+    assert any(int(frozen.state[f"{plan.site}.weight_codes"].to(torch.int32).abs().max()) > 8 for plan in tables)
+    args = result.example_inputs(8, seed=9)
+    wanted = program.module()(*args)
+    errors = [float((one.module()(*args) - wanted).norm()) for one in (result, rounded)]
+    assert errors[0] != errors[1]
+    assert true_bytes(result) - true_bytes(rounded) == sum(16 * plan.out_channels for plan in tables)
+
+
 @pytest.mark.parametrize("target", ["portable", "tensorrt"])
-def test_mpq_dm_in_the_other_targets(quantised: dict[str, Program], target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mpq-dm", "ganq-int8"])
+def test_in_the_other_targets(quantised: dict[str, Program], name: str, target: str, tmp_path: Path) -> None:
     """Codes and outputs of every site are verified; ONNX Runtime is among the tests of all methods."""
-    result = quantised["mpq-dm"]
+    result = quantised[name]
     report = hqc.export_program(result, target, tmp_path / "x")
     assert len(report.verification.sites) == len(result.plan.quantised)
 

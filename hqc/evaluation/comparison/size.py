@@ -16,11 +16,12 @@ _MERGED = ("lora_a", "lora_b")
 def true_bytes(program: Program) -> float:
     """Bytes of every tensor: codes at their site's bits, LoRA as merged; scales, zeros, tables and floats as they are.
 
-    Three-bit codes count three bits, which files keep in four.
+    Three-bit codes count three bits, which files keep in four; tables of a weight 2ⁿ bytes an output channel, and their
+    indices n bits.
     """
     layers = dict(program.sites())
     bits = {_stored_weight(layers[site.site]): site.weight_bits for site in program.plan.quantised}
-    total = 0.0
+    total = sum(_table_bytes(plan) for plan in program.plan.quantised)
     for name, tensor in program.state.items():
         if name.rpartition(".")[2] in _MERGED:
             continue
@@ -39,9 +40,13 @@ def weight_bytes(program: Program) -> tuple[float, float]:
     layers = dict(program.sites())
     for plan in program.plan.quantised:
         count, fits = _codes(program, plan, layers[plan.site])
-        by_bits += count * (plan.weight_bits or 8) / 8
+        by_bits += count * (plan.weight_bits or 8) / 8 + _table_bytes(plan)
         stored += count / 2 if fits and (plan.weight_bits or 8) <= 4 else count
     return by_bits, stored
+
+
+def _table_bytes(plan: SitePlan) -> float:
+    return float(plan.out_channels * 2 ** (plan.weight_bits or 8)) if plan.weight_lookup else 0.0
 
 
 def _codes(program: Program, plan: SitePlan, layer: fx.Node) -> tuple[int, bool]:

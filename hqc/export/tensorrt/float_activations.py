@@ -65,10 +65,7 @@ def weight_only_sites(program: Program, patterns: Sequence[str]) -> tuple[str, .
     fitting = [
         plan.site
         for plan in program.plan.quantised
-        if (plan.weight_bits or 8) <= 4
-        and plan.weight_symmetric
-        and plan.site in kinds
-        and _is_linear(kinds[plan.site])
+        if plan.weight_code_bits <= 4 and plan.weight_symmetric and plan.site in kinds and _is_linear(kinds[plan.site])
     ]
     for pattern in patterns:
         if not any(names_site(pattern, site) for site in fitting):

@@ -42,7 +42,7 @@ def product_obstacle(
         return f"{bits}-bit weights"
     stored = stored_codes(program, site.products[0].node.args[1])  # type: ignore[arg-type]
     if not fits_int4(stored):
-        return f"asymmetric codes {int(stored.min())}…{int(stored.max())} do not fit 4 bits"
+        return f"codes {int(stored.min())}…{int(stored.max())} do not fit 4 bits"
     if span[0] < -_LIMIT or span[1] > _LIMIT:
         return f"past ±{_LIMIT}"
     product = site.products[0].node

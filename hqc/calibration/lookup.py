@@ -1,0 +1,190 @@
+"""GANQ's alternation: a table of 2ⁿ values for every row of a weight and the codes into it, by the output error.
+
+    min ‖(W - Ŵ)·Xᵀ‖²,  Ŵ_ij = T_i[Q_ij],  H = XᵀX + ridge = L·Lᵀ
+
+    S-step   for j = n-1 … 0:  c = W_ij + Σ_{u>j} r_iu·L_uj/L_jj,  Q_ij = argmin_k |c - T_ik|,  r_ij = W_ij - T_i[Q_ij]
+    T-step   T_i = argmin ‖(W_i - T_i·S_i)·L‖²,  S_i one-hot:  (S_i·H·S_iᵀ)·T_i = S_i·H·W_iᵀ
+
+‖r·L‖² is the error: column j of r·L is Σ_{u≥j} r_u·L_uj, so that the S-step, from the last column on, lets every weight
+make up for the rounding of those behind it. It is greedy and may raise the error: the best pair is kept.
+Source: GANQ (arXiv 2501.12956, equations 15 to 20), whose released code solves the T-step by a pseudo-inverse.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hqc.calibration.site_rows import collect, require_row_memory
+from hqc.calibration.weights import mse_weight_scale, source_weight
+from hqc.errors import PlanError
+from hqc.memory import require_call_memory
+from hqc.passes.rewriting import layer_inputs
+from hqc.passes.split_digits import digit_limit
+from hqc.plan import HIGHEST_LOOKUP_BITS, activation_range, weight_range
+from hqc.program import Program, Stage
+from hqc.sampling import Work
+from hqc.steps import check_options
+
+__all__ = ["FitLookup", "LookupFit", "fit_lookup", "output_error"]
+
+_RIDGE = 0.01  # of the mean of H's diagonal, as GPTQ has it
+_COLUMNS_A_BLOCK = 64
+_VALUES_A_CALL = 2**22
+
+
+@dataclass(frozen=True)
+class FitLookup:
+    """Fills the weights that `insert_qdq(weight="lookup")` marked: values of a table of whole numbers for every row.
+
+    The table of a row holds 2ⁿ numbers of an int8 grid with one scale, max|W_o| over 127 or 64 (see `split_digits`), so
+    that the product stays an integer one. rounds: of both steps. samples: images of the float trajectory; timesteps:
+    how many of its steps give rows, evenly spread; rows: tokens or windows of each. seed: of noise, conditions, rows.
+    """
+
+    rounds: Annotated[int, Field(ge=1, le=1000)] = 5
+    samples: Annotated[int, Field(ge=1, le=4096)] = 8
+    timesteps: Annotated[int, Field(ge=1, le=1000)] = 10
+    rows: Annotated[int, Field(ge=1, le=65536)] = 256
+    seed: Annotated[int, Field(ge=0)] = 2024
+
+    takes: ClassVar[tuple[Stage, ...]] = (Stage.QUANTISED,)
+    gives: ClassVar[Stage | None] = None
+    samples_denoiser: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def check(self, program: Program, work: Work) -> None:
+        """All images are one batch, twice as large with guidance; rows of every site are kept.
+
+        Raises:
+            MemoryShortError: if that does not fit. TrainingError: if there is nothing to sample.
+        """
+        what, _ = f"fitting tables on {self.samples} images", work.sampled
+        do = "Take fewer images or rows (--set fit_lookup.samples=2, --set fit_lookup.rows=64)"
+        require_call_memory(what, program, self.samples * work.halves(), do)
+        require_row_memory(what, program, self.rows * self.timesteps, do)
+
+    def run(self, program: Program, work: Work) -> Program:
+        """The program with other weights and scales.
+
+        Raises:
+            TrainingError: where the sampler meets NaN. PlanError: if no weight has a table.
+        """
+        layers, state = dict(program.sites()), dict(program.state)
+        fitted = [plan for plan in program.plan.quantised if plan.weight_lookup]
+        if program.plan.quantised and not fitted:
+            found = f"no weight has a table; the plan is {program.plan.bits}"
+            do = f'Ask for w2 … w{HIGHEST_LOOKUP_BITS}, as --bits w4a8, and put insert_qdq(weight="lookup") before it.'
+            raise PlanError("fit_lookup", found, do)
+        inputs = {plan.site: layer_inputs(layers[plan.site])[0] for plan in fitted}
+        options = {"samples": self.samples, "timesteps": self.timesteps, "rows": self.rows, "seed": self.seed}
+        seen = collect(program, inputs, work, "fitting tables", **options)
+        for plan in fitted:
+            name, rows = source_weight(layer_inputs(layers[plan.site])[1]), torch.cat(seen.pop(plan.site).rows)
+            weight, grid = state[name].flatten(1), digit_limit(activation_range(plan.activation_bits or 8)[1])
+            scale = torch.where(weight.any(1), weight.abs().amax(1) / grid, 1.0).to(torch.float32)
+            fit = fit_lookup(weight, rows.T @ rows, plan.weight_bits or 8, self.rounds, scale, grid)
+            state[name] = fit.weight.view(state[name].shape).to(state[name].dtype)
+            state[f"{plan.site}.weight_scale"] = scale
+        return program.evolve(state=state)
+
+    def cost(self, program: Program, work: Work) -> float:
+        """One trajectory of every image; the fit runs on rows."""
+        return float(self.samples * work.halves() * work.sampler.num_inference_steps)
+
+
+@dataclass(frozen=True)
+class LookupFit:
+    """codes [O, K], table [O, 2ⁿ] of real values, and the error tr((W - Ŵ)·H·(W - Ŵ)ᵀ)."""
+
+    codes: Tensor
+    table: Tensor
+    error: float
+
+    @property
+    def weight(self) -> Tensor:
+        """Ŵ [O, K]."""
+        return self.table.gather(1, self.codes)
+
+
+@torch.no_grad()
+def fit_lookup(
+    weight: Tensor, gram: Tensor, bits: int, rounds: int, scale: Tensor | None = None, grid: int = 127
+) -> LookupFit:
+    """The best table and codes of `rounds` alternations that start at the uniform grid with the least rounding error.
+
+    weight [O, K]; gram [K, K] = XᵀX. scale [O]: the table holds whole multiples of it up to ±grid; None: any values.
+    """
+    work, table = weight.double(), _uniform(weight, bits)
+    hessian = gram.double()
+    ridge = _RIDGE * hessian.diagonal().mean().clamp_min(1e-12)
+    hessian = hessian + ridge * torch.eye(len(hessian), dtype=hessian.dtype)
+    factor = torch.linalg.cholesky(hessian)
+    best = None
+    for number in range(rounds + 1):
+        if scale is not None:
+            unit = scale.double().unsqueeze(1)
+            table = (table / unit).round().clamp(-grid, grid) * unit
+        # The uniform grid rounded to nearest comes first: the result is never worse.
+        codes = _nearest(work, table) if number == 0 else _choose_codes(work, factor, table)
+        found = LookupFit(codes, table, output_error(work - table.gather(1, codes), hessian))
+        best = found if best is None or found.error < best.error else best
+        table = _solve_table(work, hessian, codes, table)
+    assert best is not None
+    return best
+
+
+def output_error(difference: Tensor, hessian: Tensor) -> float:
+    """tr(D·H·Dᵀ), D [O, K]: the squared error of the layer's output, plus the ridge."""
+    return float(((difference @ hessian) * difference).sum())
+
+
+def _uniform(weight: Tensor, bits: int) -> Tensor:
+    """Values [O, 2ⁿ] of the symmetric grid of a row."""
+    low, high = weight_range(bits)
+    scale = mse_weight_scale(weight, low, high).double()
+    return scale.unsqueeze(1) * torch.arange(low, high + 1, dtype=torch.float64)
+
+
+def _nearest(values: Tensor, table: Tensor) -> Tensor:
+    """Codes [O, …] of the entries nearest to values [O, …]."""
+    return (values.unsqueeze(-1) - table.unsqueeze(1)).abs().argmin(-1)
+
+
+def _choose_codes(weight: Tensor, factor: Tensor, table: Tensor) -> Tensor:
+    """The S-step; factor: L. Columns some at a time, so that what is behind a block is one product."""
+    codes = torch.empty(weight.shape, dtype=torch.int64)
+    residual = torch.zeros_like(weight)
+    end = weight.shape[1]
+    while end > 0:
+        start = max(0, end - _COLUMNS_A_BLOCK)
+        behind = residual[:, end:] @ factor[end:, start:end]
+        for j in range(end - 1, start - 1, -1):
+            carried = behind[:, j - start] + residual[:, j + 1 : end] @ factor[j + 1 : end, j]
+            wanted = weight[:, j] + carried / factor[j, j]
+            codes[:, j] = (wanted.unsqueeze(1) - table).abs().argmin(1)
+            residual[:, j] = weight[:, j] - table.gather(1, codes[:, j : j + 1]).squeeze(1)
+        end = start
+    return codes
+
+
+def _solve_table(weight: Tensor, hessian: Tensor, codes: Tensor, table: Tensor) -> Tensor:
+    """The T-step, some rows at a time; entries that no code uses stay."""
+    rows = max(1, _VALUES_A_CALL // (codes.shape[1] * table.shape[1]))
+    single = hessian.to(torch.float32)
+    parts = zip(*(torch.split(tensor, rows) for tensor in (weight, codes, table)), strict=True)
+    return torch.cat([_solve_rows(part, single, chosen, before) for part, chosen, before in parts])
+
+
+def _solve_rows(weight: Tensor, hessian: Tensor, codes: Tensor, table: Tensor) -> Tensor:
+    chosen = torch.nn.functional.one_hot(codes, table.shape[1]).to(torch.float32)  # [R, K, 2ⁿ]
+    spread = (hessian @ chosen.permute(1, 0, 2).flatten(1)).view(len(hessian), *table.shape).permute(1, 0, 2)
+    among = chosen.transpose(1, 2).bmm(spread).double()  # S·H·Sᵀ
+    wanted = weight.to(torch.float32).unsqueeze(1).bmm(spread).squeeze(1).double()  # S·H·Wᵀ
+    unused = chosen.sum(1) == 0
+    among += torch.diag_embed(unused.double())
+    return torch.linalg.solve(among, torch.where(unused, table, wanted))  # type: ignore[no-any-return]
