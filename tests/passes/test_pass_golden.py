@@ -7,7 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
+from torch.nn import functional
 
+from hqc.capture import trace
+from hqc.capture.sources import Source
 from hqc.passes import (
     PASSES,
     AttachBranch,
@@ -23,9 +27,10 @@ from hqc.passes import (
     SelectLayers,
     SplitConcat,
     SplitDigits,
+    SplitSigns,
 )
 from hqc.pipeline import Pass, run_pass, run_pipeline
-from hqc.program import Program
+from hqc.program import InputSpec, Origin, Program
 from hqc.steps import step_name
 from hqc.text import graph_text
 
@@ -73,6 +78,25 @@ def test_golden_split_concat(captured: Callable[[str], Program], golden: Callabl
     before = captured("joined")
     golden(GOLDEN / "split_concat.before.txt", described(before))
     golden(GOLDEN / "split_concat.after.txt", described(run_pass(before, SplitConcat())))
+
+
+class _Signs(nn.Module):
+    """A convolution right behind SiLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.behind = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.behind(functional.silu(self.first(sample) + timestep.view(-1, 1, 1, 1)))
+
+
+def test_golden_split_signs(golden: Callable[[Path, str], None]) -> None:
+    """`split_signs`, for a layer behind an activation."""
+    inputs = (InputSpec("sample", ("N", 4, 8, 8)), InputSpec("timestep", ("N",)))
+    before = trace(Source(_Signs(), inputs, Origin(source="signs")))
+    golden(GOLDEN / "split_signs.before.txt", described(before))
+    golden(GOLDEN / "split_signs.after.txt", described(run_pass(before, SplitSigns())))
 
 
 def test_golden_smoothing(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:
