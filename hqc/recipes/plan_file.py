@@ -48,7 +48,7 @@ class PlanFile:
         """
         if asked is not None and self.bits and str(parse_bits(asked)) != self.bits:
             raise PlanError(self.where, f"says bits {self.bits}, and {asked} is asked for", "Leave one of them out.")
-        return self.bits or asked or USUAL_BITS
+        return self.bits or (USUAL_BITS if asked is None else asked)
 
 
 def plan_asked(plan: "StrPath | PlanFile | None") -> PlanFile:
