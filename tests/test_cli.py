@@ -742,7 +742,8 @@ def test_version_and_help() -> None:
     text = ok("--help").stdout
     commands = [line.split()[0] for line in text.partition("Commands:\n")[2].splitlines()]
     models = ["sample", "eval", "analyze", "compare", "compare-recipes", "bench", "serve"]
-    made = ["trace", "explain", "inspect", "recipes", "ptq", "qat", "export", "build-engine", "tune"]
+    made = ["trace", "explain", "inspect", "recipes", "search", "qr-adaptor"]
+    made += ["ptq", "qat", "export", "build-engine", "tune"]
     assert commands == [*made, *models, "doctor"]
     for command in commands:
         assert ok(command, "-h").stdout.startswith(f"Usage: main {command}")

@@ -92,6 +92,15 @@ def test_a_work_folder_and_an_output_that_overlap_are_refused(
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("output", [".", "/"])
+def test_an_output_without_a_name_is_refused(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"and the output {output} overlap" in refused("qat", made.program, "-o", output)
+    assert names(tmp_path) == []
+
+
 # ---- two commands --------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,15 @@ import click
 
 from hqc.commands.applies import Command, asked, check_sampler
 from hqc.commands.asking import Asked, asked_for, asking_options
-from hqc.commands.options import claim, force_option, json_option, program_argument, sampler_options, say_stage
+from hqc.commands.options import (
+    claim,
+    force_option,
+    json_option,
+    program_argument,
+    sampler_options,
+    say_stage,
+    work_folder,
+)
 from hqc.errors import OptionError
 from hqc.stages import doing
 
@@ -115,7 +123,7 @@ def compare_recipes(
     outputs = _Outputs(output, html, chart)
     outputs.check_drawing()
     asked_with = asked_for(labels, prompt, prompts, negative_prompt)
-    folder = work_dir if work_dir is not None else output.with_name(output.name + ".work")
+    folder = work_dir if work_dir is not None else work_folder(output, ".work")
     record = _record(program, folder, outputs, force=force)
     asked_with.check_kind(str(program))
     subject, protocol = _subject(program, asked_with, images, sampler)

@@ -30,6 +30,7 @@ __all__ = [
     "runtime_option",
     "sampler_options",
     "say_stage",
+    "work_folder",
 ]
 
 
@@ -55,6 +56,11 @@ def check_output_file(output: Path, *, force: bool) -> None:
         return
     claim(output, force=force)
     refuse_existing_file(output, force=force)
+
+
+def work_folder(output: Path, ending: str) -> Path:
+    """Where the work for an output is kept: beside it. A path without a name, as `.`, is refused later."""
+    return output.parent / f"{output.name or 'output'}{ending}"
 
 
 def claim(output: Path, *, force: bool = False, stays: bool = False) -> None:

@@ -24,6 +24,7 @@ from hqc.commands.options import (
     output_option,
     plan_option,
     program_argument,
+    work_folder,
 )
 from hqc.commands.recipe_options import (
     plan_and_bits,
@@ -99,7 +100,7 @@ def ptq(program: Path, output: Path, work_dir: Path | None, as_json: bool, **giv
 @json_option
 def qat(program: Path, output: Path, work_dir: Path | None, as_json: bool, **given: Any) -> None:
     """Quantise PROGRAM and train it against itself: scales and LoRA, merged before export."""
-    job = _job("qat", program, output, given, work_dir or output.with_name(output.name + ".training"))
+    job = _job("qat", program, output, given, work_dir or work_folder(output, ".training"))
     result = _quantised(job)
     run = job.kept
     more = {"updates": job.updates, "last_loss": run.last_loss(), "log": str(run.log_path)} if run is not None else {}

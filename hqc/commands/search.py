@@ -17,6 +17,7 @@ from hqc.commands.options import (
     keep_float_option,
     options,
     program_argument,
+    work_folder,
 )
 from hqc.commands.recipe_options import recipe_asked, recipe_options, sampler_of_recipe_options, with_sampler
 from hqc.stages import doing
@@ -61,7 +62,7 @@ def measured_on(path: Path, output: Path, given: dict[str, Any]) -> Measured:
 
     candidates, work_dir = given["candidates"], given["work_dir"]
     widths = () if candidates is None else parse_candidates(candidates)
-    folder = work_dir if work_dir is not None else output.with_name(output.name + ".work")
+    folder = work_dir if work_dir is not None else work_folder(output, ".work")
     conditions = conditions_asked(given)
     recipe = with_sampler(recipe_asked(given["recipe"], given), given)
     if given["calib_size"] is not None:

@@ -1,5 +1,6 @@
 """The parts of `hqc bench` without processes or models: turns, figures, workspace, machine, worker protocol, chart."""
 
+import gc
 import io
 import json
 from dataclasses import replace
@@ -349,9 +350,10 @@ def test_the_machine_is_described_without_its_name() -> None:
 
 
 def test_memory_of_this_process() -> None:
+    gc.collect()  # what goes away meanwhile would hide the block
     before = resident_bytes()
-    block = np.ones(8 * 2**20)  # 64 MiB
-    assert resident_bytes() - before > 0.9 * block.nbytes
+    block = np.ones(32 * 2**20)  # 256 MiB
+    assert resident_bytes() - before > 0.7 * block.nbytes
     assert peak_resident_bytes() >= resident_bytes() - 2**20
 
 
