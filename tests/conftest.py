@@ -26,11 +26,15 @@ THIRD_PARTY_WARNINGS = (
 )
 
 SECONDS: Mapping[str, int] = {
+    "kernels/test_kernels_interpreted.py": 120,
     "test_cli.py": 110,
-    "kernels/test_kernels_interpreted.py": 85,
+    "recipes/test_recipes_methods.py": 70,
     "export/test_export_tensorrt.py": 55,
     "evaluation/test_bench.py": 50,
     "test_docs.py": 45,
+    "test_structure.py": 40,
+    "search/test_search_joint.py": 35,
+    "search/test_search_run.py": 35,
     "runtimes/test_runtimes_cuda_graph.py": 45,
     "kernels/test_kernels_compile.py": 40,
     "passes/test_pass_single_key.py": 35,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import ZOO
+from zoo import PLAIN, ZOO
 
 from hqc.checking import check_calls
 from hqc.passes import (
@@ -35,8 +35,10 @@ PASSES = (
 )
 
 
-@pytest.mark.parametrize("ranges", ["symmetric", "asymmetric", "mixed"])
-@pytest.mark.parametrize("model", ZOO)
+OF_OTHER_RANGES = [(model, ranges) for ranges in ("asymmetric", "mixed") for model in (*PLAIN, "cross_attention")]
+
+
+@pytest.mark.parametrize(("model", "ranges"), [*((model, "symmetric") for model in ZOO), *OF_OTHER_RANGES])
 def test_what_the_passes_make_is_right(model: str, ranges: str, captured: Callable[[str], Program]) -> None:
     program = captured(model)
     for one in PASSES:
