@@ -76,7 +76,7 @@ class CalibrateActivations:
 
     def cost(self, program: Program, work: Work) -> float:
         """One trajectory of every image."""
-        return float(self.samples * work.halves() * work.sampler.num_inference_steps)
+        return float(work.evaluations(self.samples))
 
 
 @dataclass

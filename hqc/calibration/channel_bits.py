@@ -16,9 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hqc.calibration.site_rows import collect, require_row_memory
+from hqc.calibration.site_rows import collect_for, require_rows
 from hqc.calibration.weights import source_weight
-from hqc.memory import require_call_memory
 from hqc.passes.insert_qdq import spanning_range
 from hqc.passes.rewriting import layer_inputs
 from hqc.plan import SitePlan
@@ -53,16 +52,8 @@ class MixChannelBits:
         check_options(self)
 
     def check(self, program: Program, work: Work) -> None:
-        """All images are one batch, twice as large with guidance; rows of every site are kept.
-
-        Raises:
-            MemoryShortError: if that does not fit. TrainingError: if there is nothing to sample.
-        """
-        what, _ = f"mixing bits by {self.samples} images", work.sampled
-        less = "Take fewer images (--set mix_channel_bits.samples=2)"
-        require_call_memory(what, program, self.samples * work.halves(), less)
-        fewer = "Take fewer rows (--set mix_channel_bits.rows=16)"
-        require_row_memory(what, program, self.rows * self.timesteps, fewer)
+        """See `require_rows`."""
+        require_rows(self, program, work, "mixing bits")
 
     def run(self, program: Program, work: Work) -> Program:
         """The program with other bits, scales and zero points of its mixed weights; the plan says how many changed.
@@ -75,8 +66,7 @@ class MixChannelBits:
         if not mixed:  # wide operands have none
             return program
         inputs = {plan.site: layer_inputs(layers[plan.site])[0] for plan in mixed}
-        options = {"samples": self.samples, "timesteps": self.timesteps, "rows": self.rows, "seed": self.seed}
-        seen = collect(program, inputs, work, "mixing bits", **options)
+        seen = collect_for(self, program, inputs, work, "mixing bits")
         for plan in mixed:
             weight = state[source_weight(layer_inputs(layers[plan.site])[1])]
             bits = channel_bits(weight, torch.cat(seen[plan.site].rows), plan.weight_bits or 8, self.parts)
@@ -88,7 +78,7 @@ class MixChannelBits:
 
     def cost(self, program: Program, work: Work) -> float:
         """One trajectory of every image; the choice is made on rows."""
-        return float(self.samples * work.halves() * work.sampler.num_inference_steps)
+        return float(work.evaluations(self.samples))
 
 
 def _explained(plan: SitePlan, bits: Tensor) -> SitePlan:

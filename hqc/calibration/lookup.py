@@ -17,10 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hqc.calibration.site_rows import collect, require_row_memory
+from hqc.calibration.site_rows import collect_for, require_rows
 from hqc.calibration.weights import mse_weight_scale, source_weight
 from hqc.errors import PlanError
-from hqc.memory import require_call_memory
 from hqc.passes.rewriting import layer_inputs
 from hqc.passes.split_digits import digit_limit
 from hqc.plan import HIGHEST_LOOKUP_BITS, activation_range, weight_range
@@ -58,15 +57,8 @@ class FitLookup:
         check_options(self)
 
     def check(self, program: Program, work: Work) -> None:
-        """All images are one batch, twice as large with guidance; rows of every site are kept.
-
-        Raises:
-            MemoryShortError: if that does not fit. TrainingError: if there is nothing to sample.
-        """
-        what, _ = f"fitting tables on {self.samples} images", work.sampled
-        do = "Take fewer images or rows (--set fit_lookup.samples=2, --set fit_lookup.rows=64)"
-        require_call_memory(what, program, self.samples * work.halves(), do)
-        require_row_memory(what, program, self.rows * self.timesteps, do)
+        """See `require_rows`."""
+        require_rows(self, program, work, "fitting tables")
 
     def run(self, program: Program, work: Work) -> Program:
         """The program with other weights and scales.
@@ -81,8 +73,7 @@ class FitLookup:
             do = f'Ask for w2 … w{HIGHEST_LOOKUP_BITS}, as --bits w4a8, and put insert_qdq(weight="lookup") before it.'
             raise PlanError("fit_lookup", found, do)
         inputs = {plan.site: layer_inputs(layers[plan.site])[0] for plan in fitted}
-        options = {"samples": self.samples, "timesteps": self.timesteps, "rows": self.rows, "seed": self.seed}
-        seen = collect(program, inputs, work, "fitting tables", **options)
+        seen = collect_for(self, program, inputs, work, "fitting tables")
         for plan in fitted:
             name, rows = source_weight(layer_inputs(layers[plan.site])[1]), torch.cat(seen.pop(plan.site).rows)
             weight, grid = state[name].flatten(1), digit_limit(activation_range(plan.activation_bits or 8)[1])
@@ -94,7 +85,7 @@ class FitLookup:
 
     def cost(self, program: Program, work: Work) -> float:
         """One trajectory of every image; the fit runs on rows."""
-        return float(self.samples * work.halves() * work.sampler.num_inference_steps)
+        return float(work.evaluations(self.samples))
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hqc.calibration.site_rows import collect, require_row_memory
+from hqc.calibration.site_rows import collect_for, require_rows
 from hqc.calibration.weights import mse_weight_scale, source_weight
-from hqc.memory import require_call_memory
-from hqc.passes.insert_qdq import spanning_range
+from hqc.passes.insert_qdq import spanning_range, weight_top
 from hqc.passes.rewriting import layer_inputs
-from hqc.plan import SitePlan, asymmetric_top, weight_range
+from hqc.plan import SitePlan, weight_range
 from hqc.program import Program, Stage
 from hqc.sampling import Work
 from hqc.sites import source_of
 from hqc.steps import check_options
 
 __all__ = ["Decompose", "low_rank"]
-
-_LESS = "Take fewer images (--set decompose.samples=2)"
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,8 @@ class Decompose:
         check_options(self)
 
     def check(self, program: Program, work: Work) -> None:
-        """All images are one batch, twice as large with guidance; rows of every site are kept.
-
-        Raises:
-            MemoryShortError: if that does not fit. TrainingError: if there is nothing to sample.
-        """
-        what, _ = f"decomposing by {self.samples} images", work.sampled
-        require_call_memory(what, program, self.samples * work.halves(), _LESS)
-        require_row_memory(what, program, self.rows * self.timesteps, "Take fewer rows (--set decompose.rows=16)")
+        """See `require_rows`."""
+        require_rows(self, program, work, "decomposing")
 
     def run(self, program: Program, work: Work) -> Program:
         """The program with branches, residuals and their scales; the plan's reasons say what was left of the error.
@@ -75,16 +66,13 @@ class Decompose:
         layers, state, plans = dict(program.sites()), dict(program.state), {}
         branched = [plan for plan in program.plan.sites if plan.branch_rank]
         inputs = {plan.site: source_of(layers[plan.site], through_smoothing=False) for plan in branched}
-        options = {"samples": self.samples, "timesteps": self.timesteps, "rows": self.rows, "seed": self.seed}
-        seen = collect(program, inputs, work, "decomposing", **options)
+        seen = collect_for(self, program, inputs, work, "decomposing")
         for plan in branched:
             stored = source_weight(layer_inputs(layers[plan.site])[1])
             up, down = (f"{plan.site}.branch_{name}" for name in ("up", "down"))
             branch = (state[up].flatten(1) @ state[down].flatten(1)).view_as(state[stored])
             weight = _turned(plan, state[stored]) + branch
-            top = torch.tensor(float(asymmetric_top(plan.weight_bits or 8)))
-            top = state[f"{plan.site}.weight_top"] if plan.weight_mixed else top
-            found, turns = self._best(plan, weight, top, torch.cat(seen[plan.site].rows))
+            found, turns = self._best(plan, weight, weight_top(plan, state), torch.cat(seen[plan.site].rows))
             state[up], state[down] = found.up.view_as(state[up]), found.down.view_as(state[down])
             state[stored] = _turned(plan, (weight.flatten(1) - found.up @ found.down).view_as(weight))
             state[f"{plan.site}.weight_scale"] = found.scale
@@ -95,7 +83,7 @@ class Decompose:
 
     def cost(self, program: Program, work: Work) -> float:
         """One trajectory of every image; the turns run on rows."""
-        return float(self.samples * work.halves() * work.sampler.num_inference_steps)
+        return float(work.evaluations(self.samples))
 
     @torch.no_grad()
     def _best(self, plan: SitePlan, weight: Tensor, top: Tensor, rows: Tensor) -> tuple["_Split", int]:

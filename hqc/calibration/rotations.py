@@ -29,7 +29,7 @@ from hqc.plan import HIGHEST_ASYMMETRIC_BITS, SitePlan, activation_range, asymme
 from hqc.program import Program, Stage
 from hqc.rotations import KINDS, ORDERS, Rotation
 from hqc.running import node_failure
-from hqc.sampling import Work
+from hqc.sampling import Work, evenly
 from hqc.site_rules import deciding
 from hqc.steps import check_options
 
@@ -93,7 +93,7 @@ class ChooseRotation:
             return run_pass(program, InsertHadamard(block=0))
         watcher = _Watcher(program, self.candidates, self.activation)
         steps = len(work.sampled.scheduler(work.sampler.num_inference_steps).timesteps)
-        measured = set(torch.linspace(0, steps - 1, min(self.timesteps, steps)).round().int().tolist())
+        measured = set(evenly(self.timesteps, steps))
         for step in work.walk("choosing rotations", watcher, self.samples, self.seed):
             watcher.measuring = step in measured
         errors = watcher.errors

@@ -7,7 +7,7 @@ weight W a layer is X·Wᵀ, so that a search may try any number of weights and 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -15,13 +15,14 @@ from torch.nn import functional
 
 from hqc.calibration.activations import not_finite_because
 from hqc.errors import TrainingError
-from hqc.memory import require_memory
+from hqc.memory import require_call_memory, require_memory
 from hqc.passes.rewriting import CONV, channel_axis
 from hqc.program import Program, is_op
 from hqc.running import node_failure
-from hqc.sampling import Work
+from hqc.sampling import Work, evenly
+from hqc.steps import step_name
 
-__all__ = ["SiteRows", "collect", "require_row_memory"]
+__all__ = ["ReadsRows", "SiteRows", "collect", "collect_for", "require_rows"]
 
 _QUANTISERS = ("activation_quantizer", "weight_quantizer")
 
@@ -34,15 +35,50 @@ class SiteRows:
     rows: list[Tensor] = field(default_factory=list)
 
 
-def require_row_memory(what: str, program: Program, rows: int, do: str) -> None:
-    """Refuses rows that do not fit, as if every layer were watched.
+class ReadsRows(Protocol):
+    """A step that watches the sites: `samples` images, `rows` rows at each of `timesteps` steps, drawn by `seed`."""
+
+    @property
+    def samples(self) -> int: ...
+    @property
+    def timesteps(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def require_rows(step: ReadsRows, program: Program, work: Work, what: str, timesteps: int | None = None) -> None:
+    """Refuses to start what does not fit: all images as one batch, twice as large with guidance, rows of every site.
+
+    timesteps: that give rows, where they are not the step's.
 
     Raises:
-        MemoryShortError: with the numbers.
+        MemoryShortError: with the numbers. TrainingError: if there is nothing to sample.
     """
+    name, samples = step_name(type(step)), step.samples * work.halves()
+    what, _ = f"{what} by {step.samples} images", work.sampled
+    require_call_memory(what, program, samples, f"Take fewer images (--set {name}.samples=2)")
     weights = (layer.args[1].meta["shape"] for _, layer in program.sites())  # type: ignore[union-attr]
     columns = sum(math.prod(shape[1:]) for shape in weights)
-    require_memory(what, program.size_bytes() + 4 * rows * columns, do)
+    rows = step.rows * (step.timesteps if timesteps is None else timesteps)
+    if rows:
+        require_memory(what, program.size_bytes() + 4 * rows * columns, f"Take fewer rows (--set {name}.rows=16)")
+
+
+def collect_for(
+    step: ReadsRows,
+    program: Program,
+    inputs: Mapping[str, fx.Node],
+    work: Work,
+    what: str,
+    timesteps: int | None = None,
+) -> dict[str, SiteRows]:
+    """`collect` with the numbers of a step; timesteps: that give rows, where they are not the step's."""
+    measured = step.timesteps if timesteps is None else timesteps
+    return collect(
+        program, inputs, work, what, samples=step.samples, timesteps=measured, rows=step.rows, seed=step.seed
+    )
 
 
 def collect(
@@ -65,7 +101,7 @@ def collect(
     """
     watcher = _Watcher(program, inputs, rows, torch.Generator().manual_seed(seed))
     steps = len(work.sampled.scheduler(work.sampler.num_inference_steps).timesteps)
-    measured = set(torch.linspace(0, steps - 1, min(timesteps, steps)).round().int().tolist())
+    measured = set(evenly(timesteps, steps))
     for step in work.walk(what, watcher, samples, seed):
         watcher.begin(measuring=step in measured)
     watcher.begin(measuring=False)

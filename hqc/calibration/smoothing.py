@@ -20,9 +20,8 @@ from torch import Tensor
 
 from hqc.calibration.low_rank import low_rank
 from hqc.calibration.rotations import quantised_activation
-from hqc.calibration.site_rows import SiteRows, collect, require_row_memory
+from hqc.calibration.site_rows import SiteRows, collect_for, require_rows
 from hqc.calibration.weights import mse_weight_scale
-from hqc.memory import require_call_memory
 from hqc.passes.insert_qdq import Range
 from hqc.passes.rewriting import layer_inputs
 from hqc.plan import SitePlan, weight_range
@@ -35,7 +34,6 @@ __all__ = ["Smooth", "smoothing_factors"]
 
 _WEIGHT_CANDIDATES = 16
 _LARGEST = 1024.0
-_LESS = "Take fewer images (--set smooth.samples=2)"
 
 
 @dataclass(frozen=True)
@@ -64,15 +62,8 @@ class Smooth:
         check_options(self)
 
     def check(self, program: Program, work: Work) -> None:
-        """All images are one batch, twice as large with guidance; rows of every site are kept.
-
-        Raises:
-            MemoryShortError: if that does not fit. TrainingError: if there is nothing to sample.
-        """
-        what, _ = f"smoothing by {self.samples} images", work.sampled
-        require_call_memory(what, program, self.samples * work.halves(), _LESS)
-        if self.by == "grid":
-            require_row_memory(what, program, self.rows * self.timesteps, "Take fewer rows (--set smooth.rows=16)")
+        """See `require_rows`; by="max_ratio" keeps no rows."""
+        require_rows(self, program, work, "smoothing", timesteps=self._measured)
 
     def run(self, program: Program, work: Work) -> Program:
         """The program with other factors and weights, and the same numbers.
@@ -83,9 +74,7 @@ class Smooth:
         layers, state = dict(program.sites()), dict(program.state)
         smoothed = [plan for plan in program.plan.sites if plan.smoothed]
         inputs = {plan.site: source_of(layers[plan.site]) for plan in smoothed}
-        steps = self.timesteps if self.by == "grid" else 0
-        options = {"samples": self.samples, "timesteps": steps, "rows": self.rows, "seed": self.seed}
-        seen = collect(program, inputs, work, "smoothing", **options)
+        seen = collect_for(self, program, inputs, work, "smoothing", timesteps=self._measured)
         for plan in smoothed:
             weight, factors = str(layer_inputs(layers[plan.site])[1].target), f"{plan.site}.smoothing"
             original = state[weight] * _per_input(state[factors].flatten(), state[weight])
@@ -96,7 +85,12 @@ class Smooth:
 
     def cost(self, program: Program, work: Work) -> float:
         """One trajectory of every image; the search runs on rows."""
-        return float(self.samples * work.halves() * work.sampler.num_inference_steps)
+        return float(work.evaluations(self.samples))
+
+    @property
+    def _measured(self) -> int:
+        """How many steps give rows."""
+        return self.timesteps if self.by == "grid" else 0
 
     def _choice(self, plan: SitePlan, weight: Tensor, seen: SiteRows) -> Tensor:
         if self.by == "max_ratio":

@@ -8,9 +8,8 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from hqc.bounds import bounds_of
-from hqc.passes.insert_qdq import spanning_range
+from hqc.passes.insert_qdq import spanning_range, weight_top
 from hqc.passes.rewriting import layer_inputs
-from hqc.plan import asymmetric_top
 from hqc.program import Program, Stage
 from hqc.sampling import Work
 from hqc.steps import check_options
@@ -48,8 +47,7 @@ class CalibrateWeights:
             bounds = bounds_of(quantiser, program)
             weight = state[source_weight(quantiser)]
             if not plan.weight_symmetric:
-                top = torch.tensor(float(asymmetric_top(plan.weight_bits or 8)))
-                found = spanning_range(weight, state[f"{plan.site}.weight_top"] if plan.weight_mixed else top)
+                found = spanning_range(weight, weight_top(plan, state))
                 state[f"{plan.site}.weight_scale"], state[f"{plan.site}.weight_zero"] = found
                 continue
             state[f"{plan.site}.weight_scale"] = mse_weight_scale(weight, bounds.low, bounds.high, self.candidates)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from hqc.errors import PlanError
-from hqc.passes.rewriting import CONV, LINEAR, UNPLANNED, Rewriter, layer_inputs, rewrite
+from hqc.passes.rewriting import CONV, LINEAR, Rewriter, asked_sites, layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.plan import SitePlan
 from hqc.program import Program, Stage, aten, is_op
@@ -45,11 +45,7 @@ class AttachBranch:
 
     def find(self, program: Program) -> Findings:
         """Sites that are quantised at the asked bits."""
-        matches, misses = [], []
-        for site, _ in program.sites():
-            reason = _unfit(program.plan[site]) if site in program.plan else UNPLANNED
-            misses.append((site, reason)) if reason else matches.append(site)
-        return Findings(tuple(matches), tuple(misses))
+        return asked_sites(program, _unfit)
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Inserts both layers and the sum, and gives every site a weight of its own."""
@@ -66,10 +62,6 @@ class AttachBranch:
 
 
 def _unfit(plan: SitePlan) -> str:
-    if not plan.quantised:
-        return f"float: {plan.reason}"
-    if not plan.trained:
-        return "8-bit edge layer: left as it is"
     return "has a branch already" if plan.branch_rank else ""
 
 

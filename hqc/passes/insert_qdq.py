@@ -15,7 +15,7 @@ start at scale 1 and a zero point in the middle: calibration fills them all.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -36,7 +36,7 @@ from hqc.plan import (
 )
 from hqc.program import BATCH, Program, Stage, aten
 
-__all__ = ["GRID", "InsertQdq", "spanning_range", "spanning_weight_range"]
+__all__ = ["GRID", "InsertQdq", "spanning_range", "spanning_weight_range", "weight_top"]
 
 GRID = "timestep_grid"
 ops = torch.ops.hqc
@@ -187,6 +187,13 @@ def _bounds_below(edit: Rewriter, zero: fx.Node, top: fx.Node, before: fx.Node) 
     whole = edit.call(before, ops.round_ste.default, inside, like=zero)
     low = edit.call(before, aten.neg.default, whole, like=zero)
     return low, edit.call(before, aten.sub.Tensor, top, whole, like=zero)
+
+
+def weight_top(plan: SitePlan, state: Mapping[str, Tensor]) -> Tensor:
+    """2ⁿ - 1 of a weight's asymmetric codes: one number, or one a channel [O] where bits are mixed."""
+    if plan.weight_mixed:
+        return state[f"{plan.site}.weight_top"]
+    return torch.tensor(float(asymmetric_top(plan.weight_bits or 8)))
 
 
 def spanning_weight_range(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:

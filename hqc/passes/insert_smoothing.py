@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from hqc.passes.rewriting import CONV, UNPLANNED, layer_inputs, rewrite
+from hqc.passes.rewriting import CONV, asked_sites, layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.plan import SitePlan
 from hqc.program import Program, Stage, aten, is_op
@@ -32,11 +32,7 @@ class InsertSmoothing:
 
     def find(self, program: Program) -> Findings:
         """Sites that are quantised at the asked bits."""
-        matches, misses = [], []
-        for site, _ in program.sites():
-            reason = _unfit(program.plan[site]) if site in program.plan else UNPLANNED
-            misses.append((site, reason)) if reason else matches.append(site)
-        return Findings(tuple(matches), tuple(misses))
+        return asked_sites(program, _unfit)
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Inserts the multiplications and gives every site a weight of its own."""
@@ -55,10 +51,6 @@ class InsertSmoothing:
 
 
 def _unfit(plan: SitePlan) -> str:
-    if not plan.quantised:
-        return f"float: {plan.reason}"
-    if not plan.trained:
-        return "8-bit edge layer: left as it is"
     if plan.smoothed:
         return "is smoothed already"
     return "is rotated already: run insert_smoothing before insert_hadamard" if plan.block else ""

@@ -1,14 +1,17 @@
 """What the rewrites share: a copied graph with new weights, and the pieces of a quantised site."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from hqc.pipeline import Findings
+from hqc.plan import SitePlan
 from hqc.program import Program, aten, copy_graph, is_op
 
-__all__ = ["CONV", "LINEAR", "UNPLANNED", "Rewriter", "channel_axis", "layer_inputs", "rewrite"]
+__all__ = ["CONV", "LINEAR", "UNPLANNED", "Rewriter", "asked_sites", "channel_axis", "layer_inputs", "rewrite"]
 
 CONV, LINEAR = aten.conv2d.default, aten.linear.default
 UNPLANNED = "the plan does not name it: run select_layers first"
@@ -23,6 +26,22 @@ def layer_inputs(layer: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     """(x, weight, bias) of a conv or linear node."""
     bias = layer.args[2] if len(layer.args) > 2 else None
     return layer.args[0], layer.args[1], bias  # type: ignore[return-value]
+
+
+def asked_sites(program: Program, unfit: Callable[[SitePlan], str]) -> Findings:
+    """The sites that are quantised at the asked bits; unfit: why a pass leaves one of them as it is, or nothing."""
+
+    def reason(site: str) -> str:
+        if site not in program.plan:
+            return UNPLANNED
+        plan = program.plan[site]
+        if not plan.quantised:
+            return f"float: {plan.reason}"
+        return unfit(plan) if plan.trained else "8-bit edge layer: left as it is"
+
+    reasons = {site: reason(site) for site, _ in program.sites()}
+    misses = tuple((site, why) for site, why in reasons.items() if why)
+    return Findings(tuple(site for site, why in reasons.items() if not why), misses)
 
 
 @dataclass

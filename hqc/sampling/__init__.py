@@ -3,7 +3,7 @@
 from hqc.sampling.sampler import Sampler
 from hqc.sampling.sources import class_conditional_task, pipeline_task, synthetic_task
 from hqc.sampling.task import Task, guided
-from hqc.sampling.work import Observe, Update, Validation, Work
+from hqc.sampling.work import Observe, Update, Validation, Work, evenly
 
 __all__ = [
     "Observe",
@@ -13,6 +13,7 @@ __all__ = [
     "Validation",
     "Work",
     "class_conditional_task",
+    "evenly",
     "guided",
     "pipeline_task",
     "synthetic_task",

@@ -9,7 +9,7 @@ from torch import Tensor
 from hqc.errors import TrainingError
 from hqc.program import BATCH, InputSpec, Program
 from hqc.sampling.task import Denoise, denoiser
-from hqc.sampling.work import Work
+from hqc.sampling.work import Work, evenly
 
 __all__ = ["SampleSet", "collect_samples", "set_size"]
 
@@ -83,7 +83,7 @@ class _Recorder:
         left = self.each - sum(len(one[0]) for one in kept)
         if left > 0:  # of both halves of a guided batch, if it is too large
             count = len(given[0])
-            rows = torch.linspace(0, count - 1, min(left, count)).round().long()
+            rows = evenly(left, count)
             pairs = zip(given, self.teacher.inputs, strict=True)
             kept.append(tuple(x[rows] if spec.batched else x for x, spec in pairs))
 
@@ -94,8 +94,7 @@ class _Recorder:
             raise TrainingError(
                 "collecting samples", "the forward loop never called the model", "Call model(sample, timestep, …)."
             )
-        places = torch.linspace(0, len(times) - 1, min(timesteps, len(times))).round().int().tolist()
-        parts = [part for place in places for part in self.seen[times[place]]]
+        parts = [part for place in evenly(timesteps, len(times)) for part in self.seen[times[place]]]
         inputs = [
             torch.cat([part[i] for part in parts]) if BATCH in spec.shape else parts[0][i]
             for i, spec in enumerate(self.teacher.inputs)

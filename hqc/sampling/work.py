@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
+
 from hqc.checkpoint import Checkpoint
 from hqc.errors import TrainingError
 from hqc.program import Program
@@ -10,10 +12,19 @@ from hqc.sampling.sampler import Sampler
 from hqc.sampling.task import Denoise, Task, trajectory
 from hqc.stages import doing
 
-__all__ = ["Observe", "Update", "Validation", "Work"]
+__all__ = ["Observe", "Update", "Validation", "Work", "evenly"]
 
 Observe = Callable[[Denoise], None]
 """Runs the denoiser that it is given on whatever it likes, one timestep a call."""
+
+
+def evenly(count: int, places: int) -> list[int]:
+    """So many of 0 … places - 1, evenly spread, the ends among them; all where there are no more.
+
+    >>> evenly(3, 20), evenly(5, 2)
+    ([0, 10, 19], [0, 1])
+    """
+    return torch.linspace(0, places - 1, min(count, places)).round().int().tolist()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,10 @@ class Work:
             for step, _ in enumerate(trajectory(self.sampled, denoise, samples, *options)):
                 stage(step, steps)
                 yield step
+
+    def evaluations(self, samples: int) -> int:
+        """Of the denoiser on one sample, for one trajectory of so many images."""
+        return samples * self.halves() * self.sampler.num_inference_steps
 
     def halves(self) -> int:
         """How many samples the denoiser is run on for one: two with guidance."""

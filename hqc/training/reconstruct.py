@@ -90,7 +90,7 @@ class Reconstruct:
 
         Before them the samples are collected, and both graphs are run on them once.
         """
-        trajectory = self.samples * work.halves() * work.sampler.num_inference_steps
+        trajectory = work.evaluations(self.samples)
         steps = self._each(len(units_of(work.teacher))) * self.batch_size * 3
         return float(trajectory + 2 * set_size(work, self.samples, self.timesteps) + steps)
 
