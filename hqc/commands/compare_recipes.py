@@ -123,7 +123,7 @@ def compare_recipes(
     outputs = _Outputs(output, html, chart)
     outputs.check_drawing()
     asked_with = asked_for(labels, prompt, prompts, negative_prompt)
-    folder = work_dir if work_dir is not None else work_folder(output, ".work")
+    folder = work_folder(work_dir, output, ".work")
     record = _record(program, folder, outputs, force=force)
     asked_with.check_kind(str(program))
     subject, protocol = _subject(program, asked_with, images, sampler)
@@ -251,11 +251,10 @@ class _Outputs:
 
     def check_drawing(self) -> None:
         """Refuses a chart that is no picture, and plots without matplotlib."""
-        from hqc.errors import EvaluationError
-        from hqc.evaluation.drawing import require_drawing
+        from hqc.evaluation.drawing import require_drawing, require_picture
 
-        if self.chart is not None and self.chart.suffix.lower() not in (".png", ".svg"):
-            raise EvaluationError(f"--chart {self.chart}", "is neither .png nor .svg", "Give one of them.")
+        if self.chart is not None:
+            require_picture(self.chart)
         for name in self.others:
             require_drawing("matplotlib", f"--{name}")
 

@@ -58,9 +58,9 @@ def check_output_file(output: Path, *, force: bool) -> None:
     refuse_existing_file(output, force=force)
 
 
-def work_folder(output: Path, ending: str) -> Path:
-    """Where the work for an output is kept: beside it. A path without a name, as `.`, is refused later."""
-    return output.parent / f"{output.name or 'output'}{ending}"
+def work_folder(asked: Path | None, output: Path, ending: str) -> Path:
+    """Where the work for an output is kept: as asked, or beside it. A path without a name, as `.`, is refused later."""
+    return asked or output.parent / f"{output.name or 'output'}{ending}"
 
 
 def claim(output: Path, *, force: bool = False, stays: bool = False) -> None:

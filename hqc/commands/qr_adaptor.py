@@ -103,13 +103,11 @@ def qr_adaptor(program: Path, output: Path, chart: Path | None, force: bool, as_
 
 
 def _check_chart(chart: Path | None) -> None:
-    from hqc.errors import EvaluationError
-    from hqc.evaluation.drawing import require_drawing
+    from hqc.evaluation.drawing import require_drawing, require_picture
 
     if chart is None:
         return
-    if chart.suffix.lower() not in (".png", ".svg"):
-        raise EvaluationError(f"--chart {chart}", "is neither .png nor .svg", "Give one of them.")
+    require_picture(chart)
     require_drawing("matplotlib", "--chart")
 
 

@@ -100,7 +100,7 @@ def ptq(program: Path, output: Path, work_dir: Path | None, as_json: bool, **giv
 @json_option
 def qat(program: Path, output: Path, work_dir: Path | None, as_json: bool, **given: Any) -> None:
     """Quantise PROGRAM and train it against itself: scales and LoRA, merged before export."""
-    job = _job("qat", program, output, given, work_dir or work_folder(output, ".training"))
+    job = _job("qat", program, output, given, work_folder(work_dir, output, ".training"))
     result = _quantised(job)
     run = job.kept
     more = {"updates": job.updates, "last_loss": run.last_loss(), "log": str(run.log_path)} if run is not None else {}

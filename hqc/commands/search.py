@@ -60,9 +60,9 @@ def measured_on(path: Path, output: Path, given: dict[str, Any]) -> Measured:
     from hqc.search.run import parse_candidates
     from hqc.storage import load_program, pipeline_folder
 
-    candidates, work_dir = given["candidates"], given["work_dir"]
+    candidates = given["candidates"]
     widths = () if candidates is None else parse_candidates(candidates)
-    folder = work_dir if work_dir is not None else work_folder(output, ".work")
+    folder = work_folder(given["work_dir"], output, ".work")
     conditions = conditions_asked(given)
     recipe = with_sampler(recipe_asked(given["recipe"], given), given)
     if given["calib_size"] is not None:

@@ -1,10 +1,11 @@
-"""The libraries that draw, which are an extra: refused in one line where they are missing."""
+"""What is asked before something is drawn: a library, which is an extra, and the name of a picture."""
 
 import importlib.util
+from pathlib import Path
 
-from hqc.errors import RuntimeMissingError
+from hqc.errors import EvaluationError, RuntimeMissingError
 
-__all__ = ["require_drawing"]
+__all__ = ["require_drawing", "require_picture"]
 
 
 def require_drawing(library: str, where: str) -> None:
@@ -15,3 +16,13 @@ def require_drawing(library: str, where: str) -> None:
     """
     if importlib.util.find_spec(library) is None:
         raise RuntimeMissingError(where, f"{library} is not installed", "Run `pip install 'hqc[report]'`.")
+
+
+def require_picture(chart: Path) -> None:
+    """Refuses a chart that is no picture.
+
+    Raises:
+        EvaluationError: if its name ends in neither .png nor .svg.
+    """
+    if chart.suffix.lower() not in (".png", ".svg"):
+        raise EvaluationError(f"--chart {chart}", "is neither .png nor .svg", "Give one of them.")

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hqc.atomic import write_file
-from hqc.errors import EvaluationError
 from hqc.evaluation.bench.machine import machine_line
 from hqc.evaluation.bench.result import BenchResult, Spread, spread
-from hqc.evaluation.drawing import require_drawing
+from hqc.evaluation.drawing import require_drawing, require_picture
 from hqc.storage import refuse_existing_file
 from hqc.wording import printable
 
@@ -59,8 +58,7 @@ def check_chart(path: Path, *, force: bool) -> None:
     Raises:
         EvaluationError: for the suffix. ArtefactError: for the file. RuntimeMissingError: for matplotlib.
     """
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise EvaluationError(f"--chart {path}", "is neither .png nor .svg", "Give one of them.")
+    require_picture(path)
     refuse_existing_file(path, force=force)
     require_drawing("matplotlib", "--chart")
 
