@@ -29,10 +29,11 @@ _QUANTISERS = ("activation_quantizer", "weight_quantizer")
 
 @dataclass
 class SiteRows:
-    """Of one site: max|x| a channel [C] over every step, and rows [n, C·kh·kw] of each step that is measured."""
+    """Of one site: max|x| a channel [C] over every step and at each, rows [n, C·kh·kw] of each that is measured."""
 
     largest: Tensor
     rows: list[Tensor] = field(default_factory=list)
+    steps: dict[int, Tensor] = field(default_factory=dict)
 
 
 class ReadsRows(Protocol):
@@ -103,8 +104,7 @@ def collect(
     steps = len(work.sampled.scheduler(work.sampler.num_inference_steps).timesteps)
     measured = set(evenly(timesteps, steps))
     for step in work.walk(what, watcher, samples, seed):
-        watcher.begin(measuring=step in measured)
-    watcher.begin(measuring=False)
+        watcher.begin(step, measuring=step in measured)
     return watcher.found
 
 
@@ -117,6 +117,7 @@ class _Watcher(fx.Interpreter):
     count: int
     generator: torch.Generator
     found: dict[str, SiteRows] = field(default_factory=dict)
+    step: int = 0
     measuring: bool = False
     timestep: float = 0.0
 
@@ -128,9 +129,9 @@ class _Watcher(fx.Interpreter):
         for site, node in self.inputs.items():
             self.readers.setdefault(node.name, []).append((site, layers[site]))
 
-    def begin(self, *, measuring: bool) -> None:
+    def begin(self, step: int, *, measuring: bool) -> None:
         """A step begins."""
-        self.measuring = measuring
+        self.step, self.measuring = step, measuring
 
     def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
         self.timestep = float(timestep.reshape(-1)[0])
@@ -153,6 +154,7 @@ class _Watcher(fx.Interpreter):
             raise TrainingError(f"what {site} reads", said, not_finite_because(self.program))
         seen = self.found.setdefault(site, SiteRows(torch.zeros_like(largest)))
         seen.largest = torch.maximum(seen.largest, largest)
+        seen.steps[self.step] = torch.maximum(seen.steps.get(self.step, largest), largest)
         if self.measuring:
             seen.rows.append(_rows(layer, x, self.count, self.generator))
 

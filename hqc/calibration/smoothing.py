@@ -8,6 +8,11 @@ L is SVD_r(Ŵ) where the site has a branch of rank r, else 0. Candidates are (0,
 evenly between 0 and 1. Only the ratios of λ matter: its geometric mean is 1, and it stays within 1/1024 … 1024, so that
 half precision holds it. A channel that is zero everywhere keeps λ = 1. Source: deepcompressor's grid (SVDQuant, arXiv
 2411.05007); by="max_ratio", √(max|x_c|/max|W_c|), is MPQ-DM's.
+
+    by="timestep_range"    r_c = Σ_g ω_g·max|X_g,c|,  ω_g = max|X_g|/Σ_g max|X_g|,  λ_c = clip(r_c/min r, 1, limit)
+
+is TCAQ-DM's (arXiv 2412.16700), for groups g of neighbouring steps: a channel counts by its size at every time of the
+trajectory, and weights are not looked at. The weights ω of the groups are the project's own choice: not published.
 """
 
 from collections.abc import Iterator
@@ -30,7 +35,7 @@ from hqc.sampling import Work
 from hqc.sites import source_of
 from hqc.steps import check_options
 
-__all__ = ["Smooth", "smoothing_factors"]
+__all__ = ["Smooth", "smoothing_factors", "timestep_range_factors"]
 
 _WEIGHT_CANDIDATES = 16
 _LARGEST = 1024.0
@@ -41,17 +46,20 @@ class Smooth:
     """Chooses the factors that `insert_smoothing` has put in front of the sites, and folds them into the weights.
 
     by: "grid" measures the output error of the candidates with both operands quantised at the plan's widths, unrotated,
-    activations in the range `activation`; "max_ratio" takes a = b = ½. candidates: how many are tried at most. samples:
-    images of the float trajectory, whose every step gives max|x|; timesteps: how many of its steps are measured, evenly
-    spread, on `rows` rows each. seed: of noise, conditions and rows.
+    activations in the range `activation`; "max_ratio" takes a = b = ½; "timestep_range" weighs max|x| of `groups` of
+    neighbouring steps, factors being 1 … `limit`. candidates: how many are tried at most. samples: images of the float
+    trajectory, whose every step gives max|x|; timesteps: how many of its steps are measured, evenly spread, on `rows`
+    rows each. seed: of noise, conditions and rows.
     """
 
-    by: Literal["grid", "max_ratio"] = "grid"
+    by: Literal["grid", "max_ratio", "timestep_range"] = "grid"
     candidates: Annotated[int, Field(ge=1, le=1000)] = 39
     samples: Annotated[int, Field(ge=1, le=4096)] = 16
     timesteps: Annotated[int, Field(ge=1, le=1000)] = 5
     rows: Annotated[int, Field(ge=1, le=65536)] = 64
     activation: Range = "symmetric"
+    groups: Annotated[int, Field(ge=1, le=1000)] = 4
+    limit: Annotated[float, Field(ge=1, le=_LARGEST)] = 10.0
     seed: Annotated[int, Field(ge=0)] = 2024
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
@@ -62,7 +70,7 @@ class Smooth:
         check_options(self)
 
     def check(self, program: Program, work: Work) -> None:
-        """See `require_rows`; by="max_ratio" keeps no rows."""
+        """See `require_rows`; only by="grid" keeps rows."""
         require_rows(self, program, work, "smoothing", timesteps=self._measured)
 
     def run(self, program: Program, work: Work) -> Program:
@@ -95,6 +103,9 @@ class Smooth:
     def _choice(self, plan: SitePlan, weight: Tensor, seen: SiteRows) -> Tensor:
         if self.by == "max_ratio":
             return smoothing_factors(seen.largest, weight, 0.5, 0.5)
+        if self.by == "timestep_range":
+            steps = torch.stack([seen.steps[step] for step in sorted(seen.steps)])
+            return timestep_range_factors(steps, self.groups, self.limit)
         errors = {
             pair: _error(plan, weight, seen.rows, smoothing_factors(seen.largest, weight, *pair), self.activation)
             for pair in _pairs(self.candidates)
@@ -121,6 +132,20 @@ def smoothing_factors(largest: Tensor, weight: Tensor, a: float, b: float) -> Te
         return torch.ones_like(largest)
     middle = found[usable].log().mean().exp()
     return torch.where(usable, (found / middle).clamp(1 / _LARGEST, _LARGEST), torch.ones_like(found))
+
+
+def timestep_range_factors(steps: Tensor, groups: int, limit: float) -> Tensor:
+    """λ [C] = clip(r_c/min r, 1, limit), r_c = Σ_g ω_g·max|x_g,c|; steps: max|x_c| at each [T, C].
+
+    A channel of zeros keeps λ = 1.
+    """
+    largest = torch.stack([group.amax(0) for group in torch.tensor_split(steps, min(groups, len(steps)))])
+    weights = largest.amax(1, keepdim=True)
+    found = (weights / weights.sum().clamp_min(torch.finfo(steps.dtype).tiny) * largest).sum(0)
+    usable = found > 0
+    if not bool(usable.any()):
+        return torch.ones_like(found)
+    return torch.where(usable, (found / found[usable].min()).clamp(1, limit), torch.ones_like(found))
 
 
 def _per_input(factors: Tensor, weight: Tensor) -> Tensor:

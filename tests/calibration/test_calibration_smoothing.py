@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, Smooth
 from hqc.calibration.site_rows import SiteRows, _rows, collect
-from hqc.calibration.smoothing import smoothing_factors
+from hqc.calibration.smoothing import smoothing_factors, timestep_range_factors
 from hqc.capture import trace
 from hqc.capture.sources import Source
 from hqc.errors import MemoryShortError, PipelineTextError, TrainingError
@@ -171,7 +171,7 @@ def test_max_ratio_needs_no_search(inserted: Program) -> None:
     assert float(found[11]) == 1
 
 
-@pytest.mark.parametrize("by", ["grid", "max_ratio"])
+@pytest.mark.parametrize("by", ["grid", "max_ratio", "timestep_range"])
 def test_the_numbers_stay(inserted: Program, by: str) -> None:
     step = Smooth(by=by, samples=2, timesteps=2, rows=24)
     result, args = run_procedure(inserted, step, _work(inserted)), inserted.example_inputs(3)
@@ -183,6 +183,43 @@ def test_the_numbers_stay(inserted: Program, by: str) -> None:
     # Once more, from what is folded already: the same up to the rounding of the weights.
     twice = run_procedure(result, step, _work(inserted))
     torch.testing.assert_close(twice.state["conv.smoothing"], result.state["conv.smoothing"], rtol=1e-3, atol=1e-6)
+
+
+def test_timestep_ranges_equal_a_computation_by_hand(inserted: Program) -> None:
+    """In numpy, from what the denoiser is given at each step: what `conv` reads is (sample + t/1000)·gains."""
+    step, work = Smooth(by="timestep_range", samples=2, groups=2, limit=50.0), _work(inserted)
+    gains = np.ones(16)
+    gains[3], gains[7], gains[11] = 60.0, 0.05, 0.0
+    module, largest = inserted.module(), []
+
+    def denoise(sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
+        x = (sample.double().numpy() + float(timestep[0]) / 1000) * gains.reshape(1, -1, 1, 1)
+        largest.append(np.abs(x).max(axis=(0, 2, 3)))
+        return module(sample, timestep)  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        for _ in work.walk("testing", denoise, step.samples, step.seed):
+            pass
+    assert len(largest) == 3
+    groups = [np.maximum(largest[0], largest[1]), largest[2]]  # the first groups have the steps that are left over
+    sizes = [group.max() for group in groups]
+    ratio = sum(size / sum(sizes) * group for size, group in zip(sizes, groups, strict=True))
+    wanted = np.ones(16)
+    used = ratio > 0
+    wanted[used] = np.clip(ratio[used] / ratio[used].min(), 1, 50)
+    found = run_procedure(inserted, step, work)
+    np.testing.assert_allclose(found.state["conv.smoothing"].reciprocal().flatten(), wanted, rtol=1e-5)
+    assert wanted[3] == 50
+    assert wanted[7] == 1
+    assert wanted[11] == 1
+    assert 10 < wanted[0] < 50
+    one = timestep_range_factors(torch.tensor([[1.0, 2.0], [6.0, 3.0]]), groups=9, limit=1.5)
+    torch.testing.assert_close(one, torch.tensor([1.5, 1.0]))  # (1·2 + 6·6)/8 and (2·2 + 3·6)/8
+
+
+def test_timestep_ranges_lower_the_error_of_the_output(inserted: Program) -> None:
+    smooth = run_procedure(inserted, Smooth(by="timestep_range", samples=2, limit=1024.0), _work(inserted))
+    assert _error(smooth) < 0.7 * _error(inserted)
 
 
 def _error(program: Program) -> float:
