@@ -11,7 +11,7 @@ from hqc.program import Program
 from hqc.steps import check_options
 from hqc.training.losses.seen import Seen
 
-__all__ = ["GuidedNoise"]
+__all__ = ["GuidedNoise", "weighed_squares"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,14 @@ class GuidedNoise:
 
     def __call__(self, student: Seen, teacher: Seen) -> Tensor:
         """The loss, a scalar."""
-        squares = (student.noise - teacher.noise).square()
-        found = squares.sum()
-        if isinstance(teacher.weight, Tensor):
-            found = (squares.flatten(1).sum(1) * teacher.weight).sum()
-        elif teacher.weight is not None:
-            found = found * teacher.weight
+        found = weighed_squares(student.noise, teacher.noise, teacher.weight)
         return found if self.weight == 1 else found * self.weight
+
+
+def weighed_squares(found: Tensor, wanted: Tensor, weight: Tensor | float | None) -> Tensor:
+    """Σ w_n·(found - wanted)² over all elements of [N, …]; weight is a number or [N], None is 1."""
+    squares = (found - wanted).square()
+    if isinstance(weight, Tensor):
+        return (squares.flatten(1).sum(1) * weight).sum()
+    total = squares.sum()
+    return total if weight is None else total * weight
