@@ -72,6 +72,8 @@ def task_of(
     folder = None if folder is None else Path(folder)
     if prompts and synthetic:
         raise TrainingError("--prompts", "and --synthetic exclude each other", "Give one of them.")
+    if not program.has_timestep:
+        return _one_call_task(program, synthetic=synthetic, prompts=prompts)
     if prompts:
         return _prompt_task(program, pipeline, folder, prompts, guidance_scale)
     if pipeline is None and (synthetic or program.origin.source.startswith(ARCHITECTURE)):
@@ -98,6 +100,17 @@ def _prompt_task(
     task = prompt_task(load_text_pipeline(found), program, prompts, guidance_scale=guidance_scale)
     return_free_memory()
     return task
+
+
+def _one_call_task(program: Program, *, synthetic: bool, prompts: Sequence[str]) -> Task:
+    """Of a program without a timestep, which no sampler runs."""
+    source = f"program from {program.origin.source or 'a module'}"
+    if prompts:
+        raise TrainingError(source, "has no condition, so it takes no --prompts", "Give --synthetic.")
+    if not synthetic:
+        found = "has no timestep, so no sampler runs it"
+        raise TrainingError(source, found, "Give --synthetic for noise, or task=Task(...) from Python.")
+    return synthetic_task(program)
 
 
 def _without_pipeline(program: Program, do: str) -> TrainingError:
@@ -131,7 +144,7 @@ class _Observed:
     name: str = "calibration"
 
     def __call__(
-        self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
+        self, sample: Tensor, timestep: Tensor | float | None = None, *conditions: Tensor | None, **named: Tensor | None
     ) -> Tensor:
         given = named_inputs(self.inputs, sample, timestep, *conditions, **named)
         return self.denoise(*given.values())

@@ -122,7 +122,10 @@ class Rule:
 _EDGE = Bits(8, 8)
 # diffusers' names, then the original latent-diffusion names, of the same layers.
 _TIME_EMBEDDING = ("time_embedding.linear_*", "time_embed.*")
-_FIRST_AND_LAST = ("conv_in", "conv_out", "input_blocks.0.0", "out.2")
+_FIRST_AND_LAST = (
+    *("conv_in", "conv_out", "input_blocks.0.0", "out.2"),
+    *("*coder.conv_in", "*coder.conv_out", "quant_conv", "post_quant_conv"),  # of an autoencoder's halves
+)
 _SHORTCUTS = ("*conv_shortcut", "*skip_connection", "*downsamplers.*.conv", "*.op")
 
 # What else makes one vector a sample that every block reads (guidance, classes, pooled text, sizes): as the time

@@ -188,6 +188,11 @@ class Program:
         generator = torch.Generator().manual_seed(seed)
         return tuple(spec.example(batch, generator) for spec in self.inputs)
 
+    @property
+    def has_timestep(self) -> bool:
+        """Whether it is given a timestep: a denoiser is, the halves of an autoencoder are not."""
+        return any(spec.name == "timestep" for spec in self.inputs)
+
     def evolve(self, **changes: Any) -> "Program":
         """A copy with some fields replaced."""
         return replace(self, **changes)

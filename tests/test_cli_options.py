@@ -26,6 +26,7 @@ MISUSED = [
     ("trace digits -o x --revision main", "source 'digits'"),
     ("trace digits -o x --weights ema", "source 'digits'"),
     ("trace digits -o x --variant fp16", "source 'digits'"),
+    ("trace mine:build -o x --part vae-decoder", "source 'mine:build'"),
     ("trace mine:build -o x --latent-size 16", "source 'mine:build'"),
     ("trace mine:build -o x --condition-length 4", "source 'mine:build'"),
     ("explain {captured} --recipe rtn --block 16", "--block 16"),

@@ -21,7 +21,7 @@ from hqc.passes.insert_qdq import GRID
 from hqc.program import Program, Stage
 from hqc.running import node_failure
 from hqc.sampling import Observe, Work
-from hqc.sampling.task import Denoise
+from hqc.sampling.task import Denoise, call_arguments
 from hqc.steps import check_options
 
 __all__ = ["CalibrateActivations", "calibrate", "not_finite_because"]
@@ -108,7 +108,7 @@ class _Observer(fx.Interpreter):
                 f"the model is given NaN or infinity at timestep {float(times[0]):g}: sampling gave them",
                 "Check the scheduler that the forward loop steps with (prediction_type, rescale_betas_zero_snr).",
             )
-        args = [a for a in (sample, times.expand(len(sample)), *conditions) if a is not None]
+        args = call_arguments(sample, times.expand(len(sample)), conditions, timed=self.program.has_timestep)
         with torch.no_grad():
             return self.run(*args)  # type: ignore[no-any-return]
 

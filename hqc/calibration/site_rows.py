@@ -20,6 +20,7 @@ from hqc.passes.rewriting import CONV, channel_axis
 from hqc.program import Program, is_op
 from hqc.running import node_failure
 from hqc.sampling import Work, evenly
+from hqc.sampling.task import call_arguments
 from hqc.steps import step_name
 
 __all__ = ["ReadsRows", "SiteRows", "collect", "collect_for", "require_rows"]
@@ -136,7 +137,7 @@ class _Watcher(fx.Interpreter):
     def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
         self.timestep = float(timestep.reshape(-1)[0])
         with torch.no_grad():
-            return self.run(sample, timestep, *[c for c in conditions if c is not None])  # type: ignore[no-any-return]
+            return self.run(*call_arguments(sample, timestep, conditions, timed=self.program.has_timestep))  # type: ignore[no-any-return]
 
     def run_node(self, n: fx.Node) -> Any:
         try:

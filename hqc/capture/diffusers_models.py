@@ -29,6 +29,7 @@ __all__ = [
     "from_folder",
     "from_pipeline",
     "load_denoiser",
+    "plain_config",
     "read_class",
     "unet_source",
 ]
@@ -229,7 +230,7 @@ def denoiser_source(
         source=name,
         kind=kind,
         pipeline=str(pipeline.resolve()) if pipeline is not None and name != "digits" else name if pipeline else "",
-        unet_config={**_plain_config(model.config), **own_size, "_class_name": kind},
+        unet_config={**plain_config(model.config), **own_size, "_class_name": kind},
         versions=versions(),
     )
     return Source(Denoiser(model, [spec.name for spec in inputs]), inputs, origin, pipeline, prefix="unet.")
@@ -246,5 +247,6 @@ def unet_source(unet: Any, name: str, condition_length: int, pipeline: Path | No
     return denoiser_source(unet, name, condition_length, None, pipeline)
 
 
-def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of diffusers as JSON has it, without its private fields."""
     return json.loads(json.dumps({k: v for k, v in dict(config).items() if not k.startswith("_name")}, default=str))  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hqc.capture.architectures import ARCHITECTURE, from_architecture
+from hqc.capture.autoencoders import Part, from_autoencoder
 from hqc.capture.averaged_folders import choose_part
 from hqc.capture.averages import Weights
 from hqc.capture.constants import fold_grids
@@ -41,6 +42,7 @@ def trace(
     revision: str | None = None,
     weights: Weights | None = None,
     variant: str | None = None,
+    part: Part = "denoiser",
 ) -> Program:
     """Captures a source into a Program; `source` and the options as `find_source` takes them, or a `Source`.
 
@@ -57,6 +59,7 @@ def trace(
             revision=revision,
             weights=weights,
             variant=variant,
+            part=part,
         )
     with doing(f"capturing {source.origin.source or 'the module'}"):
         program = fold_grids(capture_module(source.module, source.inputs, source.origin, prefix=source.prefix))
@@ -107,6 +110,7 @@ def find_source(
     revision: str | None = None,
     weights: Weights | None = None,
     variant: str | None = None,
+    part: Part = "denoiser",
 ) -> Source:
     """Resolves what the user typed; see the module's first lines.
 
@@ -114,7 +118,8 @@ def find_source(
     source's own.
     config: of a checkpoint file alone: the YAML file of the original code, or the config.json of diffusers. outliers:
     of a named architecture. revision: branch, tag or commit of a hub id. weights: of a source that has raw and averaged
-    ones, the averaged ones without it. variant: of the weights in a diffusers folder or hub id.
+    ones, the averaged ones without it. variant: of the weights in a diffusers folder or hub id. part: of a pipeline, or
+    of an autoencoder's own folder, a half of the autoencoder.
 
     Raises:
         CaptureError: if it is none of these, or an option does not belong to it.
@@ -136,8 +141,27 @@ def find_source(
             f"source {source!r}", "takes no --variant", "Leave it out; it belongs to a folder or hub id."
         )
     options = CaptureOptions(condition_length, _checked_size(latent_size), weights, variant)
+    if part != "denoiser" and source != "digits" and not is_folder:
+        raise CaptureError(
+            f"source {source!r}", f"takes no --part {part}", "Leave it out; it belongs to `digits`, a folder or hub id."
+        )
     with doing(f"reading {source}"):
+        if part != "denoiser":
+            return _half(source, revision, part, options)
         return _applied(_found(source, config, outliers, revision, options), source, options)
+
+
+def _half(source: str, revision: str | None, part: Part, options: CaptureOptions) -> Source:
+    """A half of the autoencoder of `digits`, a folder or a hub id."""
+    if source == "digits":
+        from hqc.models import digits_path
+
+        return from_autoencoder(digits_path(), source, part, options)
+    if Path(source).exists():
+        return from_autoencoder(Path(source), str(Path(source).resolve()), part, options)
+    folder, commit = fetch_snapshot(source, revision, options.variant)
+    found = from_autoencoder(folder, source, part, options)
+    return replace(found, origin=replace(found.origin, revision=commit))
 
 
 def _checked_size(size: LatentSize | None) -> LatentSize | None:

@@ -25,6 +25,7 @@ from hqc.stages import doing
 from hqc.wording import printable
 
 if TYPE_CHECKING:
+    from hqc.capture.autoencoders import Part
     from hqc.capture.averages import Weights
     from hqc.export import Target
     from hqc.export.interface import Names
@@ -54,6 +55,13 @@ __all__ = ["explain", "export", "inspect", "trace"]
 )
 @click.option("--variant", help="Of the weights in a diffusers folder or hub id, for example fp16 or non_ema.")
 @click.option("--revision", help="Branch, tag or commit of a hub id, SOURCE.")
+@click.option(
+    "--part",
+    type=click.Choice(["denoiser", "vae-encoder", "vae-decoder"]),
+    default="denoiser",
+    show_default=True,
+    help="Of a pipeline: its denoiser, or a half of its autoencoder (or of the autoencoder's own folder).",
+)
 @click.option("--outliers", is_flag=True, help="Heavy-tailed activations in a named architecture, arch:NAME.")
 @force_option
 @json_option
@@ -66,6 +74,7 @@ def trace(
     weights: "Weights | None",
     variant: str | None,
     revision: str | None,
+    part: "Part",
     outliers: bool,
     force: bool,
     as_json: bool,
@@ -94,6 +103,7 @@ def trace(
         revision=revision,
         weights=weights,
         variant=variant,
+        part=part,
     )
     program = capture(found)
     with doing(f"writing {output}"):

@@ -143,6 +143,8 @@ def export_program(
         raise ExportError(f"target {target}", "takes no options of TensorRT", "Use target tensorrt, or leave them out.")
     if functions and target != "portable":
         raise ExportError(f"target {target}", "takes no functions", "Leave --functions out, or use target portable.")
+    if one_timestep and not program.has_timestep:
+        raise ExportError("--one-timestep", "the program has no timestep", "Leave it out.")
     interface = interface_for(names, program.inputs, program.origin.unet_config)
     if names != "hqc" and target == "tensorrt":
         raise ExportError(f"target {target}", f"has no names of {names}", "Leave --names out, or use another target.")

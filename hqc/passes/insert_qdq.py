@@ -10,8 +10,9 @@ stay symmetric, since their codes would not fit int8; the plan says so. A mixed 
 channels have tops of their own, -z…t-z with t = 2ᵇ-1: b is n until `mix_channel_bits` chooses n - 1, n or n + 1.
 A weight with a table has codes of 8 bits, of which `fit_lookup` uses 2ⁿ for each output channel.
 The row i comes from the graph's own `timestep` input, so the program stays a pure function and a batch may mix
-timesteps. Weight scales start at max|W_o|/qmax, or span the channel's values and 0 where it is asymmetric; the tables
-start at scale 1 and a zero point in the middle: calibration fills them all.
+timesteps; a program that reads a sample and nothing else, as a half of an autoencoder, has one row. Weight scales start
+at max|W_o|/qmax, or span the channel's values and 0 where it is asymmetric; the tables start at scale 1 and a zero
+point in the middle: calibration fills them all.
 """
 
 import math
@@ -82,7 +83,7 @@ class InsertQdq:
         """Inserts the grid lookup once, then both quantisers of each site."""
         edit, plans = rewrite(program), {}
         grid = self.timesteps or program.plan.timesteps or (0.0,)
-        rows = grid[:1] if self.static else grid
+        rows = grid[:1] if self.static or not program.has_timestep else grid
         row = _row(edit, rows) if matches else None
         for site in matches:
             plan, layer = self._with_ranges(program.plan[site]), edit.layers[site]
@@ -116,16 +117,23 @@ class InsertQdq:
 
 
 def _row(edit: Rewriter, timesteps: Sequence[float]) -> fx.Node:
-    """The lookup of each sample's row in the grid, which stands right behind its input."""
+    """The lookup of each sample's row in the grid, which stands right behind its input.
+
+    A program that reads a sample and nothing else has one row, for as many samples as there are.
+    """
     inputs = {node.name: node for node in edit.graph.nodes if node.op == "placeholder"}
-    if "timestep" not in inputs:
+    if "timestep" not in inputs and list(inputs) != ["sample"]:
         raise PassError(
             "insert_qdq",
             f"the inputs are {', '.join(inputs)}; expected one named timestep",
             "Name the input that holds each sample's timestep [N] `timestep`.",
         )
-    timestep = inputs["timestep"]
+    timestep = inputs["timestep" if "timestep" in inputs else "sample"]
     first = timestep.next
+    if "timestep" not in inputs:
+        timesteps = (0.0,)
+        count = edit.call(first, aten.sym_size.int, timestep, 0)
+        timestep = edit.call(first, aten.full.default, [count], 0.0, shape=(BATCH,), dtype="float32")
     grid = edit.weight(GRID, torch.tensor(timesteps, dtype=torch.float32), first)
     nearest = ops.nearest_timestep.default
     return edit.call(first, nearest, timestep, grid, shape=(BATCH,), dtype="int64", role="row")

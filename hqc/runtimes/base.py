@@ -1,4 +1,7 @@
-"""What a runtime offers: a session that maps (sample, timestep, conditions) to the denoiser's output."""
+"""What a runtime offers: a session that maps (sample, timestep, conditions) to the denoiser's output.
+
+A program without a timestep, as a half of an autoencoder, is called with the sample alone.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -26,7 +29,7 @@ class Session(Protocol):
         ...
 
     def __call__(
-        self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
+        self, sample: Tensor, timestep: Tensor | float | None = None, *conditions: Tensor | None, **named: Tensor | None
     ) -> Tensor:
         """sample [N, …], timestep scalar or [N], conditions by name or in the order of `inputs` -> [N, …].
 
@@ -41,7 +44,7 @@ class Session(Protocol):
 def named_inputs(
     inputs: Sequence[InputSpec],
     sample: Tensor,
-    timestep: Tensor | float,
+    timestep: Tensor | float | None = None,
     *conditions: Tensor | None,
     **named: Tensor | None,
 ) -> dict[str, Tensor]:
@@ -58,7 +61,7 @@ def inputs_on(
     inputs: Sequence[InputSpec],
     /,
     sample: Tensor,
-    timestep: Tensor | float,
+    timestep: Tensor | float | None = None,
     *conditions: Tensor | None,
     **named: Tensor | None,
 ) -> dict[str, Tensor]:

@@ -63,6 +63,7 @@ class Model:
         Raises:
             ArtefactError: if there is no pipeline, or diffusers cannot load it.
         """
+        _require_denoiser(self.name, self.unet_config)
         if self.pipeline_folder is None:
             raise _no_pipeline(self.name)
         return _load_pipeline(self.pipeline_folder, self.as_denoiser())
@@ -96,14 +97,22 @@ def describe(path: StrPath) -> Description:
     manifest = _read_manifest(folder)
     try:
         names = tuple(str(spec["name"]) for spec in manifest["inputs"])
-        reference = str(manifest["origin"]["pipeline"])
-    except (KeyError, TypeError) as error:
+        reference, config = str(manifest["origin"]["pipeline"]), dict(manifest["origin"]["unet_config"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(str(folder / "manifest.json"), f"is damaged ({error})", "Write it again.") from error
+    _require_denoiser(folder.name, config)
     pipeline = _pipeline_folder(folder, reference)
     if pipeline is None:
         raise _no_pipeline(folder.name)
     conditions = tuple(name for name in names if name not in ("sample", "timestep"))
     return Description(_pipeline_class(pipeline, read_index(pipeline)), conditions)
+
+
+def _require_denoiser(name: str, config: Mapping[str, Any]) -> None:
+    """A half of an autoencoder does not sample."""
+    if config.get("_class_name") == "AutoencoderKL":
+        do = "Give the pipeline's denoiser; `hqc.load` runs the half by itself."
+        raise ArtefactError(name, "is a half of an autoencoder, no denoiser", do)
 
 
 def _no_pipeline(name: str) -> ArtefactError:

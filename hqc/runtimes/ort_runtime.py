@@ -55,7 +55,7 @@ class OrtSession:
         self._session = open_session(model, threads=threads, optimisation=optimisation)
 
     def __call__(
-        self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
+        self, sample: Tensor, timestep: Tensor | float | None = None, *conditions: Tensor | None, **named: Tensor | None
     ) -> Tensor:
         """See `Session`."""
         given = named_inputs(self.inputs, sample, timestep, *conditions, **named)

@@ -22,7 +22,7 @@ class TorchSession:
 
     @torch.no_grad()
     def __call__(
-        self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
+        self, sample: Tensor, timestep: Tensor | float | None = None, *conditions: Tensor | None, **named: Tensor | None
     ) -> Tensor:
         """See `Session`."""
         given = named_inputs(self.inputs, sample, timestep, *conditions, **named)
@@ -41,7 +41,7 @@ class ModuleSession:
 
     @torch.no_grad()
     def __call__(
-        self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
+        self, sample: Tensor, timestep: Tensor | float | None = None, *conditions: Tensor | None, **named: Tensor | None
     ) -> Tensor:
         """See `Session`."""
         given = named_inputs(self.inputs, sample, timestep, *conditions, **named)

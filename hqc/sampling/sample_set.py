@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hqc.errors import TrainingError
 from hqc.program import BATCH, InputSpec, Program
-from hqc.sampling.task import Denoise, denoiser
+from hqc.sampling.task import Denoise, call_arguments, denoiser
 from hqc.sampling.work import Work, evenly
 
 __all__ = ["SampleSet", "collect_samples", "set_size"]
@@ -75,7 +75,7 @@ class _Recorder:
                 f"the model is given NaN or infinity at timestep {float(times[0]):g}",
                 "Check the scheduler, and that the weights are finite.",
             )
-        self._keep(float(times[0]), (sample, times, *(c for c in conditions if c is not None)))
+        self._keep(float(times[0]), call_arguments(sample, times, conditions, timed=self.teacher.has_timestep))
         return self._denoise(sample, times, *conditions)
 
     def _keep(self, time: float, given: tuple[Tensor, ...]) -> None:

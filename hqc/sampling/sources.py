@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hqc.errors import TrainingError
 from hqc.program import InputSpec, Program
+from hqc.sampling.one_call import OneCall
 from hqc.sampling.task import Condition, Task
 from hqc.sizes import sides
 
@@ -18,6 +19,7 @@ __all__ = [
     "class_conditional_task",
     "conditions_of",
     "distilled",
+    "one_call_task",
     "pipeline_task",
     "places",
     "synthetic_task",
@@ -165,6 +167,8 @@ def synthetic_task(program: Program) -> Task:
     """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+    if not program.has_timestep:
+        return one_call_task(program)
     if program.origin.kind in _FLOW:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=_FLOW_SHIFT)
     else:
@@ -183,6 +187,15 @@ def synthetic_task(program: Program) -> Task:
     if distilled(wanted):
         return Task(**settings, draw_conditions=draw, distilled=True)
     return Task(**settings, draw_conditions=draw, unconditional=null)
+
+
+def one_call_task(program: Program) -> Task:
+    """The task of a program that reads a sample and nothing else: it is called once, on normal noise.
+
+    Raises:
+        TrainingError: if the sample is neither an image [N, C, H, W] nor tokens [N, L, C].
+    """
+    return Task(OneCall, _latent_shape(program.inputs), drawn_from=NOISE)
 
 
 _DISTILLED = ("guidance", "timestep_cond")

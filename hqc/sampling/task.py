@@ -1,6 +1,6 @@
 """What is sampled while calibrating and training: scheduler, latents, conditions; and how guidance combines."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from hqc.errors import TrainingError
 from hqc.running import run_module
+from hqc.sampling.one_call import OneCall
 
 __all__ = [
     "Condition",
     "Conditions",
     "Denoise",
     "Task",
+    "call_arguments",
     "denoiser",
     "guided",
     "guides",
@@ -90,6 +92,7 @@ class Task:
     time_scale: what the denoiser is given for a scheduler's timestep t is time_scale·t (Flux takes t/1000).
     set_timesteps: (scheduler, steps), for schedulers that need more than the number of steps.
     drawn_from: what the conditions are drawn from, for reports and to tell one run from another.
+    draw_sample: (n, generator) -> x_T [n, …] itself, where it is not noise: latents of images to be restored, images.
     """
 
     new_scheduler: Callable[[], Any]
@@ -102,6 +105,7 @@ class Task:
     time_scale: float = 1.0
     set_timesteps: Callable[[Any, int], None] = _set_timesteps
     drawn_from: str = ""
+    draw_sample: Callable[[int, torch.Generator], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.distilled and self.draw_conditions is not None and self.unconditional is None:
@@ -141,13 +145,27 @@ def guides(g: float) -> bool:
 def denoiser(module: nn.Module) -> Denoise:
     """A program's module as a `Denoise`: without the None that an unconditional model is given.
 
-    It raises what `run_module` does.
+    A module without a timestep is not given one. It raises what `run_module` does.
     """
+    timed = takes_timestep(module)
 
     def denoise(sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
-        return run_module(module, sample, timestep, *[c for c in conditions if c is not None])
+        return run_module(module, *call_arguments(sample, timestep, conditions, timed=timed))
 
     return denoise
+
+
+def takes_timestep(module: nn.Module) -> bool:
+    """Whether a module is given a timestep; of one without a graph it is not known, and it is."""
+    graph = getattr(module, "graph", None)
+    return graph is None or any(node.op == "placeholder" and node.name == "timestep" for node in graph.nodes)
+
+
+def call_arguments(
+    sample: Tensor, timestep: Tensor, conditions: Sequence[Tensor | None], *, timed: bool
+) -> tuple[Tensor, ...]:
+    """The arguments of a program's graph, in its order: what it does not have is left out."""
+    return (sample, *((timestep,) if timed else ()), *(c for c in conditions if c is not None))
 
 
 def guided(
@@ -180,22 +198,27 @@ def _channel_axis(tensor: Tensor) -> int:
 def noise_only(found: Tensor, sample: Tensor) -> Tensor:
     """A denoiser's output without the variance that some predict behind it; a view."""
     axis = _channel_axis(sample)
-    if found.ndim != sample.ndim or found.shape[axis] != 2 * sample.shape[axis]:
+    places = [[d for i, d in enumerate(x.shape) if i != axis % x.ndim] for x in (found, sample)]
+    if found.ndim != sample.ndim or found.shape[axis] != 2 * sample.shape[axis] or places[0] != places[1]:
         return found
     return found.narrow(axis, 0, sample.shape[axis])
 
 
 def start(task: Task, n: int, generator: torch.Generator) -> tuple[Tensor, Conditions | None]:
-    """Fresh noise [n, …] and its conditions (null, drawn)."""
+    """Fresh noise [n, …], or what the task draws instead, and its conditions (null, drawn)."""
     conditions: Conditions | None = None
     if task.draw_conditions is not None:
         null = task.unconditional(n) if task.unconditional is not None else None
         conditions = (null, task.draw_conditions(n, generator))
+    if task.draw_sample is not None:
+        return task.draw_sample(n, generator), conditions
     return torch.randn(n, *task.latent_shape, generator=generator), conditions
 
 
 def initial_sample(task: Task, scheduler: Any, noise: Tensor) -> Tensor:
-    """x_T from unit noise; flow-matching schedulers have no scale of their own."""
+    """x_T from unit noise; flow-matching schedulers have no scale of their own, and what is drawn itself needs none."""
+    if task.draw_sample is not None:
+        return noise
     return _on_sampled(task, noise, lambda x: x * getattr(scheduler, "init_noise_sigma", 1.0))
 
 
@@ -221,10 +244,12 @@ def advance(
 ) -> Tensor:
     """One sampler step x_t -> x_{t-1}; eta and generator go only to schedulers that take them.
 
-    Channels of the sample beyond the noise's are carried along.
+    Channels of the sample beyond the noise's are carried along. After the one call of `OneCall` nothing is made.
     """
     import inspect
 
+    if isinstance(scheduler, OneCall):
+        return sample
     axis = _channel_axis(sample)
     count = noise.shape[axis] if noise.ndim == sample.ndim else sample.shape[axis]
     carried = sample.shape[axis] - count

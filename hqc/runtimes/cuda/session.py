@@ -58,7 +58,7 @@ class _GraphSession:
 
     @torch.no_grad()
     def __call__(
-        self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
+        self, sample: Tensor, timestep: Tensor | float | None = None, *conditions: Tensor | None, **named: Tensor | None
     ) -> Tensor:
         """See `Session`; the output is on the device if the sample is, else on the CPU."""
         given = inputs_on(self.device, self.inputs, sample, timestep, *conditions, **named)

@@ -86,7 +86,7 @@ class TensorRtSession:
 
     @torch.no_grad()
     def __call__(
-        self, sample: Tensor, timestep: Tensor | float, *conditions: Tensor | None, **named: Tensor | None
+        self, sample: Tensor, timestep: Tensor | float | None = None, *conditions: Tensor | None, **named: Tensor | None
     ) -> Tensor:
         """See `Session`; the output is on the GPU if the sample is, else on the CPU.
 
