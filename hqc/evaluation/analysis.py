@@ -21,6 +21,7 @@ from hqc.evaluation.inputs import FixedInputs, Sampler, sample_in_step, unbatche
 from hqc.evaluation.stepping import Run, float_program
 from hqc.export.reference import evaluate
 from hqc.ops.hadamard import hadamard
+from hqc.passes.insert_qdq import GRID
 from hqc.passes.rewriting import channel_axis
 from hqc.plan import Bits, SitePlan, activation_range, parse_bits, weight_range
 from hqc.program import Program, Stage
@@ -123,7 +124,7 @@ def analyse(
     if program.stage == Stage.INTEGER:
         raise EvaluationError("program", "is integer: its float weights are gone", "Give the program it came from.")
     watched = dict(_watched(program, planned, block))
-    grid = torch.tensor(planned.plan.timesteps)
+    grid = planned.state.get(GRID, torch.zeros(1))
     observer = _Observer(watched, grid, Run(float_program(program)), candidates, inputs, progress)
     sample_in_step(task, observer, sampler)
     return observer.finish()
@@ -269,8 +270,6 @@ def _watched(program: Program, planned: Program, wanted: int) -> Iterator[tuple[
         rotation = plan.hadamard or (Rotation(block) if block else None)
         own = program.stage != Stage.CAPTURED and site in quantised
         table = planned.state[f"{site}.activation_scale_table"] if own else None
-        if table is not None and len(table) == 1:
-            table = table.expand(len(planned.plan.timesteps))  # one row serves all
         bounds = quantised[site].bounds if own else None
         weight = _weight_numbers(program, planned, quantised.get(site), layer, bits)
         yield site, _Watched(plan, bits, rotation, axis, table, bounds, weight)
@@ -293,8 +292,12 @@ def _weight_numbers(
 
 
 def with_scales(planned: Program, sites: Sequence[SiteAnalysis]) -> Program:
-    """The planned program with the analysis' best scales in its tables, each row from the nearest timestep seen."""
+    """The planned program with the analysis' best scales in its tables.
+
+    A row of several timesteps takes the largest, which clips at none of them; one of none, that of the nearest.
+    """
     state: dict[str, Any] = dict(planned.state)
+    members = _members(planned)
     for site in sites:
         name = f"{site.plan.site}.activation_scale_table"
         if name not in state:
@@ -302,9 +305,15 @@ def with_scales(planned: Program, sites: Sequence[SiteAnalysis]) -> Program:
         found: Mapping[float, float] = {
             row.timestep: (row.rotated if site.plan.block and row.rotated else row.plain).scale for row in site.rows
         }
-        if len(state[name]) == 1:
-            state[name] = torch.tensor([max(found.values())])  # one row that clips at no timestep
-            continue
-        nearest = [min(found, key=lambda t, r=row: (abs(t - r), t)) for row in planned.plan.timesteps]  # type: ignore[misc]
-        state[name] = torch.tensor([found[t] for t in nearest])
+        nearest = [[min(found, key=lambda t, to=time: (abs(t - to), t)) for time in times] for times in members]  # type: ignore[misc]
+        state[name] = torch.tensor([max(found[t] for t in times) for times in nearest])
     return planned.evolve(state=state)
+
+
+def _members(planned: Program) -> list[list[float]]:
+    """The plan's timesteps by the row of the scale tables that they read; the row's own where there is none."""
+    grid = planned.state.get(GRID, torch.zeros(0))
+    found: list[list[float]] = [[] for _ in grid]
+    for time in planned.plan.timesteps if len(grid) else ():
+        found[int((time - grid).abs().argmin())].append(time)
+    return [times or [at] for times, at in zip(found, grid.tolist(), strict=True)]

@@ -10,14 +10,16 @@ stay symmetric, since their codes would not fit int8; the plan says so. A mixed 
 channels have tops of their own, -z…t-z with t = 2ᵇ-1: b is n until `mix_channel_bits` chooses n - 1, n or n + 1.
 A weight with a table has codes of 8 bits, of which `fit_lookup` uses 2ⁿ for each output channel.
 The row i comes from the graph's own `timestep` input, so the program stays a pure function and a batch may mix
-timesteps; a program that reads a sample and nothing else, as a half of an autoencoder, has one row. Weight scales start
-at max|W_o|/qmax, or span the channel's values and 0 where it is asymmetric; the tables start at scale 1 and a zero
-point in the middle: calibration fills them all.
+timesteps. With groups a row is that of neighbouring timesteps, and the grid holds the middles of theirs; a program that
+reads a sample and nothing else, as a half of an autoencoder, has one row. Weight scales start at max|W_o|/qmax, or span
+the channel's values and 0 where it is asymmetric; the tables start at scale 1 and a zero point in the middle:
+calibration fills them all.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -37,7 +39,7 @@ from hqc.plan import (
 )
 from hqc.program import BATCH, Program, Stage, aten
 
-__all__ = ["GRID", "InsertQdq", "spanning_range", "spanning_weight_range", "weight_top"]
+__all__ = ["GRID", "InsertQdq", "grouped", "spanning_range", "spanning_weight_range", "weight_top"]
 
 GRID = "timestep_grid"
 ops = torch.ops.hqc
@@ -52,6 +54,7 @@ class InsertQdq:
     timesteps: the calibrated grid, one row of every scale table each; empty: what the plan asks for, or one row.
     activation, weight: "symmetric", or "asymmetric" for operands of at most 7 bits. weight="mixed": asymmetric, and up
     to 6 bits with bits of its own for every output channel; "lookup": up to 4 bits with a table for each of them.
+    groups: that many rows, each for neighbouring timesteps: all whose nearest middle of a group it is; 0: one row each.
     static: one row for all timesteps.
     """
 
@@ -59,6 +62,7 @@ class InsertQdq:
     activation: Range = "symmetric"
     weight: WeightRange = "symmetric"
     static: bool = False
+    groups: int = 0
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
     gives: ClassVar[Stage | None] = Stage.QUANTISED
@@ -72,6 +76,10 @@ class InsertQdq:
         for name, value, kinds in (("activation", self.activation, Range), ("weight", self.weight, WeightRange)):
             if value not in (known := get_args(kinds)):
                 raise PlanError(f"{name} {value!r}", f"unknown range; there are {', '.join(known)}", "Use one.")
+        if type(self.groups) is not int or self.groups < 0:
+            raise PlanError("insert_qdq", f"groups is {self.groups!r}; expected 0, 1, 2, …", "Give a whole number.")
+        if self.static and self.groups:
+            raise PlanError("insert_qdq", f"is static and has {self.groups} groups", "Give one of the two.")
 
     def find(self, program: Program) -> Findings:
         """Every site that the plan quantises."""
@@ -83,7 +91,7 @@ class InsertQdq:
         """Inserts the grid lookup once, then both quantisers of each site."""
         edit, plans = rewrite(program), {}
         grid = self.timesteps or program.plan.timesteps or (0.0,)
-        rows = grid[:1] if self.static or not program.has_timestep else grid
+        rows = self._rows(grid if program.has_timestep else grid[:1])
         row = _row(edit, rows) if matches else None
         for site in matches:
             plan, layer = self._with_ranges(program.plan[site]), edit.layers[site]
@@ -94,6 +102,12 @@ class InsertQdq:
             _quantise(edit, plan, rotated, reader, scale_and_bounds, "activation_quantizer")
             _quantise(edit, plan, weight, layer, _weight_range(edit, plan, weight, layer), "weight_quantizer")
         return edit.finish(plan=replace(program.plan.with_sites(plans), timesteps=grid))
+
+    def _rows(self, grid: tuple[float, ...]) -> tuple[float, ...]:
+        """The timesteps of the tables' rows."""
+        if self.static:
+            return grid[:1]
+        return grouped(grid, self.groups) if self.groups else grid
 
     def _with_ranges(self, plan: SitePlan) -> SitePlan:
         """The plan with what its ranges are, and where it says so why one is not as asked."""
@@ -114,6 +128,19 @@ class InsertQdq:
             weight_mixed=self.weight == "mixed" and (plan.weight_bits or 8) <= HIGHEST_MIXED_BITS,
             reason="; ".join(text for text in (plan.reason, note) if text),
         )
+
+
+def grouped(timesteps: Sequence[float], groups: int) -> tuple[float, ...]:
+    """The middles of so many groups of neighbouring timesteps, ascending, as equally large as can be; all if few.
+
+    >>> grouped((900.0, 700.0, 500.0, 300.0, 100.0), 2)
+    (200.0, 700.0)
+    """
+    ordered = sorted(timesteps)
+    count = min(groups, len(ordered))
+    ends = [len(ordered) * index // count for index in range(count + 1)]
+    runs = [ordered[start:end] for start, end in pairwise(ends)]
+    return tuple((run[0] + run[-1]) / 2 for run in runs)
 
 
 def _row(edit: Rewriter, timesteps: Sequence[float]) -> fx.Node:

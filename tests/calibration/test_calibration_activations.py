@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from hqc.calibration import calibrate
 from hqc.capture import trace
 from hqc.capture.sources import Source
-from hqc.errors import TrainingError
+from hqc.errors import PlanError, TrainingError
 from hqc.passes import InsertHadamard, InsertQdq, SelectLayers
+from hqc.passes.insert_qdq import grouped
 from hqc.pipeline import run_pipeline
 from hqc.program import InputSpec, Origin, Program
 from hqc.sampling.task import Denoise
@@ -213,3 +214,43 @@ def test_a_regular_rotation_is_calibrated_rotated(one_site: Program, weights: bo
     candidates = np.abs(values).max() / 7 * np.linspace(1 / 60, 1.05, 60)
     best = min(candidates, key=lambda scale: _squared_error(values, scale, 7))
     assert float(program.state["conv.activation_scale_table"][1]) == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "wanted"), [(1, 1), (3, 3), (4, 4), (10, 10), (50, 10)])
+def test_groups_are_runs_of_neighbours(groups: int, wanted: int) -> None:
+    """By hand: as equally long as can be, from the least; every timestep's nearest middle is its own."""
+    times = [float(t) for t in range(1, 1000, 100)]
+    middles = torch.tensor(grouped(times, groups))
+    rows = torch.ops.hqc.nearest_timestep(torch.tensor(times), middles).tolist()
+    hand = {
+        1: [0] * 10,
+        3: [0, 0, 0, 1, 1, 1, 2, 2, 2, 2],
+        4: [0, 0, 1, 1, 1, 2, 2, 3, 3, 3],
+        10: list(range(10)),
+    }
+    assert rows == hand[wanted]
+
+
+@pytest.mark.parametrize("activation", ["symmetric", "asymmetric"])
+def test_a_group_is_calibrated_on_all_of_its_timesteps(one_site: Program, activation: str) -> None:
+    """Its scale is that of one table row that has seen just these calls."""
+    times, gains = (700.0, 500.0, 300.0, 100.0), (8.0, 2.0, 1.0, 0.5)
+    calls = [(_sample(seed, gain), t) for seed, (t, gain) in enumerate(zip(times, gains, strict=True))]
+
+    def calibrated(calls: list[tuple[Tensor, float]], groups: int) -> dict[str, Tensor]:
+        insert = InsertQdq(times, activation=activation, groups=groups)
+        program = run_pipeline(one_site, [SelectLayers(bits="w4a4"), insert])
+        found = calibrate(program, _loop(*calls)).state
+        return {name: value for name, value in found.items() if name.endswith("_table")}
+
+    together = calibrated(calls, 2)
+    alone = [calibrated(part, 1) for part in (calls[2:], calls[:2])]
+    for name, table in together.items():
+        assert table.tolist() == [float(part[name]) for part in alone], name
+    assert together["conv.activation_scale_table"][1] > 2 * together["conv.activation_scale_table"][0]
+
+
+def test_groups_that_make_no_sense_are_refused() -> None:
+    for options, said in (({"groups": -1}, "groups is -1"), ({"groups": 2, "static": True}, "is static and has 2")):
+        with pytest.raises(PlanError, match=said):
+            InsertQdq(**options)

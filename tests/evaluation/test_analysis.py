@@ -252,6 +252,28 @@ def test_a_regular_rotation_is_measured_and_undone(
     assert all(0 < error < 1 for error in errors)
 
 
+def test_a_row_of_several_timesteps_takes_their_largest_scale(
+    captured: Captured, task: Callable[[Program], Task]
+) -> None:
+    program = captured("wide_channels")
+    grid = task(program).timesteps(3)
+    single, grouped = (
+        run_pipeline(program, [SelectLayers(), InsertQdq(grid, activation="asymmetric", groups=groups)])
+        for groups in (0, 2)
+    )
+    found = analyse(program, single, task(program), SAMPLER)
+    rows = with_scales(single, found).state["conv.activation_scale_table"]
+    table = with_scales(grouped, found).state["conv.activation_scale_table"]
+    assert table.tolist() == [float(rows[0]), float(rows[1:].max())]
+    # A quantised program is analysed with the rows that it has, scales and zero points.
+    state = {**grouped.state, "conv.activation_scale_table": torch.tensor([2.0, 3.0])}
+    own = grouped.evolve(state=state)
+    site = next(one for one in analyse(own, own, task(program), SAMPLER) if one.plan.site == "conv")
+    assert [(row.timestep, row.program_scale) for row in site.rows] == [
+        (time, scale) for time, scale in zip(grid, (2.0, 3.0, 3.0), strict=True)
+    ]
+
+
 def test_a_run_drops_what_nobody_reads(captured: Captured) -> None:
     run = Run(captured("cross_attention"))
     values, most = run.start(captured("cross_attention").example_inputs(1)), 0

@@ -26,14 +26,16 @@ PARTS = ("conv_shortcut:0", "conv_shortcut:1", "fuse:0", "fuse:1", "fuse:2")
 def split(captured):
     """split("symmetric"): the joined model, split, rotated and calibrated on random inputs.
 
-    "static": asymmetric activations with one row for all timesteps, no rotation, as Q-Diffusion has it.
+    "static": asymmetric activations with one row for all timesteps, no rotation, as Q-Diffusion has it. "grouped": the
+    same with one row for two timesteps each, as QuEST has it.
     """
 
     @cache
     def build(ranges: str) -> Program:
         select = SelectLayers(bits="w4a4", rules="all")
-        if ranges == "static":
-            steps = [SplitConcat(), select, InsertQdq(GRID, activation="asymmetric", static=True)]
+        if ranges in ("static", "grouped"):
+            rows = {"static": True} if ranges == "static" else {"groups": 2}
+            steps = [SplitConcat(), select, InsertQdq(GRID, activation="asymmetric", **rows)]
         else:
             steps = [SplitConcat(), select, InsertHadamard(), InsertQdq(GRID, activation=ranges, weight=ranges)]
         program = run_pipeline(captured("joined"), steps)
@@ -52,12 +54,32 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("target", ["portable", "onnxruntime", "tensorrt"])
-@pytest.mark.parametrize("ranges", ["symmetric", "asymmetric", "static"])
+@pytest.mark.parametrize("ranges", ["symmetric", "asymmetric", "static", "grouped"])
 def test_every_part_is_verified(split, captured, target: str, ranges: str, tmp_path: Path) -> None:
     program = split(ranges)
     report = export_program(program, target, tmp_path / "x", float_program=captured("joined"))
     assert {site.site for site in report.verification.sites} == {plan.site for plan in program.plan.quantised}
     assert {site.site for site in report.verification.sites} >= set(PARTS)
+
+
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+def test_grouped_rows_are_looked_up_for_every_sample(split, captured, target: str, tmp_path: Path) -> None:
+    """A batch that mixes timesteps, also between the calibrated ones: as if each of them had a row, by hand."""
+    program = split("grouped")
+    assert program.state["timestep_grid"].tolist() == [150.0, 750.0]
+    steps = [SplitConcat(), SelectLayers(bits="w4a4", rules="all"), InsertQdq(GRID, activation="asymmetric")]
+    single = run_pipeline(captured("joined"), steps)
+    tables = {name: table for name, table in program.state.items() if name.endswith("_table")}
+    by_hand = {name: table[torch.tensor([0, 0, 1, 1])] for name, table in tables.items()}
+    single = single.evolve(state={**program.state, "timestep_grid": single.state["timestep_grid"], **by_hand})
+    sample, _, *more = program.example_inputs(4, seed=8)
+    args = sample, torch.tensor([900.0, 100.0, 460.0, 440.0]), *more
+    wanted = single.module()(*args)
+    assert torch.equal(program.module()(*args), wanted)
+    assert not torch.equal(program.module()(sample, torch.full((4,), 900.0), *more), wanted)
+    assert all(bool((table[0] != table[1]).any()) for name, table in tables.items() if "scale" in name)
+    export_program(program, target, tmp_path / "x")
+    assert relative(load(tmp_path / "x").session(*args), wanted) < 0.02
 
 
 def test_parts_are_integer_products_in_onnxruntime(split, tmp_path: Path) -> None:
@@ -77,7 +99,7 @@ def test_a_pattern_of_the_whole_site_reaches_both_parts_in_tensorrt(split, tmp_p
     assert {forms[part] for part in PARTS if part.startswith("fuse")} == {Form.INT4_WEIGHT_ONLY}
 
 
-@pytest.mark.parametrize("ranges", ["symmetric", "asymmetric", "static"])
+@pytest.mark.parametrize("ranges", ["symmetric", "asymmetric", "static", "grouped"])
 def test_the_gpu_runtime_computes_the_same(split, ranges: str) -> None:
     """Its graph with kernels in plain torch; the sum of two parts may be the tail of one product."""
     program = split(ranges)
