@@ -118,6 +118,7 @@ MISUSED = [
     ("compare {captured} {captured} --force", "--force"),
     ("compare-recipes {captured} -o x.md --bits w4a4 --recipes rtn --budget-qat 9", "--budget-qat"),
     ("compare-recipes {captured} -o x.md --bits w4a4 --recipes rtn --budget-ptq 9", "--budget-ptq"),
+    ("compare-recipes {captured} -o x.md --bits w4a4 --recipes hqc --own-budgets --budget-qat 9", "--own-budgets"),
     ("compare-recipes {captured} -o x.md --bits w4a4 --recipes rtn-hadamard", "recipe 'rtn-hadamard'"),
     ("compare-recipes {captured} -o x.md --bits w4a4 --recipes hq-dm+hadamard", "recipe 'hq-dm+hadamard'"),
     ("compare-recipes {captured} -o x.md --bits w4a4 --recipes rtn,nothing", "recipe 'nothing'"),

@@ -61,6 +61,7 @@ __all__ = ["compare_recipes"]
     metavar="EVALUATIONS",
     help="The same for recipes that do not train and have iterations (default: they are not scaled).",
 )
+@click.option("--own-budgets", is_flag=True, help="Scale no recipe: each has the iterations of its own.")
 @asking_options
 @sampler_options
 @click.option(
@@ -94,6 +95,7 @@ def compare_recipes(
     images: int,
     budget_qat: float | None,
     budget_ptq: float | None,
+    own_budgets: bool,
     labels: str | None,
     prompt: tuple[str, ...],
     prompts: Path | None,
@@ -118,7 +120,7 @@ def compare_recipes(
     from hqc.evaluation.workspace import Workspace
 
     entries, widths = find_entries(recipes), _widths(bits)
-    budgets = Budgets(budget_qat, budget_ptq)
+    budgets = Budgets(budget_qat, budget_ptq, own=own_budgets)
     _check_budgets(entries, budgets)
     outputs = _Outputs(output, html, chart)
     outputs.check_drawing()
@@ -172,6 +174,8 @@ def _check_budgets(entries: "Sequence[Entry]", budgets: "Budgets") -> None:
     from hqc.evaluation.comparison.budget import iterates
 
     for kind in ("qat", "ptq"):
+        if budgets.own and budgets.of(kind) is not None:
+            raise OptionError("--own-budgets", f"was given with --budget-{kind}", "Give one of them.")
         scales = any(entry.recipe.kind == kind and iterates(entry.recipe) for entry in entries)
         if budgets.of(kind) is not None and not scales:
             raise OptionError(f"--budget-{kind}", f"no recipe of kind {kind} has iterations to scale", "Leave it out.")

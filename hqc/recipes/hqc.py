@@ -3,13 +3,14 @@
     Y = Ĥ_i·Q_a(Ĥ_i·X; s_t, z_t) · Q_w(W + B·A; s_w) + bias    Ĥ_i: kind and order chosen at every site, or none
     Q_a(x; s, z) = s·clip(round(x/s), -z, 2ⁿ-1-z)              all 2ⁿ codes, where they are needed; z whole
     L = Σ w_t·(ε̂ - ε)²                                         w_t: what an error at step t does to the image, measured
-    the result is the average of the updates, decay 0.98       the steps of a trajectory in random order
+    the result is the average of the updates, decay 0.99       the steps of a trajectory in random order
 
 The rotation of a site is the one whose quantised activations change the layer's output least (`choose_rotation`).
 HQ-DM's narrow range leaves one of 2ⁿ codes unused, of three bits an eighth, and both ends are alike; a zero point at
 every timestep uses them all. The summed error of ε lies mostly in late steps, which hardly move the image: weighing
 spends the training where it shows. In the sampler's order momentum mixes neighbouring steps, and every epoch ends at
-the last one. Scales learn at rates relative to their own size, and biases learn too.
+the last one. Scales learn at rates relative to their own size, and biases learn too. Twice HQ-DM's updates are worth
+0.5 dB at four bits of activations and 0.7 at three; `compare-recipes` halves them where budgets are equal.
 """
 
 from dataclasses import replace
@@ -32,7 +33,7 @@ HQC = replace(
     HQ_DM.named("hqc")
     .having("insert_qdq", activation="asymmetric")
     .rotated(ChooseRotation())
-    .having("distil", groups=_GROUPS, order="shuffled", weighting="effect", ema=0.98),
+    .having("distil", epochs=60, groups=_GROUPS, order="shuffled", weighting="effect", ema=0.99),
     source="this project, on arXiv 2512.05746",
     doc=__doc__,
 )

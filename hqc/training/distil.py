@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -81,11 +82,13 @@ class Distil:
     def cost(self, program: Program, work: Work) -> float:
         """A step runs the teacher once and the student forward and backward: 4 evaluations a sample.
 
-        The student's own trajectories are an evaluation more. Weighing is a trajectory, and for every step the student
+        The student's own trajectories are an evaluation more, and so is the teacher for losses that see more than its
+        noise, where the steps are not the sampler's. Weighing is a trajectory, and for every step the student
         there and the teacher on what follows.
         """
         steps = work.sampler.num_inference_steps
-        updates = self.total(work) * self.batch_size * (4 + self.own_share / 2)
+        again = self._walked_ahead and bool(taps_of(self.losses, work.teacher))
+        updates = self.total(work) * self.batch_size * (4 + self.own_share / 2 + again)
         weighing = _WEIGHED_SAMPLES * (2 * steps + steps * (steps - 1) / 2) if self.weighting == "effect" else 0
         return float((updates + weighing) * work.halves())
 
@@ -125,6 +128,9 @@ class Distil:
         began = time.perf_counter()
         for state in epochs.states(teacher, student.denoise, first):
             found = guided(student.denoise, state.sample, state.time_input, state.conditions, sampler.guidance_scale)
+            if self._walked_ahead and teacher.values:
+                with torch.no_grad():  # its taps are those of the trajectory's last step
+                    guided(teacher, state.sample, state.time_input, state.conditions, sampler.guidance_scale)
             weight, earlier = state.weights(weights), before.begin(state.epoch)
             seen = Seen(found, weight, student.denoise.values, earlier[0])
             loss = self._loss(seen, Seen(state.wanted, weight, teacher.values, earlier[1]), state.step)
@@ -139,6 +145,11 @@ class Distil:
                 work.on_checkpoint(student.snapshot(done, {**epochs.kept, **before.snapshot()}))
             began = time.perf_counter()
         return student.result()
+
+    @property
+    def _walked_ahead(self) -> bool:
+        """Whether a trajectory is whole before its first update."""
+        return self.order != "sampler"
 
     def _factor(self, step: int, total: int) -> float:
         """Of the rates: up to 1 while it warms up, and linearly down to 0."""

@@ -156,7 +156,7 @@ _CELLS = [f"{name}-{seed}" for seed in (0, 1) for name in ("float", "w4a4-quick"
 def test_a_killed_training_goes_on_where_it_was(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("--seeds", 1, "--budget-qat", LEARNT_COST)
+    options = ("--seeds", 1, "--own-budgets")
     with monkeypatch.context() as patch:
         kill_after(patch, Run, "save", 2)  # a checkpoint an update: the third one is not written
         killed = compare(made, tmp_path / "killed.md", str(made.learnt), *options)

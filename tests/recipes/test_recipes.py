@@ -119,7 +119,7 @@ BAD_FILES = {
     "name: x\nsteps: [{insert_hadamard: 32}]": "its options are 32",
     "name: x\nsteps: [{insert_hadamard: {}, insert_qdq: {}}]": "is not `name: {option: value}`",
     "name: x\nsteps: [[insert_qdq]]": "is not `name: {option: value}`",
-    "name: x\nsteps: [{distil: {losses: [{noise: {}}]}}]": "unknown step 'noise'; there are group, both_halves, guided_noise",
+    "name: x\nsteps: [{distil: {losses: [{noise: {}}]}}]": "unknown step 'noise'; there are group, both_halves, gui",
     "name: x\nsteps: [{distil: {losses: [3]}}]": "option losses is (3,)",
     "name: x\nsteps: [{distil: {epochs: 0}}]": "option epochs is 0: Input should be greater than or equal to 1",
     "name: x\nsteps: [{distil: {groups: [{group: {rate: 1.0}}]}}]": "lacks its option pattern",

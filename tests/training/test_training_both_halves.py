@@ -61,3 +61,21 @@ def test_beside_the_guided_loss_it_trains_to_another_result(student: Program, te
     tensor = "middle.lora_b"
     assert not torch.equal(results["both"].state[tensor], results["guided"].state[tensor])
     assert not torch.equal(results["both"].state[tensor], student.state[tensor])
+
+
+@pytest.mark.parametrize("order", ["sampler", "shuffled", "mixed"])
+def test_it_sees_student_and_teacher_at_the_same_step_in_any_order(
+    student: Program, teacher: Program, task: Task, order: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trajectory that is walked ahead leaves the teacher's values at its last step."""
+    own, apart = BothHalves.__call__, []
+
+    def watched(self: BothHalves, ours: Seen, theirs: Seen) -> Tensor:
+        without, with_condition = theirs.taps[KEY].chunk(2)
+        apart.append(float((without + 1.5 * (with_condition - without) - theirs.noise).abs().max()))
+        return own(self, ours, theirs)
+
+    monkeypatch.setattr(BothHalves, "__call__", watched)
+    distil(student, teacher, task, Settings(epochs=2, batch_size=2, more={"losses": (BothHalves(),), "order": order}))
+    assert len(apart) == 8
+    assert max(apart) < 1e-5  # float rounding of other batches; another step's values are apart by 1

@@ -21,12 +21,13 @@ __all__ = ["Budgets", "Scaled", "default_budget", "iterates", "scaled"]
 class Budgets:
     """Evaluations that recipes of each kind are scaled to; None scales none.
 
-    is_default: nobody asked for that of qat.
+    is_default: nobody asked for that of qat. own: every recipe has the iterations of its own, none is scaled.
     """
 
     qat: float | None = None
     ptq: float | None = None
     is_default: bool = False
+    own: bool = False
 
     def of(self, kind: str) -> float | None:
         """Of one kind."""

@@ -55,7 +55,7 @@ def compare_recipes(
 
 def _budgets(subject: Subject, entries: Sequence[Entry], bits: str, asked: Budgets) -> Budgets:
     """With what recipes that train are scaled to where nothing is asked for."""
-    if asked.qat is not None or all(entry.recipe.kind != "qat" for entry in entries):
+    if asked.own or asked.qat is not None or all(entry.recipe.kind != "qat" for entry in entries):
         return asked
     return replace(asked, qat=default_budget(subject.program, subject.task, bits), is_default=True)
 

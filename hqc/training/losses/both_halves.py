@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -40,8 +41,13 @@ class BothHalves:
 
     def __call__(self, student: Seen, teacher: Seen) -> Tensor:
         """The loss, a scalar."""
-        found, wanted = (noise_only(seen.taps[_OUTPUT], seen.noise) for seen in (student, teacher))
+        found, wanted = _noise(student), _noise(teacher)
         weight = teacher.weight
         if isinstance(weight, Tensor):
             weight = weight.repeat(len(found) // len(weight))
         return weighed_squares(found, wanted, weight) * self.weight
+
+
+def _noise(seen: Seen) -> Tensor:
+    """ε of every row that the denoiser was run on, without a predicted variance."""
+    return torch.cat([noise_only(half, seen.noise) for half in seen.taps[_OUTPUT].split(len(seen.noise))])
