@@ -50,4 +50,4 @@ class BothHalves:
 
 def _noise(seen: Seen) -> Tensor:
     """ε of every row that the denoiser was run on, without a predicted variance."""
-    return torch.cat([noise_only(half, seen.noise) for half in seen.taps[_OUTPUT].split(len(seen.noise))])
+    return torch.cat([noise_only(half, seen.noise) for half in torch.split(seen.taps[_OUTPUT], len(seen.noise))])
