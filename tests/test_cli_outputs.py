@@ -162,6 +162,23 @@ def test_an_interrupted_run_is_not_dropped(made: SimpleNamespace, tmp_path: Path
     assert names(work) == ["log.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("command", "does"),
+    [
+        (("search", "--budget", "w4a8"), "hqc.search.search"),
+        (("qr-adaptor", "--budget", "w4a8"), "hqc.search.joint.adapt"),
+        (("compare-recipes", "--bits", "w4a4", "--recipes", "rtn"), "hqc.evaluation.comparison.run.compare_recipes"),
+    ],
+)
+def test_what_keeps_its_work_says_where_on_an_interrupt(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], does: str
+) -> None:
+    monkeypatch.setattr(does, raising(KeyboardInterrupt()))
+    stopped = run(command[0], made.program, *command[1:], "-o", tmp_path / "x.md")
+    assert stopped.exit_code == 1
+    assert f"hqc: interrupted; the same command goes on from {tmp_path / 'x.md.work'}\n" in stopped.stderr
+
+
 def test_a_run_that_was_killed_before_it_tidied_up_is_finished(made: SimpleNamespace, tmp_path: Path) -> None:
     output, work = tmp_path / "x.hqc", tmp_path / "x.hqc.training"
     command = ("qat", made.program, "-o", output, *QUICK, "--steps", "2", "--batch-size", "1", "--json")

@@ -14,6 +14,7 @@ from hqc.commands.options import (
     force_option,
     json_option,
     program_argument,
+    resumable,
     sampler_options,
     say_stage,
     work_folder,
@@ -137,11 +138,8 @@ def compare_recipes(
         outputs.write_table(record, comparison)
         out.stderr.print(f"cell {done} of {total} is in {output}", markup=False, highlight=False)
 
-    try:
+    with resumable(folder):
         comparison = run(subject, entries, widths, protocol, space, seeds=seeds, budgets=budgets, on_cell=write)
-    except KeyboardInterrupt:
-        click.echo(f"hqc: interrupted; the same command goes on from {folder}", err=True)
-        raise
     outputs.write_others(record, comparison)
     if as_json:
         out.print_json(comparison.to_dict())

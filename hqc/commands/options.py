@@ -1,6 +1,7 @@
 """What several commands share: options, and checks before long work starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "output_option",
     "plan_option",
     "program_argument",
+    "resumable",
     "rules_option",
     "runtime_option",
     "sampler_options",
@@ -71,6 +73,16 @@ def claim(output: Path, *, force: bool = False, stays: bool = False) -> None:
     from hqc.claims import claimed
 
     click.get_current_context().with_resource(claimed(output, force=force, stays=stays))
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Says on Ctrl-C that what was done is kept in a folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"hqc: interrupted; the same command goes on from {folder}", err=True)
+        raise
 
 
 def conditions_asked(given: dict[str, Any]) -> dict[str, Any]:

@@ -9,15 +9,13 @@ from hqc.commands.applies import Command, asked
 from hqc.commands.options import (
     check_output_file,
     claim,
-    condition_options,
     force_option,
     json_option,
-    keep_float_option,
     output_option,
     program_argument,
+    resumable,
 )
-from hqc.commands.recipe_options import recipe_options, sampler_of_recipe_options
-from hqc.commands.search import measured_on, sensitivity_options
+from hqc.commands.search import kept_option, measured_on, measuring_options, sensitivity_options
 
 if TYPE_CHECKING:
     from hqc.search.joint import Adapted
@@ -41,19 +39,11 @@ __all__ = ["qr_adaptor"]
 @click.option("--population", type=click.IntRange(2), default=40, show_default=True, help="Of NSGA-II.")
 @click.option("--trainings", type=click.IntRange(1), default=12, show_default=True, help="Plans trained, at most.")
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Trajectories of a training.")
-@recipe_options
-@keep_float_option
-@click.option("--calib-size", type=click.IntRange(1, 4096), help="Images to calibrate on (default: the recipe's).")
-@condition_options
-@sampler_of_recipe_options
+@measuring_options
 @click.option(
     "--chart", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Error over size, .png or .svg."
 )
-@click.option(
-    "--work-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Keeps every measurement and training: the same command goes on (default: OUTPUT.work).",
-)
+@kept_option
 @force_option
 @json_option
 def qr_adaptor(program: Path, output: Path, chart: Path | None, force: bool, as_json: bool, **given: Any) -> None:
@@ -87,7 +77,8 @@ def qr_adaptor(program: Path, output: Path, chart: Path | None, force: bool, as_
         **{name: given[name] for name in ("samples", "timesteps", "seed")},
     )
     claim(subject.folder, stays=True)
-    found = adapt(subject.program, recipe, subject.task, joint, folder=subject.folder, phase=out.progress)
+    with resumable(subject.folder):
+        found = adapt(subject.program, recipe, subject.task, joint, folder=subject.folder, phase=out.progress)
     lines = _lines(found)
     about = [f"hqc qr-adaptor, recipe {recipe.name}", *(f"{name}: {text}" for name, text in lines.items())]
     write_file(output, plan_yaml(found.plan, about).encode())

@@ -17,6 +17,7 @@ from hqc.commands.options import (
     keep_float_option,
     options,
     program_argument,
+    resumable,
     work_folder,
 )
 from hqc.commands.recipe_options import recipe_asked, recipe_options, sampler_of_recipe_options, with_sampler
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from hqc.sampling import Task
     from hqc.search import Found
 
-__all__ = ["Measured", "measured_on", "search", "sensitivity_options"]
+__all__ = ["Measured", "kept_option", "measured_on", "measuring_options", "search", "sensitivity_options"]
 
 sensitivity_options = options(
     click.option(
@@ -39,6 +40,19 @@ sensitivity_options = options(
     click.option("--samples", type=click.IntRange(1, 1024), default=4, show_default=True, help="Images at a timestep."),
     click.option("--timesteps", type=click.IntRange(1, 1000), default=4, show_default=True, help="That are measured."),
     click.option("--seed", type=click.IntRange(0, 2**31), default=2024, show_default=True, help="Of the images."),
+)
+
+measuring_options = options(
+    recipe_options,
+    keep_float_option,
+    click.option("--calib-size", type=click.IntRange(1, 4096), help="Images to calibrate on (default: the recipe's)."),
+    condition_options,
+    sampler_of_recipe_options,
+)
+kept_option = click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keeps all that is measured: the same command goes on after it was killed (default: OUTPUT.work).",
 )
 
 
@@ -90,16 +104,8 @@ def measured_on(path: Path, output: Path, given: dict[str, Any]) -> Measured:
 )
 @click.option("--recipe", default="rtn", show_default=True, metavar="NAME|FILE.yaml", help="What calibrates.")
 @sensitivity_options
-@recipe_options
-@keep_float_option
-@click.option("--calib-size", type=click.IntRange(1, 4096), help="Images to calibrate on (default: the recipe's).")
-@condition_options
-@sampler_of_recipe_options
-@click.option(
-    "--work-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Keeps every measurement: the same command goes on after it was killed (default: OUTPUT.work).",
-)
+@measuring_options
+@kept_option
 @force_option
 @json_option
 def search(program: Path, output: Path, force: bool, as_json: bool, **given: Any) -> None:
@@ -121,11 +127,8 @@ def search(program: Path, output: Path, force: bool, as_json: bool, **given: Any
     claim(folder, stays=True)
     numbers = {name: given[name] for name in ("samples", "timesteps", "seed")}
     wanted = Asked(budget, subject.candidates, given["keep_float"], **numbers)
-    try:
+    with resumable(folder):
         found = run(subject.program, recipe, task, wanted, folder=folder, phase=out.progress)
-    except KeyboardInterrupt:
-        click.echo(f"hqc: interrupted; the same command goes on from {folder}", err=True)
-        raise
     lines = _lines(found)
     about = [f"hqc search, recipe {recipe.name}", *(f"{name}: {text}" for name, text in lines.items())]
     write_file(output, plan_yaml(found.plan, about).encode())
