@@ -18,7 +18,7 @@ from hqc.program import Program, aten, is_op
 __all__ = ["FAKE_QUANTISERS", "QUANTISERS", "Bounds", "Lookups", "bounds_of", "clip_codes"]
 
 ops = torch.ops.hqc
-FAKE_QUANTISERS = (ops.fake_quantize.default, ops.fake_quantize_bounded.default)
+FAKE_QUANTISERS = (*(ops.fake_quantize.default, ops.fake_quantize_bounded.default, ops.fake_quantize_residual.default),)
 QUANTISERS = (ops.quantize.default, ops.quantize_bounded.default)
 """Each with the arguments (x, scale, low, high): floats with gradients, and codes."""
 _MADE_OF = (

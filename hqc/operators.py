@@ -80,7 +80,7 @@ _OWN = frozenset(
     f"hqc.{name}.default"
     for name in (
         *("hadamard", "fake_quantize", "nearest_timestep", "quantize", "dequantize"),
-        *("fake_quantize_bounded", "quantize_bounded", "round_ste"),
+        *("fake_quantize_bounded", "fake_quantize_residual", "quantize_bounded", "round_ste"),
         *("unpack_int4", "rotate_codes", "digit", "half", "int_linear", "int_conv2d", "rescale"),
     )
 )
@@ -191,6 +191,14 @@ def _bounded_quantiser(given: Arguments) -> str:
     return ""
 
 
+def _residual_quantiser(given: Arguments) -> str:
+    step, rows = given["step"], given["x"].shape[:1]
+    if found := _bounded_quantiser(given):
+        return found
+    fits = step.is_floating_point() and tuple(step.shape) == tuple(rows)
+    return "" if fits else f"has steps {list(step.shape)}; expected one real number for each of {list(rows)} rows"
+
+
 def _rounded(given: Arguments) -> str:
     return "" if given["x"].is_floating_point() else "rounds whole numbers"
 
@@ -298,6 +306,7 @@ RULES: Mapping[str, Rule] = {
     "hqc.fake_quantize.default": _quantiser,
     "hqc.quantize.default": _quantiser,
     "hqc.fake_quantize_bounded.default": _bounded_quantiser,
+    "hqc.fake_quantize_residual.default": _residual_quantiser,
     "hqc.quantize_bounded.default": _bounded_quantiser,
     "hqc.round_ste.default": _rounded,
     "hqc.dequantize.default": _dequantiser,

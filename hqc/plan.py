@@ -22,9 +22,11 @@ __all__ = [
     "activation_range",
     "asymmetric_top",
     "decide",
+    "main_site",
     "names_site",
     "parse_bits",
     "part_site",
+    "residual_site",
     "weight_range",
     "whole_site",
 ]
@@ -208,6 +210,7 @@ class SitePlan:
     weight_mixed: bool = False
     branch_rank: int = 0
     weight_lookup: bool = False
+    weight_residual: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -223,12 +226,14 @@ class SitePlan:
     def widths(self) -> str:
         """`w4a4`, or `float`; an asymmetric operand has a star, `w4*a4*`, a weight of mixed bits a sign: `w4±*a4*`.
 
-        One whose codes come from a table has a tilde: `w4~a8`.
+        One whose codes come from a table has a tilde, `w4~a8`; one whose salient channels have a binary code more has a
+        plus, `w4+*a4*`.
         """
         if not self.quantised:
             return "float"
         stars = ["" if symmetric else "*" for symmetric in (self.weight_symmetric, self.activation_symmetric)]
-        form = "±" if self.weight_mixed else "~" if self.weight_lookup else ""
+        kinds = {"+": self.weight_residual, "±": self.weight_mixed, "~": self.weight_lookup}
+        form = next((sign for sign, is_so in kinds.items() if is_so), "")
         return f"w{self.weight_bits}{form}{stars[0]}a{self.activation_bits}{stars[1]}"
 
     @property
@@ -360,6 +365,8 @@ def _site_plan(data: Mapping[str, Any]) -> SitePlan:
     mixable = not plan.weight_symmetric and (plan.weight_bits or 8) <= HIGHEST_MIXED_BITS
     if type(plan.weight_mixed) is not bool or (plan.weight_mixed and not mixable):
         raise ValueError(f"site {plan.site!r} has mixed weights of {plan.weight_bits} bits")
+    if type(plan.weight_residual) is not bool or (plan.weight_residual and not plan.weight_mixed):
+        raise ValueError(f"site {plan.site!r} has a binary code beside weights whose bits are not mixed")
     plain = plan.weight_symmetric and (plan.weight_bits or 8) <= HIGHEST_LOOKUP_BITS
     if type(plan.weight_lookup) is not bool or (plan.weight_lookup and not plain):
         raise ValueError(f"site {plan.site!r} has a table for weights of {plan.weight_bits} bits")
@@ -402,7 +409,28 @@ def part_site(site: str, number: int) -> str:
 def whole_site(site: str) -> str:
     """The site that a part belongs to; the site itself if it is whole.
 
-    >>> whole_site("up.0.conv_shortcut:1"), whole_site("conv_in")
-    ('up.0.conv_shortcut', 'conv_in')
+    >>> whole_site("up.0.conv_shortcut:1"), whole_site("conv_in"), whole_site("conv_in:residual")
+    ('up.0.conv_shortcut', 'conv_in', 'conv_in')
     """
-    return re.sub(r":\d+$", "", site)
+    return re.sub(r":\d+$", "", main_site(site))
+
+
+def residual_site(site: str) -> str:
+    """The name of the product of a site's binary codes.
+
+    >>> residual_site("up.0.conv1")
+    'up.0.conv1:residual'
+    """
+    return f"{site}{_RESIDUAL}"
+
+
+def main_site(site: str) -> str:
+    """The site whose binary codes a site holds; the site itself if it holds none.
+
+    >>> main_site("up.0.conv1:residual"), main_site("up.0.conv1:0")
+    ('up.0.conv1', 'up.0.conv1:0')
+    """
+    return site.removesuffix(_RESIDUAL)
+
+
+_RESIDUAL = ":residual"

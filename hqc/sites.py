@@ -22,9 +22,11 @@ __all__ = [
     "output_of",
     "products_of",
     "quantised_sites",
+    "residual_name",
     "rotation_of",
     "rotation_within",
     "source_of",
+    "with_residual",
 ]
 
 ops = torch.ops.hqc
@@ -159,8 +161,23 @@ def source_of(layer: fx.Node, *, through_smoothing: bool = True) -> fx.Node:
 
 
 def output_of(layer: fx.Node) -> fx.Node:
-    """The whole result of a site: its layer's, or the sum with its float branch."""
-    return next((user for user in layer.users if user.meta.get("role") == "branch"), layer)
+    """The whole result of a site: its layer's, or the sum with the product of its binary codes and its float branch."""
+    own = with_residual(layer)
+    return next((user for user in own.users if user.meta.get("role") == "branch" and user.args[0] is own), own)
+
+
+def with_residual(layer: fx.Node) -> fx.Node:
+    """The result of a site's quantised weight: its layer's, or the sum with the product of its binary codes."""
+    return next((user for user in layer.users if user.meta.get("role") == "residual" and user.args[0] is layer), layer)
+
+
+def residual_name(site: str) -> str:
+    """What the sum of a site and the product of its binary codes is called, in graphs and in exports.
+
+    >>> residual_name("mid.conv1")
+    'mid_conv1_with_residual'
+    """
+    return re.sub(r"\W", "_", f"{site}_with_residual")
 
 
 def branch_name(site: str) -> str:

@@ -5,6 +5,7 @@ A program that hqc made always satisfies this; one from elsewhere may not, and i
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch import fx
 import hqc.ops  # noqa: F401  (registers the operators)
 from hqc.bounds import FAKE_QUANTISERS, QUANTISERS, bounds_of
 from hqc.errors import ExportError
-from hqc.plan import SitePlan, activation_range, asymmetric_top, weight_range
+from hqc.plan import SitePlan, activation_range, asymmetric_top, main_site, weight_range
 from hqc.program import Program, Stage, aten, is_op
 from hqc.rotations import Rotation
-from hqc.sites import output_of, rotation_of, rotation_within, source_of
+from hqc.sites import output_of, rotation_of, rotation_within, source_of, with_residual
 
 __all__ = ["site_problems"]
 
@@ -29,6 +30,7 @@ _ROLES: Mapping[str, tuple[Any, ...]] = {
     "weight_quantizer": FAKE_QUANTISERS,
     "smoothing": (aten.mul.Tensor,),
     "branch": (aten.add.Tensor,),
+    "residual": (aten.add.Tensor,),
     **dict.fromkeys(("branch_down", "branch_up"), (_CONV, _LINEAR)),
     "rotation": (ops.hadamard.default,),
     "rotation_back": (ops.hadamard.default,),
@@ -42,7 +44,16 @@ _ROLES: Mapping[str, tuple[Any, ...]] = {
         *(ops.digit.default, ops.half.default, aten.to.dtype),
     ),
 }
-_OF_QUANTISED = ("activation_quantizer", "weight_quantizer", "lora", "codes", "product", "smoothing", "branch")
+_OF_QUANTISED = (
+    "activation_quantizer",
+    "weight_quantizer",
+    "lora",
+    "codes",
+    "product",
+    "smoothing",
+    "branch",
+    "residual",
+)
 _WITH_SITE = ("layer", "rotation_back", *_OF_QUANTISED)
 
 
@@ -108,6 +119,8 @@ def _operands(node: fx.Node) -> int:
         return 3
     if is_op(node, aten.to.dtype, ops.hadamard.default, ops.rotate_codes.default, ops.unpack_int4.default):
         return 1
+    if is_op(node, ops.fake_quantize_residual.default):
+        return 5
     if is_op(node, ops.fake_quantize_bounded.default, ops.quantize_bounded.default):
         return 4
     return 1 if is_op(node, ops.digit.default, ops.half.default) else 2
@@ -144,7 +157,8 @@ def _plan_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator
 
 
 def _smoothing_problem(program: Program, plan: SitePlan, layer: fx.Node) -> str:
-    """What is wrong with the factors in front of a site."""
+    """What is wrong with the factors in front of a site; binary codes have those of the site whose they are."""
+    plan = replace(plan, site=main_site(plan.site))
     node = source_of(layer, through_smoothing=False)
     if plan.smoothed != _of_site(node, plan, "smoothing") or _has_role(node, "smoothing") != plan.smoothed:
         return "the plan and the graph do not agree about its smoothing"
@@ -160,7 +174,7 @@ def _smoothing_problem(program: Program, plan: SitePlan, layer: fx.Node) -> str:
 
 def _branch_problem(program: Program, plan: SitePlan, layer: fx.Node) -> str:
     """What is wrong with the float branch beside a site."""
-    total = output_of(layer)
+    total, layer = output_of(layer), with_residual(layer)
     if (total is not layer) != bool(plan.branch_rank):
         return "the plan and the graph do not agree about its branch"
     if total is layer:
@@ -205,7 +219,8 @@ def _has_role(node: Any, *roles: str) -> bool:
 
 
 def _of_site(node: Any, plan: SitePlan, *roles: str) -> bool:
-    return _has_role(node, *roles) and node.meta.get("site") == plan.site
+    """Whether a node has a role at a site, or at the one whose binary codes it holds."""
+    return _has_role(node, *roles) and node.meta.get("site") in (plan.site, main_site(plan.site))
 
 
 def _rotated_by(x: Any) -> tuple[Rotation | None, bool]:
@@ -277,12 +292,30 @@ def _weight_codes_problem(program: Program, plan: SitePlan, quantiser: fx.Node) 
         fit = _codes_fit(program, quantiser, weight_range(bits), bits, plan.weight_symmetric)
         return "" if fit else f"its weight's codes are not those of {bits} bits"
     span = _spans(program, quantiser)
+    if plan.weight_residual and (problem := _residual_problem(program, plan, quantiser)):
+        return problem
     if span is None:
         return f"its weight's codes are not those of about {bits} bits"
     fewer, same, more = (span == asymmetric_top(b) for b in (bits - 1, bits, bits + 1))
+    if plan.weight_residual:
+        salient = program.state[f"{plan.site}.weight_salient"] == 1
+        same, more = same & ~salient, same & salient
     if not bool((fewer | same | more).all()) or int(fewer.sum()) != int(more.sum()):
         return f"its weight's channels have not {bits - 1} to {bits + 1} bits, {bits} in the mean"
     return ""
+
+
+def _residual_problem(program: Program, plan: SitePlan, quantiser: fx.Node) -> str:
+    """What is wrong with the step of a weight's binary codes: a scale a channel, times 1 or 0."""
+    if not is_op(quantiser, ops.fake_quantize_residual.default):
+        return "its weight has no binary codes; the plan says that it has"
+    step: Any = quantiser.args[4]
+    names = [f"{plan.site}.weight_residual_scale", f"{plan.site}.weight_salient"]
+    stored = [str(one.target) for one in step.args if isinstance(one, fx.Node) and one.op == "get_attr"]
+    if not is_op(step, aten.mul.Tensor) or stored != names or any(name not in program.state for name in names):
+        return "its weight's binary codes have no stored step"
+    flags = program.state[names[1]]
+    return "" if bool(((flags == 0) | (flags == 1)).all()) else "its salient channels are not marked by 1, others by 0"
 
 
 def _codes_fit(
@@ -309,8 +342,13 @@ def _spans(program: Program, quantiser: fx.Node) -> torch.Tensor | None:
 
 def _zero_points(plan: SitePlan) -> list[str]:
     """What calibration and training find the zero points and the tops of ranges by."""
-    kinds = {"weight_zero": not plan.weight_symmetric, "activation_zero_table": not plan.activation_symmetric}
-    return [f"{plan.site}.{name}" for name, has in {**kinds, "weight_top": plan.weight_mixed}.items() if has]
+    kinds = {
+        "weight_zero": not plan.weight_symmetric,
+        "activation_zero_table": not plan.activation_symmetric,
+        "weight_top": plan.weight_mixed,
+        "weight_salient": plan.weight_residual,
+    }
+    return [f"{plan.site}.{name}" for name, has in kinds.items() if has]
 
 
 def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator[str]:

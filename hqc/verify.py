@@ -16,6 +16,7 @@ ops = torch.ops.hqc
 _TRAINING_OPS: set[object] = {
     ops.fake_quantize.default,
     ops.fake_quantize_bounded.default,
+    ops.fake_quantize_residual.default,
     ops.round_ste.default,
 }
 _INTEGER_OPS: set[object] = {

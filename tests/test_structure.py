@@ -158,6 +158,29 @@ def test_channels_of_other_bits_than_the_plan_says(
     assert problems == ["site conv: its weight's codes are not those of 4 bits"]
 
 
+@pytest.mark.parametrize(
+    ("salient", "fewer", "message"),
+    [
+        ([1.0] * 4, 4, None),
+        ([1.0] * 4, 3, "its weight's channels have not 3 to 5 bits, 4 in the mean"),
+        ([0.5] * 4, 4, "its salient channels are not marked by 1, others by 0"),
+    ],
+)
+def test_binary_codes_of_other_channels_than_the_plan_says(
+    salient: list[float], fewer: int, message: str | None, captured: Callable[[str], Program]
+) -> None:
+    ranges = InsertQdq((0.0,), activation="asymmetric", weight="residual")
+    program = run_pipeline(captured("two_sites"), [SelectLayers(bits="w4a4"), ranges])
+    top, marked = program.state["conv.weight_top"].clone(), program.state["conv.weight_salient"].clone()
+    marked[: len(salient)], top[8 : 8 + fewer] = torch.tensor(salient), 7.0
+    changed = program.evolve(state={**program.state, "conv.weight_top": top, "conv.weight_salient": marked})
+    assert site_problems(changed) == ([] if message is None else [f"site conv: {message}"])
+    plain = replace(program.plan["conv"], weight_residual=False)
+    if message is None:
+        problems = site_problems(changed.evolve(plan=program.plan.with_sites({"conv": plain})))
+        assert problems == ["site conv: its weight's channels have not 3 to 5 bits, 4 in the mean"]
+
+
 def test_a_site_that_nothing_reads(quantised: Program) -> None:
     graph = copy_graph(quantised.graph)
     output = next(node for node in graph.nodes if node.op == "output")

@@ -3,6 +3,7 @@
 from hqc.calibration.activations import CalibrateActivations, calibrate
 from hqc.calibration.channel_bits import MixChannelBits
 from hqc.calibration.lookup import FitLookup
+from hqc.calibration.lora_start import InitLora
 from hqc.calibration.low_rank import Decompose
 from hqc.calibration.rotations import ChooseRotation
 from hqc.calibration.smoothing import Smooth
@@ -14,6 +15,7 @@ __all__ = [
     "ChooseRotation",
     "Decompose",
     "FitLookup",
+    "InitLora",
     "MixChannelBits",
     "Smooth",
     "calibrate",

@@ -8,13 +8,13 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from hqc.bounds import bounds_of
-from hqc.passes.insert_qdq import spanning_range, weight_top
+from hqc.passes.insert_qdq import residual_step_of, spanning_range, weight_top
 from hqc.passes.rewriting import layer_inputs
-from hqc.program import Program, Stage
+from hqc.program import Program, Stage, is_op
 from hqc.sampling import Work
 from hqc.steps import check_options
 
-__all__ = ["CalibrateWeights", "mse_weight_scale", "source_weight"]
+__all__ = ["CalibrateWeights", "mse_weight_scale", "quantised_weight", "source_weight"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,19 @@ def source_weight(quantiser: fx.Node) -> str:
     if weight.meta.get("role") == "lora":  # type: ignore[union-attr]
         weight = weight.args[0]  # type: ignore[union-attr]
     return str(weight.target)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def quantised_weight(program: Program, quantiser: fx.Node, weight: Tensor) -> Tensor:
+    """What a quantiser of a program makes of some weight."""
+    bounds, scale = bounds_of(quantiser, program), program.state[str(quantiser.args[1].target)]  # type: ignore[union-attr]
+    if bounds.lookups is None:
+        return torch.ops.hqc.fake_quantize(weight, scale, bounds.low, bounds.high)  # type: ignore[no-any-return]
+    step = torch.zeros_like(scale)
+    if is_op(quantiser, torch.ops.hqc.fake_quantize_residual.default):
+        step = residual_step_of(program, quantiser)
+    ends = bounds.lookups.lows, bounds.lookups.highs
+    return torch.ops.hqc.fake_quantize_residual(weight, scale, *ends, step)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from hqc.export.model import DATA_FILE, MODEL_FILE, onnx_from_program
 from hqc.export.prepare import prepare
 from hqc.export.watched import WatchedModel, heard
 from hqc.program import InputSpec, Program
-from hqc.sites import branch_name, output_of, quantised_sites
+from hqc.sites import branch_name, output_of, quantised_sites, residual_name
 from hqc.storage import check_manifest
 
 __all__ = ["compare_export"]
@@ -161,7 +161,8 @@ def _laid_out(listen: Listen, values: Mapping[str, Any], like: Tensor) -> Tensor
 def _listening(program: Program, model: Path, made: _Made) -> _Listening:
     names = _value_names(onnx.load(str(model), load_external_data=False).graph)
     outputs = {site: Listen(site) for site, _ in program.sites() if site in names}
-    whole = {site: Listen(branch_name(site)) for site, _ in program.sites() if branch_name(site) in names}
+    sums = ((site, name(site)) for site, _ in program.sites() for name in (residual_name, branch_name))
+    whole = {site: Listen(found) for site, found in sums if found in names}
     # The network's output keeps its own name, also where it is a site's.
     for site, layer in program.sites():
         total = output_of(layer)

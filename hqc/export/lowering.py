@@ -12,7 +12,7 @@ from hqc.errors import ExportError
 from hqc.export.builder import GraphBuilder, typed
 from hqc.export.interface import OUTPUT
 from hqc.program import BATCH, Program, is_op
-from hqc.sites import QuantisedSite, quantised_sites
+from hqc.sites import QuantisedSite, quantised_sites, with_residual
 from hqc.wording import listed
 
 __all__ = ["OUTPUT", "Listen", "Lowering", "Tap", "Translation", "Translations", "is_size", "onnx_dtype"]
@@ -213,7 +213,8 @@ class Lowering:
     def _find_taps(self) -> dict[str, Tap]:
         taps = {}
         for site in quantised_sites(self.program):
-            x, codes, output = (listen(self.value(node)) for node in (site.x, site.quantiser, site.layer))
+            heard = (site.x, site.quantiser, with_residual(site.layer))
+            x, codes, output = (listen(self.value(node)) for node in heard)
             taps[site.site] = Tap(x, codes, output, **self.tap_details(site))
         return taps
 

@@ -10,7 +10,7 @@ from hqc.bounds import FAKE_QUANTISERS, QUANTISERS, clip_codes
 from hqc.passes.rewriting import rewrite
 from hqc.program import Program, is_op
 from hqc.running import node_failure
-from hqc.sites import QuantisedSite, quantised_sites
+from hqc.sites import QuantisedSite, quantised_sites, with_residual
 
 __all__ = [
     "ForcedRun",
@@ -60,11 +60,12 @@ def clipped(program: Program, site: QuantisedSite, levels: Tensor, known: Values
 
 def site_output(program: Program, site: QuantisedSite, codes: Tensor, known: Values) -> Tensor:
     """The site's output from given codes: op(dequantised codes) + bias, as the program computes it."""
+    output = with_residual(site.layer)
     if site.real is None:
-        return evaluate(program, site.layer, {**known, site.quantiser: codes.to(torch.int8)})
+        return evaluate(program, output, {**known, site.quantiser: codes.to(torch.int8)})
     scale = evaluate(program, site.quantiser.args[1], known)  # type: ignore[arg-type]
     real = codes.to(scale.dtype) * scale.view(-1, *[1] * (codes.ndim - 1))
-    return evaluate(program, site.layer, {**known, site.real: real})
+    return evaluate(program, output, {**known, site.real: real})
 
 
 def verification_inputs(program: Program, batch: int, seed: int = 0) -> tuple[Tensor, ...]:

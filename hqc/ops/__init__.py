@@ -2,7 +2,8 @@
 
 In the order in which data meets them: the timestep picks a scale (`nearest_timestep`), activations are rotated
 (`hadamard`) and quantised (`fake_quantize` while training; `quantize`, `dequantize` after; `fake_quantize_bounded` and
-`quantize_bounded` where the range of codes is a tensor, made whole by `round_ste`), weights come from codes
+`quantize_bounded` where the range of codes is a tensor, made whole by `round_ste`; `fake_quantize_residual` adds a
+binary code for what they leave of a weight), weights come from codes
 (`unpack_int4`, `rotate_codes`, `digit`, `half`), meet in an integer product (`int_linear`, `int_conv2d`) and go back to
 real units (`rescale`).
 """
@@ -14,6 +15,7 @@ from hqc.ops.integer_product import int_conv2d, int_linear
 from hqc.ops.nearest_timestep import nearest_timestep
 from hqc.ops.quantize import dequantize, quantize
 from hqc.ops.rescale import rescale
+from hqc.ops.residual import fake_quantize_residual
 from hqc.ops.straight_through import round_ste
 from hqc.ops.weight_codes import digit, half, pack_int4, rotate_codes, unpack_int4
 from hqc.rotations import block_size
@@ -24,6 +26,7 @@ __all__ = [
     "digit",
     "fake_quantize",
     "fake_quantize_bounded",
+    "fake_quantize_residual",
     "hadamard",
     "hadamard_matrix",
     "half",

@@ -6,20 +6,29 @@
 FQ = DQ∘Q with the same operations in the same order, so no value changes. A range that has a zero point becomes two
 tables of whole numbers, the least and the largest code at each timestep; weight codes are then q - z. This is the form
 that the portable export writes; `rotate_weights` turns it into integer products.
+
+A weight that has binary codes besides becomes two layers that read the same activation codes, `site` and
+`site:residual`, and their sum:
+
+    before   op(x̂, Q(W) + α·sign(W - Q(W))) + b
+    after    (op(x̂, DQ(w_q; s_w)) + b) + op(x̂, DQ(r; α)),  r = sign(W - DQ(w_q)) of the salient channels, else 0
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from hqc.bounds import Lookups, bounds_of
 from hqc.errors import PassError
+from hqc.passes.insert_qdq import residual_step_of
 from hqc.passes.rewriting import Rewriter, layer_inputs, rewrite
 from hqc.pipeline import Findings
-from hqc.program import BATCH, Program, Stage, aten
+from hqc.plan import LOWEST_BITS, QuantPlan, SitePlan, residual_site
+from hqc.program import BATCH, Program, Stage, aten, is_op
+from hqc.sites import residual_name
 
 __all__ = ["FreezeIntegers"]
 
@@ -43,16 +52,20 @@ class FreezeIntegers:
         """Freezes weights, splits activation quantisers."""
         if left := [plan.site for plan in program.plan.sites if plan.lora_rank]:
             raise PassError("freeze_integers", f"{left[0]} still has a LoRA", "Run merge_lora first.")
-        edit = rewrite(program)
+        edit, signs = rewrite(program), {}
         for site in matches:
-            self._freeze_weight(edit, site)
+            signs[site] = self._freeze_weight(edit, site)
         for node in list(edit.graph.nodes):
             if node.meta.get("role") == "activation_quantizer":
                 self._split(edit, node)
-        return edit.finish()
+        found = {site: parts for site, parts in signs.items() if parts is not None}
+        for site, parts in found.items():
+            _add_product(edit, site, *parts)
+        return edit.finish(plan=_with_products(program.plan, found))
 
     @staticmethod
-    def _freeze_weight(edit: Rewriter, site: str) -> None:
+    def _freeze_weight(edit: Rewriter, site: str) -> tuple[Tensor, Tensor] | None:
+        """Gives binary codes and their steps, if any channel has some."""
         layer = edit.layers[site]
         quantiser = layer_inputs(layer)[1]
         weight, scale = (edit.program.state[str(node.target)] for node in quantiser.args[:2])  # type: ignore[union-attr]
@@ -66,6 +79,7 @@ class FreezeIntegers:
             layer, ops.dequantize.default, stored, quantiser.args[1], like=quantiser, site=site, role="weight"
         )
         layer.replace_input_with(quantiser, dequantised)
+        return _binary_codes(edit.program, quantiser, weight, ops.dequantize(codes, scale))
 
     @staticmethod
     def _split(edit: Rewriter, node: fx.Node) -> None:
@@ -77,6 +91,45 @@ class FreezeIntegers:
         codes = edit.call(node, target, x, scale, *bounds, **meta, dtype="int8", role="codes")
         real = edit.call(node, ops.dequantize.default, codes, scale, like=node, site=site, role="activation")
         node.replace_all_uses_with(real)
+
+
+def _binary_codes(program: Program, quantiser: fx.Node, weight: Tensor, base: Tensor) -> tuple[Tensor, Tensor] | None:
+    """sign(W - Q(W)) where a channel's step is not 0, and the steps; None where none has one."""
+    if not is_op(quantiser, ops.fake_quantize_residual.default):
+        return None
+    step = residual_step_of(program, quantiser)
+    if not bool(step.any()):
+        return None
+    signs = (weight - base).sign() * (step != 0).view(-1, *[1] * (weight.ndim - 1))
+    return signs.to(torch.int8), torch.where(step != 0, step, torch.ones_like(step))
+
+
+def _add_product(edit: Rewriter, site: str, signs: Tensor, step: Tensor) -> None:
+    """Puts a layer of the same input and geometry beside a site's, and their sum behind both."""
+    layer, own = edit.layers[site], residual_site(site)
+    edit.layers[own] = layer  # calls of the new site have the scope of this one
+    after, readers, weight = layer.next, list(layer.users), layer_inputs(layer)[1]
+    codes = edit.weight(f"{own}.weight_codes", signs, after)
+    scale = edit.weight(f"{own}.weight_scale", step, after)
+    real = edit.call(after, ops.dequantize.default, codes, scale, like=weight, site=own, role="weight")
+    arguments = (layer.args[0], real, None, *layer.args[3:])
+    second = edit.call(after, layer.target, *arguments, like=layer, site=own, role="layer")
+    total = edit.call(after, aten.add.Tensor, layer, second, like=layer, site=site, role="residual")
+    total.name = residual_name(site)
+    for reader in readers:
+        reader.replace_input_with(layer, total)
+
+
+def _with_products(plan: QuantPlan, sites: Collection[str]) -> QuantPlan:
+    """The plan with a site for the binary codes of each of these."""
+    planned: list[SitePlan] = []
+    for one in plan.sites:
+        planned.append(one)
+        if one.site in sites:
+            reason = f"binary codes beside those of {one.site}"
+            plain = replace(one, weight_symmetric=True, weight_mixed=False, weight_residual=False, branch_rank=0)
+            planned.append(replace(plain, site=residual_site(one.site), weight_bits=LOWEST_BITS, reason=reason))
+    return replace(plan, sites=tuple(planned))
 
 
 def _stored_bounds(edit: Rewriter, quantiser: fx.Node, lookups: Lookups) -> tuple[fx.Node, ...]:

@@ -8,6 +8,7 @@ With an asymmetric range the codes are -z…2ⁿ-1-z: of an activation z is look
 per output channel. z is a parameter like the scales, rounded and kept in 0…2ⁿ-1 where it is read. Operands of 8 bits
 stay symmetric, since their codes would not fit int8; the plan says so. A mixed weight is an asymmetric one whose
 channels have tops of their own, -z…t-z with t = 2ᵇ-1: b is n until `mix_channel_bits` chooses n - 1, n or n + 1.
+A residual weight is a mixed one whose salient channels have a binary code more, α·sign(W - Q(W)), instead of a bit.
 A weight with a table has codes of 8 bits, of which `fit_lookup` uses 2ⁿ for each output channel.
 The row i comes from the graph's own `timestep` input, so the program stays a pure function and a batch may mix
 timesteps. With groups a row is that of neighbouring timesteps, and the grid holds the middles of theirs; a program that
@@ -39,12 +40,13 @@ from hqc.plan import (
 )
 from hqc.program import BATCH, Program, Stage, aten
 
-__all__ = ["GRID", "InsertQdq", "grouped", "spanning_range", "spanning_weight_range", "weight_top"]
+__all__ = ["GRID", "InsertQdq", "grouped", "residual_step_of", "spanning_range", "spanning_weight_range", "weight_top"]
 
 GRID = "timestep_grid"
 ops = torch.ops.hqc
 Range = Literal["symmetric", "asymmetric"]
-WeightRange = Literal["symmetric", "asymmetric", "mixed", "lookup"]
+WeightRange = Literal["symmetric", "asymmetric", "mixed", "residual", "lookup"]
+_MIXED = ("mixed", "residual")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class InsertQdq:
 
     timesteps: the calibrated grid, one row of every scale table each; empty: what the plan asks for, or one row.
     activation, weight: "symmetric", or "asymmetric" for operands of at most 7 bits. weight="mixed": asymmetric, and up
-    to 6 bits with bits of its own for every output channel; "lookup": up to 4 bits with a table for each of them.
+    to 6 bits with bits of its own for every output channel; "residual": the same, and salient channels have a binary
+    code more instead of a bit; "lookup": up to 4 bits with a table for each of them.
     groups: that many rows, each for neighbouring timesteps: all whose nearest middle of a group it is; 0: one row each.
     static: one row for all timesteps.
     """
@@ -117,15 +120,17 @@ class InsertQdq:
                 ("activations", self.activation, plan.activation_bits),
                 ("weights", self.weight, plan.weight_bits),
             )
-            if kind in ("asymmetric", "mixed") and (bits or 8) > HIGHEST_ASYMMETRIC_BITS
+            if kind in ("asymmetric", *_MIXED) and (bits or 8) > HIGHEST_ASYMMETRIC_BITS
         ]
         note = f"{' and '.join(wide)} symmetric: asymmetric codes of 8 bits do not fit int8" if wide else ""
+        narrow = (plan.weight_bits or 8) <= HIGHEST_MIXED_BITS
         return replace(
             plan,
             activation_symmetric=self.activation == "symmetric" or "activations" in wide,
             weight_symmetric=self.weight in ("symmetric", "lookup") or "weights" in wide,
             weight_lookup=self.weight == "lookup" and (plan.weight_bits or 8) <= HIGHEST_LOOKUP_BITS,
-            weight_mixed=self.weight == "mixed" and (plan.weight_bits or 8) <= HIGHEST_MIXED_BITS,
+            weight_mixed=self.weight in _MIXED and narrow,
+            weight_residual=self.weight == "residual" and narrow,
             reason="; ".join(text for text in (plan.reason, note) if text),
         )
 
@@ -182,17 +187,15 @@ def _activation_range(edit: Rewriter, plan: SitePlan, row: Any, rows: int, reade
     return look_up(table), look_up(low), look_up(high)
 
 
-def _quantise(
-    edit: Rewriter, plan: SitePlan, x: fx.Node, reader: fx.Node, scale_and_bounds: tuple[Any, Any, Any], role: str
-) -> None:
-    """Puts a quantiser between x and its reader."""
-    bounded = isinstance(scale_and_bounds[1], fx.Node)
-    target = ops.fake_quantize_bounded.default if bounded else ops.fake_quantize.default
-    reader.replace_input_with(x, edit.call(reader, target, x, *scale_and_bounds, like=x, site=plan.site, role=role))
+def _quantise(edit: Rewriter, plan: SitePlan, x: fx.Node, reader: fx.Node, ranges: tuple[Any, ...], role: str) -> None:
+    """Puts a quantiser between x and its reader. ranges: scale, least and largest code, and a residual's step."""
+    target = ops.fake_quantize_bounded.default if isinstance(ranges[1], fx.Node) else ops.fake_quantize.default
+    target = ops.fake_quantize_residual.default if len(ranges) > 3 else target
+    reader.replace_input_with(x, edit.call(reader, target, x, *ranges, like=x, site=plan.site, role=role))
 
 
-def _weight_range(edit: Rewriter, plan: SitePlan, weight: fx.Node, layer: fx.Node) -> tuple[Any, Any, Any]:
-    """Scale, least and largest code of each output channel."""
+def _weight_range(edit: Rewriter, plan: SitePlan, weight: fx.Node, layer: fx.Node) -> tuple[Any, ...]:
+    """Scale, least and largest code of each output channel, and where it has one the step of its binary code."""
     value, bits = edit.program.state[str(weight.target)], plan.weight_code_bits
     low, high = weight_range(bits)
     if plan.weight_symmetric:
@@ -203,7 +206,15 @@ def _weight_range(edit: Rewriter, plan: SitePlan, weight: fx.Node, layer: fx.Nod
     if not plan.weight_mixed:
         return stored, *_bounds(edit, kept, bits, layer)
     top = edit.weight(f"{plan.site}.weight_top", torch.full_like(zero, asymmetric_top(bits)), layer)
-    return stored, *_bounds_below(edit, kept, top, layer)
+    ranges = (stored, *_bounds_below(edit, kept, top, layer))
+    return (*ranges, _residual_step(edit, plan, zero, layer)) if plan.weight_residual else ranges
+
+
+def _residual_step(edit: Rewriter, plan: SitePlan, like: Tensor, before: fx.Node) -> fx.Node:
+    """α of the salient channels, 0 of the others; no channel is until `mix_channel_bits` has chosen."""
+    step = edit.weight(f"{plan.site}.weight_residual_scale", torch.ones_like(like), before)
+    salient = edit.weight(f"{plan.site}.weight_salient", torch.zeros_like(like), before)
+    return edit.call(before, aten.mul.Tensor, step, salient, like=step)
 
 
 def _bounds(edit: Rewriter, zero: fx.Node, bits: int, before: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -222,6 +233,12 @@ def _bounds_below(edit: Rewriter, zero: fx.Node, top: fx.Node, before: fx.Node) 
     whole = edit.call(before, ops.round_ste.default, inside, like=zero)
     low = edit.call(before, aten.neg.default, whole, like=zero)
     return low, edit.call(before, aten.sub.Tensor, top, whole, like=zero)
+
+
+def residual_step_of(program: Program, quantiser: fx.Node) -> Tensor:
+    """α [O] of a weight's `fake_quantize_residual`: the stored one of salient channels, 0 of the others."""
+    scale, salient = (program.state[str(one.target)] for one in quantiser.args[4].args)  # type: ignore[union-attr]
+    return scale * salient
 
 
 def weight_top(plan: SitePlan, state: Mapping[str, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from hqc.calibration import (
     ChooseRotation,
     Decompose,
     FitLookup,
+    InitLora,
     MixChannelBits,
     Smooth,
 )
@@ -47,6 +48,7 @@ STEPS: Mapping[str, type] = {
         CalibrateActivations,
         Reconstruct,
         AttachLora,
+        InitLora,
         Distil,
     )
 }

@@ -127,7 +127,7 @@ class Recipe:
 
     def untrained(self) -> "Recipe":
         """Without what is there for training: the steps that train, and LoRA."""
-        kept = [s for s in self.steps if s.gives != Stage.TRAINED and step_name(type(s)) != "attach_lora"]
+        kept = [s for s in self.steps if s.gives != Stage.TRAINED and step_name(type(s)) not in _OF_LORA]
         return replace(self, steps=tuple(kept))
 
     def named(self, name: str) -> "Recipe":
@@ -140,6 +140,8 @@ class Recipe:
             has = ", ".join(dict.fromkeys(names))
             raise PlanError(f"option {path}", f"recipe {self.name!r} has no step {name!r}; it has {has}", "Correct it.")
 
+
+_OF_LORA = ("attach_lora", "init_lora")
 
 ROTATIONS = (step_name(InsertHadamard), step_name(ChooseRotation))
 """The steps that rotate: a recipe has one of them at most."""
@@ -179,6 +181,7 @@ _AFTER = {
     "choose_rotation": ("select_layers",),
     "insert_qdq": ("select_layers",),
     "mix_channel_bits": ("insert_qdq",),
+    "init_lora": ("attach_lora",),
 }
 _LATER = {"insert_qdq": ("calibrate_activations",), "insert_smoothing": ("smooth",), "attach_branch": ("decompose",)}
 _LEFT = {"insert_qdq": "scales", "insert_smoothing": "factors", "attach_branch": "branches"}
@@ -208,8 +211,12 @@ def check_order(name: str, steps: Sequence[Step]) -> None:
             raise PlanError(
                 where, f"comes behind {wrong[0]}, which reads what it changes", f"Put it in front of {wrong[0]}."
             )
-        if own == "mix_channel_bits" and steps[names.index("insert_qdq")].weight != "mixed":  # type: ignore[union-attr]
+        if own == "mix_channel_bits" and steps[names.index("insert_qdq")].weight not in ("mixed", "residual"):  # type: ignore[union-attr]
             raise PlanError(where, "finds no mixed weights", "Give insert_qdq(weight='mixed').")
+        if getattr(step, "weight", "") == "residual" and "mix_channel_bits" not in names[index:]:
+            raise PlanError(
+                where, "leaves weights whose salient channels no mix_channel_bits chooses", "Put it behind."
+            )
         if own in _ONCE and own in names[:index]:
             raise PlanError(where, "is there twice", "Leave one out.")
         if getattr(step, "weight", "") == "lookup" and "fit_lookup" not in names[index:]:

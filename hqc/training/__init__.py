@@ -2,7 +2,7 @@
 
 from hqc.training.distil import Distil
 from hqc.training.groups import Group
-from hqc.training.losses import LOSSES, BothHalves, GuidedNoise, TemporalRelation
+from hqc.training.losses import LOSSES, BothHalves, GuidedNoise, QueueRelation, TemporalRelation
 from hqc.training.reconstruct import Reconstruct
 
-__all__ = ["LOSSES", "BothHalves", "Distil", "Group", "GuidedNoise", "Reconstruct", "TemporalRelation"]
+__all__ = ["LOSSES", "BothHalves", "Distil", "Group", "GuidedNoise", "QueueRelation", "Reconstruct", "TemporalRelation"]

@@ -25,6 +25,7 @@ from hqc.sampling.task import Denoise
 from hqc.steps import check_options, step_name
 from hqc.training.groups import Group, trainable
 from hqc.training.losses import GuidedNoise, Loss, Seen
+from hqc.training.queue import Queues
 from hqc.training.step_weights import step_weights
 from hqc.training.student import Student
 from hqc.training.taps import Before, Tapped, taps_of
@@ -115,7 +116,7 @@ class Distil:
         taps = taps_of(self.losses, program)
         student = Student(program, trainable(program, self.groups), self.batch_size * work.halves(), self.ema, taps)
         teacher = Tapped(work.teacher.module(), taps_of(self.losses, work.teacher))
-        before = Before(self.losses)
+        before, queues = Before(self.losses), Queues(self.losses)
         weights = self._weights(work, teacher, student.denoise)
         epochs = Epochs(work.sampled, sampler, self.batch_size, self.seed, self.order, self.own_share, total)
         first = 0
@@ -124,6 +125,7 @@ class Distil:
             first = work.checkpoint.step
             epochs.restore(work.checkpoint)
             before.restore(work.checkpoint)
+            queues.restore(work.checkpoint)
         held_out = self._held_out(work, teacher)
         began = time.perf_counter()
         for state in epochs.states(teacher, student.denoise, first):
@@ -132,9 +134,12 @@ class Distil:
                 with torch.no_grad():  # its taps are those of the trajectory's last step
                     guided(teacher, state.sample, state.time_input, state.conditions, sampler.guidance_scale)
             weight, earlier = state.weights(weights), before.begin(state.epoch)
+            place = state.step % epochs.length
             seen = Seen(found, weight, student.denoise.values, earlier[0])
-            loss = self._loss(seen, Seen(state.wanted, weight, teacher.values, earlier[1]), state.step)
+            wanted = Seen(state.wanted, weight, teacher.values, earlier[1], queues.near(place))
+            loss = self._loss(seen, wanted, state.step)
             before.add(seen.taps, teacher.values)
+            queues.add(teacher.values, place)
             student.learn(loss, self._factor(state.step, total))
             done = state.step + 1
             if work.on_update is not None:
@@ -142,7 +147,7 @@ class Distil:
             if held_out is not None and work.on_validation is not None and done % self.validate_every == 0:
                 work.on_validation(held_out.measure(student.denoise, done))
             if work.on_checkpoint is not None and done % self.checkpoint_every == 0 and done < total:
-                work.on_checkpoint(student.snapshot(done, {**epochs.kept, **before.snapshot()}))
+                work.on_checkpoint(student.snapshot(done, {**epochs.kept, **before.snapshot(), **queues.snapshot()}))
             began = time.perf_counter()
         return student.result()
 

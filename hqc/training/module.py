@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from hqc.ops.bounded import FakeQuantizeBounded
 from hqc.ops.fake_quantize import FakeQuantize
 from hqc.ops.hadamard import Hadamard
+from hqc.ops.residual import FakeQuantizeResidual
 from hqc.ops.straight_through import RoundSte
 from hqc.passes.rewriting import CONV, LINEAR, layer_inputs
 from hqc.program import Program, is_op
@@ -77,6 +78,10 @@ def _fake_quantize_bounded(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) 
     return FakeQuantizeBounded.apply(x, scale, low, high)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def _fake_quantize_residual(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, step: Tensor) -> Tensor:
+    return FakeQuantizeResidual.apply(x, scale, low, high, step)  # type: ignore[no-any-return,no-untyped-call]
+
+
 def _round_ste(x: Tensor) -> Tensor:
     return RoundSte.apply(x)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -85,5 +90,6 @@ _DIRECT: Mapping[Any, Callable[..., Tensor]] = {
     ops.hadamard.default: _hadamard,
     ops.fake_quantize.default: _fake_quantize,
     ops.fake_quantize_bounded.default: _fake_quantize_bounded,
+    ops.fake_quantize_residual.default: _fake_quantize_residual,
     ops.round_ste.default: _round_ste,
 }

@@ -57,7 +57,7 @@ class Epochs:
     ) -> None:
         self._task, self._sampler, self._batch, self._seed = task, sampler, batch_size, seed
         self._order, self._own_share, self._total = order, own_share, total
-        self._length = len(task.scheduler(sampler.num_inference_steps).timesteps)
+        self.length = len(task.scheduler(sampler.num_inference_steps).timesteps)
         self.kept: dict[str, Tensor] = {}
 
     def restore(self, saved: Checkpoint) -> None:
@@ -66,8 +66,8 @@ class Epochs:
 
     def states(self, teacher: Denoise, student: Denoise, first: int) -> Iterator[State]:
         """The states of the updates from `first` on."""
-        for epoch in range(first // self._length, -(-self._total // self._length)):
-            fresh = epoch * self._length >= first
+        for epoch in range(first // self.length, -(-self._total // self.length)):
+            fresh = epoch * self.length >= first
             for state in self._epoch(teacher, student, epoch, fresh=fresh):
                 if first <= state.step < self._total:
                     yield state
@@ -85,7 +85,7 @@ class Epochs:
         return walk(self._task, self._sampler, denoise, batch_size=self._batch, seed=self._seed, epoch=epoch)
 
     def _is_own(self, epoch: int) -> bool:
-        last = max(1, -(-self._total // self._length) - 1)
+        last = max(1, -(-self._total // self.length) - 1)
         share = self._own_share * epoch / last
         return share > 0 and float(torch.rand(1, generator=generator(self._seed, epoch, _OWN))) < share
 
@@ -97,13 +97,13 @@ class Epochs:
         samples = self.kept["own/samples"]
         scheduler = self._task.scheduler(self._sampler.num_inference_steps)
         _, conditions = start(self._task, self._batch, generator(self._seed, epoch, 0))
-        if len(samples) != self._length:
+        if len(samples) != self.length:
             raise ArtefactError("checkpoint", "holds a trajectory of another sampler", "Start again without --resume.")
         for index, timestep in enumerate(scheduler.timesteps):
             time_input = float(timestep) * self._task.time_scale
             with torch.no_grad():
                 wanted = guided(teacher, samples[index], time_input, conditions, self._sampler.guidance_scale)
-            step = epoch * self._length + index
+            step = epoch * self.length + index
             yield State(step, epoch, float(timestep), time_input, samples[index], conditions, wanted)
 
     def _ordered(self, states: list[State], epoch: int) -> list[State]:

@@ -164,6 +164,52 @@ def test_every_mixed_weight_is_chosen_for_by_what_its_layer_reads(
     assert any(bool((result.state[f"{site}.weight_top"] != 7).any()) for site in layers)
 
 
+def test_salient_channels_get_binary_codes(captured: Program) -> None:
+    """As many as the least error says, of all k by brute force; their step is the mean of what is left."""
+    ranges = InsertQdq((0.0,), activation="asymmetric", weight="residual")
+    program = run_pipeline(captured, [SelectLayers(bits="w3a4", rules="all"), ranges])
+    result = run_procedure(program, QUICK, _work(captured))
+    assert site_problems(result) == []
+    layers, found = dict(program.sites()), 0
+    inputs = {site: layer_inputs(layer)[0] for site, layer in layers.items()}
+    seen = collect(program, inputs, _work(captured), "x", samples=2, timesteps=2, rows=24, seed=2024)
+    for site, layer in layers.items():
+        weight = program.state[str(layer_inputs(layer)[1].args[0].target)].flatten(1)
+        order = kurtosis(weight).sort(stable=True).indices.tolist()
+        own = {leaf: result.state[f"{site}.weight_{leaf}"] for leaf in ("top", "salient", "scale", "zero")}
+        errors = {k: _residual_error(weight, torch.cat(seen[site].rows), order, k) for k in _sizes(len(weight))}
+        best = min(errors, key=lambda k: errors[k])
+        assert (int(own["salient"].sum()), int((own["top"] == 3).sum())) == (best, best)
+        assert set(own["top"].tolist()) <= {3.0, 7.0}
+        assert sorted(own["salient"].nonzero().flatten().tolist()) == sorted(order[len(order) - best :])
+        left = weight - own["scale"][:, None] * (weight / own["scale"][:, None]).round().clamp(
+            -own["zero"][:, None], (own["top"] - own["zero"])[:, None]
+        )
+        assert torch.allclose(result.state[f"{site}.weight_residual_scale"], left.abs().mean(1), rtol=1e-4)
+        note = f"{best} of {len(weight)} channels with binary codes more, {best} with one less"
+        assert result.plan[site].reason.endswith(note if best else f"all {len(weight)} channels with 3 bits")
+        found += best
+    assert found
+
+
+def _sizes(channels: int) -> list[int]:
+    return sorted({channels * part // 10 for part in range(6)})
+
+
+def _residual_error(weight: torch.Tensor, rows: torch.Tensor, order: list[int], k: int) -> float:
+    total = 0.0
+    for place, channel in enumerate(order):
+        w = weight[channel]
+        top = 3 if place < k else 7
+        scale = float(w.max().clamp_min(0) - w.min().clamp_max(0)) / top
+        zero = round(float(-w.min().clamp_max(0)) / scale)
+        q = ((w / scale).round().clamp(-zero, top - zero)) * scale
+        if place >= len(order) - k:
+            q = q + (w - q).abs().mean() * torch.sign(w - q)
+        total += float((rows @ (q - w)).double().square().sum())
+    return total
+
+
 def test_wide_weights_have_no_mixed_channels(captured: Program) -> None:
     for bits, mixed in (("w6a8", True), ("w7a8", False), ("w8a8", False)):
         program = _mixed(captured, bits)

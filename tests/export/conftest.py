@@ -46,12 +46,12 @@ def quantised(captured: Callable[[str], Program]) -> Callable[..., Program]:
     """quantised("two_sites", "w4a4"): fake quantisation with a LoRA, random deltas, scales near each site's range.
 
     ranges="asymmetric": both operands, with zero points of all kinds at the timesteps. "mixed": besides, a third of
-    the output channels has a bit more, a third one less.
+    the output channels has a bit more, a third one less; "residual": binary codes instead of a bit more.
     """
 
     @cache
     def build(name: str, bits: str, rotation: InsertHadamard = HQ_DM, ranges: str = "symmetric") -> Program:
-        insert = InsertQdq(GRID, activation="asymmetric" if ranges == "mixed" else ranges, weight=ranges)
+        insert = InsertQdq(GRID, activation="asymmetric" if ranges in ("mixed", "residual") else ranges, weight=ranges)
         passes = [DropSingleKeyAttention(), SelectLayers(bits=bits), rotation, insert]
         program = run_pipeline(captured(name), [*passes, AttachLora(rank=3)])
         generator, state = torch.Generator().manual_seed(1), dict(program.state)

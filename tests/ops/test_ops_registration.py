@@ -51,6 +51,11 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
         ops.fake_quantize_bounded_backward,
         lambda: (real(3, 4), real(3, 4), scale(3), *bounds(3)),
     ),
+    "fake_quantize_residual": (ops.fake_quantize_residual, lambda: (real(3, 4, 5), scale(3), *bounds(3), scale(3))),
+    "fake_quantize_residual-grad": (
+        ops.fake_quantize_residual,
+        lambda: (real(3, 4, grad=True), scale(3, grad=True), *bounds(3, grad=True), scale(3, grad=True)),
+    ),
     "quantize_bounded": (ops.quantize_bounded, lambda: (real(3, 4, 2, 2), scale(3), *bounds(3))),
     "round_ste": (ops.round_ste, lambda: (real(5),)),
     "round_ste-grad": (ops.round_ste, lambda: (real(5, grad=True),)),

@@ -10,10 +10,10 @@ import hqc
 from hqc import api
 from hqc.calibration import Smooth
 from hqc.checkpoint import Checkpoint
-from hqc.evaluation.comparison.size import true_bytes
+from hqc.evaluation.comparison.size import true_bytes, weight_bytes
 from hqc.export.reference import without_quantisers
-from hqc.passes import FreezeIntegers
-from hqc.pipeline import run_pass
+from hqc.passes import FreezeIntegers, MergeLora
+from hqc.pipeline import run_pass, run_pipeline
 from hqc.program import Program, Stage
 from hqc.recipes import RECIPES, Recipe
 from hqc.recipes.known import STEPS
@@ -71,7 +71,7 @@ def test_its_export_equals_it(quantised: dict[str, Program], name: str, tmp_path
     assert float((session(*args) - wanted).norm() / wanted.norm()) < 0.02
 
 
-@pytest.mark.parametrize("name", ["efficientdm", "hqc", "mpq-dm"])
+@pytest.mark.parametrize("name", ["efficientdm", "hqc", "mpq-dm", "mpq-dmv2"])
 def test_it_resumes_to_the_same_bits(
     program: Program, quantised: dict[str, Program], name: str, tmp_path: Path
 ) -> None:
@@ -130,6 +130,31 @@ def test_mpq_dm_mixes_the_bits_of_channels(quantised: dict[str, Program]) -> Non
     assert any(bool((t != t.round()).any()) for key, t in result.state.items() if key.endswith("weight_zero"))
 
 
+def test_mpq_dmv2_has_binary_codes_beside_salient_channels(quantised: dict[str, Program]) -> None:
+    result, counts = quantised["mpq-dmv2"], set()
+    for plan in result.plan.quantised:
+        narrow = plan.weight_bits == 4
+        assert (plan.weight_residual, plan.smoothed, plan.activation_symmetric) == (narrow, narrow, not narrow)
+        if not narrow:
+            continue
+        top, salient = (result.state[f"{plan.site}.weight_{leaf}"] for leaf in ("top", "salient"))
+        bits = (top + 1).log2() + salient
+        assert (float(bits.mean()), set(bits.tolist()) <= {3.0, 4.0, 5.0}) == (4, True)
+        counts.add(int(salient.sum()))
+    assert len(counts) > 1
+    frozen = run_pipeline(result, [MergeLora(), FreezeIntegers()], check_numerics=True)
+    beside = [plan.site for plan in frozen.plan.sites if plan.site.endswith(":residual")]
+    salient = [key for key, t in result.state.items() if key.endswith("weight_salient") and bool(t.any())]
+    assert beside == [key.replace(".weight_salient", ":residual") for key in salient]
+    assert weight_bytes(frozen)[0] == weight_bytes(result)[0] < weight_bytes(frozen)[1]
+
+
+@pytest.mark.parametrize("target", ["portable", "tensorrt"])
+def test_mpq_dmv2_in_other_targets(quantised: dict[str, Program], target: str, tmp_path: Path) -> None:
+    """It verifies every site and the whole network."""
+    hqc.export_program(quantised["mpq-dmv2"], target, tmp_path / "x")
+
+
 def test_ganq_takes_its_weights_from_tables(program: Program, quantised: dict[str, Program]) -> None:
     result, rounded = quantised["ganq-int8"], quantised["rtn"]
     tables = [plan for plan in result.plan.quantised if plan.weight_lookup]
@@ -151,7 +176,7 @@ def test_ganq_takes_its_weights_from_tables(program: Program, quantised: dict[st
 
 
 @pytest.mark.parametrize("target", ["portable", "tensorrt"])
-@pytest.mark.parametrize("name", ["mpq-dm", "ganq-int8"])
+@pytest.mark.parametrize("name", ["mpq-dm", "mpq-dmv2", "ganq-int8"])
 def test_in_the_other_targets(quantised: dict[str, Program], name: str, target: str, tmp_path: Path) -> None:
     """Codes and outputs of every site are verified; ONNX Runtime is among the tests of all methods."""
     result = quantised[name]

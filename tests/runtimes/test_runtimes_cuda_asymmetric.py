@@ -8,7 +8,7 @@ from cuda_programs import GRID, quantised, relative
 from hqc.runtimes.cuda.build import BuildOptions, integer_module
 from hqc.runtimes.cuda.forms import integer_form
 from hqc.runtimes.cuda.kernel_set import reference_kernels
-from hqc.runtimes.cuda.layers import Codes, IntegerLinear, Quantise
+from hqc.runtimes.cuda.layers import Codes, IntegerLayer, IntegerLinear, Quantise
 
 CPU = torch.device("cpu")
 
@@ -30,9 +30,24 @@ def test_channels_of_mixed_bits(captured, name: str, bits: str) -> None:
     _check(captured(name), bits, "mixed")
 
 
+@pytest.mark.parametrize(("name", "bits"), [("cross_attention", "w4a4"), ("geometry", "w2a4"), ("two_sites", "w6a6")])
+def test_binary_codes_beside(captured, name: str, bits: str) -> None:
+    _check(captured(name), bits, "residual")
+
+
+def test_one_product_adds_the_other(captured) -> None:
+    """Both read one quantiser's codes; the sum is taken into a kernel."""
+    module = built(quantised(captured("two_sites"), "w4a4", kind="residual"), fuse=False)
+    calls = [n for n in module.graph.nodes if n.op == "call_module"]
+    products = [n for n in calls if isinstance(module.get_submodule(str(n.target)), IntegerLayer)]
+    assert [set(n.kwargs) for n in products] == [set(), {"residual"}] * 2
+    assert [n.kwargs.get("residual") for n in products[1::2]] == products[::2]
+    assert [n.args[0] for n in products[1::2]] == [n.args[0] for n in products[::2]]
+
+
 def _check(original, bits: str, kind: str) -> None:
     program = quantised(original, bits, kind=kind)
-    assert any(plan.weight_mixed for plan in program.plan.quantised) == (kind == "mixed")
+    assert any(plan.weight_mixed for plan in program.plan.quantised) == (kind in ("mixed", "residual"))
     inputs = program.example_inputs(3, seed=7)
     wanted, reference = original.module()(*inputs), integer_form(program).module()(*inputs)
     quantisation = relative(reference, wanted)

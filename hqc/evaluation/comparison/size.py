@@ -5,7 +5,7 @@ from torch import fx
 from hqc.bounds import bounds_of
 from hqc.ops.weight_codes import fits_int4
 from hqc.passes.rewriting import layer_inputs
-from hqc.plan import SitePlan
+from hqc.plan import SitePlan, main_site
 from hqc.program import Program
 
 __all__ = ["true_bytes", "weight_bytes"]
@@ -20,7 +20,7 @@ def true_bytes(program: Program) -> float:
     indices n bits.
     """
     layers = dict(program.sites())
-    bits = {_stored_weight(layers[site.site]): site.weight_bits for site in program.plan.quantised}
+    bits = {_stored_weight(layers[site.site]): _bits(site) for site in program.plan.quantised}
     total = sum(_table_bytes(plan) for plan in program.plan.quantised)
     for name, tensor in program.state.items():
         if name.rpartition(".")[2] in _MERGED:
@@ -34,15 +34,20 @@ def weight_bytes(program: Program) -> tuple[float, float]:
     """Bytes of the quantised weights by their bits, and as an integer program keeps them.
 
     It keeps two codes a byte at sites of at most 4 bits whose codes all lie in -8…7, else one. Channels of mixed bits
-    have their site's bits in the mean.
+    have their site's bits in the mean, binary codes beside them included.
     """
     by_bits = stored = 0.0
     layers = dict(program.sites())
     for plan in program.plan.quantised:
         count, fits = _codes(program, plan, layers[plan.site])
-        by_bits += count * (plan.weight_bits or 8) / 8 + _table_bytes(plan)
+        by_bits += count * _bits(plan) / 8 + _table_bytes(plan)
         stored += count / 2 if fits and (plan.weight_bits or 8) <= 4 else count
     return by_bits, stored
+
+
+def _bits(plan: SitePlan) -> int:
+    """Of a weight's codes in the mean; binary ones are counted where they belong, among those of their main site."""
+    return 0 if main_site(plan.site) != plan.site else plan.weight_bits or 8
 
 
 def _table_bytes(plan: SitePlan) -> float:

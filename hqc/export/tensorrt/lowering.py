@@ -34,7 +34,7 @@ from hqc.export.tensorrt.precision import PRECISION, Precision, full_precision_n
 from hqc.export.tensorrt.products import rescale
 from hqc.ops.weight_codes import fits_int4, pack_int4
 from hqc.program import Program, aten, is_op
-from hqc.sites import PRODUCTS, QuantisedSite, absorbed_nodes, quantised_sites
+from hqc.sites import PRODUCTS, QuantisedSite, absorbed_nodes, quantised_sites, with_residual
 
 __all__ = ["TensorRtLowering", "lower_tensorrt"]
 
@@ -114,14 +114,15 @@ class TensorRtLowering(TensorRtState):
         """At the very values that a site reads and gives: a transpose in front of it may be behind a cast."""
         taps = {}
         for site in quantised_sites(self.program):
-            x, codes, output = (Listen(str(self.value(node).name)) for node in (site.x, site.quantiser, site.layer))
+            heard = (site.x, site.quantiser, with_residual(site.layer))
+            x, codes, output = (Listen(str(self.value(node).name)) for node in heard)
             taps[site.site] = Tap(x, codes, output, rounding=self._rounding(site))
         return taps
 
     def _rounding(self, site: QuantisedSite) -> float:
-        """A plugin's output is of the activations' type; every other site's is watched in float32."""
-        form = self.forms[site.site].form
-        return self.options.rounding if form in (Form.INT4_PLUGIN, Form.FLOAT) else 0.0
+        """A plugin's output and a sum of two products are of the activations' type; others are watched in float32."""
+        typed = self.forms[site.site].form in (Form.INT4_PLUGIN, Form.FLOAT)
+        return self.options.rounding if typed or with_residual(site.layer) is not site.layer else 0.0
 
 
 # ---- translations --------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ class Seen:
     """noise: the guided ε [N, …]. weight: of the samples, a number or [N]; None is 1.
 
     taps: what the losses asked for, of every sample that the denoiser was run on ([2·N, …] with guidance). before: the
-    same of the steps before in this trajectory, the latest last, without gradients.
+    same of the steps before in this trajectory, the latest last, without gradients. queue: pixels that losses queued.
     """
 
     noise: Tensor
     weight: Tensor | float | None = None
     taps: Values = field(default_factory=dict)
     before: tuple[Values, ...] = ()
+    queue: Values = field(default_factory=dict)

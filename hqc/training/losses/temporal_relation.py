@@ -13,7 +13,7 @@ from hqc.program import Program, aten, is_op
 from hqc.steps import check_options
 from hqc.training.losses.seen import Seen
 
-__all__ = ["TemporalRelation", "relation_loss"]
+__all__ = ["TemporalRelation", "places_of", "relation_loss", "tapped_block", "unit_features"]
 
 _CHUNK_VALUES = 2**22
 _PASSED_ROLES = ("activation_quantizer", "rotation", "rotation_back", "smoothing")
@@ -44,13 +44,7 @@ class TemporalRelation:
         Raises:
             PlanError: if there is no such block, or its output is neither an image nor tokens.
         """
-        node = _last_of(program, self.scope) if self.scope else _before_last_layer(program)
-        where = f"temporal_relation of {self.scope or 'the last block'}"
-        if node is None:
-            raise PlanError(where, "the program has no such block", "Name one by its path, as up_blocks.2.")
-        if len(shape := node.meta.get("shape", ())) not in (3, 4):
-            raise PlanError(where, f"its output is {list(shape)}, no image or tokens", "Name another block as scope.")
-        return {self._key: node.name}
+        return {self._key: tapped_block(program, self.scope, "temporal_relation")}
 
     def __call__(self, student: Seen, teacher: Seen) -> Tensor:
         """The loss, a scalar."""
@@ -66,10 +60,25 @@ class TemporalRelation:
         """[N, places, C], the mean over the window."""
         before = seen.before[len(seen.before) - (self.window - 1) :] if self.window > 1 else ()
         values = [seen.taps[self._key], *(one[self._key] for one in before)]
-        return _places(values[0] if len(values) == 1 else torch.stack(values).mean(0))
+        return places_of(values[0] if len(values) == 1 else torch.stack(values).mean(0))
 
 
-def _places(x: Tensor) -> Tensor:
+def tapped_block(program: Program, scope: str, loss: str) -> str:
+    """The node of the output of a block, the last one without a scope.
+
+    Raises:
+        PlanError: naming the loss, if there is no such block, or its output is neither an image nor tokens.
+    """
+    node = _last_of(program, scope) if scope else _before_last_layer(program)
+    where = f"{loss} of {scope or 'the last block'}"
+    if node is None:
+        raise PlanError(where, "the program has no such block", "Name one by its path, as up_blocks.2.")
+    if len(shape := node.meta.get("shape", ())) not in (3, 4):
+        raise PlanError(where, f"its output is {list(shape)}, no image or tokens", "Name another block as scope.")
+    return node.name
+
+
+def places_of(x: Tensor) -> Tensor:
     """An image [N, C, H, W], or tokens [N, L, C], as [N, places, C]."""
     return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
 
@@ -79,10 +88,11 @@ def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Rows are computed some at a time, and their gradients with them: a relation [places, places] is never held whole.
     """
-    return _Relation.apply(_unit(student), _unit(teacher))  # type: ignore[no-any-return,no-untyped-call]
+    return _Relation.apply(unit_features(student), unit_features(teacher))  # type: ignore[no-any-return,no-untyped-call]
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit_features(features: Tensor) -> Tensor:
+    """Features […, C] of length one."""
     return torch.nn.functional.normalize(features, dim=-1)
 
 
