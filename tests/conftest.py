@@ -48,6 +48,8 @@ SECONDS: Mapping[str, int] = {
     "passes/test_pass_contracts.py": 25,
     "test_api.py": 25,
     "test_cli_fuzz.py": 25,
+    "calibration/test_calibration_lora_start.py": 5,
+    "export/test_export_residual.py": 12,
     "capture/test_capture_denoisers.py": 20,
     "capture/test_capture_sizes.py": 20,
     "export/test_export_runtimes_agree.py": 20,

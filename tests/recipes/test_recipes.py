@@ -267,6 +267,15 @@ def test_mixed_bits_are_chosen_where_there_are_some() -> None:
         replace(recipe, steps=tuple(steps))
 
 
+def test_salient_channels_and_where_a_lora_starts_need_their_steps() -> None:
+    recipe = find_recipe("mpq-dmv2")
+    with pytest.raises(PlanError, match=r"salient channels no mix_channel_bits chooses\. Put it behind"):
+        recipe.without("mix_channel_bits")
+    with pytest.raises(PlanError, match="comes before attach_lora, which it needs"):
+        recipe.without("attach_lora")
+    assert not {"attach_lora", "init_lora"} & {step_name(type(step)) for step in recipe.untrained().steps}
+
+
 def test_a_table_needs_few_bits(captured: Callable[[str], Program]) -> None:
     """At 8 bits there is no weight with a table, and the step says so."""
     program = captured("cross_attention")
