@@ -15,5 +15,7 @@ Loss = BothHalves | GuidedNoise | TemporalRelation | QueueRelation
 """Any of the losses: called with what student and teacher have computed. `taps(program)` names the nodes whose values
 it sees besides, `window` says of how many neighbouring steps, `in_order` that it needs the steps in their order."""
 
-LOSSES: Mapping[str, type] = {step_name(kind): kind for kind in (BothHalves, GuidedNoise, TemporalRelation, QueueRelation)}
+LOSSES: Mapping[str, type] = {
+    step_name(kind): kind for kind in (BothHalves, GuidedNoise, TemporalRelation, QueueRelation)
+}
 """Every loss by the name that recipes use."""
