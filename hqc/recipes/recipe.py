@@ -149,7 +149,7 @@ ROTATIONS = (step_name(InsertHadamard), step_name(ChooseRotation))
 
 def _deciding(step: Any, leaf: str) -> int | None:
     """Which of a step's groups decides for tensors of that name."""
-    groups = getattr(step, "groups", ())
+    groups = step.groups if step.gives == Stage.TRAINED else ()  # those of insert_qdq are of timesteps
     fitting = [i for i, group in enumerate(groups) if fnmatch.fnmatchcase(f"x.{leaf}", group.pattern)]
     return fitting[-1] if fitting else None
 
