@@ -41,6 +41,7 @@ def float_step(teacher: Program, task: Task, batch: int) -> Callable[[], None]:
 def main() -> None:
     """Prints both medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="hqc")
     parser.add_argument("--bits", default="w4a4")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
@@ -50,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     program = trace("digits")
     task = task_of(program)
-    recipe = find_recipe("hq-dm").having("distil", updates=options.steps, batch_size=options.batch_size)
+    recipe = find_recipe(options.recipe).having("distil", updates=options.steps, batch_size=options.batch_size)
     plain = float_step(program, task, options.batch_size)
     floats: list[float] = []
     qats: list[float] = []
@@ -66,6 +67,7 @@ def main() -> None:
     result = {
         "float_step_ms": round(1e3 * statistics.median(floats[skip:]), 1),
         "qat_step_ms": round(1e3 * statistics.median(qats[skip:]), 1),
+        "recipe": options.recipe,
         "batch_size": options.batch_size,
         "threads": options.threads,
     }

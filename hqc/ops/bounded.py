@@ -20,7 +20,19 @@ __all__ = ["FakeQuantizeBounded", "fake_quantize_bounded", "quantize_bounded"]
 
 def _codes(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     levels = x * per_first_axis(scale.reciprocal(), x)
-    return levels.round_().clamp_(per_first_axis(low, x), per_first_axis(high, x))
+    levels.round_()
+    return _clip(levels, low, high, out=levels)
+
+
+def _clip(levels: Tensor, low: Tensor, high: Tensor, out: Tensor | None = None) -> Tensor:
+    """Samples of one timestep have the same bounds: as numbers they take a third of the time on a CPU."""
+    if levels.device.type == "cpu" and _same(low) and _same(high):
+        return torch.clamp(levels, float(low[0]), float(high[0]), out=out)
+    return torch.clamp(levels, per_first_axis(low, levels), per_first_axis(high, levels), out=out)
+
+
+def _same(values: Tensor) -> bool:
+    return len(values) > 0 and bool((values == values[0]).all())
 
 
 def _forward(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -32,13 +44,13 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     levels = x * per_first_axis(scale.reciprocal(), x)
     rounded = levels.round()
-    codes = rounded.clamp(per_first_axis(low, x), per_first_axis(high, x))
+    codes = _clip(rounded, low, high)
     # Masks are 1.0 and 0.0: a product with bool is 20 times as slow.
     inside = torch.eq(rounded, codes, out=torch.empty_like(rounded))
     below = rounded.lt_(codes)
     grad_x = grad * inside
-    outside = grad - grad_x
     slope = codes.addcmul_(levels, inside, value=-1).mul_(grad)
+    outside = torch.sub(grad, grad_x, out=inside)
 
     def per_row(values: Tensor) -> Tensor:
         return values.reshape(len(scale), -1).sum(1)

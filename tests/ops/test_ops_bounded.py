@@ -148,3 +148,25 @@ def test_rounding_lets_gradients_through(rounded: Any) -> None:
     assert y.tolist() == [-2.0, 0.0, 0.0, 2.0, 3.0]
     y.backward(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert x.grad.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_rows_that_share_their_bounds_are_clipped_as_those_that_do_not(bits: int) -> None:
+    """The quicker way for one timestep gives each row the same bits as a batch whose last row has other bounds."""
+    generator = torch.Generator().manual_seed(bits)
+    x, grad = (9 * torch.randn(3, 5, 7, generator=generator) for _ in range(2))
+    scale, low = torch.tensor([0.3, 0.4, 0.5]), torch.tensor([-3.0, -3.0, -3.0])
+    high = low + 2**bits - 1
+    found = []
+    for last in (0.0, 1.0):
+        given = [x.clone(), scale.clone(), low.clone(), high + torch.tensor([0.0, 0.0, last])]
+        for tensor in given:
+            tensor.requires_grad_()
+        FakeQuantizeBounded.apply(*given).backward(grad)
+        found.append([FakeQuantizeBounded.apply(*given).detach(), *(tensor.grad for tensor in given)])
+    for same, other in zip(*found, strict=True):
+        assert torch.equal(same[:2], other[:2])
+        assert float(same[:2].abs().sum()) > 0
+    assert not torch.equal(found[0][0][2], found[1][0][2])
+    empty = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), torch.zeros(0)
+    assert fake_quantize_bounded(*empty).shape == (0, 4)
