@@ -42,7 +42,7 @@ from hqc.runtimes.text_encoder import load_text_pipeline
 from hqc.runtimes.torch_runtime import TorchSession
 from hqc.sampling import Observe, Task, Update, Work, pipeline_task, synthetic_task
 from hqc.sampling.prompts import prompt_task, require_prompt_inputs
-from hqc.sampling.task import Denoise, denoiser
+from hqc.sampling.task import Denoise, called_once, denoiser
 
 __all__ = ["ForwardLoop", "finish_run", "ptq", "qat", "quantise", "recipe_of", "task_of"]
 
@@ -251,7 +251,8 @@ def quantise(
 
 
 def _grid(task: Task | None, recipe: Recipe) -> tuple[float, ...]:
-    return task.timesteps(recipe.sampler.num_inference_steps) if task is not None else ()
+    sampler = recipe.sampler
+    return called_once(task, sampler.timestep).timesteps(sampler.num_inference_steps) if task is not None else ()
 
 
 def _logged(run: Run | None, on_update: Callable[[Update], None] | None) -> Callable[[Update], None]:

@@ -108,7 +108,7 @@ def sites_table(program: Program) -> Table:
 
 def _beside(plan: SitePlan) -> str:
     """What is float around a site's product."""
-    parts = ["smoothed"] if plan.smoothed else []
+    parts = ["smoothed, shifted" if plan.shifted else "smoothed"] if plan.smoothed else []
     return ", ".join([*parts, *([f"branch {plan.branch_rank}"] if plan.branch_rank else [])])
 
 

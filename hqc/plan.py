@@ -187,9 +187,10 @@ class SitePlan:
     quantised rotated too, so that nothing is rotated back. `lora_rank` is 0 for none; `trained` False leaves the site
     as calibrated.
     `weight_symmetric` and `activation_symmetric` False: the range of codes has a zero point, one an output channel and
-    one a timestep. `smoothed`: every input channel has a factor, which the weight takes back. `weight_mixed`: output
-    channels have n - 1, n or n + 1 bits, n in the mean. `weight_lookup`: codes are of 8 bits, at most 2ⁿ different ones
-    in an output channel. `branch_rank`: of the float branch beside the site, 0 for none.
+    one a timestep. `smoothed`: every input channel has a factor, which the weight takes back; `shifted`: a shift too,
+    which the bias does. `weight_mixed`: output channels have n - 1, n or n + 1 bits, n in the mean. `weight_lookup`:
+    codes are of 8 bits, at most 2ⁿ different ones in an output channel. `branch_rank`: of the float branch beside the
+    site, 0 for none.
     """
 
     site: str
@@ -207,6 +208,7 @@ class SitePlan:
     weight_symmetric: bool = True
     activation_symmetric: bool = True
     smoothed: bool = False
+    shifted: bool = False
     weight_mixed: bool = False
     branch_rank: int = 0
     weight_lookup: bool = False
@@ -362,6 +364,8 @@ def _site_plan(data: Mapping[str, Any]) -> SitePlan:
             raise ValueError(f"site {plan.site!r} has an asymmetric range of {bits} bits")
     if type(plan.smoothed) is not bool:
         raise ValueError(f"site {plan.site!r} is smoothed: {plan.smoothed!r}")
+    if type(plan.shifted) is not bool or (plan.shifted and not plan.smoothed):
+        raise ValueError(f"site {plan.site!r} is shifted: {plan.shifted!r}")
     mixable = not plan.weight_symmetric and (plan.weight_bits or 8) <= HIGHEST_MIXED_BITS
     if type(plan.weight_mixed) is not bool or (plan.weight_mixed and not mixable):
         raise ValueError(f"site {plan.site!r} has mixed weights of {plan.weight_bits} bits")

@@ -154,7 +154,7 @@ def source_of(layer: fx.Node, *, through_smoothing: bool = True) -> fx.Node:
     x: fx.Node = layer.args[0]  # type: ignore[assignment]
     if is_op(layer, ops.rescale.default) and (products := products_of(x)):
         x = products[0].node.args[0]  # type: ignore[assignment]
-    passed = {*_QUANTISING, "smoothing"} if through_smoothing else _QUANTISING
+    passed = {*_QUANTISING, "smoothing", "shift"} if through_smoothing else _QUANTISING
     while x.meta.get("role") in passed:
         x = x.args[0]  # type: ignore[assignment]
     return x

@@ -28,6 +28,7 @@ _ROLES: Mapping[str, tuple[Any, ...]] = {
     "layer": (_CONV, _LINEAR, _RESCALE),
     "activation_quantizer": FAKE_QUANTISERS,
     "weight_quantizer": FAKE_QUANTISERS,
+    "shift": (aten.sub.Tensor,),
     "smoothing": (aten.mul.Tensor,),
     "branch": (aten.add.Tensor,),
     "residual": (aten.add.Tensor,),
@@ -50,6 +51,7 @@ _OF_QUANTISED = (
     "lora",
     "codes",
     "product",
+    "shift",
     "smoothing",
     "branch",
     "residual",
@@ -169,7 +171,26 @@ def _smoothing_problem(program: Program, plan: SitePlan, layer: fx.Node) -> str:
     if name.op != "get_attr" or name.target != f"{plan.site}.smoothing":
         return "its smoothing is not stored"
     found = tuple(program.state[name.target].shape) if name.target in program.state else None
-    return "" if found == shape else f"its smoothing is {found}; expected {shape}"
+    if found != shape:
+        return f"its smoothing is {found}; expected {shape}"
+    return _shift_problem(program, plan, layer, node.args[0], shape)
+
+
+def _shift_problem(program: Program, plan: SitePlan, layer: fx.Node, node: Any, shape: tuple[int, ...]) -> str:
+    """What is wrong with the shifts in front of a site's smoothing, and with the bias that takes them back."""
+    if _of_site(node, plan, "shift") != plan.shifted:
+        return "the plan and the graph do not agree about its shift"
+    if not plan.shifted:
+        return ""
+    shift, bias = node.args[1], layer.args[3 if is_op(layer, _RESCALE) else 2] if len(layer.args) > 2 else None
+    wanted = {f"{plan.site}.shift": (shift, shape), f"{plan.site}.bias_shifted": (bias, (plan.out_channels,))}
+    for name, (stored, size) in wanted.items():
+        if not isinstance(stored, fx.Node) or stored.op != "get_attr" or stored.target != name:
+            return f"its {name.removeprefix(plan.site + '.')} is not stored"
+        found = tuple(program.state[name].shape) if name in program.state else None
+        if found != size:
+            return f"its {name.removeprefix(plan.site + '.')} is {found}; expected {size}"
+    return ""
 
 
 def _branch_problem(program: Program, plan: SitePlan, layer: fx.Node) -> str:

@@ -35,6 +35,17 @@ class SiteRows:
     largest: Tensor
     rows: list[Tensor] = field(default_factory=list)
     steps: dict[int, Tensor] = field(default_factory=dict)
+    span: tuple[Tensor, Tensor] | None = None
+
+    def centred(self) -> tuple[Tensor, "SiteRows"]:
+        """The middle δ of every channel's values [C], and what is seen of x - δ, where a row is [C].
+
+        Steps stay those of x.
+        """
+        assert self.span is not None
+        low, high = self.span
+        middle = (low + high) / 2
+        return middle, SiteRows((high - low) / 2, [rows - middle for rows in self.rows], self.steps)
 
 
 class ReadsRows(Protocol):
@@ -149,12 +160,15 @@ class _Watcher(fx.Interpreter):
         return value
 
     def _see(self, site: str, layer: fx.Node, x: Tensor) -> None:
-        largest = x.abs().transpose(0, channel_axis(layer)).flatten(1).amax(1)
+        low, high = x.transpose(0, channel_axis(layer)).flatten(1).aminmax(dim=1)
+        largest = torch.maximum(-low, high)
         if not bool(largest.isfinite().all()):
             said = f"met NaN or infinity at timestep {self.timestep:g}"
             raise TrainingError(f"what {site} reads", said, not_finite_because(self.program))
         seen = self.found.setdefault(site, SiteRows(torch.zeros_like(largest)))
         seen.largest = torch.maximum(seen.largest, largest)
+        before = seen.span or (low, high)
+        seen.span = torch.minimum(before[0], low), torch.maximum(before[1], high)
         seen.steps[self.step] = torch.maximum(seen.steps.get(self.step, largest), largest)
         if self.measuring:
             seen.rows.append(_rows(layer, x, self.count, self.generator))

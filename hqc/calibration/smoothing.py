@@ -28,6 +28,7 @@ from hqc.calibration.rotations import quantised_activation
 from hqc.calibration.site_rows import SiteRows, collect_for, require_rows
 from hqc.calibration.weights import mse_weight_scale
 from hqc.passes.insert_qdq import Range
+from hqc.passes.insert_smoothing import output_shift
 from hqc.passes.rewriting import layer_inputs
 from hqc.plan import SitePlan, weight_range
 from hqc.program import Program, Stage
@@ -44,6 +45,8 @@ _LARGEST = 1024.0
 @dataclass(frozen=True)
 class Smooth:
     """Chooses the factors that `insert_smoothing` has put in front of the sites, and folds them into the weights.
+
+    Shifts, where it has put some, become the middles of the channels' values over all steps; factors are chosen behind.
 
     by: "grid" measures the output error of the candidates with both operands quantised at the plan's widths, unrotated,
     activations in the range `activation`; "max_ratio" takes a = b = ½; "timestep_range" weighs max|x| of `groups` of
@@ -86,7 +89,13 @@ class Smooth:
         for plan in smoothed:
             weight, factors = str(layer_inputs(layers[plan.site])[1].target), f"{plan.site}.smoothing"
             original = state[weight] * _per_input(state[factors].flatten(), state[weight])
-            found = self._choice(plan, original, seen[plan.site])
+            rows = seen[plan.site]
+            if plan.shifted:
+                shift, bias = f"{plan.site}.shift", f"{plan.site}.bias_shifted"
+                middle, rows = rows.centred()
+                state[bias] = state[bias] + output_shift(original, middle - state[shift].flatten())
+                state[shift] = middle.view(state[shift].shape)
+            found = self._choice(plan, original, rows)
             state[weight] = original * _per_input(found, original)
             state[factors] = found.reciprocal().view(state[factors].shape)
         return program.evolve(state=state)

@@ -1,7 +1,7 @@
 """Commands about recipes: list, show, export, schema."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def show(recipe: str, as_json: bool) -> None:
     if as_json:
         steps = [step_data(step) for step in found.steps]
         head = {"name": found.name, "kind": found.kind, "source": found.source, "doc": found.doc}
-        out.print_json({**head, "sampler": asdict(found.sampler), "steps": steps})
+        out.print_json({**head, "sampler": found.sampler.settings(), "steps": steps})
         return
     click.echo(f"{found.name} ({found.kind}, {found.source})\n")
     if found.doc:

@@ -12,6 +12,7 @@ from hqc.recipes.hq_dm import HQ_DM, HQ_DM_REFERENCE
 from hqc.recipes.hqc import HQC
 from hqc.recipes.mpq_dm import MPQ_DM
 from hqc.recipes.mpq_dmv2 import MPQ_DMV2
+from hqc.recipes.passionsr import PASSIONSR
 from hqc.recipes.q_diffusion import Q_DIFFUSION
 from hqc.recipes.recipe import Recipe
 from hqc.recipes.rtn import RTN
@@ -23,7 +24,7 @@ RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         *(HQC, HQ_DM, HQ_DM_REFERENCE, EFFICIENTDM, MPQ_DM, MPQ_DMV2, CONVROT, CONVROT_SINGLE, CONVROT_MIXED),
-        *(Q_DIFFUSION, SVDQUANT, GANQ_INT8, RTN),
+        *(Q_DIFFUSION, SVDQUANT, GANQ_INT8, PASSIONSR, RTN),
     )
 }
 """Every recipe by its name."""

@@ -24,7 +24,7 @@ from hqc.passes import (
     SplitSigns,
 )
 from hqc.steps import step_name
-from hqc.training import LOSSES, Distil, Group, Reconstruct
+from hqc.training import LOSSES, Distil, Group, LearnBounds, LearnFactors, Reconstruct
 
 __all__ = ["PARTS", "STEPS"]
 
@@ -41,6 +41,7 @@ STEPS: Mapping[str, type] = {
         InsertHadamard,
         ChooseRotation,
         InsertQdq,
+        LearnFactors,
         MixChannelBits,
         Decompose,
         FitLookup,
@@ -50,6 +51,7 @@ STEPS: Mapping[str, type] = {
         AttachLora,
         InitLora,
         Distil,
+        LearnBounds,
     )
 }
 """Steps, in the order in which recipes have them."""

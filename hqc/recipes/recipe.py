@@ -127,7 +127,8 @@ class Recipe:
 
     def untrained(self) -> "Recipe":
         """Without what is there for training: the steps that train, and LoRA."""
-        kept = [s for s in self.steps if s.gives != Stage.TRAINED and step_name(type(s)) not in _OF_LORA]
+        training = (*_OF_LORA, "learn_factors")
+        kept = [s for s in self.steps if s.gives != Stage.TRAINED and step_name(type(s)) not in training]
         return replace(self, steps=tuple(kept))
 
     def named(self, name: str) -> "Recipe":
@@ -182,9 +183,21 @@ _AFTER = {
     "insert_qdq": ("select_layers",),
     "mix_channel_bits": ("insert_qdq",),
     "init_lora": ("attach_lora",),
+    "learn_factors": ("insert_smoothing", "insert_qdq"),
+    "learn_bounds": ("calibrate_activations",),
 }
-_LATER = {"insert_qdq": ("calibrate_activations",), "insert_smoothing": ("smooth",), "attach_branch": ("decompose",)}
-_LEFT = {"insert_qdq": "scales", "insert_smoothing": "factors", "attach_branch": "branches"}
+_LATER = {
+    "insert_qdq": ("calibrate_activations",),
+    "insert_smoothing": ("smooth",),
+    "attach_branch": ("decompose",),
+    "learn_factors": ("calibrate_weights", "calibrate_activations"),
+}
+_LEFT = {
+    "insert_qdq": "scales",
+    "insert_smoothing": "factors",
+    "attach_branch": "branches",
+    "learn_factors": "scales of other values",
+}
 _NOT_AFTER = {"insert_smoothing": (*ROTATIONS, "attach_branch"), "smooth": ROTATIONS}
 _ONCE = ("select_layers", "insert_smoothing", "attach_branch", "insert_qdq", "attach_lora")
 

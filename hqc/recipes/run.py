@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def run_settings(program: Program, recipe: Recipe, request: Request, conditions:
     return {
         "recipe": recipe.name,
         "steps": flat_options(recipe.steps),
-        "sampler": asdict(recipe.sampler),
+        "sampler": recipe.sampler.settings(),
         "bits": str(parse_bits(request.bits)),
         "keep_float": list(request.keep_float),
         "weights_sha256": _weights_digest(program),

@@ -17,6 +17,7 @@ class OneCall:
 
     def __init__(self, timestep: float = 0.0, around: Any = None) -> None:
         self.timesteps = torch.tensor([timestep])
+        self.around = type(around).__name__
         self.config = getattr(around, "config", {})
         self.alphas_cumprod: Tensor | None = getattr(around, "alphas_cumprod", None)
 

@@ -1,7 +1,7 @@
 """What is sampled while calibrating and training: scheduler, latents, conditions; and how guidance combines."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "Denoise",
     "Task",
     "call_arguments",
+    "called_once",
     "denoiser",
     "guided",
     "guides",
@@ -135,6 +136,22 @@ class Task:
         """The timesteps that the denoiser is given: the grid of the scale tables, ascending."""
         times = self.scheduler(num_inference_steps).timesteps
         return tuple(sorted({float(t) * self.time_scale for t in times}))
+
+
+def called_once(task: Task, timestep: float | None) -> Task:
+    """The task of a model that is called once at a timestep; the task itself without one, or if it is so already.
+
+    Raises:
+        TrainingError: if the model was not trained on that timestep.
+    """
+    around = task.new_scheduler()
+    if timestep is None or isinstance(around, OneCall):
+        return task
+    levels = getattr(around, "alphas_cumprod", None)
+    if levels is not None and round(timestep) >= len(levels):
+        found = f"the model was trained on timesteps 0…{len(levels) - 1}"
+        raise TrainingError(f"sampler.timestep {timestep:g}", found, f"Give --set sampler.timestep={len(levels) - 1}.")
+    return replace(task, new_scheduler=lambda: OneCall(timestep, around), time_scale=1.0, set_timesteps=_set_timesteps)
 
 
 def guides(g: float) -> bool:

@@ -9,7 +9,7 @@ from hqc.checkpoint import Checkpoint
 from hqc.errors import TrainingError
 from hqc.program import Program
 from hqc.sampling.sampler import Sampler
-from hqc.sampling.task import Denoise, Task, trajectory
+from hqc.sampling.task import Denoise, Task, called_once, trajectory
 from hqc.stages import doing
 
 __all__ = ["Observe", "Update", "Validation", "Work", "evenly"]
@@ -54,10 +54,11 @@ class Validation:
 class Work:
     """Around the program of a run.
 
-    teacher: the captured float program. task: what to sample; None with `observe` only. observe: calibrates instead
-    of the sampler. checkpoint: where the step was when it was killed. on_checkpoint, on_update, on_validation: hear of
-    its progress. unquantised: the float program as the passes in front of the quantisers left it: equal numbers, and
-    the names of nodes and sites that the program of the run has; None: the teacher has them.
+    teacher: the captured float program. task: what to sample, once where the sampler says so; None with `observe` only.
+    observe: calibrates instead of the sampler. checkpoint: where the step was when it was killed. on_checkpoint,
+    on_update, on_validation: hear of its progress. unquantised: the float program as the passes in front of the
+    quantisers left it: equal numbers, and the names of nodes and sites that the program of the run has; None: the
+    teacher has them.
     """
 
     teacher: Program
@@ -69,6 +70,10 @@ class Work:
     on_update: Callable[[Update], None] | None = None
     on_validation: Callable[[Validation], None] | None = None
     unquantised: Program | None = None
+
+    def __post_init__(self) -> None:
+        if self.task is not None:
+            object.__setattr__(self, "task", called_once(self.task, self.sampler.timestep))
 
     @property
     def sampled(self) -> Task:

@@ -105,7 +105,9 @@ class Measure:
 
     @property
     def _trajectory(self) -> Trajectory:
-        return Trajectory(self.samples, self.samples, seed=self.seed, **asdict(self.recipe.sampler))
+        sampler = self.recipe.sampler
+        options = (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta)
+        return Trajectory(self.samples, self.samples, *options, self.seed)
 
     @cached_property
     def inputs(self) -> tuple[Tensor, ...]:

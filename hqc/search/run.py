@@ -15,6 +15,7 @@ from hqc.recipes import Recipe
 from hqc.recipes.plan_file import PlanFile
 from hqc.recipes.run import Request, planned
 from hqc.sampling import Task
+from hqc.sampling.task import called_once
 from hqc.search.allocate import allocate
 from hqc.search.budget import Budget, Unit
 from hqc.search.costs import CostTable, cost_table, limit_of
@@ -140,6 +141,7 @@ def search(
     unit = asked.budget.unit
     candidates = asked.candidates or parse_candidates(CANDIDATES[unit])
     own = recipe.untrained()
+    task = called_once(task, own.sampler.timestep)
     grid = task.timesteps(own.sampler.num_inference_steps)
     requests = {bits: Request(bits, asked.keep_float, grid) for bits in candidates}
     programs = {bits: planned(program, own, request, calibrated=False) for bits, request in requests.items()}

@@ -2,7 +2,21 @@
 
 from hqc.training.distil import Distil
 from hqc.training.groups import Group
-from hqc.training.losses import LOSSES, BothHalves, GuidedNoise, QueueRelation, TemporalRelation
+from hqc.training.learn_bounds import LearnBounds
+from hqc.training.learn_factors import LearnFactors
+from hqc.training.losses import LOSSES, BothHalves, GuidedNoise, InImageSpace, QueueRelation, TemporalRelation
 from hqc.training.reconstruct import Reconstruct
 
-__all__ = ["LOSSES", "BothHalves", "Distil", "Group", "GuidedNoise", "QueueRelation", "Reconstruct", "TemporalRelation"]
+__all__ = [
+    "LOSSES",
+    "BothHalves",
+    "Distil",
+    "Group",
+    "GuidedNoise",
+    "InImageSpace",
+    "LearnBounds",
+    "LearnFactors",
+    "QueueRelation",
+    "Reconstruct",
+    "TemporalRelation",
+]

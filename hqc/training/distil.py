@@ -21,10 +21,11 @@ from hqc.errors import PlanError, TrainingError
 from hqc.memory import require_memory, training_bytes
 from hqc.program import Program, Stage
 from hqc.sampling import Update, Work, guided
+from hqc.sampling.image_gain import image_gain
 from hqc.sampling.task import Denoise
 from hqc.steps import check_options, step_name
 from hqc.training.groups import Group, trainable
-from hqc.training.losses import GuidedNoise, Loss, Seen
+from hqc.training.losses import GuidedNoise, InImageSpace, Loss, Seen
 from hqc.training.queue import Queues
 from hqc.training.step_weights import step_weights
 from hqc.training.student import Student
@@ -113,11 +114,11 @@ class Distil:
             TrainingError: if the loss is not finite, naming the step. ArtefactError: a checkpoint of another program.
         """
         total, sampler = self.total(work), work.sampler
-        taps = taps_of(self.losses, program)
-        student = Student(program, trainable(program, self.groups), self.batch_size * work.halves(), self.ema, taps)
+        taps, live = taps_of(self.losses, program), self.opened(program)
+        student = Student(live, trainable(live, self.groups), self.batch_size * work.halves(), self.ema, taps)
         teacher = Tapped(work.teacher.module(), taps_of(self.losses, work.teacher))
         before, queues = Before(self.losses), Queues(self.losses)
-        weights = self._weights(work, teacher, student.denoise)
+        weights, gains = self._weights(work, teacher, student.denoise), self._image_gains(work)
         epochs = Epochs(work.sampled, sampler, self.batch_size, self.seed, self.order, self.own_share, total)
         first = 0
         if work.checkpoint is not None:
@@ -136,7 +137,8 @@ class Distil:
             weight, earlier = state.weights(weights), before.begin(state.epoch)
             place = state.step % epochs.length
             seen = Seen(found, weight, student.denoise.values, earlier[0])
-            wanted = Seen(state.wanted, weight, teacher.values, earlier[1], queues.near(place))
+            near, gain = queues.near(place), state.weights(gains)
+            wanted = Seen(state.wanted, weight, teacher.values, earlier[1], near, gain)
             loss = self._loss(seen, wanted, state.step)
             before.add(seen.taps, teacher.values)
             queues.add(teacher.values, place)
@@ -149,7 +151,15 @@ class Distil:
             if work.on_checkpoint is not None and done % self.checkpoint_every == 0 and done < total:
                 work.on_checkpoint(student.snapshot(done, {**epochs.kept, **before.snapshot(), **queues.snapshot()}))
             began = time.perf_counter()
-        return student.result()
+        return self.closed(student.result(), program)
+
+    def opened(self, program: Program) -> Program:
+        """The program that learns: this one, unless a step learns other tensors than it has."""
+        return program
+
+    def closed(self, learnt: Program, program: Program) -> Program:
+        """The program with what its opened one has learnt."""
+        return learnt
 
     @property
     def _walked_ahead(self) -> bool:
@@ -169,6 +179,13 @@ class Distil:
         found = step_weights(task, sampler, teacher, student, samples=_WEIGHED_SAMPLES, seed=self.seed)
         times = task.scheduler(sampler.num_inference_steps).timesteps
         return {float(t): weight for t, weight in zip(times, found, strict=True)}
+
+    def _image_gains(self, work: Work) -> dict[float, float] | None:
+        """By timestep, where a loss asks for them."""
+        if not any(isinstance(loss, InImageSpace) for loss in self.losses):
+            return None
+        scheduler = work.sampled.scheduler(work.sampler.num_inference_steps)
+        return {float(t): image_gain(scheduler, float(t)) for t in scheduler.timesteps}
 
     def _held_out(self, work: Work, teacher: Denoise) -> HeldOut | None:
         if not self.validate_every or work.on_validation is None:

@@ -73,7 +73,10 @@ def trainable(program: Program, groups: Sequence[Group]) -> dict[str, Group]:
     return found
 
 
-_MAY_BE_ABSENT = ("bias", "weight_zero", "weight_residual_scale", "activation_zero_table")
+_MAY_BE_ABSENT = (
+    *("bias", "bias_shifted", "shift", "weight_zero", "weight_residual_scale", "activation_zero_table"),
+    *("weight_below", "activation_below_table"),
+)
 
 
 def _may_be_absent(group: Group, sites: Collection[str]) -> bool:

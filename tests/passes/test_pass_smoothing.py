@@ -68,3 +68,34 @@ def test_what_does_not_fit_is_found(captured: Captured) -> None:
     zero = program.evolve(state={**program.state, "conv.smoothing": torch.zeros(32, 1, 1)})
     with pytest.raises(PassError, match=r"conv.smoothing has a factor that is not positive and finite"):
         verify(zero)
+
+
+def test_a_shift_is_taken_back_by_the_bias(captured: Captured) -> None:
+    """By the layer's own bias, a copy of it where sites share one; padded convolutions have none."""
+    program = run_pipeline(captured("cross_attention"), [SelectLayers(), InsertSmoothing(shift=True)])
+    shifted = [plan for plan in program.plan.sites if plan.shifted]
+    pointwise = {plan.site for plan in shifted if plan.kind == "conv2d"}
+    assert {site.rpartition(".")[2] for site in pointwise} == {"proj_in", "proj_out"}
+    assert any(plan.smoothed and not plan.shifted for plan in program.plan.sites)
+    generator, state = torch.Generator().manual_seed(3), dict(program.state)
+    for plan in shifted:
+        shift = torch.randn(plan.in_channels, generator=generator)
+        state[f"{plan.site}.shift"] = shift.view(state[f"{plan.site}.shift"].shape)
+        moved = state[f"{plan.site}.weight_smoothed"].flatten(1).mv(shift)
+        state[f"{plan.site}.bias_shifted"] = state[f"{plan.site}.bias_shifted"] + moved
+    args = program.example_inputs(2, seed=5)
+    moved_program = program.evolve(state=state)
+    torch.testing.assert_close(moved_program.module()(*args), program.module()(*args), rtol=1e-3, atol=1e-4)
+    layer = dict(program.sites())[shifted[0].site]
+    assert source_of(layer).meta.get("role") is None
+
+
+def test_a_shift_in_every_integer_form(captured: Captured) -> None:
+    program = run_pipeline(captured("cross_attention"), [SelectLayers(rules="all"), InsertSmoothing(shift=True)])
+    integer = run_pipeline(program, [InsertQdq((0.0,)), FreezeIntegers(), RotateWeights()])
+    assert site_problems(integer) == []
+    first = next(plan.site for plan in program.plan.sites if plan.shifted)
+    hidden = integer.plan.with_sites({first: replace(integer.plan[first], shifted=False)})
+    assert any("do not agree about its shift" in text for text in site_problems(integer.evolve(plan=hidden)))
+    wrong = integer.evolve(state={**integer.state, f"{first}.shift": torch.zeros(1)})
+    assert any("its shift is (1,); expected" in text for text in site_problems(wrong))

@@ -27,6 +27,8 @@ FEW = {
     "decompose": {"samples": 1, "timesteps": 2, "rows": 16, "rounds": 3, "candidates": 20},
     "mix_channel_bits": {"samples": 1, "timesteps": 2, "rows": 8},
     "reconstruct": {"samples": 1, "timesteps": 3, "iterations": 20, "batch_size": 2},
+    "learn_factors": {"updates": 5, "batch_size": 2, "checkpoint_every": 2},
+    "learn_bounds": {"updates": 5, "batch_size": 2, "checkpoint_every": 2},
     "fit_lookup": {"samples": 1, "timesteps": 2, "rows": 32, "rounds": 2},
 }
 QAT = [name for name, recipe in RECIPES.items() if recipe.kind == "qat"]
@@ -44,9 +46,11 @@ def quantised(program: Program) -> dict[str, Program]:
 
 def _short(name: str) -> Recipe:
     found = api.recipe_of(name, SHORT)
+    if found.sampler.timestep is not None:
+        found = found.set("sampler.timestep", 99)  # the pipeline was trained on a hundred
     for step, options in FEW.items():
         found = found.having(step, **options) if found.step(step) is not None else found
-    return found if found.kind == "ptq" else api.recipe_of(found, TRAINED)
+    return api.recipe_of(found, TRAINED) if found.step("distil") is not None else found
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -58,7 +62,7 @@ def test_it_calibrates_and_trains_what_it_says(quantised: dict[str, Program], na
     assert len(tables) == len(result.plan.quantised) > 10
     assert all(bool((table != 1).any()) for table in tables)
     learnt = [key for key, t in result.state.items() if key.endswith("lora_b") and bool(t.any())]
-    assert bool(learnt) == (name in QAT)
+    assert bool(learnt) == (RECIPES[name].step("attach_lora") is not None)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -71,7 +75,7 @@ def test_its_export_equals_it(quantised: dict[str, Program], name: str, tmp_path
     assert float((session(*args) - wanted).norm() / wanted.norm()) < 0.02
 
 
-@pytest.mark.parametrize("name", ["efficientdm", "hqc", "mpq-dm", "mpq-dmv2"])
+@pytest.mark.parametrize("name", ["efficientdm", "hqc", "mpq-dm", "mpq-dmv2", "passionsr"])
 def test_it_resumes_to_the_same_bits(
     program: Program, quantised: dict[str, Program], name: str, tmp_path: Path
 ) -> None:
@@ -153,6 +157,25 @@ def test_mpq_dmv2_has_binary_codes_beside_salient_channels(quantised: dict[str, 
 def test_mpq_dmv2_in_other_targets(quantised: dict[str, Program], target: str, tmp_path: Path) -> None:
     """It verifies every site and the whole network."""
     hqc.export_program(quantised["mpq-dmv2"], target, tmp_path / "x")
+
+
+def test_passionsr_learns_factors_shifts_and_boundaries(program: Program, quantised: dict[str, Program]) -> None:
+    """One call at one timestep: static scales; what is folded keeps the float numbers."""
+    result = quantised["passionsr"]
+    assert result.plan.timesteps == (99.0,)
+    untrained = api.quantise(program, _short("passionsr").untrained(), "w4a4")
+    moved = {"smoothing": 0, "shift": 0, "weight_scale": 0, "activation_scale_table": 0}
+    for plan in result.plan.quantised:
+        assert plan.smoothed == plan.trained, plan.site
+        pointwise = plan.kind == "linear" or plan.site.endswith(("proj_in", "proj_out"))
+        assert plan.shifted == (plan.smoothed and pointwise), plan.site
+        for leaf in moved:
+            tensor = result.state.get(f"{plan.site}.{leaf}")
+            moved[leaf] += tensor is not None and not torch.equal(tensor, untrained.state[f"{plan.site}.{leaf}"])
+    assert min(moved.values()) > 10, moved
+    plain, args = without_quantisers(result), program.example_inputs(2, seed=3)
+    assert plain is not None
+    torch.testing.assert_close(plain.module()(*args), program.module()(*args), rtol=1e-3, atol=1e-4)
 
 
 def test_ganq_takes_its_weights_from_tables(program: Program, quantised: dict[str, Program]) -> None:

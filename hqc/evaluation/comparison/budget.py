@@ -76,8 +76,9 @@ def scaled(program: Program, recipe: Recipe, task: Task, bits: str, budget: floa
 
 def _costs(program: Program, recipe: Recipe, task: Task, bits: str) -> tuple[float, float]:
     """Evaluations of the steps without iterations, and of those with."""
-    request = Request(bits, timesteps=task.timesteps(recipe.sampler.num_inference_steps))
-    ready, work = planned(program, recipe, request, calibrated=False), Work(program, task, recipe.sampler)
+    work = Work(program, task, recipe.sampler)
+    request = Request(bits, timesteps=work.sampled.timesteps(recipe.sampler.num_inference_steps))
+    ready = planned(program, recipe, request, calibrated=False)
     costs: Mapping[bool, list[float]] = {False: [], True: []}
     for step in recipe.steps:
         if is_procedure(step):

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ class Maker:
             "program": self.source,
             "recipe": recipe.name,
             "steps": flat_options(recipe.steps),
-            "sampler": asdict(recipe.sampler),
+            "sampler": recipe.sampler.settings(),
             "bits": cell.bits,
             "conditions": self.subject.task.drawn_from,
             "threads": torch.get_num_threads(),

@@ -62,7 +62,7 @@ _LAYERS = (aten.linear.default, aten.conv2d.default, aten.conv1d.default, ops.re
 
 def full_precision_nodes(program: Program) -> frozenset[fx.Node]:
     """The fx nodes that compute in float32."""
-    nodes = {n for n in program.graph.nodes if is_op(n, *_FULL_TARGETS) or n.meta.get("role") == "smoothing"}
+    nodes = {n for n in program.graph.nodes if is_op(n, *_FULL_TARGETS) or n.meta.get("role") in ("shift", "smoothing")}
     nodes |= _before_waves(program) | _timestep_before_layers(program)
     quantised = (n for n in program.graph.nodes if is_op(n, ops.dequantize.default) and is_op(n.args[0], *QUANTISERS))
     return frozenset(nodes | set(quantised))

@@ -5,17 +5,27 @@ from collections.abc import Mapping
 from hqc.steps import step_name
 from hqc.training.losses.both_halves import BothHalves
 from hqc.training.losses.guided_noise import GuidedNoise
+from hqc.training.losses.in_image_space import InImageSpace
 from hqc.training.losses.queue_relation import QueueRelation
 from hqc.training.losses.seen import Seen, Values
 from hqc.training.losses.temporal_relation import TemporalRelation
 
-__all__ = ["LOSSES", "BothHalves", "GuidedNoise", "Loss", "QueueRelation", "Seen", "TemporalRelation", "Values"]
+__all__ = [
+    "LOSSES",
+    "BothHalves",
+    "GuidedNoise",
+    "InImageSpace",
+    "Loss",
+    "QueueRelation",
+    "Seen",
+    "TemporalRelation",
+    "Values",
+]
 
-Loss = BothHalves | GuidedNoise | TemporalRelation | QueueRelation
+Loss = BothHalves | GuidedNoise | InImageSpace | QueueRelation | TemporalRelation
 """Any of the losses: called with what student and teacher have computed. `taps(program)` names the nodes whose values
 it sees besides, `window` says of how many neighbouring steps, `in_order` that it needs the steps in their order."""
 
-LOSSES: Mapping[str, type] = {
-    step_name(kind): kind for kind in (BothHalves, GuidedNoise, TemporalRelation, QueueRelation)
-}
+_KINDS = (BothHalves, GuidedNoise, InImageSpace, TemporalRelation, QueueRelation)
+LOSSES: Mapping[str, type] = {step_name(kind): kind for kind in _KINDS}
 """Every loss by the name that recipes use."""

@@ -17,6 +17,7 @@ class Seen:
 
     taps: what the losses asked for, of every sample that the denoiser was run on ([2·N, …] with guidance). before: the
     same of the steps before in this trajectory, the latest last, without gradients. queue: pixels that losses queued.
+    image_gain: how far an error of the noise moves the image, a number or [N], for losses that ask; None is 1.
     """
 
     noise: Tensor
@@ -24,3 +25,4 @@ class Seen:
     taps: Values = field(default_factory=dict)
     before: tuple[Values, ...] = ()
     queue: Values = field(default_factory=dict)
+    image_gain: Tensor | float | None = None

@@ -16,7 +16,7 @@ from hqc.training.losses.seen import Seen
 __all__ = ["TemporalRelation", "places_of", "relation_loss", "tapped_block", "unit_features"]
 
 _CHUNK_VALUES = 2**22
-_PASSED_ROLES = ("activation_quantizer", "rotation", "rotation_back", "smoothing")
+_PASSED_ROLES = ("activation_quantizer", "rotation", "rotation_back", "smoothing", "shift")
 _PASSED = (aten.group_norm.default, aten.layer_norm.default, aten.rms_norm.default, aten.silu.default)
 
 
