@@ -13,6 +13,7 @@ at the borders than in the middle, and no bias takes it back. Other sites keep Î
 Source: SmoothQuant (arXiv 2211.10438), as SVDQuant and MPQ-DM use it; with shifts PassionSR (arXiv 2411.17106), LET.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -73,7 +74,7 @@ def takes_shift(layer: fx.Node, weight: Tensor) -> bool:
         return True
     padding: Any = layer.args[4] if len(layer.args) > 4 else (0, 0)
     groups = layer.args[6] if len(layer.args) > 6 else 1
-    return weight.shape[2:].numel() == 1 and not any(padding) and groups == 1
+    return math.prod(weight.shape[2:]) == 1 and not any(padding) and groups == 1
 
 
 def output_shift(weight: Tensor, shift: Tensor) -> Tensor:
