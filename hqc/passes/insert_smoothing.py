@@ -73,7 +73,7 @@ def takes_shift(layer: fx.Node, weight: Tensor) -> bool:
     if not is_op(layer, CONV):
         return True
     padding: Any = layer.args[4] if len(layer.args) > 4 else (0, 0)
-    groups = layer.args[6] if len(layer.args) > 6 else 1
+    groups: Any = layer.args[6] if len(layer.args) > 6 else 1
     return math.prod(weight.shape[2:]) == 1 and not any(padding) and groups == 1
 
 
