@@ -81,7 +81,7 @@ _OWN = frozenset(
     for name in (
         *("hadamard", "fake_quantize", "nearest_timestep", "quantize", "dequantize"),
         *("fake_quantize_bounded", "fake_quantize_residual", "quantize_bounded", "round_ste"),
-        *("unpack_int4", "rotate_codes", "digit", "half", "int_linear", "int_conv2d", "rescale"),
+        *("unpack_int4", "lookup", "rotate_codes", "digit", "half", "int_linear", "int_conv2d", "rescale"),
     )
 )
 
@@ -199,6 +199,15 @@ def _residual_quantiser(given: Arguments) -> str:
     return "" if fits else f"has steps {list(step.shape)}; expected one real number for each of {list(rows)} rows"
 
 
+def _from_table(given: Arguments) -> str:
+    codes, table = given["codes"], given["table"]
+    if codes.dtype != torch.int8 or not table.is_floating_point():
+        return f"looks up {codes.dtype} in {table.dtype}; expected int8 in real numbers"
+    if table.ndim != 2 or codes.ndim < 2 or table.shape[0] != codes.shape[0] or table.shape[1] not in (4, 8, 16):
+        return f"looks up {list(codes.shape)} in {list(table.shape)}; expected a table of 4, 8 or 16 for each row"
+    return ""
+
+
 def _rounded(given: Arguments) -> str:
     return "" if given["x"].is_floating_point() else "rounds whole numbers"
 
@@ -312,6 +321,7 @@ RULES: Mapping[str, Rule] = {
     "hqc.dequantize.default": _dequantiser,
     "hqc.nearest_timestep.default": _nearest,
     "hqc.unpack_int4.default": _unpacked,
+    "hqc.lookup.default": _from_table,
     "hqc.rotate_codes.default": _rotated_codes,
     "hqc.digit.default": _part,
     "hqc.half.default": _part,

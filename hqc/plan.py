@@ -217,7 +217,12 @@ class SitePlan:
     @property
     def quantised(self) -> bool:
         """Whether the site's product runs on codes."""
-        return self.weight_bits is not None
+        return self.activation_bits is not None
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether its weight comes from codes and its activation stays float."""
+        return self.weight_bits is not None and self.activation_bits is None
 
     @property
     def weight_code_bits(self) -> int:
@@ -228,9 +233,11 @@ class SitePlan:
     def widths(self) -> str:
         """`w4a4`, or `float`; an asymmetric operand has a star, `w4*a4*`, a weight of mixed bits a sign: `w4±*a4*`.
 
-        One whose codes come from a table has a tilde, `w4~a8`; one whose salient channels have a binary code more has a
-        plus, `w4+*a4*`.
+        One whose codes come from a table has a tilde, `w4~a8`, and a16 stands for a float activation; one whose salient
+        channels have a binary code more has a plus, `w4+*a4*`.
         """
+        if self.weight_only:
+            return f"w{self.weight_bits}~a16"
         if not self.quantised:
             return "float"
         stars = ["" if symmetric else "*" for symmetric in (self.weight_symmetric, self.activation_symmetric)]
@@ -281,6 +288,11 @@ class QuantPlan:
     def quantised(self) -> tuple[SitePlan, ...]:
         """The sites that are quantised."""
         return tuple(plan for plan in self.sites if plan.quantised)
+
+    @property
+    def coded(self) -> tuple[SitePlan, ...]:
+        """The sites whose weights come from codes: those, and the ones whose activations stay float."""
+        return tuple(plan for plan in self.sites if plan.weight_bits is not None)
 
     def with_sites(self, changed: Mapping[str, SitePlan]) -> "QuantPlan":
         """The same plan with some sites replaced."""
@@ -354,7 +366,8 @@ def _site_plan(data: Mapping[str, Any]) -> SitePlan:
     if not isinstance(plan.trained, bool):
         raise ValueError(f"site {plan.site!r} is trained: {plan.trained!r}")
     quantised = all(type(b) is int and LOWEST_BITS <= b <= HIGHEST_BITS for b in widths)
-    if not quantised and widths != (None, None):
+    alone = widths[1] is None and type(widths[0]) is int and widths[0] >= LOWEST_BITS and plan.weight_lookup is True
+    if not quantised and not alone and widths != (None, None):
         raise ValueError(f"site {plan.site!r} has widths {widths}")
     for bits, symmetric in (
         (plan.weight_bits, plan.weight_symmetric),

@@ -42,7 +42,7 @@ _ROLES: Mapping[str, tuple[Any, ...]] = {
     "product": _PRODUCTS,
     "weight": (
         *(ops.dequantize.default, ops.rotate_codes.default, ops.unpack_int4.default),
-        *(ops.digit.default, ops.half.default, aten.to.dtype),
+        *(ops.lookup.default, ops.digit.default, ops.half.default, aten.to.dtype),
     ),
 }
 _OF_QUANTISED = (
@@ -147,6 +147,10 @@ def _plan_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator
         if _rotated_by(layer.args[0]) != (plan.hadamard, plan.weight_rotated):
             yield "the plan and the graph do not agree about its rotation"
         return
+    if plan.weight_only:
+        if problem := _table_problem(program, plan, layer):
+            yield problem
+        return
     if not plan.quantised:
         if is_op(layer, _RESCALE) or _has_role(layer.args[1], "weight_quantizer", "weight"):
             yield "the plan leaves it float; the graph does not"
@@ -156,6 +160,23 @@ def _plan_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iterator
         if program.stage == Stage.INTEGER
         else _training_problems(program, plan, layer)
     )
+
+
+def _table_problem(program: Program, plan: SitePlan, layer: fx.Node) -> str:
+    """What is wrong with a weight of a table beside a float activation."""
+    weight: Any = layer.args[1]
+    if _rotated_by(layer.args[0]) != (None, False) or is_op(layer, _RESCALE):
+        return "the plan leaves its activation float; the graph does not"
+    if program.stage != Stage.INTEGER:
+        return "" if weight.op == "get_attr" else "its weight is not stored"
+    names = [f"{plan.site}.weight_table", f"{plan.site}.weight_codes", f"{plan.site}.weight_packed"]
+    if not is_op(weight, ops.lookup.default) or names[0] not in program.state:
+        return "its weight is not looked up in a table"
+    if not any(name in program.state for name in names[1:]):
+        return "has no stored codes"
+    entries = 2 ** (plan.weight_bits or 8)
+    found = list(program.state[names[0]].shape)
+    return "" if found == [plan.out_channels, entries] else f"its table is {found}; expected {entries} for each channel"
 
 
 def _smoothing_problem(program: Program, plan: SitePlan, layer: fx.Node) -> str:

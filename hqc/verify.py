@@ -24,6 +24,7 @@ _INTEGER_OPS: set[object] = {
     ops.quantize_bounded.default,
     ops.dequantize.default,
     ops.unpack_int4.default,
+    ops.lookup.default,
     ops.rotate_codes.default,
     ops.digit.default,
     ops.int_linear.default,

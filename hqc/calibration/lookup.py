@@ -22,7 +22,7 @@ from hqc.calibration.weights import mse_weight_scale, source_weight
 from hqc.errors import PlanError
 from hqc.passes.rewriting import layer_inputs
 from hqc.passes.split_digits import digit_limit
-from hqc.plan import HIGHEST_LOOKUP_BITS, activation_range, weight_range
+from hqc.plan import HIGHEST_LOOKUP_BITS, activation_range, parse_bits, weight_range
 from hqc.program import Program, Stage
 from hqc.sampling import Work
 from hqc.steps import check_options
@@ -36,11 +36,12 @@ _VALUES_A_CALL = 2**22
 
 @dataclass(frozen=True)
 class FitLookup:
-    """Fills the weights that `insert_qdq(weight="lookup")` marked: values of a table of whole numbers for every row.
+    """Fills the weights that `insert_qdq(weight="lookup")` marked: values of a table for every row.
 
-    The table of a row holds 2ⁿ numbers of an int8 grid with one scale, max|W_o| over 127 or 64 (see `split_digits`), so
-    that the product stays an integer one. rounds: of both steps. samples: images of the float trajectory; timesteps:
-    how many of its steps give rows, evenly spread; rows: tokens or windows of each. seed: of noise, conditions, rows.
+    Beside float activations the table holds any 2ⁿ numbers, as GANQ's own. Beside quantised ones they are whole: 2ⁿ
+    numbers of an int8 grid with one scale, max|W_o| over 127 or 64 (see `split_digits`), so that the product stays an
+    integer one. rounds: of both steps. samples: images of the float trajectory; timesteps: how many of its steps give
+    rows, evenly spread; rows: tokens or windows of each. seed: of noise, conditions, rows.
     """
 
     rounds: Annotated[int, Field(ge=1, le=1000)] = 5
@@ -67,15 +68,22 @@ class FitLookup:
             TrainingError: where the sampler meets NaN. PlanError: if no weight has a table.
         """
         layers, state = dict(program.sites()), dict(program.state)
-        fitted = [plan for plan in program.plan.quantised if plan.weight_lookup]
-        if program.plan.quantised and not fitted:
+        fitted = [plan for plan in program.plan.sites if plan.weight_lookup]
+        wide = bool(program.plan.bits) and parse_bits(program.plan.bits).weight > HIGHEST_LOOKUP_BITS
+        if not fitted and (program.plan.quantised or wide):
             found = f"no weight has a table; the plan is {program.plan.bits}"
             do = f'Ask for w2 … w{HIGHEST_LOOKUP_BITS}, as --bits w4a8, and put insert_qdq(weight="lookup") before it.'
             raise PlanError("fit_lookup", found, do)
         inputs = {plan.site: layer_inputs(layers[plan.site])[0] for plan in fitted}
         seen = collect_for(self, program, inputs, work, "fitting tables")
         for plan in fitted:
-            name, rows = source_weight(layer_inputs(layers[plan.site])[1]), torch.cat(seen.pop(plan.site).rows)
+            reader, rows = layer_inputs(layers[plan.site])[1], torch.cat(seen.pop(plan.site).rows)
+            if plan.weight_only:
+                name = str(reader.target)
+                fit = fit_lookup(state[name].flatten(1), rows.T @ rows, plan.weight_bits or 8, self.rounds)
+                state[name] = fit.weight.view(state[name].shape).to(state[name].dtype)
+                continue
+            name = source_weight(reader)
             weight, grid = state[name].flatten(1), digit_limit(activation_range(plan.activation_bits or 8)[1])
             scale = torch.where(weight.any(1), weight.abs().amax(1) / grid, 1.0).to(torch.float32)
             fit = fit_lookup(weight, rows.T @ rows, plan.weight_bits or 8, self.rounds, scale, grid)

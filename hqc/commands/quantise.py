@@ -316,7 +316,7 @@ def _say(job: _Job, result: "Program", more: dict[str, Any], title: str, *, as_j
 
     summary = {
         "program": str(job.output),
-        "sites": len(result.plan.quantised),
+        "sites": len(result.plan.coded),
         "bits": job.bits,
         "calibrated_on": job.task.drawn_from,
         **more,

@@ -21,7 +21,7 @@ from hqc.export.ort_activations import IntegerState, dequantize, hadamard, quant
 from hqc.export.ort_attention import attention
 from hqc.export.ort_products import rescale
 from hqc.export.scale_bank import ScaleBank
-from hqc.export.shared import int4_weight, nearest_timestep
+from hqc.export.shared import int4_weight, looked_up, nearest_timestep
 from hqc.program import Program, aten
 from hqc.sites import PRODUCTS, QuantisedSite, absorbed_nodes
 
@@ -74,6 +74,7 @@ _TRANSLATIONS: Translations = {
         **dict.fromkeys(QUANTISERS, quantize),
         ops.dequantize.default: dequantize,
         ops.unpack_int4.default: int4_weight,
+        ops.lookup.default: looked_up,
         ops.rescale.default: rescale,
         aten.scaled_dot_product_attention.default: attention,
         aten.index_select.default: _index_select,

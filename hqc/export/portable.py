@@ -25,7 +25,7 @@ from hqc.export.aten_math import MATH
 from hqc.export.aten_shapes import SHAPES
 from hqc.export.builder import HQC_DOMAIN, typed
 from hqc.export.lowering import Lowering, Translations
-from hqc.export.shared import int4_weight, nearest_timestep, per_sample, signed_sums
+from hqc.export.shared import int4_weight, looked_up, nearest_timestep, per_sample, signed_sums
 from hqc.program import Program, is_op
 from hqc.sites import rotation_of
 
@@ -97,4 +97,5 @@ _TRANSLATIONS: Translations = {
     **dict.fromkeys(QUANTISERS, _quantize),
     ops.dequantize.default: _dequantize,
     ops.unpack_int4.default: int4_weight,
+    ops.lookup.default: looked_up,
 }

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, fx
 
 from hqc.errors import ExportError
+from hqc.export.reference import evaluate
 from hqc.export.tensorrt.float_activations import FloatActivations, refuse_wide_codes
 from hqc.passes import FreezeIntegers, MergeLora, PackInt4, RotateWeights, SplitDigits
 from hqc.passes.rewriting import rewrite
 from hqc.pipeline import Pass, run_pipeline
 from hqc.program import Program, Stage, aten, is_op
 
-__all__ = ["Target", "fold_constants", "prepare"]
+__all__ = ["Target", "fold_constants", "fold_tables", "prepare"]
 
 Target = Literal["portable", "onnxruntime", "tensorrt"]
 
@@ -32,7 +33,8 @@ def prepare(program: Program, target: Target, *, weight_only: Sequence[str] = ()
         raise ExportError(f"target {target!r}", f"unknown; there are {', '.join(get_args(Target))}", "Use one of them.")
     if target == "tensorrt":
         refuse_wide_codes(program)
-    return fold_constants(run_pipeline(program, _missing_passes(program, target, weight_only)))
+    prepared = run_pipeline(program, _missing_passes(program, target, weight_only))
+    return fold_constants(fold_tables(prepared) if target == "tensorrt" else prepared)
 
 
 def _missing_passes(program: Program, target: Target, weight_only: Sequence[str]) -> list[Pass]:
@@ -63,6 +65,18 @@ def _missing_passes(program: Program, target: Target, weight_only: Sequence[str]
     if not packed:
         passes.append(PackInt4())
     return passes
+
+
+@torch.no_grad()
+def fold_tables(program: Program) -> Program:
+    """Weights of tables of real numbers as the floats that they are: TensorRT has no product that looks them up."""
+    edit = rewrite(program)
+    for node in list(edit.graph.nodes):
+        if is_op(node, ops.lookup.default):
+            site = str(node.meta["site"])
+            value = evaluate(program.evolve(graph=edit.graph), node, {})
+            node.replace_all_uses_with(edit.weight(f"{site}.weight", value, node))
+    return edit.finish()
 
 
 @torch.no_grad()

@@ -83,9 +83,11 @@ def without_quantisers(program: Program) -> Program | None:
     """The program with its quantisers bypassed, a stand-in for the float model; None if its products are integer.
 
     A quantised program keeps its float weights (and its LoRA); a frozen one has only codes, so its weights stay
-    quantised and only the activations become float.
+    quantised and only the activations become float. Weights of tables beside float activations keep no float form.
     """
-    if any(is_op(node, ops.int_linear.default, ops.int_conv2d.default) for node in program.graph.nodes):
+    if any(plan.weight_only for plan in program.plan.sites) or any(
+        is_op(node, ops.int_linear.default, ops.int_conv2d.default) for node in program.graph.nodes
+    ):
         return None
     edit = rewrite(program)
     for node in list(edit.graph.nodes):

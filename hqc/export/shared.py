@@ -13,7 +13,7 @@ from hqc.ops import hadamard_matrix
 from hqc.rotations import Rotation
 from hqc.sites import rotation_of
 
-__all__ = ["int4_weight", "matrix_name", "nearest_timestep", "per_sample", "signed_sums", "signs"]
+__all__ = ["int4_weight", "looked_up", "matrix_name", "nearest_timestep", "per_sample", "signed_sums", "signs"]
 
 FLOAT = ir.DataType.FLOAT
 
@@ -34,6 +34,18 @@ def int4_weight(lo: Lowering, node: fx.Node) -> ir.Value:
     dims = [int(d) for d in shape]  # type: ignore[union-attr, arg-type]
     assert packed.size == math.ceil(math.prod(dims) / 2)
     return lo.builder.initializer(name, ir.PackedTensor(packed, ir.DataType.INT4, shape=ir.Shape(dims), name=name))
+
+
+def looked_up(lo: Lowering, node: fx.Node) -> ir.Value:
+    """table [O, E] by codes c [O, …]: Cast → Add(E/2) → GatherElements. Runtimes fold it when they load a model."""
+    b = lo.builder
+    table, shape = lo.value(node.args[1]), [int(d) for d in lo.shape(node)]
+    entries = int(lo.shape(node.args[1])[1])
+    # By INT8: onnxruntime has neither a Reshape of INT4 nor its cast to INT64.
+    flat = typed(b.reshape(b.cast(lo.value(node.args[0]), ir.DataType.INT8), [shape[0], -1]), ir.DataType.INT8)
+    places = typed(b.op("Add", b.cast(flat, ir.DataType.INT64), b.ints(entries // 2)), ir.DataType.INT64)
+    values = typed(b.op("GatherElements", table, places, axis=1), FLOAT)
+    return typed(b.reshape(values, shape, name=node.name), FLOAT)
 
 
 def per_sample(lo: Lowering, scale: ir.Value, rank: int) -> ir.Value:

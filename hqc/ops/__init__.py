@@ -4,14 +4,15 @@ In the order in which data meets them: the timestep picks a scale (`nearest_time
 (`hadamard`) and quantised (`fake_quantize` while training; `quantize`, `dequantize` after; `fake_quantize_bounded` and
 `quantize_bounded` where the range of codes is a tensor, made whole by `round_ste`; `fake_quantize_residual` adds a
 binary code for what they leave of a weight), weights come from codes
-(`unpack_int4`, `rotate_codes`, `digit`, `half`), meet in an integer product (`int_linear`, `int_conv2d`) and go back to
-real units (`rescale`).
+(`unpack_int4`, `lookup`, `rotate_codes`, `digit`, `half`), meet in an integer product (`int_linear`, `int_conv2d`) and
+go back to real units (`rescale`).
 """
 
 from hqc.ops.bounded import fake_quantize_bounded, quantize_bounded
 from hqc.ops.fake_quantize import fake_quantize
 from hqc.ops.hadamard import hadamard, hadamard_matrix, regular, sylvester
 from hqc.ops.integer_product import int_conv2d, int_linear
+from hqc.ops.lookup import lookup, table_codes
 from hqc.ops.nearest_timestep import nearest_timestep
 from hqc.ops.quantize import dequantize, quantize
 from hqc.ops.rescale import rescale
@@ -32,6 +33,7 @@ __all__ = [
     "half",
     "int_conv2d",
     "int_linear",
+    "lookup",
     "nearest_timestep",
     "pack_int4",
     "quantize",
@@ -41,5 +43,6 @@ __all__ = [
     "rotate_codes",
     "round_ste",
     "sylvester",
+    "table_codes",
     "unpack_int4",
 ]

@@ -7,6 +7,8 @@ FQ = DQ∘Q with the same operations in the same order, so no value changes. A r
 tables of whole numbers, the least and the largest code at each timestep; weight codes are then q - z. This is the form
 that the portable export writes; `rotate_weights` turns it into integer products.
 
+A weight of a table beside a float activation becomes `lookup(codes, table)`, with the values that its rows have.
+
 A weight that has binary codes besides becomes two layers that read the same activation codes, `site` and
 `site:residual`, and their sum:
 
@@ -23,6 +25,7 @@ from torch import Tensor, fx
 
 from hqc.bounds import Lookups, bounds_of
 from hqc.errors import PassError
+from hqc.ops import table_codes
 from hqc.passes.insert_qdq import residual_step_of
 from hqc.passes.rewriting import Rewriter, layer_inputs, rewrite
 from hqc.pipeline import Findings
@@ -44,9 +47,10 @@ class FreezeIntegers:
     preserves: ClassVar[str] = "numerics"
 
     def find(self, program: Program) -> Findings:
-        """Every quantised site."""
-        misses = tuple((p.site, f"float: {p.reason}") for p in program.plan.sites if not p.quantised)
-        return Findings(tuple(p.site for p in program.plan.quantised), misses)
+        """Every site with codes of a weight."""
+        found = [plan.site for plan in program.plan.coded]
+        misses = tuple((p.site, f"float: {p.reason}") for p in program.plan.sites if p.site not in found)
+        return Findings(tuple(found), misses)
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Freezes weights, splits activation quantisers."""
@@ -54,7 +58,10 @@ class FreezeIntegers:
             raise PassError("freeze_integers", f"{left[0]} still has a LoRA", "Run merge_lora first.")
         edit, signs = rewrite(program), {}
         for site in matches:
-            signs[site] = self._freeze_weight(edit, site)
+            if program.plan[site].weight_only:
+                _freeze_table(edit, program.plan[site])
+            else:
+                signs[site] = self._freeze_weight(edit, site)
         for node in list(edit.graph.nodes):
             if node.meta.get("role") == "activation_quantizer":
                 self._split(edit, node)
@@ -91,6 +98,19 @@ class FreezeIntegers:
         codes = edit.call(node, target, x, scale, *bounds, **meta, dtype="int8", role="codes")
         real = edit.call(node, ops.dequantize.default, codes, scale, like=node, site=site, role="activation")
         node.replace_all_uses_with(real)
+
+
+def _freeze_table(edit: Rewriter, plan: SitePlan) -> None:
+    layer, site = edit.layers[plan.site], plan.site
+    weight = layer_inputs(layer)[1]
+    try:
+        codes, table = table_codes(edit.program.state[str(weight.target)], 2 ** (plan.weight_bits or 8))
+    except ValueError as error:
+        raise PassError(f"freeze_integers at {site}", str(error), "Run fit_lookup first.") from error
+    stored = edit.weight(f"{site}.weight_codes", codes, layer)
+    entries = edit.weight(f"{site}.weight_table", table, layer)
+    found = edit.call(layer, ops.lookup.default, stored, entries, like=weight, site=site, role="weight")
+    layer.replace_input_with(weight, found)
 
 
 def _binary_codes(program: Program, quantiser: fx.Node, weight: Tensor, base: Tensor) -> tuple[Tensor, Tensor] | None:

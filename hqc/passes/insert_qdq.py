@@ -45,6 +45,7 @@ __all__ = ["GRID", "InsertQdq", "grouped", "residual_step_of", "spanning_range",
 GRID = "timestep_grid"
 ops = torch.ops.hqc
 Range = Literal["symmetric", "asymmetric"]
+ActivationRange = Literal["symmetric", "asymmetric", "float"]
 WeightRange = Literal["symmetric", "asymmetric", "mixed", "residual", "lookup"]
 _MIXED = ("mixed", "residual")
 
@@ -57,12 +58,13 @@ class InsertQdq:
     activation, weight: "symmetric", or "asymmetric" for operands of at most 7 bits. weight="mixed": asymmetric, and up
     to 6 bits with bits of its own for every output channel; "residual": the same, and salient channels have a binary
     code more instead of a bit; "lookup": up to 4 bits with a table for each of them.
+    activation="float": beside such weights, activations are not quantised, and wider weights neither.
     groups: that many rows, each for neighbouring timesteps: all whose nearest middle of a group it is; 0: one row each.
     static: one row for all timesteps.
     """
 
     timesteps: tuple[float, ...] = ()
-    activation: Range = "symmetric"
+    activation: ActivationRange = "symmetric"
     weight: WeightRange = "symmetric"
     static: bool = False
     groups: int = 0
@@ -76,9 +78,15 @@ class InsertQdq:
             raise PlanError("timesteps", f"the grid {self.timesteps} is not all numbers", "Give finite timesteps.")
         if len(set(self.timesteps)) != len(self.timesteps):
             raise PlanError("timesteps", "the grid repeats a timestep", "Give distinct timesteps.")
-        for name, value, kinds in (("activation", self.activation, Range), ("weight", self.weight, WeightRange)):
+        for name, value, kinds in (
+            ("activation", self.activation, ActivationRange),
+            ("weight", self.weight, WeightRange),
+        ):
             if value not in (known := get_args(kinds)):
                 raise PlanError(f"{name} {value!r}", f"unknown range; there are {', '.join(known)}", "Use one.")
+        if self.activation == "float" and self.weight != "lookup":
+            found = f"leaves activations float beside {self.weight} weights; only those of tables can stay so"
+            raise PlanError("insert_qdq", found, "Give weight='lookup', or quantise activations.")
         if type(self.groups) is not int or self.groups < 0:
             raise PlanError("insert_qdq", f"groups is {self.groups!r}; expected 0, 1, 2, …", "Give a whole number.")
         if self.static and self.groups:
@@ -92,6 +100,8 @@ class InsertQdq:
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Inserts the grid lookup once, then both quantisers of each site."""
+        if self.activation == "float":
+            return self._weights_alone(program, matches)
         edit, plans = rewrite(program), {}
         grid = self.timesteps or program.plan.timesteps or (0.0,)
         rows = self._rows(grid if program.has_timestep else grid[:1])
@@ -111,6 +121,22 @@ class InsertQdq:
         if self.static:
             return grid[:1]
         return grouped(grid, self.groups) if self.groups else grid
+
+    @staticmethod
+    def _weights_alone(program: Program, matches: Sequence[str]) -> Program:
+        """No quantiser at all: `fit_lookup` writes weights of few values, `freeze_integers` finds their codes."""
+        plans = {}
+        for site in matches:
+            plan = program.plan[site]
+            if plan.block:
+                found = f"{site} is rotated for an activation that stays float"
+                raise PassError("insert_qdq", found, "Leave the rotation out: --no-hadamard.")
+            few = (plan.weight_bits or 8) <= HIGHEST_LOOKUP_BITS
+            note = "activations stay float" if few else f"tables have at most {HIGHEST_LOOKUP_BITS} bits"
+            reason = "; ".join(text for text in (plan.reason, note) if text)
+            own = {"weight_lookup": True} if few else {"weight_bits": None, "trained": True}
+            plans[site] = replace(plan, activation_bits=None, reason=reason, **own)
+        return program.evolve(plan=program.plan.with_sites(plans))
 
     def _with_ranges(self, plan: SitePlan) -> SitePlan:
         """The plan with what its ranges are, and where it says so why one is not as asked."""

@@ -32,7 +32,7 @@ class PackInt4:
         """Sites of at most 4 bits with codes in -8…7; asymmetric ones, q - z, may lie outside."""
         matches, misses = [], []
         for plan in program.plan.sites:
-            if not plan.quantised:
+            if not plan.quantised and not plan.weight_only:
                 misses.append((plan.site, f"float: {plan.reason}"))
             elif f"{plan.site}.weight_packed" in program.state:
                 misses.append((plan.site, "is packed already"))

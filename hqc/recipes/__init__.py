@@ -7,7 +7,7 @@ from hqc.errors import PlanError
 from hqc.recipes.convrot import CONVROT, CONVROT_MIXED, CONVROT_SINGLE
 from hqc.recipes.efficientdm import EFFICIENTDM
 from hqc.recipes.files import read_recipe
-from hqc.recipes.ganq import GANQ_INT8
+from hqc.recipes.ganq import GANQ, GANQ_INT8
 from hqc.recipes.hq_dm import HQ_DM, HQ_DM_REFERENCE
 from hqc.recipes.hqc import HQC
 from hqc.recipes.mpq_dm import MPQ_DM
@@ -24,7 +24,7 @@ RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         *(HQC, HQ_DM, HQ_DM_REFERENCE, EFFICIENTDM, MPQ_DM, MPQ_DMV2, CONVROT, CONVROT_SINGLE, CONVROT_MIXED),
-        *(Q_DIFFUSION, SVDQUANT, GANQ_INT8, PASSIONSR, RTN),
+        *(Q_DIFFUSION, SVDQUANT, GANQ, GANQ_INT8, PASSIONSR, RTN),
     )
 }
 """Every recipe by its name."""

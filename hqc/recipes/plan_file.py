@@ -18,7 +18,7 @@ import yaml
 
 from hqc.errors import PlanError
 from hqc.paths import StrPath
-from hqc.plan import QuantPlan, SitePlan, parse_bits
+from hqc.plan import HIGHEST_BITS, QuantPlan, SitePlan, parse_bits
 from hqc.recipes.files import read_yaml_file
 from hqc.site_rules import FLOAT, SiteRule, rule_from_data, rule_to_data
 
@@ -107,10 +107,11 @@ def plan_of(plan: QuantPlan, unrotated_yet: Collection[str] = ()) -> PlanFile:
 
 
 def _rule(plan: SitePlan, *, has_ranks: bool) -> SiteRule:
-    if not plan.quantised:
+    if not plan.quantised and not plan.weight_only:
         return SiteRule(plan.site, FLOAT)
     rotation = f"{plan.rotation} {plan.block}" if plan.block else False
-    bits = f"w{plan.weight_bits}a{plan.activation_bits}"
+    # A rule gives both widths; a recipe that leaves activations float does so whatever theirs is.
+    bits = f"w{plan.weight_bits}a{plan.activation_bits or HIGHEST_BITS}"
     return SiteRule(plan.site, bits, rotation, plan.lora_rank if has_ranks else None, plan.trained)
 
 

@@ -92,6 +92,9 @@ class Recipe:
 
         One that is chosen is chosen for the range of activation codes that the recipe gives.
         """
+        if self.step("insert_qdq").activation == "float":
+            found = f"recipe {self.name!r} leaves activations float, and a rotation is for their codes"
+            raise PlanError("rotation", found, "Leave --hadamard out.")
         if isinstance(rotation, ChooseRotation):
             rotation = replace(rotation, activation=self.step("insert_qdq").activation)
         plain = [step for step in self.steps if step_name(type(step)) not in ROTATIONS]
@@ -218,7 +221,8 @@ def check_order(name: str, steps: Sequence[Step]) -> None:
         stage = step.gives or stage
         if missing := [one for one in _AFTER.get(own, ()) if one not in names[:index]]:
             raise PlanError(where, f"comes before {missing[0]}, which it needs", f"Put {missing[0]} in front of it.")
-        if missing := [one for one in _LATER.get(own, ()) if one not in names[index:]]:
+        later = () if getattr(step, "activation", "") == "float" else _LATER.get(own, ())
+        if missing := [one for one in later if one not in names[index:]]:
             raise PlanError(where, f"leaves {_LEFT[own]} that no {missing[0]} fills", f"Put {missing[0]} behind it.")
         if wrong := [one for one in _NOT_AFTER.get(own, ()) if one in names[:index]]:
             raise PlanError(

@@ -63,6 +63,7 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "dequantize": (ops.dequantize, lambda: (codes(3, 4), scale(3))),
     "nearest_timestep": (ops.nearest_timestep, lambda: (scale(4), scale(7))),
     "unpack_int4": (ops.unpack_int4, lambda: (codes(8).to(torch.uint8), [3, 5])),
+    "lookup": (ops.lookup, lambda: (codes(3, 4, 2, 2), real(3, 16))),
     "rotate_codes-linear": (ops.rotate_codes, lambda: (codes(3, 16), 8)),
     "rotate_codes-conv": (ops.rotate_codes, lambda: (codes(3, 16, 3, 3), 16)),
     "rotate_codes-regular": (ops.rotate_codes, lambda: (codes(3, 32, 3, 3), 16, True)),

@@ -1,7 +1,9 @@
 """Every method end to end on a tiny pipeline: what it changes, that it resumes, and that its export equals it."""
 
+import json
 from pathlib import Path
 
+import onnx
 import pytest
 import tiny_pipeline
 import torch
@@ -10,14 +12,17 @@ import hqc
 from hqc import api
 from hqc.calibration import Smooth
 from hqc.checkpoint import Checkpoint
+from hqc.errors import ExportError
 from hqc.evaluation.comparison.size import true_bytes, weight_bytes
 from hqc.export.reference import without_quantisers
-from hqc.passes import FreezeIntegers, MergeLora
+from hqc.passes import FreezeIntegers, MergeLora, PackInt4
 from hqc.pipeline import run_pass, run_pipeline
 from hqc.program import Program, Stage
 from hqc.recipes import RECIPES, Recipe
 from hqc.recipes.known import STEPS
+from hqc.runtimes.cuda.forms import integer_form
 from hqc.sampling import Update
+from hqc.storage import load_program, save_program
 
 SHORT = {"sampler.num_inference_steps": 3, "calibrate_activations.samples": 2, "calibrate_activations.candidates": 10}
 TRAINED = {"distil.updates": 7, "distil.batch_size": 2, "distil.checkpoint_every": 2, "attach_lora.rank": 2}
@@ -45,7 +50,8 @@ def quantised(program: Program) -> dict[str, Program]:
 
 
 def _short(name: str) -> Recipe:
-    found = api.recipe_of(name, SHORT)
+    found = RECIPES[name]
+    found = api.recipe_of(found, {k: v for k, v in SHORT.items() if found.step(k.partition(".")[0]) or "sampler" in k})
     if found.sampler.timestep is not None:
         found = found.set("sampler.timestep", 99)  # the pipeline was trained on a hundred
     for step, options in FEW.items():
@@ -59,7 +65,8 @@ def test_it_calibrates_and_trains_what_it_says(quantised: dict[str, Program], na
     assert result.plan.recipe == name
     assert result.stage == (Stage.TRAINED if name in QAT else Stage.QUANTISED)
     tables = [t for key, t in result.state.items() if key.endswith("activation_scale_table")]
-    assert len(tables) == len(result.plan.quantised) > 10
+    assert len(tables) == len(result.plan.quantised)
+    assert len(tables) > 10 or name == "ganq"
     assert all(bool((table != 1).any()) for table in tables)
     learnt = [key for key, t in result.state.items() if key.endswith("lora_b") and bool(t.any())]
     assert bool(learnt) == (RECIPES[name].step("attach_lora") is not None)
@@ -153,12 +160,6 @@ def test_mpq_dmv2_has_binary_codes_beside_salient_channels(quantised: dict[str, 
     assert weight_bytes(frozen)[0] == weight_bytes(result)[0] < weight_bytes(frozen)[1]
 
 
-@pytest.mark.parametrize("target", ["portable", "tensorrt"])
-def test_mpq_dmv2_in_other_targets(quantised: dict[str, Program], target: str, tmp_path: Path) -> None:
-    """It verifies every site and the whole network."""
-    hqc.export_program(quantised["mpq-dmv2"], target, tmp_path / "x")
-
-
 def test_passionsr_learns_factors_shifts_and_boundaries(program: Program, quantised: dict[str, Program]) -> None:
     """One call at one timestep: static scales; what is folded keeps the float numbers."""
     result = quantised["passionsr"]
@@ -199,12 +200,52 @@ def test_ganq_takes_its_weights_from_tables(program: Program, quantised: dict[st
 
 
 @pytest.mark.parametrize("target", ["portable", "tensorrt"])
-@pytest.mark.parametrize("name", ["mpq-dm", "mpq-dmv2", "ganq-int8"])
+@pytest.mark.parametrize("name", ["mpq-dm", "mpq-dmv2", "ganq", "ganq-int8"])
 def test_in_the_other_targets(quantised: dict[str, Program], name: str, target: str, tmp_path: Path) -> None:
     """Codes and outputs of every site are verified; ONNX Runtime is among the tests of all methods."""
     result = quantised[name]
     report = hqc.export_program(result, target, tmp_path / "x")
     assert len(report.verification.sites) == len(result.plan.quantised)
+
+
+def test_ganq_leaves_activations_float(program: Program, quantised: dict[str, Program], tmp_path: Path) -> None:
+    result = quantised["ganq"]
+    tables = [plan for plan in result.plan.sites if plan.weight_only]
+    assert {plan.widths for plan in result.plan.sites} == {"w4~a16", "float"}
+    assert len(tables) > 10
+    assert not [node for node in result.graph.nodes if "quant" in str(node.target)]
+    frozen = run_pipeline(result, [FreezeIntegers(), PackInt4()], check_numerics=True)
+    args = result.example_inputs(3, seed=4)
+    assert torch.equal(frozen.module()(*args), result.module()(*args))  # the very floats
+    for plan in tables:
+        weight, table = result.state[f"{plan.site}.weight"].flatten(1), frozen.state[f"{plan.site}.weight_table"]
+        assert table.shape == (plan.out_channels, 16)
+        assert all(set(row.tolist()) == set(own.tolist()) for row, own in zip(weight, table, strict=True))
+        assert f"{plan.site}.weight_packed" in frozen.state
+        assert not torch.equal(weight, program.state[f"{plan.site}.weight"].flatten(1))
+    assert true_bytes(frozen) == true_bytes(result)
+    assert weight_bytes(frozen)[0] == weight_bytes(result)[0] == weight_bytes(frozen)[1]
+    save_program(frozen, tmp_path / "frozen.hqc")
+    assert load_program(tmp_path / "frozen.hqc").plan == frozen.plan
+
+
+def test_ganq_files_hold_four_bits_a_weight(quantised: dict[str, Program], tmp_path: Path) -> None:
+    result = quantised["ganq"]
+    names = {plan.site for plan in result.plan.sites if plan.weight_only}
+    for target in ("portable", "onnxruntime"):
+        hqc.export_program(result, target, tmp_path / target)
+        graph = onnx.load(str(tmp_path / target / "model.onnx"), load_external_data=False).graph
+        packed = {
+            t.name.removesuffix(".weight_packed") for t in graph.initializer if t.data_type == onnx.TensorProto.INT4
+        }
+        assert packed == names
+        assert [n.op_type for n in graph.node].count("GatherElements") == len(names)
+    hqc.export_program(result, "tensorrt", tmp_path / "tensorrt")
+    layers = json.loads((tmp_path / "tensorrt" / "report.json").read_text())["layers"]
+    said = {layer["site"]: (layer["form"], layer["reason"]) for layer in layers}
+    assert all(said[name][0] == "float" and "activations stay float" in said[name][1] for name in names)
+    with pytest.raises(ExportError, match="has a weight of a table of real numbers, which no integer product takes"):
+        integer_form(result)
 
 
 def test_convrot_rotates_weights_too(quantised: dict[str, Program]) -> None:

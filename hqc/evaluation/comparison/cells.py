@@ -104,6 +104,7 @@ class Maker:
             "seconds": plan.training["seconds"],
             "size_bytes": plan.training["true_bytes"],
             "sites": len(plan.quantised),
+            "weight_only": sum(site.weight_only for site in plan.sites),
             **_export_figures(exported, refusal),
             **json.loads((measured / FIGURES_FILE).read_text(encoding="utf-8")),
         }

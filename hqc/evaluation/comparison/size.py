@@ -16,17 +16,19 @@ _MERGED = ("lora_a", "lora_b")
 def true_bytes(program: Program) -> float:
     """Bytes of every tensor: codes at their site's bits, LoRA as merged; scales, zeros, tables and floats as they are.
 
-    Three-bit codes count three bits, which files keep in four; tables of a weight 2ⁿ bytes an output channel, and their
-    indices n bits.
+    Three-bit codes count three bits, which files keep in four; tables of a weight 2ⁿ numbers an output channel, of a
+    byte where they are whole and of four where they are not, and their indices n bits.
     """
     layers = dict(program.sites())
-    bits = {_stored_weight(layers[site.site]): _bits(site) for site in program.plan.quantised}
-    total = sum(_table_bytes(plan) for plan in program.plan.quantised)
+    coded = program.plan.coded
+    bits = {_stored_weight(layers[plan.site]): _bits(plan) for plan in coded}
+    total = sum(_table_bytes(plan) for plan in coded if f"{plan.site}.weight_table" not in program.state)
     for name, tensor in program.state.items():
         if name.rpartition(".")[2] in _MERGED:
             continue
         width = bits.get(name)
-        total += tensor.numel() * (8 * tensor.element_size() if width is None else width) / 8
+        codes = tensor.numel() * (2 if name.endswith(".weight_packed") else 1)  # two a byte
+        total += codes * (8 * tensor.element_size() if width is None else width) / 8
     return total
 
 
@@ -38,10 +40,11 @@ def weight_bytes(program: Program) -> tuple[float, float]:
     """
     by_bits = stored = 0.0
     layers = dict(program.sites())
-    for plan in program.plan.quantised:
+    for plan in program.plan.coded:
         count, fits = _codes(program, plan, layers[plan.site])
         by_bits += count * _bits(plan) / 8 + _table_bytes(plan)
         stored += count / 2 if fits and (plan.weight_bits or 8) <= 4 else count
+        stored += _table_bytes(plan) if plan.weight_only else 0  # whole tables are not stored: their codes take a byte
     return by_bits, stored
 
 
@@ -51,7 +54,8 @@ def _bits(plan: SitePlan) -> int:
 
 
 def _table_bytes(plan: SitePlan) -> float:
-    return float(plan.out_channels * 2 ** (plan.weight_bits or 8)) if plan.weight_lookup else 0.0
+    entry = 4 if plan.weight_only else 1  # real numbers as they are stored, or whole ones of a byte
+    return float(entry * plan.out_channels * 2 ** (plan.weight_bits or 8)) if plan.weight_lookup else 0.0
 
 
 def _codes(program: Program, plan: SitePlan, layer: fx.Node) -> tuple[int, bool]:
@@ -60,6 +64,8 @@ def _codes(program: Program, plan: SitePlan, layer: fx.Node) -> tuple[int, bool]
         return 2 * packed.numel(), True
     if (codes := program.state.get(f"{plan.site}.weight_codes")) is not None:
         return codes.numel(), fits_int4(codes)
+    if plan.weight_only:
+        return program.state[_stored_weight(layer)].numel(), True
     bounds = bounds_of(layer_inputs(layer)[1], program)
     return program.state[_stored_weight(layer)].numel(), -8 <= bounds.low <= bounds.high <= 7
 

@@ -58,6 +58,16 @@ def _line(cells: Sequence[str]) -> str:
 # ---- columns ---------------------------------------------------------------------------------------------------------
 
 
+def _bits(row: Row) -> str:
+    """What was asked for, a16 where activations stayed float.
+
+    >>> _bits(Row("ganq", "ptq", "w4a8", {0: {"weight_only": 20}}))
+    'w4a16'
+    """
+    alone = any(figures.get("weight_only") for figures in row.figures.values())
+    return f"{row.bits.partition('a')[0]}a16" if alone else row.bits
+
+
 def _columns(comparison: Comparison) -> list[_Column]:
     """All that there may be."""
     score = _float_score(comparison)
@@ -66,7 +76,7 @@ def _columns(comparison: Comparison) -> list[_Column]:
         _Column(f"rank by {by}", lambda row: NOTHING if row.rank is None else str(row.rank), always=True),
         _Column("recipe", lambda row: row.name, FLOAT, always=True),
         _Column("kind", lambda row: row.kind, always=True),
-        _Column("bits", lambda row: row.bits, "fp32", always=True),
+        _Column("bits", _bits, "fp32", always=True),
         _Column("MB", _mean("size_bytes", 2, 1e-6), f"{comparison.float_bytes / 1e6:.2f}"),
         _Column("IS", _mean("inception_score", 2), _shown(score, 2)),
         _Column("ε gain", _mean("gain", 4), "1"),

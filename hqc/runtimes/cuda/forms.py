@@ -77,6 +77,12 @@ def _missing_passes(program: Program) -> list[Pass]:
 def _require_products(program: Program) -> None:
     """Every activation's codes must end in a product: nothing runs in float without a word."""
     for node in program.graph.nodes:
+        if is_op(node, ops.lookup.default):
+            raise ExportError(
+                f"site {node.meta.get('site')}",
+                "has a weight of a table of real numbers, which no integer product takes",
+                "Use the torch runtime or an export, or the recipe ganq-int8, whose tables are whole.",
+            )
         if is_op(node, ops.dequantize.default):
             raise ExportError(
                 f"site {node.meta.get('site')}",
