@@ -57,6 +57,9 @@ def task_of(
     synthetic: bool = False,
     prompts: Sequence[str] = (),
     guidance_scale: float | None = None,
+    images: StrPath | None = None,
+    through: Sequence[Program] = (),
+    timestep: float | None = None,
 ) -> Task:
     """What to sample while calibrating and training `program`: from the pipeline, or from the one it was traced from.
 
@@ -65,6 +68,8 @@ def task_of(
     seeded weights and no pipeline. prompts: conditions from the pipeline's own text encoder, which is loaded for it
     and freed. guidance_scale: with prompts, of a denoiser that takes it as an input (Flux, latent consistency models);
     None takes the pipeline's own default.
+    images: a folder of images that the pipeline restores in one step, at the `timestep` of its one call; `through` are
+    parts of it that come before this program and are quantised already (`hqc.restoration`).
 
     Raises:
         TrainingError: if there is none, or both prompts and synthetic are given.
@@ -72,6 +77,11 @@ def task_of(
     folder = None if folder is None else Path(folder)
     if prompts and synthetic:
         raise TrainingError("--prompts", "and --synthetic exclude each other", "Give one of them.")
+    if through and images is None:
+        raise TrainingError("--through", "is for images that are restored", "Give --images too.")
+    if images is not None:
+        conditions = {"synthetic": synthetic, "prompts": prompts, "guidance_scale": guidance_scale}
+        return _restoring_task(program, pipeline, folder, Path(images), through, timestep, conditions)
     if not program.has_timestep:
         return _one_call_task(program, synthetic=synthetic, prompts=prompts)
     if prompts:
@@ -102,14 +112,35 @@ def _prompt_task(
     return task
 
 
+def _restoring_task(
+    program: Program,
+    pipeline: Any | None,
+    folder: Path | None,
+    images: Path,
+    through: Sequence[Program],
+    timestep: float | None,
+    conditions: Mapping[str, Any],
+) -> Task:
+    """Of a part of a pipeline that restores images; conditions: what its denoiser is given besides."""
+    from hqc.restoration import restoring_task
+
+    around = _folder_around(program, folder)
+    denoisers = [one for one in (program, *through) if one.has_timestep]
+    if not denoisers and (conditions["synthetic"] or conditions["prompts"]):
+        option = "--synthetic" if conditions["synthetic"] else "--prompts"
+        raise TrainingError(option, "is for a denoiser, and the images meet none", "Leave it out.")
+    denoising = task_of(denoisers[0], pipeline, folder=around, **conditions) if denoisers else None
+    return restoring_task(program, around, images, through=through, timestep=timestep, denoising=denoising)
+
+
 def _one_call_task(program: Program, *, synthetic: bool, prompts: Sequence[str]) -> Task:
     """Of a program without a timestep, which no sampler runs."""
     source = f"program from {program.origin.source or 'a module'}"
     if prompts:
         raise TrainingError(source, "has no condition, so it takes no --prompts", "Give --synthetic.")
     if not synthetic:
-        found = "has no timestep, so no sampler runs it"
-        raise TrainingError(source, found, "Give --synthetic for noise, or task=Task(...) from Python.")
+        do = "Give --images FOLDER, --synthetic for noise, or task=Task(...) from Python."
+        raise TrainingError(source, "has no timestep, so no sampler runs it", do)
     return synthetic_task(program)
 
 

@@ -51,6 +51,19 @@ _quantising_options = options(
     keep_float_option,
     click.option("--calib-size", type=click.IntRange(1, 4096), help="Images to calibrate on (default: the recipe's)."),
     condition_options,
+    click.option(
+        "--images",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="Images that the pipeline restores in one step: what PROGRAM, a part of it, is calibrated and trained on.",
+    ),
+    click.option(
+        "--through",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="PROGRAM",
+        help="A quantised part of the pipeline that comes before PROGRAM: the images run through it; may repeat.",
+    ),
     sampler_of_recipe_options,
 )
 _training_options = options(
@@ -146,7 +159,7 @@ def _job(kind: str, program: Path, output: Path, given: dict[str, Any], work_dir
     run = Run(work_dir) if work_dir is not None else None
     _check_work_folder(run, program, output, resume=resume, restart=restart)
     check_output(output, program, force=force, may_be_there=resume)
-    conditions = conditions_asked(given)
+    conditions, images, through = conditions_asked(given), given.pop("images"), given.pop("through")
     recipe = _recipe(kind, given)
     (plan, bits), keep_float = plan_and_bits(given), given.pop("keep_float")
     recipe = recipe.following(plan.rules)
@@ -154,7 +167,9 @@ def _job(kind: str, program: Path, output: Path, given: dict[str, Any], work_dir
         captured, pipeline = load_program(program), pipeline_folder(program)
     warn_unless_exportable(captured, program)
     guidance = recipe.sampler.guidance_scale if asked("guidance_scale") else None
-    task = api.task_of(captured, folder=pipeline, guidance_scale=guidance, **conditions)
+    parts = [load_program(one) for one in through]
+    once = {"images": images, "through": parts, "timestep": recipe.sampler.timestep}
+    task = api.task_of(captured, folder=pipeline, guidance_scale=guidance, **conditions, **once)
     check_sampler(task, {"guidance_scale": recipe.sampler.guidance_scale, "eta": recipe.sampler.eta})
     return _Job(captured, recipe, bits, plan, keep_float, task, output, pipeline, force, run, resume, restart)
 

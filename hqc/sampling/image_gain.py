@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
+from torch import Tensor
+
 from hqc.errors import TrainingError
 from hqc.sampling.one_call import OneCall
 
-__all__ = ["image_gain"]
+__all__ = ["image_gain", "image_of"]
 
 
 def image_gain(scheduler: Any, timestep: float) -> float:
@@ -40,3 +42,21 @@ def image_gain(scheduler: Any, timestep: float) -> float:
 def scheduler_name(scheduler: Any) -> str:
     """Of the class of a scheduler, or of the one that a single call stands in for."""
     return scheduler.around if isinstance(scheduler, OneCall) else type(scheduler).__name__
+
+
+def image_of(scheduler: Any, timestep: float, sample: Tensor, output: Tensor) -> Tensor:
+    """x_0 that a denoiser's output stands for at a timestep, of the x_t that it was given; see `image_gain`.
+
+    Raises:
+        TrainingError: as `image_gain` does, and for flow matching.
+    """
+    gain, prediction = image_gain(scheduler, timestep), scheduler.config.get("prediction_type", "epsilon")
+    if prediction == "sample":
+        return output
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        name = scheduler_name(scheduler)
+        raise TrainingError(f"timestep {timestep:g}", f"{name} tells no noise levels", "Take one that adds noise by ᾱ.")
+    signal = float(alphas[round(timestep)])
+    scale = math.sqrt(signal) if prediction == "v_prediction" else 1 / math.sqrt(signal)
+    return scale * sample - gain * output
