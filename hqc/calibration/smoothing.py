@@ -7,7 +7,8 @@
 L is SVD_r(Ŵ) where the site has a branch of rank r, else 0. Candidates are (0, 0), then (α, 0) and (α, 1-α) for α
 evenly between 0 and 1. Only the ratios of λ matter: its geometric mean is 1, and it stays within 1/1024 … 1024, so that
 half precision holds it. A channel that is zero everywhere keeps λ = 1. Source: deepcompressor's grid (SVDQuant, arXiv
-2411.05007); by="max_ratio", √(max|x_c|/max|W_c|), is MPQ-DM's.
+2411.05007); by="max_ratio", √(max|x_c|/max|W_c|), is MPQ-DM's; by="activation_range", a = 1 and b = 0, gives every
+channel one range, as a scale of its own would (QuEST, arXiv 2402.03666).
 
     by="timestep_range"    r_c = Σ_g ω_g·max|X_g,c|,  ω_g = max|X_g|/Σ_g max|X_g|,  λ_c = clip(r_c/min r, 1, limit)
 
@@ -49,13 +50,13 @@ class Smooth:
     Shifts, where it has put some, become the middles of the channels' values over all steps; factors are chosen behind.
 
     by: "grid" measures the output error of the candidates with both operands quantised at the plan's widths, unrotated,
-    activations in the range `activation`; "max_ratio" takes a = b = ½; "timestep_range" weighs max|x| of `groups` of
-    neighbouring steps, factors being 1 … `limit`. candidates: how many are tried at most. samples: images of the float
-    trajectory, whose every step gives max|x|; timesteps: how many of its steps are measured, evenly spread, on `rows`
-    rows each. seed: of noise, conditions and rows.
+    activations in the range `activation`; "max_ratio" takes a = b = ½, "activation_range" a = 1 and b = 0;
+    "timestep_range" weighs max|x| of `groups` of neighbouring steps, factors being 1 … `limit`. candidates: how many
+    are tried at most. samples: images of the float trajectory, whose every step gives max|x|; timesteps: how many of
+    its steps are measured, evenly spread, on `rows` rows each. seed: of noise, conditions and rows.
     """
 
-    by: Literal["grid", "max_ratio", "timestep_range"] = "grid"
+    by: Literal["grid", "max_ratio", "activation_range", "timestep_range"] = "grid"
     candidates: Annotated[int, Field(ge=1, le=1000)] = 39
     samples: Annotated[int, Field(ge=1, le=4096)] = 16
     timesteps: Annotated[int, Field(ge=1, le=1000)] = 5
@@ -84,6 +85,8 @@ class Smooth:
         """
         layers, state = dict(program.sites()), dict(program.state)
         smoothed = [plan for plan in program.plan.sites if plan.smoothed]
+        if not smoothed:
+            return program
         inputs = {plan.site: source_of(layers[plan.site]) for plan in smoothed}
         seen = collect_for(self, program, inputs, work, "smoothing", timesteps=self._measured)
         for plan in smoothed:
@@ -112,6 +115,8 @@ class Smooth:
     def _choice(self, plan: SitePlan, weight: Tensor, seen: SiteRows) -> Tensor:
         if self.by == "max_ratio":
             return smoothing_factors(seen.largest, weight, 0.5, 0.5)
+        if self.by == "activation_range":
+            return smoothing_factors(seen.largest, weight, 1.0, 0.0)
         if self.by == "timestep_range":
             steps = torch.stack([seen.steps[step] for step in sorted(seen.steps)])
             return timestep_range_factors(steps, self.groups, self.limit)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from hqc.passes.attach_branch import AttachBranch
 from hqc.passes.attach_lora import AttachLora
 from hqc.passes.drop_single_key_attention import DropSingleKeyAttention
+from hqc.passes.finetune_only import FinetuneOnly
 from hqc.passes.freeze_integers import FreezeIntegers
 from hqc.passes.insert_hadamard import InsertHadamard
 from hqc.passes.insert_qdq import InsertQdq
@@ -23,6 +24,7 @@ __all__ = [
     "AttachBranch",
     "AttachLora",
     "DropSingleKeyAttention",
+    "FinetuneOnly",
     "FreezeIntegers",
     "InsertHadamard",
     "InsertQdq",
@@ -47,6 +49,7 @@ PASSES: Mapping[str, type] = {
         AttachBranch,
         InsertHadamard,
         InsertQdq,
+        FinetuneOnly,
         AttachLora,
         MergeLora,
         FreezeIntegers,

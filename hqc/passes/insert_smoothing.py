@@ -16,9 +16,10 @@ Source: SmoothQuant (arXiv 2211.10438), as SVDQuant and MPQ-DM use it; with shif
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, fx
 
 from hqc.passes.rewriting import CONV, Rewriter, asked_sites, layer_inputs, rewrite
@@ -34,10 +35,12 @@ __all__ = ["InsertSmoothing", "output_shift", "takes_shift"]
 class InsertSmoothing:
     """Puts a factor a channel in front of every quantised site but the 8-bit edge layers, before any rotation.
 
-    shift: a shift a channel too, where the layer's bias can take it back exactly.
+    shift: a shift a channel too, where the layer's bias can take it back exactly. most_bits: sites whose activations
+    have more stay as they are.
     """
 
     shift: bool = False
+    most_bits: Annotated[int, Field(ge=2, le=8)] = 8
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
     gives: ClassVar[Stage | None] = None
@@ -48,7 +51,7 @@ class InsertSmoothing:
 
     def find(self, program: Program) -> Findings:
         """Sites that are quantised at the asked bits."""
-        return asked_sites(program, _unfit)
+        return asked_sites(program, self._unfit)
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Inserts the multiplications and gives every site a weight of its own."""
@@ -66,6 +69,13 @@ class InsertSmoothing:
             layer.replace_input_with(weight, edit.weight(f"{site}.weight_smoothed", value, layer))
             plans[site] = replace(program.plan[site], smoothed=True, shifted=shifts)
         return edit.finish(plan=program.plan.with_sites(plans))
+
+    def _unfit(self, plan: SitePlan) -> str:
+        if plan.smoothed:
+            return "is smoothed already"
+        if (plan.activation_bits or 8) > self.most_bits:
+            return f"its activations have {plan.activation_bits} bits, more than {self.most_bits}"
+        return "is rotated already: run insert_smoothing before insert_hadamard" if plan.block else ""
 
 
 def takes_shift(layer: fx.Node, weight: Tensor) -> bool:
@@ -90,9 +100,3 @@ def _shifted(edit: Rewriter, site: str, layer: fx.Node, weight: Tensor, shape: t
     own = edit.weight(f"{site}.bias_shifted", value, layer)
     layer.args = (*layer.args[:2], own, *layer.args[3:])
     return edit.call(layer, aten.sub.Tensor, x, stored, like=x, site=site, role="shift")
-
-
-def _unfit(plan: SitePlan) -> str:
-    if plan.smoothed:
-        return "is smoothed already"
-    return "is rotated already: run insert_smoothing before insert_hadamard" if plan.block else ""

@@ -14,6 +14,7 @@ from hqc.recipes.mpq_dm import MPQ_DM
 from hqc.recipes.mpq_dmv2 import MPQ_DMV2
 from hqc.recipes.passionsr import PASSIONSR
 from hqc.recipes.q_diffusion import Q_DIFFUSION
+from hqc.recipes.quest import QUEST
 from hqc.recipes.recipe import Recipe
 from hqc.recipes.rtn import RTN
 from hqc.recipes.svdquant import SVDQUANT
@@ -24,7 +25,7 @@ RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         *(HQC, HQ_DM, HQ_DM_REFERENCE, EFFICIENTDM, MPQ_DM, MPQ_DMV2, CONVROT, CONVROT_SINGLE, CONVROT_MIXED),
-        *(Q_DIFFUSION, SVDQUANT, GANQ, GANQ_INT8, PASSIONSR, RTN),
+        *(Q_DIFFUSION, QUEST, SVDQUANT, GANQ, GANQ_INT8, PASSIONSR, RTN),
     )
 }
 """Every recipe by its name."""

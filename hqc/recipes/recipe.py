@@ -186,6 +186,7 @@ _AFTER = {
     "insert_qdq": ("select_layers",),
     "mix_channel_bits": ("insert_qdq",),
     "init_lora": ("attach_lora",),
+    "finetune_only": ("insert_qdq",),
     "learn_factors": ("insert_smoothing", "insert_qdq"),
     "learn_bounds": ("calibrate_activations",),
 }
@@ -201,8 +202,8 @@ _LEFT = {
     "attach_branch": "branches",
     "learn_factors": "scales of other values",
 }
-_NOT_AFTER = {"insert_smoothing": (*ROTATIONS, "attach_branch"), "smooth": ROTATIONS}
-_ONCE = ("select_layers", "insert_smoothing", "attach_branch", "insert_qdq", "attach_lora")
+_NOT_AFTER = {"insert_smoothing": (*ROTATIONS, "attach_branch"), "smooth": ROTATIONS, "finetune_only": ("attach_lora",)}
+_ONCE = ("select_layers", "insert_smoothing", "attach_branch", "insert_qdq", "finetune_only", "attach_lora")
 
 
 def check_order(name: str, steps: Sequence[Step]) -> None:

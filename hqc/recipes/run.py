@@ -130,10 +130,21 @@ def run_recipe(
     unquantised = _unquantised(begin(program, recipe, request), recipe.steps[:done])
     for number, step in enumerate(recipe.steps, 1):
         if number > done:
-            unquantised = current if current.stage == Stage.CAPTURED else unquantised
             own = checkpoint if checkpoint is not None and checkpoint.of == number else None
-            current = _one(current, step, number, replace(work, checkpoint=own, unquantised=unquantised), run)
+            before, around = current, replace(work, checkpoint=own, unquantised=unquantised)
+            current = _one(current, step, number, around, run)
+            unquantised = _behind(unquantised, step, before, current)
     return current
+
+
+def _behind(unquantised: Program, step: Step, before: Program, after: Program) -> Program:
+    """`unquantised` after a step that made `after` of `before`.
+
+    Procedures leave it alone, so that a run that goes on has the same one as a run that was never killed.
+    """
+    if unquantised is before and not is_procedure(step) and step.preserves == "numerics":
+        return after
+    return _unquantised(unquantised, [step])
 
 
 def _unquantised(program: Program, steps: Sequence[Step]) -> Program:

@@ -4,7 +4,15 @@ from hqc.training.distil import Distil
 from hqc.training.groups import Group
 from hqc.training.learn_bounds import LearnBounds
 from hqc.training.learn_factors import LearnFactors
-from hqc.training.losses import LOSSES, BothHalves, GuidedNoise, InImageSpace, QueueRelation, TemporalRelation
+from hqc.training.losses import (
+    LOSSES,
+    BothHalves,
+    GuidedNoise,
+    InImageSpace,
+    LocalOutput,
+    QueueRelation,
+    TemporalRelation,
+)
 from hqc.training.reconstruct import Reconstruct
 
 __all__ = [
@@ -16,6 +24,7 @@ __all__ = [
     "InImageSpace",
     "LearnBounds",
     "LearnFactors",
+    "LocalOutput",
     "QueueRelation",
     "Reconstruct",
     "TemporalRelation",

@@ -10,6 +10,7 @@ Source: HQ-DM's training loop; EfficientDM (arXiv 2310.03270).
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -25,7 +26,7 @@ from hqc.sampling.image_gain import image_gain
 from hqc.sampling.task import Denoise
 from hqc.steps import check_options, step_name
 from hqc.training.groups import Group, trainable
-from hqc.training.losses import GuidedNoise, InImageSpace, Loss, Seen
+from hqc.training.losses import GuidedNoise, InImageSpace, LocalOutput, Loss, Seen
 from hqc.training.queue import Queues
 from hqc.training.step_weights import step_weights
 from hqc.training.student import Student
@@ -48,7 +49,8 @@ class Distil:
     up to which share of the trajectories, growing linearly from none, are the student's own instead of the teacher's.
     warm_up: share of the updates in which the rates grow to their own. ema: decay of the averages that are the result
     (0: the last values are). checkpoint_every, validate_every: updates between checkpoints, and between measurements on
-    a trajectory that is held out (0: none); they do not change the result.
+    a trajectory that is held out (0: none); they do not change the result. optional: the groups may match no tensor of
+    a trained site, and then nothing is trained.
     """
 
     losses: tuple[Loss, ...] = (GuidedNoise(),)
@@ -62,6 +64,7 @@ class Distil:
     own_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    optional: bool = False
     checkpoint_every: Annotated[int, Field(ge=1)] = field(default=200, compare=False)
     validate_every: Annotated[int, Field(ge=0)] = field(default=0, compare=False)
 
@@ -89,7 +92,7 @@ class Distil:
         there and the teacher on what follows.
         """
         steps = work.sampler.num_inference_steps
-        again = self._walked_ahead and bool(taps_of(self.losses, work.teacher))
+        again = self._walked_ahead and any(not isinstance(one, GuidedNoise | InImageSpace) for one in self.losses)
         updates = self.total(work) * self.batch_size * (4 + self.own_share / 2 + again)
         weighing = _WEIGHED_SAMPLES * (2 * steps + steps * (steps - 1) / 2) if self.weighting == "effect" else 0
         return float((updates + weighing) * work.halves())
@@ -100,7 +103,8 @@ class Distil:
         Raises:
             MemoryShortError: if that does not fit. PlanError: for a loss of a block that there is not.
         """
-        taps_of(self.losses, work.teacher)
+        if not self.optional:
+            taps_of(self.losses, work.teacher)
         require_memory(
             f"training on batches of {self.batch_size}",
             program.size_bytes() + training_bytes(program, self.batch_size * work.halves()),
@@ -114,9 +118,13 @@ class Distil:
             TrainingError: if the loss is not finite, naming the step. ArtefactError: a checkpoint of another program.
         """
         total, sampler = self.total(work), work.sampler
-        taps, live = taps_of(self.losses, program), self.opened(program)
-        student = Student(live, trainable(live, self.groups), self.batch_size * work.halves(), self.ema, taps)
-        teacher = Tapped(work.teacher.module(), taps_of(self.losses, work.teacher))
+        live = self.opened(program)
+        names = trainable(live, self.groups, optional=self.optional)
+        if self.optional and not names:
+            return program
+        taps = taps_of(self.losses, program)
+        student = Student(live, names, self.batch_size * work.halves(), self.ema, taps)
+        teacher = self._teacher(work, taps)
         before, queues = Before(self.losses), Queues(self.losses)
         weights, gains = self._weights(work, teacher, student.denoise), self._image_gains(work)
         epochs = Epochs(work.sampled, sampler, self.batch_size, self.seed, self.order, self.own_share, total)
@@ -165,6 +173,15 @@ class Distil:
     def _walked_ahead(self) -> bool:
         """Whether a trajectory is whole before its first update."""
         return self.order != "sampler"
+
+    def _teacher(self, work: Work, taps: Mapping[str, str]) -> Tapped:
+        """The float graph with its taps. For outputs of layers it is the one that has the student's layers."""
+        by_layer = any(isinstance(loss, LocalOutput) for loss in self.losses)
+        reference = (by_layer and work.unquantised) or work.teacher
+        found = taps_of(self.losses, reference)
+        if missing := [name for name in taps if name not in found]:
+            raise PlanError("distil", f"the float program has no {missing[0]}", "Run it as a step of a recipe.")
+        return Tapped(reference.module(), {name: found[name] for name in taps})
 
     def _factor(self, step: int, total: int) -> float:
         """Of the rates: up to 1 while it warms up, and linearly down to 0."""

@@ -46,10 +46,11 @@ class Group:
         return self.rate * float(program.state[f"{site}.{self.relative}"].mean())
 
 
-def trainable(program: Program, groups: Sequence[Group]) -> dict[str, Group]:
+def trainable(program: Program, groups: Sequence[Group], *, optional: bool = False) -> dict[str, Group]:
     """The tensors that training changes, with their group.
 
-    A group of biases or zero points may match none: layers have no bias, codes of 8 bits no zero point.
+    A group of biases or zero points may match none: layers have no bias, codes of 8 bits no zero point. optional: any
+    group may.
 
     Raises:
         PlanError: if any other group matches none.
@@ -64,7 +65,11 @@ def trainable(program: Program, groups: Sequence[Group]) -> dict[str, Group]:
         matched.update(fitting)
         if fitting:
             found[name] = fitting[-1]
-    if sites and (unused := [group for group in groups if group not in matched and not _may_be_absent(group, sites)]):
+    if (
+        sites
+        and not optional
+        and (unused := [group for group in groups if group not in matched and not _may_be_absent(group, sites)])
+    ):
         raise PlanError(
             f"group {unused[0].pattern!r}",
             "matches no tensor of a trained site",

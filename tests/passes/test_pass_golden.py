@@ -17,6 +17,7 @@ from hqc.passes import (
     AttachBranch,
     AttachLora,
     DropSingleKeyAttention,
+    FinetuneOnly,
     FreezeIntegers,
     InsertHadamard,
     InsertQdq,
@@ -104,6 +105,15 @@ def test_golden_smoothing(captured: Callable[[str], Program], golden: Callable[[
     before = run_pass(captured("two_sites"), SelectLayers(bits="w4a4"))
     golden(GOLDEN / "insert_smoothing.before.txt", described(before))
     golden(GOLDEN / "insert_smoothing.after.txt", described(run_pass(before, InsertSmoothing())))
+
+
+def test_golden_finetune_only(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:
+    """`finetune_only`, which changes the plan alone."""
+    before = run_pipeline(captured("two_sites"), [SelectLayers(bits="w4a4"), InsertQdq((0.0, 500.0))])
+    after = run_pass(before, FinetuneOnly(("head",), share=1.0))
+    for side, program in (("before", before), ("after", after)):
+        learning = ", ".join(plan.site for plan in program.plan.quantised if plan.trained)
+        golden(GOLDEN / f"finetune_only.{side}.txt", f"# may learn: {learning}\n{described(program)}")
 
 
 def test_golden_branch(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:

@@ -6,6 +6,7 @@ from hqc.steps import step_name
 from hqc.training.losses.both_halves import BothHalves
 from hqc.training.losses.guided_noise import GuidedNoise
 from hqc.training.losses.in_image_space import InImageSpace
+from hqc.training.losses.local_output import LocalOutput
 from hqc.training.losses.queue_relation import QueueRelation
 from hqc.training.losses.seen import Seen, Values
 from hqc.training.losses.temporal_relation import TemporalRelation
@@ -15,6 +16,7 @@ __all__ = [
     "BothHalves",
     "GuidedNoise",
     "InImageSpace",
+    "LocalOutput",
     "Loss",
     "QueueRelation",
     "Seen",
@@ -22,10 +24,10 @@ __all__ = [
     "Values",
 ]
 
-Loss = BothHalves | GuidedNoise | InImageSpace | QueueRelation | TemporalRelation
+Loss = BothHalves | GuidedNoise | InImageSpace | LocalOutput | QueueRelation | TemporalRelation
 """Any of the losses: called with what student and teacher have computed. `taps(program)` names the nodes whose values
 it sees besides, `window` says of how many neighbouring steps, `in_order` that it needs the steps in their order."""
 
-_KINDS = (BothHalves, GuidedNoise, InImageSpace, TemporalRelation, QueueRelation)
+_KINDS = (BothHalves, GuidedNoise, InImageSpace, LocalOutput, TemporalRelation, QueueRelation)
 LOSSES: Mapping[str, type] = {step_name(kind): kind for kind in _KINDS}
 """Every loss by the name that recipes use."""
