@@ -33,6 +33,7 @@ SECONDS: Mapping[str, int] = {
     "evaluation/test_bench.py": 50,
     "test_docs.py": 45,
     "test_structure.py": 40,
+    "recipes/test_recipe_quest.py": 40,
     "search/test_search_joint.py": 35,
     "search/test_search_run.py": 35,
     "runtimes/test_runtimes_cuda_graph.py": 45,

@@ -37,7 +37,8 @@ def asked_sites(program: Program, unfit: Callable[[SitePlan], str]) -> Findings:
         plan = program.plan[site]
         if not plan.quantised:
             return f"float: {plan.reason}"
-        return unfit(plan) if plan.trained else "8-bit edge layer: left as it is"
+        edge = not plan.trained and (plan.weight_bits, plan.activation_bits) == (8, 8)
+        return "8-bit edge layer: left as it is" if edge else unfit(plan)
 
     reasons = {site: reason(site) for site, _ in program.sites()}
     misses = tuple((site, why) for site, why in reasons.items() if why)

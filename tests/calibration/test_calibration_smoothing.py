@@ -171,7 +171,16 @@ def test_max_ratio_needs_no_search(inserted: Program) -> None:
     assert float(found[11]) == 1
 
 
-@pytest.mark.parametrize("by", ["grid", "max_ratio", "timestep_range"])
+def test_activation_range_gives_every_channel_one_range(inserted: Program) -> None:
+    """As a scale of its own for each input channel would: δ_c/δ_ref, whatever the weight is."""
+    result = run_procedure(inserted, Smooth(by="activation_range", samples=2), _work(inserted))
+    for site, seen in _seen(inserted, QUICK).items():
+        smooth = seen.largest * result.state[f"{site}.smoothing"].flatten()
+        used = smooth[seen.largest > 0]
+        torch.testing.assert_close(used, used[:1].expand_as(used))
+
+
+@pytest.mark.parametrize("by", ["grid", "max_ratio", "activation_range", "timestep_range"])
 def test_the_numbers_stay(inserted: Program, by: str) -> None:
     step = Smooth(by=by, samples=2, timesteps=2, rows=24)
     result, args = run_procedure(inserted, step, _work(inserted)), inserted.example_inputs(3)

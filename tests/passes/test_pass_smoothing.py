@@ -6,10 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hqc.errors import PassError
+from hqc.errors import PassError, PipelineTextError
 from hqc.passes import FreezeIntegers, InsertHadamard, InsertQdq, InsertSmoothing, RotateWeights, SelectLayers
 from hqc.pipeline import run_pass, run_pipeline
 from hqc.program import Program
+from hqc.recipes import find_recipe
+from hqc.recipes.run import Request, begin
+from hqc.site_rules import SiteRule
 from hqc.sites import quantised_sites, source_of
 from hqc.structure import site_problems
 from hqc.verify import verify
@@ -38,6 +41,19 @@ def test_misses(captured: Captured) -> None:
     rotated = run_pipeline(captured("two_sites"), [SelectLayers(), InsertHadamard()])
     wanted = "is rotated already: run insert_smoothing before insert_hadamard"
     assert dict(InsertSmoothing().find(rotated).misses)["conv"] == wanted
+
+
+def test_sites_of_more_bits_and_sites_that_are_not_trained(captured: Captured) -> None:
+    """`most_bits` leaves wide activations alone; whether a site is trained does not matter to a factor."""
+    begun = begin(captured("two_sites"), find_recipe("rtn"), Request("w4a6", rules=(SiteRule("conv", trained=False),)))
+    program = run_pass(begun, SelectLayers())
+    assert not program.plan["conv"].trained
+    assert set(InsertSmoothing().find(program).matches) == {"conv", "head"}
+    misses = dict(InsertSmoothing(most_bits=5).find(program).misses)
+    assert misses == dict.fromkeys(("conv", "head"), "its activations have 6 bits, more than 5")
+    assert set(InsertSmoothing(most_bits=6).find(program).matches) == {"conv", "head"}
+    with pytest.raises(PipelineTextError, match="most_bits is 9"):
+        InsertSmoothing(most_bits=9)
 
 
 @pytest.mark.parametrize("weights", [False, True])

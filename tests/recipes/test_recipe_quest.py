@@ -17,6 +17,7 @@ from hqc.program import InputSpec, Origin, Program, Stage
 from hqc.recipes import RECIPES, Recipe, find_recipe
 from hqc.recipes.run import Request, planned
 from hqc.sampling import Update
+from hqc.sampling.sources import synthetic_task
 
 SHORT = {
     "sampler.num_inference_steps": 4,
@@ -181,7 +182,8 @@ def plain() -> Callable[[bool], Program]:
 
 
 def test_a_model_without_attention_has_its_first_stage_and_says_so(plain: Callable[[bool], Program]) -> None:
-    result = api.quantise(plain(True), short(), "w4a8")
+    program = plain(True)
+    result = api.quantise(program, short(), "w4a8", task=synthetic_task(program))
     first, second = result.history[-2:]
     assert (first.touched, second.touched) == (("time_emb_proj",), ())
     record = next(one for one in result.history if one.text.startswith("finetune_only"))
