@@ -131,7 +131,8 @@ def _stored(layer: fx.Node) -> str:
 
 def _size(program: Program, site: str, layer: fx.Node) -> int:
     """How many values of a layer may learn."""
-    return program.state[_stored(layer)].numel() + program.state[f"{site}.activation_scale_table"].numel()
+    names = (_stored(layer), f"{site}.activation_scale_table")  # float activations have no table
+    return sum(program.state[name].numel() for name in names if name in program.state)
 
 
 def _parameters(program: Program) -> int:
