@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work/demo"))
     parser.add_argument("--bits", default="w4a4")
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--steps", type=int, help="updates of the training (default: the recipe's)")
+    parser.add_argument("--steps", type=int, default=600, help="updates of the training, half the recipe's; 0: all")
     options = parser.parse_args()
     began, work, bits = time.perf_counter(), options.work, options.bits
     shutil.rmtree(work, ignore_errors=True)
