@@ -10,7 +10,7 @@ HQ-DM's narrow range leaves one of 2ⁿ codes unused, of three bits an eighth, a
 every timestep uses them all. The summed error of ε lies mostly in late steps, which hardly move the image: weighing
 spends the training where it shows. In the sampler's order momentum mixes neighbouring steps, and every epoch ends at
 the last one. Scales learn at rates relative to their own size, and biases learn too. Twice HQ-DM's updates are worth
-0.5 dB at four bits of activations and 0.7 at three; `compare-recipes` halves them where budgets are equal.
+0.4 dB at four bits of activations and 0.6 at three; `compare-recipes` halves them where budgets are equal.
 """
 
 from dataclasses import replace
