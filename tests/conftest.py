@@ -61,6 +61,10 @@ SECONDS: Mapping[str, int] = {
     "runtimes/test_runtimes_unet.py": 15,
     "test_gpu_contest.py": 15,
     "models/test_training_script.py": 12,
+    "test_restoration.py": 25,
+    "capture/test_capture_autoencoders.py": 25,
+    "runtimes/test_runtimes_cuda_passionsr.py": 20,
+    "training/test_training_factors.py": 10,
 }
 """Of the files that take long. They run first, so that no process is left with one of them while the other waits."""
 

@@ -64,6 +64,7 @@ MISUSED = [
     ("qat {captured} -o x.hqc --resume --restart", "--resume: and --restart exclude each other"),
     ("qat {captured} -o x --no-hadamard --block 16", "--block 16"),
     ("qat {captured} -o x --epochs 1 --steps 1", "--epochs"),
+    ("qat {captured} -o x --recipe passionsr --n-steps 4", "--num-inference-steps 4"),
     ("qat {captured} -o x --hadamard --no-hadamard", "--hadamard"),
     ("qat {captured} -o x --set distil.epoch=1", "--set distil.epoch"),
     ("recipes export rtn --force", "--force"),

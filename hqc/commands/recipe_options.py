@@ -116,7 +116,18 @@ def plan_and_bits(given: dict[str, Any]) -> "tuple[PlanFile, str]":
 
 
 def with_sampler(recipe: "Recipe", given: dict[str, Any]) -> "Recipe":
-    """With the sampler's options that were typed; they are taken out of `given`."""
+    """With the sampler's options that were typed; they are taken out of `given`.
+
+    Raises:
+        OptionError: for a number of steps of a recipe that calls the model once.
+    """
+    from hqc.errors import OptionError
+
+    steps, once = given["num_inference_steps"], recipe.sampler.timestep is not None
+    if once and asked("num_inference_steps") and steps != 1:
+        found = f"recipe {recipe.name!r} calls the model once, at timestep {recipe.sampler.timestep:g}"
+        do = "Leave it out, or give --set sampler.timestep=null too."
+        raise OptionError(f"--num-inference-steps {steps}", found, do)
     changed = {}
     for name in ("num_inference_steps", "guidance_scale", "eta"):
         value = given.pop(name)

@@ -151,7 +151,7 @@ def called_once(task: Task, timestep: float | None) -> Task:
     if levels is not None and round(timestep) >= len(levels):
         found = f"the model was trained on timesteps 0…{len(levels) - 1}"
         raise TrainingError(f"sampler.timestep {timestep:g}", found, f"Give --set sampler.timestep={len(levels) - 1}.")
-    return replace(task, new_scheduler=lambda: OneCall(timestep, around), time_scale=1.0, set_timesteps=_set_timesteps)
+    return replace(task, new_scheduler=lambda: OneCall(timestep, around), set_timesteps=_set_timesteps)
 
 
 def guides(g: float) -> bool:
