@@ -123,6 +123,9 @@ def analyse(
     """
     if program.stage == Stage.INTEGER:
         raise EvaluationError("program", "is integer: its float weights are gone", "Give the program it came from.")
+    if any(plan.weight_only for plan in program.plan.sites):
+        found = "has weights of tables beside float activations: there is no range to measure, nor its float weights"
+        raise EvaluationError("program", found, "Give the captured program.")
     watched = dict(_watched(program, planned, block))
     grid = planned.state.get(GRID, torch.zeros(1))
     observer = _Observer(watched, grid, Run(float_program(program)), candidates, inputs, progress)

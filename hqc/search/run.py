@@ -138,6 +138,9 @@ def search(
     """
     if program.stage != Stage.CAPTURED:
         raise PassError("search", f"takes a program that is captured; this one is {program.stage}", "Give hqc trace's.")
+    if recipe.step("insert_qdq").activation == "float":
+        said = f"recipe {recipe.name!r} leaves activations float: no product has widths to choose"
+        raise PlanError("search", said, "Take another recipe, as rtn.")
     unit = asked.budget.unit
     candidates = asked.candidates or parse_candidates(CANDIDATES[unit])
     own = recipe.untrained()

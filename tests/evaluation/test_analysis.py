@@ -289,6 +289,10 @@ def test_what_cannot_be_analysed_is_refused(captured: Captured, task: Callable[[
     integer = run_pass(planned, FreezeIntegers())
     with pytest.raises(EvaluationError, match="is integer"):
         analyse(integer, integer, task(program), SAMPLER)
+    tables = [SelectLayers(bits="w4a4"), InsertQdq(activation="float", weight="lookup")]
+    alone = run_pipeline(program, tables)
+    with pytest.raises(EvaluationError, match=r"tables beside float activations: .* Give the captured program"):
+        analyse(alone, alone, task(program), SAMPLER)
     broken = program.evolve(state={**program.state, "conv.bias": torch.full((16,), torch.nan)})
     with pytest.raises(TrainingError, match="analysis at head: met NaN or infinity at timestep"):
         analyse(broken, planned, task(program), SAMPLER)

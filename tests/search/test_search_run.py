@@ -10,7 +10,7 @@ import pytest
 from test_cli import ok, refused
 
 import hqc
-from hqc.errors import PassError
+from hqc.errors import PassError, PlanError
 from hqc.evaluation.comparison.size import true_bytes
 from hqc.evaluation.sensitivity import SensitivityProbe
 from hqc.program import Program
@@ -110,6 +110,12 @@ def test_a_larger_budget_errs_less(program: Program, found: Found, tmp_path_fact
     more = searched(program, "90%", folder=folder)
     assert more.found.predicted < found.found.predicted
     assert more.ends == found.ends
+
+
+def test_a_recipe_without_widths_of_products_is_refused(program: Program) -> None:
+    asked = Asked(parse_budget("90%"), CANDIDATES, samples=2, timesteps=2)
+    with pytest.raises(PlanError, match=r"search: recipe 'ganq' leaves activations float: no product has widths"):
+        search(program, find_recipe("ganq"), synthetic_task(program), asked)
 
 
 def test_a_quantised_program_is_refused(program: Program) -> None:
