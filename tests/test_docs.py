@@ -183,12 +183,13 @@ def test_the_page_about_your_own_model(inside: Path) -> None:
     page = (ROOT / "docs" / "your-own-model.md").read_text(encoding="utf-8")
     (module,) = _blocks(page, "python", "<!-- file: mymodel.py -->")
     (inside / "mymodel.py").write_text(module, encoding="utf-8")
-    (commands,) = _blocks(page, "bash")
-    _run_commands(commands)
+    of_the_module, of_a_part = _blocks(page, "bash")
+    _run_commands(of_the_module)
     blocks = _blocks(page, "python")
     assert len(blocks) == 2
     for block in blocks:
         _run_python(block)
+    _run_commands(of_a_part)
 
 
 @pytest.mark.slow
