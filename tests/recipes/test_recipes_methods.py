@@ -202,7 +202,7 @@ def test_ganq_takes_its_weights_from_tables(program: Program, quantised: dict[st
 
 
 @pytest.mark.parametrize("target", ["portable", "tensorrt"])
-@pytest.mark.parametrize("name", ["mpq-dm", "mpq-dmv2", "ganq", "ganq-int8"])
+@pytest.mark.parametrize("name", ["mpq-dm", "mpq-dmv2", "ganq", "ganq-int8", "passionsr"])
 def test_in_the_other_targets(quantised: dict[str, Program], name: str, target: str, tmp_path: Path) -> None:
     """Codes and outputs of every site are verified; ONNX Runtime is among the tests of all methods."""
     result = quantised[name]
