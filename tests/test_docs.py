@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 import hqc
 from hqc.cli import main
+from hqc.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -175,6 +176,13 @@ def test_the_page_about_recipes(inside: Path) -> None:
     trained = hqc.qat(program, _run_python(method)["SCALES_ONLY"], "w4a4", settings=settings)
     assert trained.plan.recipe == "scales-only"
     hqc.export_program(trained, "onnxruntime", inside / "exported")
+
+
+def test_the_page_of_the_recipes_has_a_row_for_each() -> None:
+    rows = re.findall(
+        r"^\| `([a-z0-9-]+)` \| (\w+) \| ([^|]+) \|", (ROOT / "docs" / "recipes.md").read_text("utf-8"), re.M
+    )
+    assert sorted(rows) == sorted((name, recipe.kind, recipe.source) for name, recipe in RECIPES.items())
 
 
 @pytest.mark.slow
