@@ -424,7 +424,7 @@ def test_unknown_bits(made: SimpleNamespace, tmp_path: Path, command: str, bits:
     [
         (
             ("--recipe", "mine"),
-            "recipe 'mine': unknown; there are hqc, hq-dm, hq-dm-reference, efficientdm, mpq-dm, convrot,",
+            "recipe 'mine': unknown; there are hqc, hq-dm, hq-dm-reference, efficientdm, mpq-dm, mpq-dmv2,",
         ),
         (("--rules", "mine"), "rules 'mine': unknown; there are default, reference, mixed, all. Use one of them."),
         (("--keep-float", "down.*.nothing"), "pattern 'down.*.nothing': matches no site. Sites are named like"),

@@ -110,6 +110,8 @@ class FinetuneOnly:
         said = deciding(program.plan.rules, site, "trained")
         if said is not None and not said.trained:
             return f"{said.place} says that it is not trained"
+        if program.plan[site].weight_lookup:
+            return "its weight comes from a table: it would learn out of it"
         if program.plan[site].lora_rank:
             return "has a LoRA, which learns instead of its weight"
         return "several layers read its weight" if readers[_stored(layer)] > 1 else ""
@@ -131,8 +133,7 @@ def _stored(layer: fx.Node) -> str:
 
 def _size(program: Program, site: str, layer: fx.Node) -> int:
     """How many values of a layer may learn."""
-    names = (_stored(layer), f"{site}.activation_scale_table")  # float activations have no table
-    return sum(program.state[name].numel() for name in names if name in program.state)
+    return program.state[_stored(layer)].numel() + program.state[f"{site}.activation_scale_table"].numel()
 
 
 def _parameters(program: Program) -> int:

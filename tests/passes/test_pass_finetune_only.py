@@ -97,6 +97,14 @@ def test_what_has_a_lora_is_left_to_it(captured: Captured) -> None:
         FinetuneOnly(("conv",), share=1.0).find(program)
 
 
+@pytest.mark.parametrize("activation", ["symmetric", "float"])
+def test_weights_of_tables_stay(captured: Captured, activation: str) -> None:
+    insert = InsertQdq((0.0,), activation=activation, weight="lookup")
+    program = run_pipeline(captured("two_sites"), [SelectLayers(bits="w4a8"), insert])
+    with pytest.raises(PlanError, match="names no quantised layer that may learn"):
+        FinetuneOnly(("conv",), share=1.0).find(program)
+
+
 def test_a_plan_that_leaves_a_layer_untrained_has_the_last_word(captured: Captured) -> None:
     rules = (rule_from_data({"pattern": "conv", "trained": False}, "rule 1"),)
     begun = begin(captured("two_sites"), find_recipe("rtn"), Request("w4a4", rules=rules))
