@@ -97,12 +97,16 @@ def test_what_has_a_lora_is_left_to_it(captured: Captured) -> None:
         FinetuneOnly(("conv",), share=1.0).find(program)
 
 
-@pytest.mark.parametrize("activation", ["symmetric", "float"])
-def test_weights_of_tables_stay(captured: Captured, activation: str) -> None:
-    insert = InsertQdq((0.0,), activation=activation, weight="lookup")
-    program = run_pipeline(captured("two_sites"), [SelectLayers(bits="w4a8"), insert])
+def test_weights_of_tables_stay(captured: Captured) -> None:
+    beside_codes, beside_floats = (
+        run_pipeline(captured("two_sites"), [SelectLayers(bits="w4a8"), InsertQdq((0.0,), kind, weight="lookup")])
+        for kind in ("symmetric", "float")
+    )
     with pytest.raises(PlanError, match="names no quantised layer that may learn"):
-        FinetuneOnly(("conv",), share=1.0).find(program)
+        FinetuneOnly(("conv",), share=1.0).find(beside_codes)
+    found = FinetuneOnly(("conv",), share=1.0).find(beside_floats)
+    assert found.matches == ()
+    assert {"conv", "head"} <= {site for site, _ in found.misses}
 
 
 def test_a_plan_that_leaves_a_layer_untrained_has_the_last_word(captured: Captured) -> None:
