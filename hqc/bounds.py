@@ -3,6 +3,7 @@
 symmetric     -Q … Q             whole numbers in the call
 asymmetric    -z … 2ⁿ-1-z        of a zero point z: activations look it up by the timestep, weights have one a channel
 mixed         -z … t-z           with a top t for every output channel of a weight
+softmax       0 … 2ⁿ-1           of probabilities
 """
 
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ def bounds_of(quantiser: fx.Node, program: Program) -> Bounds:
     Raises:
         ExportError: for bounds that are no whole numbers, or made in a way that no pass makes them.
     """
+    if is_op(quantiser, ops.softmax_quantize.default):
+        return Bounds(0, 2 ** int(quantiser.args[3]) - 1)  # type: ignore[arg-type]
     low, high = quantiser.args[2:4]
     if isinstance(low, int) and isinstance(high, int):
         return Bounds(low, high)

@@ -80,7 +80,7 @@ _OWN = frozenset(
     f"hqc.{name}.default"
     for name in (
         *("hadamard", "fake_quantize", "nearest_timestep", "quantize", "dequantize"),
-        *("fake_quantize_bounded", "fake_quantize_residual", "quantize_bounded", "round_ste"),
+        *("fake_quantize_bounded", "fake_quantize_residual", "quantize_bounded", "round_ste", "softmax_quantize"),
         *("unpack_int4", "lookup", "rotate_codes", "digit", "half", "int_linear", "int_conv2d", "rescale"),
     )
 )
@@ -208,6 +208,17 @@ def _from_table(given: Arguments) -> str:
     return ""
 
 
+def _softmax_quantiser(given: Arguments) -> str:
+    p, log2, bits = given["p"], given["log2"], given["bits"]
+    if not p.is_floating_point():
+        return "quantises whole numbers"
+    if not 2 <= bits <= 8:
+        return f"has {bits} bits; expected 2 to 8"
+    if tuple(log2.shape) != tuple(p.shape[:1]) or not log2.is_floating_point():
+        return f"has kinds of steps {list(log2.shape)} for a value {list(p.shape)}; expected one for each row"
+    return _scale_per_row(p, given["scale"])
+
+
 def _rounded(given: Arguments) -> str:
     return "" if given["x"].is_floating_point() else "rounds whole numbers"
 
@@ -317,6 +328,7 @@ RULES: Mapping[str, Rule] = {
     "hqc.fake_quantize_bounded.default": _bounded_quantiser,
     "hqc.fake_quantize_residual.default": _residual_quantiser,
     "hqc.quantize_bounded.default": _bounded_quantiser,
+    "hqc.softmax_quantize.default": _softmax_quantiser,
     "hqc.round_ste.default": _rounded,
     "hqc.dequantize.default": _dequantiser,
     "hqc.nearest_timestep.default": _nearest,

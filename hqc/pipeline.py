@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
+from hqc.attentions import PARTS, part_name
 from hqc.errors import PassError
 from hqc.plan import whole_site
 from hqc.program import PassRecord, Program, Stage
@@ -146,6 +147,9 @@ def run_procedure(program: Program, step: Procedure, work: "Work") -> Program:
     result = step.run(program, work)
     changed = {name.rpartition(".")[0] for name, value in result.state.items() if program.state.get(name) is not value}
     touched = tuple(plan.site for plan in result.plan.sites if plan.site in changed)
+    touched += tuple(
+        one.name for one in result.plan.attentions if any(part_name(one.name, p) in changed for p in PARTS)
+    )
     inside = sum(one.seconds for one in result.history[len(program.history) :])
     record = PassRecord(text, touched, (), round(time.perf_counter() - start - inside, 4))
     result = result.evolve(history=(*result.history, record), stage=step.gives or program.stage)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from hqc.attention_plan import AttentionPlan, attention_plan
 from hqc.errors import PlanError
 from hqc.rotations import ORDERS, Rotation
 
@@ -264,7 +265,7 @@ class SitePlan:
 class QuantPlan:
     """The decisions for a whole program, in the order in which data meets the sites.
 
-    rules: of a plan file, which decided instead of the recipe.
+    rules: of a plan file, which decided instead of the recipe. attentions: those with quantisers of their own.
     """
 
     recipe: str = ""
@@ -274,6 +275,7 @@ class QuantPlan:
     keep_float: tuple[str, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple["SiteRule", ...] = ()
+    attentions: tuple[AttentionPlan, ...] = ()
 
     def __getitem__(self, site: str) -> SitePlan:
         for plan in self.sites:
@@ -299,12 +301,14 @@ class QuantPlan:
         return replace(self, sites=tuple(changed.get(plan.site, plan) for plan in self.sites))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; without rules where there are none, as older versions wrote it."""
+        """Plain data for JSON; without rules and attentions where there are none, as older versions wrote it."""
         from hqc.site_rules import rule_to_data  # it needs this module
 
         data = asdict(self)
         rules = [rule_to_data(rule) for rule in self.rules]
         del data["rules"]
+        if not data["attentions"]:
+            del data["attentions"]
         return {**data, "rules": rules} if rules else data
 
     @staticmethod
@@ -325,6 +329,7 @@ class QuantPlan:
                 keep_float=tuple(data.get("keep_float", ())),
                 training=dict(data.get("training", {})),
                 rules=tuple(rule_from_data(rule, f"rule {i}") for i, rule in enumerate(data.get("rules", ()), 1)),
+                attentions=tuple(attention_plan(one) for one in data.get("attentions", ())),
             )
             _check_fields(plan)
             return plan

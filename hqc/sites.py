@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hqc.attentions import part_name, written_out
 from hqc.bounds import FAKE_QUANTISERS, QUANTISERS, Bounds, bounds_of
 from hqc.errors import ExportError
 from hqc.program import Program, aten, is_op
@@ -18,6 +19,7 @@ __all__ = [
     "Product",
     "QuantisedSite",
     "absorbed_nodes",
+    "attention_quantisers",
     "branch_name",
     "output_of",
     "products_of",
@@ -26,6 +28,7 @@ __all__ = [
     "rotation_of",
     "rotation_within",
     "source_of",
+    "watched_sites",
     "with_residual",
 ]
 
@@ -124,6 +127,22 @@ def quantised_sites(program: Program) -> Iterator[QuantisedSite]:
         found = _integer_site(program, site, layer) or _fake_site(program, site, layer)
         if found is not None:
             yield found
+
+
+def attention_quantisers(program: Program) -> Iterator[QuantisedSite]:
+    """The quantisers within attention that is written out, as sites: their layer is the quantised value itself."""
+    for found in written_out(program):
+        for part, real in found.quantisers.items():
+            quantiser: fx.Node = real.args[0] if is_op(real, ops.dequantize.default) else real  # type: ignore[assignment]
+            x: fx.Node = quantiser.args[0]  # type: ignore[assignment]
+            name = part_name(found.name, part)
+            yield QuantisedSite(name, x, quantiser, real, real, bounds_of(quantiser, program))
+
+
+def watched_sites(program: Program) -> Iterator[QuantisedSite]:
+    """Everything that is quantised besides weights: what the verification of an export listens to."""
+    yield from quantised_sites(program)
+    yield from attention_quantisers(program)
 
 
 def _integer_site(program: Program, site: str, layer: fx.Node) -> QuantisedSite | None:

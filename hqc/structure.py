@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 import hqc.ops  # noqa: F401  (registers the operators)
+from hqc.attention_checks import ATTENTION_ROLES, attention_problems
 from hqc.bounds import FAKE_QUANTISERS, QUANTISERS, bounds_of
 from hqc.errors import ExportError
 from hqc.plan import SitePlan, activation_range, asymmetric_top, main_site, weight_range
@@ -38,6 +39,11 @@ _ROLES: Mapping[str, tuple[Any, ...]] = {
     "lora": (aten.add.Tensor,),
     "row": (ops.nearest_timestep.default,),
     "codes": QUANTISERS,
+    "attention": (aten.matmul.default,),
+    "operand_quantizer": FAKE_QUANTISERS,
+    "operand_codes": QUANTISERS,
+    "operand": (ops.dequantize.default,),
+    "softmax_quantizer": (ops.softmax_quantize.default,),
     "activation": (ops.dequantize.default,),
     "product": _PRODUCTS,
     "weight": (
@@ -56,7 +62,7 @@ _OF_QUANTISED = (
     "branch",
     "residual",
 )
-_WITH_SITE = ("layer", "rotation_back", *_OF_QUANTISED)
+_WITH_SITE = ("layer", "rotation_back", "attention", *ATTENTION_ROLES, *_OF_QUANTISED)
 
 
 def site_problems(program: Program) -> list[str]:
@@ -83,7 +89,7 @@ def site_problems(program: Program) -> list[str]:
         if (role := node.meta.get("role")) in _OF_QUANTISED
         and not (node.meta["site"] in program.plan and program.plan[node.meta["site"]].quantised)
     ]
-    return problems[:3]
+    return [*problems, *attention_problems(program)][:3]
 
 
 def _live(program: Program) -> set[fx.Node]:
@@ -117,7 +123,7 @@ def _role_problem(node: fx.Node) -> str:
 
 def _operands(node: fx.Node) -> int:
     """How many of the first arguments are values."""
-    if is_op(node, _RESCALE):
+    if is_op(node, _RESCALE, ops.softmax_quantize.default):
         return 3
     if is_op(node, aten.to.dtype, ops.hadamard.default, ops.rotate_codes.default, ops.unpack_int4.default):
         return 1

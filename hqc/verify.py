@@ -31,8 +31,10 @@ _INTEGER_OPS: set[object] = {
     ops.int_conv2d.default,
     ops.rescale.default,
 }
+_QUANTISING_OPS: set[object] = {ops.softmax_quantize.default}
+"""In float before freezing and after."""
 _FORBIDDEN: Mapping[Stage, set[object]] = {
-    Stage.CAPTURED: _TRAINING_OPS | _INTEGER_OPS,
+    Stage.CAPTURED: _TRAINING_OPS | _INTEGER_OPS | _QUANTISING_OPS,
     Stage.QUANTISED: _INTEGER_OPS,
     Stage.TRAINED: _INTEGER_OPS,
     Stage.INTEGER: _TRAINING_OPS,

@@ -7,12 +7,14 @@ from hqc.calibration.lora_start import InitLora
 from hqc.calibration.low_rank import Decompose
 from hqc.calibration.rotations import ChooseRotation
 from hqc.calibration.smoothing import Smooth
+from hqc.calibration.softmax import ChooseSoftmax
 from hqc.calibration.weights import CalibrateWeights, mse_weight_scale
 
 __all__ = [
     "CalibrateActivations",
     "CalibrateWeights",
     "ChooseRotation",
+    "ChooseSoftmax",
     "Decompose",
     "FitLookup",
     "InitLora",

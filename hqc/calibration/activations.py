@@ -1,8 +1,8 @@
 """Activation scale tables by search along a float trajectory.
 
-For every site and timestep the scale minimises the error of the site's quantiser over candidate clip ranges
-(`searches`), on its own input (rotated where the plan says so). The quantisers are bypassed while observing, so the
-trajectory is the float model's own.
+For every site, every quantised part of an attention, and every timestep the scale minimises the error of its
+quantiser over candidate clip ranges (`searches`), on its own input (rotated where the plan says so). The quantisers are
+bypassed while observing, so the trajectory is the float model's own.
 """
 
 import math
@@ -14,9 +14,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from hqc.attentions import part_name
 from hqc.calibration.searches import Search, activation_search, some_values
 from hqc.errors import TrainingError
 from hqc.memory import require_call_memory
+from hqc.passes.insert_attention_qdq import ATTENTION_GRID
 from hqc.passes.insert_qdq import GRID
 from hqc.program import Program, Stage
 from hqc.running import node_failure
@@ -25,6 +27,9 @@ from hqc.sampling.task import Denoise, call_arguments
 from hqc.steps import check_options
 
 __all__ = ["CalibrateActivations", "calibrate", "not_finite_because"]
+
+_OBSERVED = ("activation_quantizer", "operand_quantizer", "softmax_quantizer")
+_ONE_ROW = torch.zeros(1)
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,12 @@ class _Observer(fx.Interpreter):
     candidates: int
     power: float = 2.0
     searches: dict[tuple[str, int], Search] = field(default_factory=dict)
-    row: int = 0
+    time: float = 0.0
     originals: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__(self.program.module())
         self.extra_traceback = False  # errors keep their own words
-        self.grid = self.program.state.get(GRID, torch.zeros(1))
 
     def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
         times = timestep.reshape(-1).float()
@@ -101,7 +105,7 @@ class _Observer(fx.Interpreter):
             raise TrainingError(
                 "calibration", "one call mixes timesteps", "Call the model with one timestep at a time."
             )
-        self.row = int((times[0] - self.grid).abs().argmin())
+        self.time = float(times[0])
         if not bool(sample.isfinite().all()):
             raise TrainingError(
                 "calibration",
@@ -118,14 +122,14 @@ class _Observer(fx.Interpreter):
             return self._original(n.args[0].args[0])  # type: ignore[union-attr, arg-type]
         if role == "rotation":
             self.originals[n] = [self.env[n.args[0]]] * _rotated_back(n)  # type: ignore[index]
-        if role not in ("activation_quantizer", "weight_quantizer"):
+        if role not in (*_OBSERVED, "weight_quantizer"):
             try:
                 return super().run_node(n)
             except Exception as error:
                 raise node_failure(n, error) from error
         x = self.env[n.args[0]]  # type: ignore[index]
-        if role == "activation_quantizer":
-            self._observe(n.meta["site"], x)
+        if role in _OBSERVED:
+            self._observe(n, x)
         return x
 
     def _original(self, rotation: fx.Node) -> Tensor:
@@ -136,20 +140,39 @@ class _Observer(fx.Interpreter):
             del self.originals[rotation]
         return x
 
-    def _observe(self, site: str, x: Tensor) -> None:
+    def _observe(self, quantiser: fx.Node, x: Tensor) -> None:
         low, high = (float(bound) for bound in x.aminmax())
+        site, grid = str(quantiser.meta["site"]), _grid(self.program, quantiser)
+        row = int((self.time - grid).abs().argmin())
         if not math.isfinite(max(-low, high)):
             raise TrainingError(
                 f"calibration at {site}",
-                f"met NaN or infinity at timestep {float(self.grid[self.row]):g}",
+                f"met NaN or infinity at timestep {float(grid[row]):g}",
                 not_finite_because(self.program),
             )
-        key = (site, self.row)
-        if key not in self.searches:
-            plan = self.program.plan[site]
-            bits, symmetric = plan.activation_bits or 8, plan.activation_symmetric
-            self.searches[key] = activation_search(bits, symmetric, self.candidates, self.power)
-        self.searches[key].add(some_values(x), low, high)
+        if (site, row) not in self.searches:
+            bits, symmetric = _bits(self.program, quantiser)
+            self.searches[site, row] = activation_search(bits, symmetric, self.candidates, self.power)
+        self.searches[site, row].add(some_values(x), low, high)
+
+
+def _grid(program: Program, quantiser: fx.Node) -> Tensor:
+    """The timesteps that a quantiser's rows are for."""
+    return program.state.get(GRID if quantiser.meta["role"] == "activation_quantizer" else ATTENTION_GRID, _ONE_ROW)
+
+
+def _bits(program: Program, quantiser: fx.Node) -> tuple[int, bool]:
+    """The bits of a quantiser's codes, and whether they are symmetric; those of a softmax are 0 … 2ⁿ-1.
+
+    A softmax has no value below 0, so that the search of asymmetric ranges gives it the zero point 0.
+    """
+    site, role = quantiser.meta["site"], quantiser.meta["role"]
+    if role == "softmax_quantizer":
+        return int(quantiser.args[3]), False  # type: ignore[arg-type]
+    if role == "activation_quantizer":
+        return program.plan[site].activation_bits or 8, program.plan[site].activation_symmetric
+    plan = next(one for one in program.plan.attentions if str(site).startswith(part_name(one.name, "")))
+    return plan.operand_bits or 8, plan.operands_symmetric
 
 
 def not_finite_because(program: Program) -> str:
@@ -179,16 +202,16 @@ def calibrate(
     observer = _Observer(program, candidates, power)
     forward_loop(observer)
     state = dict(program.state)
-    visited = sorted({row for _, row in observer.searches})
-    if not visited and program.plan.quantised:
+    if not observer.searches and program.plan.quantised:
         raise TrainingError(
             "calibration", "the forward loop never called the model", "Call model(sample, timestep, …)."
         )
-    for plan in program.plan.quantised:
-        name = f"{plan.site}.activation_scale_table"
+    for quantiser in [node for node in program.graph.nodes if node.meta.get("role") in _OBSERVED]:
+        site = str(quantiser.meta["site"])
+        name, visited = f"{site}.activation_scale_table", [row for one, row in observer.searches if one == site]
         nearest = [min(visited, key=lambda v, r=row: (abs(v - r), v)) for row in range(len(state[name]))]  # type: ignore[misc]
-        found = [observer.searches[plan.site, row] for row in nearest]
+        found = [observer.searches[site, row] for row in nearest]
         state[name] = torch.tensor([search.scale for search in found])
-        if not plan.activation_symmetric:
-            state[f"{plan.site}.activation_zero_table"] = torch.tensor([search.zero for search in found])
+        if f"{site}.activation_zero_table" in state:
+            state[f"{site}.activation_zero_table"] = torch.tensor([search.zero for search in found])
     return program.evolve(state=state)

@@ -25,7 +25,7 @@ from hqc.steps import step_name
 
 __all__ = ["ReadsRows", "SiteRows", "collect", "collect_for", "require_rows"]
 
-_QUANTISERS = ("activation_quantizer", "weight_quantizer")
+_QUANTISERS = ("activation_quantizer", "weight_quantizer", "operand_quantizer", "softmax_quantizer")
 
 
 @dataclass

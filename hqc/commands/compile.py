@@ -188,6 +188,7 @@ def explain(
         )
         return
     out.console.print(out.sites_table(result))
+    _print_attentions(result)
     _print_weights(result)
     rules = found.step("select_layers").rules
     ordered = [f"  {rule}" for rule in (*RULE_SETS[rules], *plan.rules)]
@@ -225,7 +226,20 @@ def _show_own_plan(path: Path, program: "Program", *, as_yaml: bool, as_json: bo
         out.print_json({"plan": program.plan.to_dict(), "weights": _weights(program)})
         return
     out.console.print(out.sites_table(program))
+    _print_attentions(program)
     _print_weights(program)
+
+
+def _print_attentions(program: "Program") -> None:
+    """How attention is quantised, where it is."""
+    from hqc import console as out
+    from hqc.attentions import part_name
+
+    for plan in program.plan.attentions:
+        kinds = program.state.get(f"{part_name(plan.name, 'softmax')}.log2_table")
+        powers = 0 if kinds is None else int((kinds > 0.5).sum())
+        more = f", in powers of two at {powers} of {len(kinds)} timesteps" if powers and kinds is not None else ""
+        out.console.print(f"attention {plan.name}: {plan}{more}", markup=False, highlight=False)
 
 
 def _weights(program: "Program") -> dict[str, int]:

@@ -78,6 +78,12 @@ def _last_readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
+_ADDED = (
+    *("activation_quantizer", "weight_quantizer", "rotation", "rotation_back", "lora"),
+    *("operand_quantizer", "softmax_quantizer"),
+)
+
+
 def float_program(program: Program) -> Program:
     """The program without what quantisation added: rotations, quantisers and LoRA; its weights as captured.
 
@@ -87,7 +93,7 @@ def float_program(program: Program) -> Program:
         return program
     edit = rewrite(program)
     for node in list(edit.graph.nodes):
-        if node.meta.get("role") in ("activation_quantizer", "weight_quantizer", "rotation", "rotation_back", "lora"):
+        if node.meta.get("role") in _ADDED:
             node.replace_all_uses_with(node.args[0])
     for plan in program.plan.sites:
         if plan.weight_rotated and plan.hadamard:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hqc.errors import ExportError, OptionError
+from hqc.export.attention_notes import attention_note
 from hqc.export.interface import Interface, Names, interface_for, rename_ports
 from hqc.export.lowering import Tap
 from hqc.export.model import DATA_FILE, EXTERNAL_DATA_BYTES, MODEL_FILE, onnx_from_program, save_model
@@ -50,7 +51,7 @@ class ExportReport:
     """What an export wrote and measured.
 
     For TensorRT: `options`, the form of every layer, and what was measured of the float32 `twin`. `functions`: whether
-    rotations are nodes of a function in the file.
+    rotations are nodes of a function in the file. attention: how the target runs attention that is quantised.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class ExportReport:
     layers: tuple[LayerForm, ...] = ()
     twin: Verification | None = None
     functions: bool = False
+    attention: str = ""
 
     def __str__(self) -> str:
         head = (
@@ -73,6 +75,8 @@ class ExportReport:
         lines = [head]
         if self.options is not None:
             lines.append(f"layers   {form_counts(self.layers)}; {self.options.dtype}, plugins {self.options.plugins}")
+        if self.attention:
+            lines.append(f"attention {self.attention}")
         if self.twin is not None:
             lines.append(f"twin     float32, network with equal codes {self.twin.network.forced_error:.1e}")
         return "\n".join((*lines, str(self.verification)))
@@ -178,6 +182,7 @@ def export_program(
             made.layers,
             made.twin,
             functions,
+            attention_note(program, target),
         )
         (temporary / "plan.json").write_text(json.dumps(made.plan.to_dict(), indent=1) + "\n", encoding="utf-8")
         if report.options is not None:
@@ -282,6 +287,7 @@ def _fields(program: Program, report: ExportReport) -> dict[str, Any]:
         "target": report.target,
         "opset": report.opset,
         "functions": report.functions,
+        **({"attention": report.attention} if report.attention else {}),
         **own,
         "stage": str(program.stage),
         "origin": asdict(program.origin),

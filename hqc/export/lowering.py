@@ -12,7 +12,7 @@ from hqc.errors import ExportError
 from hqc.export.builder import GraphBuilder, typed
 from hqc.export.interface import OUTPUT
 from hqc.program import BATCH, Program, is_op
-from hqc.sites import QuantisedSite, quantised_sites, with_residual
+from hqc.sites import QuantisedSite, watched_sites, with_residual
 from hqc.wording import listed
 
 __all__ = ["OUTPUT", "Listen", "Lowering", "Tap", "Translation", "Translations", "is_size", "onnx_dtype"]
@@ -79,6 +79,7 @@ class Lowering:
         self.builder = GraphBuilder(opset)
         self.translations = translations
         self.values: dict[fx.Node, Any] = {}
+        self.codes: dict[fx.Node, ir.Value] = {}  # of quantisers whose value is real
         self.taps: Mapping[str, Tap] = {}
 
     def run(self) -> ir.Model:
@@ -212,9 +213,10 @@ class Lowering:
 
     def _find_taps(self) -> dict[str, Tap]:
         taps = {}
-        for site in quantised_sites(self.program):
-            heard = (site.x, site.quantiser, with_residual(site.layer))
-            x, codes, output = (listen(self.value(node)) for node in heard)
+        for site in watched_sites(self.program):
+            found = self.codes.get(site.quantiser) or self.value(site.quantiser)
+            heard = (self.value(site.x), found, self.value(with_residual(site.layer)))
+            x, codes, output = (listen(value) for value in heard)
             taps[site.site] = Tap(x, codes, output, **self.tap_details(site))
         return taps
 

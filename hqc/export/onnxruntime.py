@@ -22,7 +22,8 @@ from hqc.export.ort_attention import attention
 from hqc.export.ort_products import rescale
 from hqc.export.scale_bank import ScaleBank
 from hqc.export.shared import int4_weight, looked_up, nearest_timestep
-from hqc.program import Program, aten
+from hqc.export.softmax import softmax_quantize
+from hqc.program import Program, aten, is_op
 from hqc.sites import PRODUCTS, QuantisedSite, absorbed_nodes
 
 __all__ = ["OnnxRuntimeLowering", "lower_onnxruntime"]
@@ -47,6 +48,8 @@ class OnnxRuntimeLowering(IntegerState):
 
     def tap_details(self, site: QuantisedSite) -> dict[str, Any]:
         """Codes carry the zero point; the products' weights are watched."""
+        if is_op(site.quantiser, ops.softmax_quantize.default):
+            return {}
         top = site.bounds.largest
         weights = tuple(str(w.name) for w in self.weights.get(site.site, ()))
         return {"zero_point": top + 1, "weights": weights, "largest_code": 2 * top + 1}
@@ -75,6 +78,7 @@ _TRANSLATIONS: Translations = {
         ops.dequantize.default: dequantize,
         ops.unpack_int4.default: int4_weight,
         ops.lookup.default: looked_up,
+        ops.softmax_quantize.default: softmax_quantize,
         ops.rescale.default: rescale,
         aten.scaled_dot_product_attention.default: attention,
         aten.index_select.default: _index_select,

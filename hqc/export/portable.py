@@ -26,6 +26,7 @@ from hqc.export.aten_shapes import SHAPES
 from hqc.export.builder import HQC_DOMAIN, typed
 from hqc.export.lowering import Lowering, Translations
 from hqc.export.shared import int4_weight, looked_up, nearest_timestep, per_sample, signed_sums
+from hqc.export.softmax import softmax_quantize
 from hqc.program import Program, is_op
 from hqc.sites import rotation_of
 
@@ -98,4 +99,5 @@ _TRANSLATIONS: Translations = {
     ops.dequantize.default: _dequantize,
     ops.unpack_int4.default: int4_weight,
     ops.lookup.default: looked_up,
+    ops.softmax_quantize.default: softmax_quantize,
 }

@@ -10,6 +10,7 @@ from hqc.errors import ExportError
 from hqc.export.reference import evaluate
 from hqc.export.tensorrt.float_activations import FloatActivations, refuse_wide_codes
 from hqc.passes import FreezeIntegers, MergeLora, PackInt4, RotateWeights, SplitDigits
+from hqc.passes.float_attention import with_float_attention
 from hqc.passes.rewriting import rewrite
 from hqc.pipeline import Pass, run_pipeline
 from hqc.program import Program, Stage, aten, is_op
@@ -32,6 +33,7 @@ def prepare(program: Program, target: Target, *, weight_only: Sequence[str] = ()
     if target not in get_args(Target):
         raise ExportError(f"target {target!r}", f"unknown; there are {', '.join(get_args(Target))}", "Use one of them.")
     if target == "tensorrt":
+        program = with_float_attention(program)
         refuse_wide_codes(program)
     prepared = run_pipeline(program, _missing_passes(program, target, weight_only))
     return fold_constants(fold_tables(prepared) if target == "tensorrt" else prepared)

@@ -1,16 +1,17 @@
 """The torch side of a comparison: one site on its own, the whole network, and the network without quantisers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from hqc.bounds import FAKE_QUANTISERS, QUANTISERS, clip_codes
+from hqc.ops.softmax_quantize import softmax_levels, softmax_values
 from hqc.passes.rewriting import rewrite
 from hqc.program import Program, is_op
 from hqc.running import node_failure
-from hqc.sites import QuantisedSite, quantised_sites, with_residual
+from hqc.sites import QuantisedSite, watched_sites, with_residual
 
 __all__ = [
     "ForcedRun",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 ops = torch.ops.hqc
+_SOFTMAX = ops.softmax_quantize.default
 Values = Mapping[fx.Node, Tensor]
 
 
@@ -44,18 +46,25 @@ def evaluate(program: Program, node: fx.Node, known: Values) -> Tensor:
 
 
 def code_levels(program: Program, site: QuantisedSite, known: Values) -> Tensor:
-    """x·(1/s) before rounding and clipping, from the site's input."""
-    scale = evaluate(program, site.quantiser.args[1], known)  # type: ignore[arg-type]
-    rotated = evaluate(program, site.quantiser.args[0], known)  # type: ignore[arg-type]
-    return rotated * scale.reciprocal().view(-1, *[1] * (rotated.ndim - 1))
+    """x·(1/s) before rounding and clipping, from the site's input; -log₂ of a softmax that has powers of two."""
+    rotated, scale, *rest = _arguments(program, site.quantiser, known)
+    if is_op(site.quantiser, _SOFTMAX):
+        return softmax_levels(rotated, scale, rest[0])
+    return rotated * scale.reciprocal().view(-1, *[1] * (rotated.ndim - 1))  # type: ignore[no-any-return]
+
+
+def _arguments(program: Program, node: fx.Node, known: Values) -> list[Any]:
+    return [evaluate(program, one, known) if isinstance(one, fx.Node) else one for one in node.args]
+
+
+def _ends(quantiser: fx.Node, args: Sequence[Any]) -> tuple[Any, Any]:
+    """The least and the largest code, of a quantiser's arguments."""
+    return (0, 2 ** int(args[3]) - 1) if is_op(quantiser, _SOFTMAX) else tuple(args[2:4])  # type: ignore[return-value]
 
 
 def clipped(program: Program, site: QuantisedSite, levels: Tensor, known: Values) -> Tensor:
     """Levels between the least and the largest code, each sample's own where they are looked up."""
-    low, high = (
-        evaluate(program, bound, known) if isinstance(bound, fx.Node) else bound for bound in site.quantiser.args[2:4]
-    )
-    return clip_codes(levels, low, high)
+    return clip_codes(levels, *_ends(site.quantiser, _arguments(program, site.quantiser, known)))
 
 
 def site_output(program: Program, site: QuantisedSite, codes: Tensor, known: Values) -> Tensor:
@@ -63,6 +72,9 @@ def site_output(program: Program, site: QuantisedSite, codes: Tensor, known: Val
     output = with_residual(site.layer)
     if site.real is None:
         return evaluate(program, output, {**known, site.quantiser: codes.to(torch.int8)})
+    if is_op(site.quantiser, _SOFTMAX):
+        _, scale, log2, _ = _arguments(program, site.quantiser, known)
+        return softmax_values(codes.to(scale.dtype), scale, log2)
     scale = evaluate(program, site.quantiser.args[1], known)  # type: ignore[arg-type]
     real = codes.to(scale.dtype) * scale.view(-1, *[1] * (codes.ndim - 1))
     return evaluate(program, output, {**known, site.real: real})
@@ -91,7 +103,7 @@ def without_quantisers(program: Program) -> Program | None:
         return None
     edit = rewrite(program)
     for node in list(edit.graph.nodes):
-        if is_op(node, *FAKE_QUANTISERS):
+        if is_op(node, *FAKE_QUANTISERS, _SOFTMAX):
             node.replace_all_uses_with(node.args[0])
         elif is_op(node, ops.dequantize.default) and is_op(node.args[0], *QUANTISERS):
             node.replace_all_uses_with(node.args[0].args[0])
@@ -108,7 +120,7 @@ class ForcedRun(fx.Interpreter):
     def __init__(self, program: Program, codes: Mapping[str, Tensor]) -> None:
         super().__init__(program.module())
         self.extra_traceback = False  # errors keep their own words
-        self._sites = {site.quantiser.name: site for site in quantised_sites(program) if site.site in codes}
+        self._sites = {site.quantiser.name: site for site in watched_sites(program) if site.site in codes}
         self._codes = codes
         self.flipped: dict[str, int] = {}
         self.distance: dict[str, float] = {}
@@ -123,9 +135,11 @@ class ForcedRun(fx.Interpreter):
                 return super().run_node(n)
             except Exception as error:
                 raise node_failure(n, error) from error
-        x, scale, low, high = self.fetch_args_kwargs_from_env(n)[0]
+        x, scale, *rest = given_args = self.fetch_args_kwargs_from_env(n)[0]
         broadcast = [-1] + [1] * (x.ndim - 1)
-        level = clip_codes(x * scale.reciprocal().view(broadcast), low, high)
+        softmax = is_op(n, _SOFTMAX)
+        level = softmax_levels(x, scale, rest[0]) if softmax else x * scale.reciprocal().view(broadcast)
+        level = clip_codes(level, *_ends(n, given_args))
         codes = self._codes[site.site]
         differs = level.round() != codes
         self.flipped[site.site] = int(differs.sum())
@@ -136,4 +150,6 @@ class ForcedRun(fx.Interpreter):
         self.distance[site.site] = float(excess[differs].max()) if self.flipped[site.site] else 0.0
         # With the strides of the quantiser's own result: layers choose their kernels by them, and kernels round apart.
         given = torch.empty_like(level, memory_format=torch.preserve_format).copy_(codes)
+        if softmax:
+            return softmax_values(given, scale, rest[0])
         return given * scale.view(broadcast) if is_op(n, *FAKE_QUANTISERS) else given.to(torch.int8)

@@ -14,7 +14,7 @@ from hqc.export.reference import clipped, code_levels, site_output
 from hqc.export.watched import Array, WatchedModel, constants, heard
 from hqc.memory import return_free_memory
 from hqc.program import Program
-from hqc.sites import QuantisedSite, quantised_sites
+from hqc.sites import QuantisedSite, watched_sites
 
 __all__ = ["SiteCheck", "check_sites", "check_weights", "saturating_pairs"]
 
@@ -38,7 +38,7 @@ def check_sites(
     watched: WatchedModel, taps: Mapping[str, Tap], reference: Program, feeds: Mapping[str, Array]
 ) -> tuple[list[SiteCheck], list[str]]:
     """Every quantised site, and what is wrong with any of them."""
-    sites = {site.site: site for site in quantised_sites(reference)}
+    sites = {site.site: site for site in watched_sites(reference)}
     placeholders = {node.name: node for node in reference.graph.nodes if node.op == "placeholder"}
     known = {placeholders[name]: torch.from_numpy(array) for name, array in feeds.items()}
     checks, problems = [], [f"site {name} is not in the exported graph" for name in sites.keys() - taps.keys()]

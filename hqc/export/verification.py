@@ -35,7 +35,7 @@ from hqc.export.watched import Array, WatchedModel, heard
 from hqc.memory import return_free_memory
 from hqc.program import Program, Stage
 from hqc.running import run_module
-from hqc.sites import quantised_sites
+from hqc.sites import watched_sites
 from hqc.wording import first_words, listed
 
 __all__ = ["LARGE_MODEL", "NetworkCheck", "Verification", "check_onnx", "file_output", "verify_export"]
@@ -229,7 +229,7 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 def _all_codes(
     watched: WatchedModel, taps: Mapping[str, Tap], feeds: Mapping[str, Array]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The integer codes of every site, one byte each while they wait, and the output of the same run."""
+    """The integer codes of every site, small while they wait, and the output of the same run."""
     values = watched.run({OUTPUT, *(tap.codes.name for tap in taps.values())}, feeds)
     output = torch.from_numpy(values.pop(OUTPUT))
     found: dict[tuple[Any, ...], Tensor] = {}  # sites that read one tensor share its codes
@@ -237,7 +237,8 @@ def _all_codes(
     for site, tap in taps.items():
         key = (tap.codes, tap.zero_point)
         if key not in found:
-            found[key] = (heard(tap.codes, values).to(torch.int16) - tap.zero_point).to(torch.int8)
+            wide = heard(tap.codes, values).to(torch.int16) - tap.zero_point
+            found[key] = wide if bool((wide > 127).any()) else wide.to(torch.int8)  # a softmax has codes up to 255
         codes[site] = found[key]
     return codes, output
 
@@ -245,7 +246,7 @@ def _all_codes(
 def _network_problems(check: NetworkCheck, reference: Program, rounding: float) -> list[str]:
     """`not <=` so that NaN counts as a failure."""
     problems, forced = [], max(FORCED_BOUND, ROUNDINGS * rounding)
-    largest = max((site.bounds.largest for site in quantised_sites(reference)), default=0)
+    largest = max((site.bounds.largest for site in watched_sites(reference)), default=0)
     boundary = FORCED_BOUNDARY + LEVEL_ROUNDINGS * rounding * largest
     if not check.forced_error <= forced:
         problems.append(f"with equal codes the output differs by {check.forced_error:.1e}; at most {forced:.0e}")

@@ -3,7 +3,7 @@
 In the order in which data meets them: the timestep picks a scale (`nearest_timestep`), activations are rotated
 (`hadamard`) and quantised (`fake_quantize` while training; `quantize`, `dequantize` after; `fake_quantize_bounded` and
 `quantize_bounded` where the range of codes is a tensor, made whole by `round_ste`; `fake_quantize_residual` adds a
-binary code for what they leave of a weight), weights come from codes
+binary code for what they leave of a weight; `softmax_quantize` for attention's probabilities), weights come from codes
 (`unpack_int4`, `lookup`, `rotate_codes`, `digit`, `half`), meet in an integer product (`int_linear`, `int_conv2d`) and
 go back to real units (`rescale`).
 """
@@ -17,6 +17,7 @@ from hqc.ops.nearest_timestep import nearest_timestep
 from hqc.ops.quantize import dequantize, quantize
 from hqc.ops.rescale import rescale
 from hqc.ops.residual import fake_quantize_residual
+from hqc.ops.softmax_quantize import softmax_quantize
 from hqc.ops.straight_through import round_ste
 from hqc.ops.weight_codes import digit, half, pack_int4, rotate_codes, unpack_int4
 from hqc.rotations import block_size
@@ -42,6 +43,7 @@ __all__ = [
     "rescale",
     "rotate_codes",
     "round_ste",
+    "softmax_quantize",
     "sylvester",
     "table_codes",
     "unpack_int4",

@@ -6,11 +6,14 @@ from hqc.passes.attach_branch import AttachBranch
 from hqc.passes.attach_lora import AttachLora
 from hqc.passes.drop_single_key_attention import DropSingleKeyAttention
 from hqc.passes.finetune_only import FinetuneOnly
+from hqc.passes.float_attention import FloatAttention
 from hqc.passes.freeze_integers import FreezeIntegers
+from hqc.passes.insert_attention_qdq import InsertAttentionQdq
 from hqc.passes.insert_hadamard import InsertHadamard
 from hqc.passes.insert_qdq import InsertQdq
 from hqc.passes.insert_smoothing import InsertSmoothing
 from hqc.passes.merge_lora import MergeLora
+from hqc.passes.open_attention import OpenAttention
 from hqc.passes.pack_int4 import PackInt4
 from hqc.passes.rotate_weights import RotateWeights
 from hqc.passes.select_layers import SelectLayers
@@ -25,11 +28,14 @@ __all__ = [
     "AttachLora",
     "DropSingleKeyAttention",
     "FinetuneOnly",
+    "FloatAttention",
     "FreezeIntegers",
+    "InsertAttentionQdq",
     "InsertHadamard",
     "InsertQdq",
     "InsertSmoothing",
     "MergeLora",
+    "OpenAttention",
     "PackInt4",
     "RotateWeights",
     "SelectLayers",
@@ -42,6 +48,7 @@ PASSES: Mapping[str, type] = {
     step_name(kind): kind
     for kind in (
         DropSingleKeyAttention,
+        OpenAttention,
         SplitConcat,
         SplitSigns,
         SelectLayers,
@@ -49,9 +56,11 @@ PASSES: Mapping[str, type] = {
         AttachBranch,
         InsertHadamard,
         InsertQdq,
+        InsertAttentionQdq,
         FinetuneOnly,
         AttachLora,
         MergeLora,
+        FloatAttention,
         FreezeIntegers,
         RotateWeights,
         SplitDigits,

@@ -11,19 +11,19 @@ go.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import fx
 
+from hqc.attentions import argument_problem, attentions
 from hqc.passes.rewriting import LINEAR, Rewriter, rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage, aten, is_op
 
 __all__ = ["DropSingleKeyAttention"]
 
-ATTENTION = aten.scaled_dot_product_attention.default
 _RESHAPES = (aten.reshape.default, aten.view.default)
 _ARITHMETIC = (
     aten.add.Tensor,
@@ -49,7 +49,7 @@ class DropSingleKeyAttention:
     def find(self, program: Program) -> Findings:
         """Attentions over one key, named by the module that holds their projections; the others are misses."""
         matches, misses = [], []
-        for name, node in _attentions(program.graph):
+        for name, node in attentions(program.graph):
             reason = _unfit(node)
             misses.append((name, reason)) if reason else matches.append(name)
         return Findings(tuple(matches), tuple(misses))
@@ -59,7 +59,7 @@ class DropSingleKeyAttention:
         if not matches:
             return program
         edit = rewrite(program)
-        dropped = [node for name, node in _attentions(edit.graph) if name in matches]
+        dropped = [node for name, node in attentions(edit.graph) if name in matches]
         narrowing = _Narrowing(edit)
         for node in list(edit.graph.nodes):
             if node in dropped:
@@ -70,25 +70,6 @@ class DropSingleKeyAttention:
             node.replace_all_uses_with(node.args[2])  # type: ignore[arg-type]
             edit.graph.erase_node(node)  # dead code elimination keeps an operator that may draw random numbers
         return edit.finish()
-
-
-def _attentions(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
-    """Every attention by a name of its own: the module of its value's layer, or the node's name."""
-    seen: set[str] = set()
-    for node in graph.nodes:
-        if is_op(node, ATTENTION):
-            module = _module(node.args[2])
-            name = module if module and module not in seen else node.name
-            seen.add(name)
-            yield name, node
-
-
-def _module(value: Any) -> str:
-    while value.op == "call_function" and value.meta.get("role") != "layer" and value.args:
-        if not isinstance(value.args[0], fx.Node):
-            return ""
-        value = value.args[0]
-    return str(value.meta.get("site", "")).rpartition(".")[0]
 
 
 def _unfit(node: fx.Node) -> str:
@@ -104,28 +85,7 @@ def _unfit(node: fx.Node) -> str:
         return "the number of its queries is not known before it runs"
     if value != (*result[:-2], 1, result[-1]):
         return f"its value {list(value)} does not fit its result {list(result)}: only the tokens may be broadcast"
-    return _argument_reason(node)
-
-
-_ARGUMENTS = {
-    "attn_mask": (None, "it has a mask"),
-    "dropout_p": (0.0, "it drops out at random"),
-    "is_causal": (False, "it is causal"),
-    "enable_gqa": (False, "its heads share keys"),
-}
-
-
-def _argument_reason(node: fx.Node) -> str:
-    given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
-    for name, found in {**given, **node.kwargs}.items():
-        if name in ("query", "key", "value", "scale"):
-            continue
-        if name not in _ARGUMENTS:
-            return f"argument {name} is not known"
-        default, reason = _ARGUMENTS[name]
-        if found != default:
-            return reason
-    return ""
+    return argument_problem(node)
 
 
 @dataclass

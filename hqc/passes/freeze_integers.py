@@ -36,6 +36,8 @@ from hqc.sites import residual_name
 __all__ = ["FreezeIntegers"]
 
 ops = torch.ops.hqc
+_ROLES = {"activation_quantizer": ("codes", "activation"), "operand_quantizer": ("operand_codes", "operand")}
+"""Of quantisers, and what their codes and reals are then."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class FreezeIntegers:
             else:
                 signs[site] = self._freeze_weight(edit, site)
         for node in list(edit.graph.nodes):
-            if node.meta.get("role") == "activation_quantizer":
-                self._split(edit, node)
+            if node.meta.get("role") in _ROLES:
+                self._split(edit, node, *_ROLES[node.meta["role"]])
         found = {site: parts for site, parts in signs.items() if parts is not None}
         for site, parts in found.items():
             _add_product(edit, site, *parts)
@@ -89,14 +91,15 @@ class FreezeIntegers:
         return _binary_codes(edit.program, quantiser, weight, ops.dequantize(codes, scale))
 
     @staticmethod
-    def _split(edit: Rewriter, node: fx.Node) -> None:
+    def _split(edit: Rewriter, node: fx.Node, codes_role: str, real_role: str) -> None:
         x, scale = node.args[:2]
         site, lookups = str(node.meta["site"]), bounds_of(node, edit.program).lookups
         target = ops.quantize.default if lookups is None else ops.quantize_bounded.default
         bounds = node.args[2:] if lookups is None else _stored_bounds(edit, node, lookups)
-        meta = {"site": site, "shape": node.meta["shape"]}
-        codes = edit.call(node, target, x, scale, *bounds, **meta, dtype="int8", role="codes")
-        real = edit.call(node, ops.dequantize.default, codes, scale, like=node, site=site, role="activation")
+        own = {"site": site, **({"scope": node.meta["scope"]} if "scope" in node.meta else {})}
+        meta = {**own, "shape": node.meta["shape"], "dtype": "int8", "role": codes_role}
+        codes = edit.call(node, target, x, scale, *bounds, **meta)
+        real = edit.call(node, ops.dequantize.default, codes, scale, like=node, **own, role=real_role)
         node.replace_all_uses_with(real)
 
 

@@ -40,7 +40,17 @@ from hqc.plan import (
 )
 from hqc.program import BATCH, Program, Stage, aten
 
-__all__ = ["GRID", "InsertQdq", "grouped", "residual_step_of", "spanning_range", "spanning_weight_range", "weight_top"]
+__all__ = [
+    "GRID",
+    "InsertQdq",
+    "bounds_around",
+    "grouped",
+    "look_up_row",
+    "residual_step_of",
+    "spanning_range",
+    "spanning_weight_range",
+    "weight_top",
+]
 
 GRID = "timestep_grid"
 ops = torch.ops.hqc
@@ -105,7 +115,7 @@ class InsertQdq:
         edit, plans = rewrite(program), {}
         grid = self.timesteps or program.plan.timesteps or (0.0,)
         rows = self._rows(grid if program.has_timestep else grid[:1])
-        row = _row(edit, rows) if matches else None
+        row = look_up_row(edit, rows, GRID) if matches else None
         for site in matches:
             plan, layer = self._with_ranges(program.plan[site]), edit.layers[site]
             plans[site] = plan
@@ -174,8 +184,8 @@ def grouped(timesteps: Sequence[float], groups: int) -> tuple[float, ...]:
     return tuple((run[0] + run[-1]) / 2 for run in runs)
 
 
-def _row(edit: Rewriter, timesteps: Sequence[float]) -> fx.Node:
-    """The lookup of each sample's row in the grid, which stands right behind its input.
+def look_up_row(edit: Rewriter, timesteps: Sequence[float], name: str) -> fx.Node:
+    """The lookup of each sample's row in the grid of that name, which stands right behind its input.
 
     A program that reads a sample and nothing else has one row, for as many samples as there are.
     """
@@ -192,7 +202,7 @@ def _row(edit: Rewriter, timesteps: Sequence[float]) -> fx.Node:
         timesteps = (0.0,)
         count = edit.call(first, aten.sym_size.int, timestep, 0)
         timestep = edit.call(first, aten.full.default, [count], 0.0, shape=(BATCH,), dtype="float32")
-    grid = edit.weight(GRID, torch.tensor(timesteps, dtype=torch.float32), first)
+    grid = edit.weight(name, torch.tensor(timesteps, dtype=torch.float32), first)
     nearest = ops.nearest_timestep.default
     return edit.call(first, nearest, timestep, grid, shape=(BATCH,), dtype="int64", role="row")
 
@@ -209,7 +219,7 @@ def _activation_range(edit: Rewriter, plan: SitePlan, row: Any, rows: int, reade
         return look_up(table), *activation_range(bits)
     middle = torch.full((rows,), float(2 ** (bits - 1)))
     zero = edit.weight(f"{plan.site}.activation_zero_table", middle, reader)
-    low, high = _bounds(edit, zero, bits, reader)
+    low, high = bounds_around(edit, zero, bits, reader)
     return look_up(table), look_up(low), look_up(high)
 
 
@@ -230,7 +240,7 @@ def _weight_range(edit: Rewriter, plan: SitePlan, weight: fx.Node, layer: fx.Nod
     stored = edit.weight(f"{plan.site}.weight_scale", scale, layer)
     kept = edit.weight(f"{plan.site}.weight_zero", zero, layer)
     if not plan.weight_mixed:
-        return stored, *_bounds(edit, kept, bits, layer)
+        return stored, *bounds_around(edit, kept, bits, layer)
     top = edit.weight(f"{plan.site}.weight_top", torch.full_like(zero, asymmetric_top(bits)), layer)
     ranges = (stored, *_bounds_below(edit, kept, top, layer))
     return (*ranges, _residual_step(edit, plan, zero, layer)) if plan.weight_residual else ranges
@@ -243,7 +253,7 @@ def _residual_step(edit: Rewriter, plan: SitePlan, like: Tensor, before: fx.Node
     return edit.call(before, aten.mul.Tensor, step, salient, like=step)
 
 
-def _bounds(edit: Rewriter, zero: fx.Node, bits: int, before: fx.Node) -> tuple[fx.Node, fx.Node]:
+def bounds_around(edit: Rewriter, zero: fx.Node, bits: int, before: fx.Node) -> tuple[fx.Node, fx.Node]:
     """-z and 2ⁿ-1-z of a zero point, whole and in 0…2ⁿ-1."""
     top = asymmetric_top(bits)
     inside = edit.call(before, aten.clamp.default, zero, 0, top, like=zero)

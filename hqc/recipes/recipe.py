@@ -189,21 +189,30 @@ _AFTER = {
     "finetune_only": ("insert_qdq",),
     "learn_factors": ("insert_smoothing", "insert_qdq"),
     "learn_bounds": ("calibrate_activations",),
+    "insert_attention_qdq": ("open_attention", "insert_qdq"),
+    "choose_softmax": ("insert_attention_qdq", "calibrate_activations"),
 }
 _LATER = {
     "insert_qdq": ("calibrate_activations",),
     "insert_smoothing": ("smooth",),
     "attach_branch": ("decompose",),
     "learn_factors": ("calibrate_weights", "calibrate_activations"),
+    "insert_attention_qdq": ("calibrate_activations",),
+    "open_attention": ("insert_attention_qdq",),
 }
 _LEFT = {
     "insert_qdq": "scales",
     "insert_smoothing": "factors",
     "attach_branch": "branches",
     "learn_factors": "scales of other values",
+    "insert_attention_qdq": "scales",
+    "open_attention": "attention written out",
 }
 _NOT_AFTER = {"insert_smoothing": (*ROTATIONS, "attach_branch"), "smooth": ROTATIONS, "finetune_only": ("attach_lora",)}
-_ONCE = ("select_layers", "insert_smoothing", "attach_branch", "insert_qdq", "finetune_only", "attach_lora")
+_ONCE = (
+    *("select_layers", "insert_smoothing", "attach_branch", "insert_qdq", "insert_attention_qdq"),
+    *("finetune_only", "attach_lora"),
+)
 
 
 def check_order(name: str, steps: Sequence[Step]) -> None:
@@ -234,6 +243,10 @@ def check_order(name: str, steps: Sequence[Step]) -> None:
         if getattr(step, "weight", "") == "residual" and "mix_channel_bits" not in names[index:]:
             raise PlanError(
                 where, "leaves weights whose salient channels no mix_channel_bits chooses", "Put it behind."
+            )
+        if getattr(step, "samples_from", "") == "student" and "calibrate_activations" not in names[:index]:
+            raise PlanError(
+                where, "samples with scales that nothing has filled", "Put calibrate_activations in front of it."
             )
         if own in _ONCE and own in names[:index]:
             raise PlanError(where, "is there twice", "Leave one out.")

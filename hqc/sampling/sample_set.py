@@ -37,16 +37,19 @@ def set_size(work: Work, images: int, timesteps: int) -> int:
     return images * min(timesteps, work.sampler.num_inference_steps) * work.halves()
 
 
-def collect_samples(work: Work, images: int, timesteps: int, seed: int, what: str) -> SampleSet:
+def collect_samples(
+    work: Work, images: int, timesteps: int, seed: int, what: str, program: Program | None = None
+) -> SampleSet:
     """What the teacher is run on while it samples so many images: at so many of the sampler's steps, evenly spread.
 
     With a forward loop it is what that runs the model on: at so many of the timesteps that it visits, and as many
-    samples at each. what: goes on meanwhile. The order is that of the trajectory; every random number comes from seed.
+    samples at each. what: goes on meanwhile. program: samples instead of the teacher. The order is that of the
+    trajectory; every random number comes from seed.
 
     Raises:
         TrainingError: if there is nothing, or NaN, to run it on.
     """
-    recorder = _Recorder(work.teacher, images * work.halves())
+    recorder = _Recorder(program or work.teacher, images * work.halves())
     if work.observe is not None:
         work.observe(recorder)
     else:

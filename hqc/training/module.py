@@ -18,6 +18,7 @@ from hqc.ops.bounded import FakeQuantizeBounded
 from hqc.ops.fake_quantize import FakeQuantize
 from hqc.ops.hadamard import Hadamard
 from hqc.ops.residual import FakeQuantizeResidual
+from hqc.ops.softmax_quantize import SoftmaxQuantize
 from hqc.ops.straight_through import RoundSte
 from hqc.passes.rewriting import CONV, LINEAR, layer_inputs
 from hqc.program import Program, is_op
@@ -86,10 +87,15 @@ def _round_ste(x: Tensor) -> Tensor:
     return RoundSte.apply(x)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def _softmax_quantize(p: Tensor, scale: Tensor, log2: Tensor, bits: int) -> Tensor:
+    return SoftmaxQuantize.apply(p, scale, log2, bits)  # type: ignore[no-any-return,no-untyped-call]
+
+
 _DIRECT: Mapping[Any, Callable[..., Tensor]] = {
     ops.hadamard.default: _hadamard,
     ops.fake_quantize.default: _fake_quantize,
     ops.fake_quantize_bounded.default: _fake_quantize_bounded,
     ops.fake_quantize_residual.default: _fake_quantize_residual,
     ops.round_ste.default: _round_ste,
+    ops.softmax_quantize.default: _softmax_quantize,
 }

@@ -7,8 +7,12 @@ activations, or the scales of activations, with quantised weights. The error is 
 the rest. A unit whose result is no better on the samples than what it had keeps that. A weight that several layers read
 stays rounded to nearest, as do layers in no unit (`hqc.units`).
 
-Every random number comes from (seed, unit, step): a run that was killed goes on behind the last unit that was done, to
-the same bits. Source: BRECQ (arXiv 2102.05426), AdaRound (arXiv 2004.10568), Q-Diffusion (arXiv 2302.04304).
+With several rounds every round goes over all units again, on samples of its own, from what the last one has learnt:
+those of the quantised program's own trajectory where asked, so that it meets in training what it meets in use.
+
+Every random number comes from (seed, round, unit, step): a run that was killed goes on behind the last unit that was
+done, to the same bits. Source: BRECQ (arXiv 2102.05426), AdaRound (arXiv 2004.10568), Q-Diffusion (arXiv 2302.04304);
+rounds: TCAQ-DM (arXiv 2412.16700), its progressively aligned reconstruction.
 """
 
 import math
@@ -22,13 +26,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hqc.attention_checks import ATTENTION_ROLES
 from hqc.checkpoint import Checkpoint
 from hqc.errors import ArtefactError, PlanError, TrainingError
 from hqc.memory import reconstruction_bytes, require_memory
 from hqc.passes.rewriting import layer_inputs, rewrite
 from hqc.program import BATCH, Program, Stage
 from hqc.sampling import Update, Work
-from hqc.sampling.sample_set import SampleSet, collect_samples, set_size
+from hqc.sampling.sample_set import collect_samples, set_size
 from hqc.stages import doing
 from hqc.steps import check_options
 from hqc.training.frontier import Frontier
@@ -41,6 +46,9 @@ from hqc.units import Unit, unit_program, units_of
 __all__ = ["Reconstruct"]
 
 Learner = LearntRounding | LearntScales
+Kept = Mapping[str, Tensor]
+_BEGUN = "begun/"
+"""In a checkpoint: what had been learnt when the round began, which its samples come from."""
 _ROWS = 32
 """Samples that are run at once outside of training."""
 _TOLD_EVERY = 20
@@ -55,7 +63,9 @@ class Reconstruct:
     samples: images of the float trajectory that the inputs are collected from, at `timesteps` of its steps, evenly
     spread; both halves of guidance are samples. iterations: steps a unit; updates: that many in all instead.
     batch_size: samples a step. rate: of Adam; of scales, relative to the scale. penalty: λ of what drives a rounding to
-    either code, after the share `warm_up` of the steps. seed: of the samples and their batches.
+    either code, after the share `warm_up` of the steps. rounds: how often it goes over all units, `iterations` steps a
+    unit each time. samples_from: what the inputs of the second round and later ones are collected from, the float
+    trajectory or that of the quantised program as it is then. seed: of the samples and their batches.
     """
 
     learn: Literal["rounding", "activation_scales"] = "rounding"
@@ -67,6 +77,8 @@ class Reconstruct:
     rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-2
     penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    rounds: Annotated[int, Field(ge=1, le=100)] = 1
+    samples_from: Literal["teacher", "student"] = "teacher"
     seed: Annotated[int, Field(ge=0)] = 2024
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.QUANTISED,)
@@ -79,11 +91,11 @@ class Reconstruct:
     def total(self, work: Work) -> int:
         """Steps in all."""
         units = len(units_of(work.teacher))
-        return self._each(units) * units
+        return self.each(units) * units * self.rounds
 
-    def _each(self, units: int) -> int:
-        """Steps a unit."""
-        return max(1, self.updates // max(1, units)) if self.updates else self.iterations
+    def each(self, units: int) -> int:
+        """Steps a unit, in each round."""
+        return max(1, self.updates // max(1, units * self.rounds)) if self.updates else self.iterations
 
     def cost(self, program: Program, work: Work) -> float:
         """A step of every unit is a step of the denoiser: forward and backward, 3 evaluations a sample.
@@ -91,8 +103,8 @@ class Reconstruct:
         Before them the samples are collected, and both graphs are run on them once.
         """
         trajectory = work.evaluations(self.samples)
-        steps = self._each(len(units_of(work.teacher))) * self.batch_size * 3
-        return float(trajectory + 2 * set_size(work, self.samples, self.timesteps) + steps)
+        steps = self.each(len(units_of(work.teacher))) * self.batch_size * 3
+        return float(trajectory + 2 * set_size(work, self.samples, self.timesteps) + steps) * self.rounds
 
     def check(self, program: Program, work: Work) -> None:
         """The values of all samples at one place of both graphs, and what a step of the largest unit keeps.
@@ -118,14 +130,17 @@ class Reconstruct:
         """
         reference = work.unquantised or work.teacher
         units, private = units_of(reference), _private(program)
-        samples = collect_samples(work, self.samples, self.timesteps, self.seed, "collecting samples")
-        return _Run(self, program, reference, samples, work, self._each(len(units))).over(units, private)
+        return _Run(self, program, reference, work, self.each(len(units))).over(units, private)
 
-    def learner(self, program: Program, sites: Sequence[str]) -> Learner:
-        """What learns at some sites."""
+    def learner(self, program: Program, state: Mapping[str, Tensor], kept: Kept, sites: Sequence[str]) -> Learner:
+        """What learns at some sites. program: as it was given; state, kept: what has been learnt."""
         if self.learn == "rounding":
-            return LearntRounding(program, sites, self.rate, self.penalty, self.warm_up)
-        return LearntScales(program, sites, self.rate)
+            return LearntRounding(program, sites, self.rate, self.penalty, self.warm_up, kept)
+        return LearntScales(program.evolve(state=state), sites, self.rate)
+
+    def restored(self, program: Program, kept: Kept) -> dict[str, Tensor]:
+        """The tensors of what was kept."""
+        return (restored_weights if self.learn == "rounding" else restored_scales)(program, kept)
 
 
 def _private(program: Program) -> frozenset[str]:
@@ -146,38 +161,50 @@ def _private(program: Program) -> frozenset[str]:
 def _with_float_activations(program: Program) -> Program:
     edit = rewrite(program)
     for node in list(edit.graph.nodes):
-        if node.meta.get("role") == "activation_quantizer":
+        if node.meta.get("role") in ("activation_quantizer", *ATTENTION_ROLES):
             node.replace_all_uses_with(node.args[0])
     return edit.finish()
 
 
 class _Run:
-    """One run over the units."""
+    """One run over the units, as many rounds as asked."""
 
-    def __init__(
-        self, step: Reconstruct, program: Program, reference: Program, samples: SampleSet, work: Work, each: int
-    ) -> None:
-        self._step, self._program, self._work, self._each = step, program, work, each
-        self._count = len(samples)
+    def __init__(self, step: Reconstruct, program: Program, reference: Program, work: Work, each: int) -> None:
+        self._step, self._program, self._reference, self._work = step, program, reference, work
+        self._each = each
         self._student = _with_float_activations(program) if step.learn == "rounding" else program
-        self._state, self._kept = dict(program.state), dict[str, Tensor]()
-        self._wanted = Frontier(reference, samples, reference.state, _ROWS)
-        self._found = Frontier(self._student, samples, self._state, _ROWS)
+        self._state, self._kept, self._begun = dict(program.state), dict[str, Tensor](), dict[str, Tensor]()
 
     def over(self, units: Sequence[Unit], private: frozenset[str]) -> Program:
-        """Every unit in turn."""
-        done, total = self._resumed(), self._each * len(units)
+        """Every unit in turn, in every round."""
+        count = len(units)
+        done, all_units = self._resumed(count), count * self._step.rounds
         began, first = time.perf_counter(), done
         with doing(f"reconstructing blocks ({self._step.learn.replace('_', ' ')})") as stage:
-            for number, unit in enumerate(units):
-                if number < done:
-                    continue
-                stage(number, len(units), _left(time.perf_counter() - began, number - first, len(units) - number))
-                self._unit(number, unit, self._learning(unit, private), total)
-                if self._work.on_checkpoint is not None and number + 1 < len(units):
-                    self._work.on_checkpoint(Checkpoint((number + 1) * self._each, dict(self._kept)))
+            for at in range(done, all_units):
+                if at == first or at % count == 0:
+                    self._begin(at // count, fresh=at % count == 0)
+                stage(at, all_units, _left(time.perf_counter() - began, at - first, all_units - at))
+                unit = units[at % count]
+                self._unit(at, unit, self._learning(unit, private), all_units * self._each)
+                if self._work.on_checkpoint is not None and at + 1 < all_units:
+                    begun = {f"{_BEGUN}{name}": value for name, value in self._begun.items()}
+                    self._work.on_checkpoint(Checkpoint((at + 1) * self._each, {**self._kept, **begun}))
         changed = {name: self._state[name] for name in self._program.state}
         return self._program.evolve(state=changed)
+
+    def _begin(self, number: int, *, fresh: bool) -> None:
+        """Collects the samples of a round and runs both graphs from their start. fresh: no unit of it is done."""
+        if fresh:
+            self._begun = dict(self._kept)
+        step, source = self._step, None
+        if number and step.samples_from == "student":
+            source = self._program.evolve(state={**self._program.state, **step.restored(self._program, self._begun)})
+        seed, what = step.seed + number, "collecting samples"
+        samples = collect_samples(self._work, step.samples, step.timesteps, seed, what, source)
+        self._count = len(samples)
+        self._wanted = Frontier(self._reference, samples, self._reference.state, _ROWS)
+        self._found = Frontier(self._student, samples, self._state, _ROWS)
 
     def _learning(self, unit: Unit, private: frozenset[str]) -> list[str]:
         """The sites of a unit that have something to learn."""
@@ -185,27 +212,30 @@ class _Run:
         quantised = [site for site in unit.sites if site in plan and plan[site].quantised]
         return [site for site in quantised if self._step.learn != "rounding" or site in private]
 
-    def _resumed(self) -> int:
-        """How many units a checkpoint has done; their results are taken from it."""
+    def _resumed(self, count: int) -> int:
+        """How many units a checkpoint has done, over all rounds; their results are taken from it."""
         saved = self._work.checkpoint
         if saved is None:
             return 0
-        self._kept = dict(saved.tensors)
-        restore = restored_weights if self._step.learn == "rounding" else restored_scales
-        try:
-            found = restore(self._program, self._kept)
-        except KeyError as error:
-            raise _other_program(str(error)) from error
-        for name, value in found.items():
-            if name not in self._state or value.shape != self._state[name].shape:
-                raise _other_program(name)
-        self._state |= found
+        parts: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        for name, value in saved.tensors.items():
+            parts[name.startswith(_BEGUN)][name.removeprefix(_BEGUN)] = value
+        self._kept, self._begun = parts
+        for kept in parts:
+            try:
+                found = self._step.restored(self._program, kept)
+            except KeyError as error:
+                raise _other_program(str(error)) from error
+            for name, value in found.items():
+                if name not in self._state or value.shape != self._state[name].shape:
+                    raise _other_program(name)
+        self._state |= self._step.restored(self._program, self._kept)
         return saved.step // self._each
 
     def _unit(self, number: int, unit: Unit, sites: Sequence[str], total: int) -> None:
         if not sites:
             return
-        learner = self._step.learner(self._student, sites)
+        learner = self._step.learner(self._student, self._state, self._kept, sites)
         part = unit_program(self._student, unit, learner.given)
         self._wanted.behind(unit.output)
         self._found.behind(unit.inputs[-1])
@@ -217,8 +247,7 @@ class _Run:
         if task.error(learner.last()) < before:
             kept = learner.learnt()
             self._kept |= kept
-            restore = restored_weights if self._step.learn == "rounding" else restored_scales
-            self._state |= restore(self._program, kept)
+            self._state |= self._step.restored(self._program, kept)
 
     def _learn(self, number: int, unit: Unit, learner: Learner, task: "_Task", total: int) -> None:
         optimizer, began = torch.optim.Adam(learner.groups), time.perf_counter()

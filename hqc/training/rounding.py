@@ -27,14 +27,19 @@ _BETA = (20.0, 2.0)
 class SoftRounding:
     """One weight while its codes are learnt.
 
-    weight [O, …]; scale [O]; low, high: the least and the largest code, numbers or [O].
+    weight [O, …]; scale [O]; low, high: the least and the largest code, numbers or [O]. begun: the codes of an earlier
+    round, which it goes on from: h starts half-way between the weight's own share and theirs.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> None:
+    def __init__(
+        self, weight: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, begun: Tensor | None = None
+    ) -> None:
         self._levels = weight * per_first_axis(scale.reciprocal(), weight)
         self._below, self._scale = self._levels.floor(), per_first_axis(scale, weight)
         self._low, self._high = (_bound(bound, weight) for bound in (low, high))
-        share = self._levels - self._below
+        share, self._begun = self._levels - self._below, begun
+        if begun is not None:
+            share = (share + (begun - self._below).clamp(0, 1)) / 2
         self.alpha = nn.Parameter(-torch.log(_STRETCH / (share + _OFFSET) - 1))
 
     def share(self) -> Tensor:
@@ -54,6 +59,10 @@ class SoftRounding:
     def nearest(self) -> Tensor:
         """The codes of rounding to nearest."""
         return torch.clamp(self._levels.round(), self._low, self._high).to(torch.int8)
+
+    def first(self) -> Tensor:
+        """The codes that it begins with: those of an earlier round, or of rounding to nearest."""
+        return self.nearest() if self._begun is None else self._begun
 
 
 def _bound(bound: Tensor | int, weight: Tensor) -> Tensor:
@@ -86,10 +95,20 @@ def weight_name(quantiser: fx.Node) -> str:
 class LearntRounding:
     """All quantised weights of a unit while their codes are learnt: those of the parts of a split layer too.
 
-    program: with the scales. rate: of Adam. penalty: λ of the sum that drives every h to 0 or 1.
+    program: with the scales. rate: of Adam. penalty: λ of the sum that drives every h to 0 or 1. begun: what an earlier
+    round has learnt.
     """
 
-    def __init__(self, program: Program, sites: Sequence[str], rate: float, penalty: float, warm_up: float) -> None:
+    def __init__(
+        self,
+        program: Program,
+        sites: Sequence[str],
+        rate: float,
+        penalty: float,
+        warm_up: float,
+        begun: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._begun = begun or {}
         self._program, self._penalty, self._warm_up = program, penalty, warm_up
         layers = dict(program.sites())
         self._nodes: dict[str, fx.Node] = {site: layers[site].args[1] for site in sites}  # type: ignore[misc]
@@ -100,7 +119,8 @@ class LearntRounding:
         node, state = self._nodes[site], self._program.state
         bounds = bounds_of(node, self._program)
         ends = (bounds.low, bounds.high) if bounds.lookups is None else (bounds.lookups.lows, bounds.lookups.highs)
-        return SoftRounding(state[weight_name(node)], state[f"{site}.weight_scale"], *ends)
+        weight, scale = state[weight_name(node)], state[f"{site}.weight_scale"]
+        return SoftRounding(weight, scale, *ends, begun=self._begun.get(_kept(site)))
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -124,8 +144,8 @@ class LearntRounding:
         """Any α will do."""
 
     def first(self) -> dict[str, Tensor]:
-        """The values that the program has: rounded to nearest."""
-        return self._of({site: one.nearest() for site, one in self._soft.items()})
+        """The values that the program has: rounded to nearest, or by an earlier round."""
+        return self._of({site: one.first() for site, one in self._soft.items()})
 
     def last(self) -> dict[str, Tensor]:
         """The values that were learnt, on their codes."""
@@ -137,7 +157,12 @@ class LearntRounding:
 
     def learnt(self) -> dict[str, Tensor]:
         """What a checkpoint keeps; `restored_weights` makes tensors of it."""
-        return {f"codes/{site}": one.codes() for site, one in self._soft.items()}
+        return {_kept(site): one.codes() for site, one in self._soft.items()}
+
+
+def _kept(site: str) -> str:
+    """What a checkpoint calls the codes of a site."""
+    return f"codes/{site}"
 
 
 def restored_weights(program: Program, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

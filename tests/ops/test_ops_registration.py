@@ -29,6 +29,11 @@ def bounds(n: int, grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     return (-zero).requires_grad_(grad), (15 - zero).requires_grad_(grad)
 
 
+def kinds(n: int) -> torch.Tensor:
+    """Even steps and powers of two in turns."""
+    return torch.arange(n, dtype=torch.float32) % 2
+
+
 CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "hadamard-tokens": (ops.hadamard, lambda: (real(2, 3, 16), 8, -1)),
     "hadamard-images": (ops.hadamard, lambda: (real(2, 16, 3, 5), 8, 1)),
@@ -59,6 +64,15 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "quantize_bounded": (ops.quantize_bounded, lambda: (real(3, 4, 2, 2), scale(3), *bounds(3))),
     "round_ste": (ops.round_ste, lambda: (real(5),)),
     "round_ste-grad": (ops.round_ste, lambda: (real(5, grad=True),)),
+    "softmax_quantize": (ops.softmax_quantize, lambda: (real(3, 2, 5).softmax(-1), scale(3) / 99, kinds(3), 4)),
+    "softmax_quantize-grad": (
+        ops.softmax_quantize,
+        lambda: (real(3, 5).softmax(-1).requires_grad_(), scale(3, grad=True), kinds(3), 8),
+    ),
+    "softmax_quantize_backward": (
+        ops.softmax_quantize_backward,
+        lambda: (real(3, 4), real(3, 4).softmax(-1), scale(3), kinds(3), 4),
+    ),
     "quantize": (ops.quantize, lambda: (real(3, 4, 2, 2), scale(3), -7, 7)),
     "dequantize": (ops.dequantize, lambda: (codes(3, 4), scale(3))),
     "nearest_timestep": (ops.nearest_timestep, lambda: (scale(4), scale(7))),

@@ -51,8 +51,9 @@ CHAIN: tuple[Pass, ...] = (
     SplitDigits(),
     PackInt4(),
 )
-OPTIONAL = ("split_signs",)
-"""Passes that would double the sites of all that follow them here; they have tests of their own file alone."""
+OPTIONAL = ("split_signs", "open_attention", "insert_attention_qdq", "float_attention")
+"""Passes that would double the sites of all that follow them here, or leave all but attention alone; they have tests of
+their own file alone."""
 NAMES = [step_name(type(one)) for one in CHAIN]
 VALUED = ("insert_smoothing", "attach_branch", "insert_qdq", "attach_lora")
 ops = torch.ops.hqc

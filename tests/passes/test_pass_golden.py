@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from attention_models import attending
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,11 +19,14 @@ from hqc.passes import (
     AttachLora,
     DropSingleKeyAttention,
     FinetuneOnly,
+    FloatAttention,
     FreezeIntegers,
+    InsertAttentionQdq,
     InsertHadamard,
     InsertQdq,
     InsertSmoothing,
     MergeLora,
+    OpenAttention,
     PackInt4,
     RotateWeights,
     SelectLayers,
@@ -72,6 +76,23 @@ def test_golden_single_key(captured: Callable[[str], Program], golden: Callable[
     before = captured("single_key")
     golden(GOLDEN / "drop_single_key_attention.before.txt", described(before))
     golden(GOLDEN / "drop_single_key_attention.after.txt", described(run_pass(before, DropSingleKeyAttention())))
+
+
+ATTENTION: tuple[Pass, ...] = (
+    OpenAttention(),
+    SelectLayers(bits="w4a4"),
+    InsertQdq(timesteps=(0.0, 500.0)),
+    InsertAttentionQdq(softmax_bits=4, operands="asymmetric"),
+    FloatAttention(),
+)
+
+
+@pytest.mark.parametrize("index", [0, 3, 4], ids=[step_name(type(ATTENTION[i])) for i in (0, 3, 4)])
+def test_golden_attention(index: int, golden: Callable[[Path, str], None]) -> None:
+    """Written out, quantised, and in float again."""
+    before, name = run_pipeline(attending(), ATTENTION[:index]), step_name(type(ATTENTION[index]))
+    golden(GOLDEN / f"{name}.before.txt", described(before))
+    golden(GOLDEN / f"{name}.after.txt", described(run_pass(before, ATTENTION[index])))
 
 
 def test_golden_split_concat(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:

@@ -22,6 +22,7 @@ from hqc.recipes import RECIPES, Recipe
 from hqc.recipes.known import STEPS
 from hqc.runtimes.cuda.forms import integer_form
 from hqc.sampling import Update
+from hqc.sites import watched_sites
 from hqc.storage import load_program, save_program
 
 SHORT = {"sampler.num_inference_steps": 3, "calibrate_activations.samples": 2, "calibrate_activations.candidates": 10}
@@ -34,6 +35,7 @@ FEW = {
     "reconstruct": {"samples": 1, "timesteps": 3, "iterations": 20, "batch_size": 2},
     "learn_factors": {"updates": 5, "batch_size": 2, "checkpoint_every": 2},
     "learn_bounds": {"updates": 5, "batch_size": 2, "checkpoint_every": 2},
+    "choose_softmax": {"samples": 1},
     "fit_lookup": {"samples": 1, "timesteps": 2, "rows": 32, "rounds": 2},
 }
 QAT = [name for name, recipe in RECIPES.items() if recipe.kind == "qat"]
@@ -67,7 +69,7 @@ def test_it_calibrates_and_trains_what_it_says(quantised: dict[str, Program], na
     assert result.plan.recipe == name
     assert result.stage == (Stage.TRAINED if name in QAT else Stage.QUANTISED)
     tables = [t for key, t in result.state.items() if key.endswith("activation_scale_table")]
-    assert len(tables) == len(result.plan.quantised)
+    assert len(tables) == len(list(watched_sites(result))) >= len(result.plan.quantised)
     assert len(tables) > 10 or name == "ganq"
     assert all(bool((table != 1).any()) for table in tables)
     learnt = [key for key, t in result.state.items() if key.endswith("lora_b") and bool(t.any())]
@@ -202,12 +204,14 @@ def test_ganq_takes_its_weights_from_tables(program: Program, quantised: dict[st
 
 
 @pytest.mark.parametrize("target", ["portable", "tensorrt"])
-@pytest.mark.parametrize("name", ["mpq-dm", "mpq-dmv2", "ganq", "ganq-int8", "passionsr"])
+@pytest.mark.parametrize("name", ["mpq-dm", "mpq-dmv2", "ganq", "ganq-int8", "passionsr", "tcaq-dm"])
 def test_in_the_other_targets(quantised: dict[str, Program], name: str, target: str, tmp_path: Path) -> None:
     """Codes and outputs of every site are verified; ONNX Runtime is among the tests of all methods."""
     result = quantised[name]
     report = hqc.export_program(result, target, tmp_path / "x")
-    assert len(report.verification.sites) == len(result.plan.quantised)
+    watched = result.plan.quantised if target == "tensorrt" else list(watched_sites(result))
+    assert len(report.verification.sites) == len(watched)
+    assert bool(report.attention) == bool(result.plan.attentions)
 
 
 def test_ganq_leaves_activations_float(program: Program, quantised: dict[str, Program], tmp_path: Path) -> None:
@@ -334,6 +338,43 @@ def test_q_diffusion_splits_shortcuts_and_has_one_scale_a_tensor(
         key for key, t in result.state.items() if key.endswith("weight_scale") and not torch.equal(t, plain.state[key])
     ]
     assert off == []
+
+
+def test_tcaq_dm_quantises_the_softmax_of_every_attention(program: Program, quantised: dict[str, Program]) -> None:
+    result = quantised["tcaq-dm"]
+    assert len(result.plan.attentions) == 3  # the three over one key are gone
+    assert {str(plan) for plan in result.plan.attentions} == {"q, k and v float, softmax a8"}
+    kinds = {key: t for key, t in result.state.items() if key.endswith("log2_table")}
+    assert len(kinds) == 3
+    assert all(len(t) == 3 and set(t.tolist()) <= {0.0, 1.0} for t in kinds.values())  # three timesteps
+    scales = [t for key, t in result.state.items() if key.endswith("attention_softmax.activation_scale_table")]
+    assert all(bool(((t > 1e-4) & (t <= 1 / 255)).all()) for t in scales)
+    smoothed = [plan for plan in result.plan.quantised if plan.smoothed]
+    assert {plan.kind for plan in smoothed} == {"conv2d", "linear"}
+    for plan in smoothed:
+        factors = result.state[f"{plan.site}.smoothing"].reciprocal()
+        assert 1 - 1e-6 <= float(factors.min()) <= float(factors.max()) <= 10 + 1e-4
+    seen = [record.text for record in result.history]
+    assert sum("rounds=3, samples_from='student'" in text for text in seen) == 2
+
+
+def test_tcaq_dm_resumes_within_a_round(program: Program, quantised: dict[str, Program], tmp_path: Path) -> None:
+    """Killed in a later round of the second reconstruction: the result is the same to the bit."""
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(update: Update) -> None:
+        seen[0] += update.step <= seen[1]
+        seen[1] = update.step
+        if seen[0] == 1 and update.step > 0.8 * update.total:
+            raise Interrupted
+
+    seen, recipe, wanted = [0, 0], _short("tcaq-dm"), quantised["tcaq-dm"]
+    with pytest.raises(Interrupted):
+        api.quantise(program, recipe, "w4a4", work_dir=tmp_path / "run", on_update=stop)
+    found = api.quantise(program, recipe, "w4a4", work_dir=tmp_path / "run", resume=True)
+    assert all(torch.equal(tensor, wanted.state[key]) for key, tensor in found.state.items())
 
 
 def test_q_diffusion_resumes_in_either_reconstruction(

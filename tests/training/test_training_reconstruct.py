@@ -292,3 +292,112 @@ def test_memory_is_asked_first(selected: Program, monkeypatch: pytest.MonkeyPatc
         STEP.check(selected, reconstructed.work(selected))
     said = r"reconstructing on 32 samples: needs about .*Take fewer \(--set reconstruct.samples=4 or"
     assert re.search(said, str(caught.value))
+
+
+# ---- rounds ----------------------------------------------------------------------------------------------------------
+
+
+ROUNDS = replace(STEP, iterations=12, rounds=3, samples_from="student")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Program | None, SampleSet]]:
+    """What samples were collected, and whose they are; None: the teacher's."""
+    found: list[tuple[Program | None, SampleSet]] = []
+
+    def collect(work: Any, images: int, timesteps: int, seed: int, what: str, program: Any = None) -> SampleSet:
+        samples = collect_samples(work, images, timesteps, seed, what, program)
+        found.append((program, samples))
+        return samples
+
+    monkeypatch.setattr("hqc.training.reconstruct.collect_samples", collect)
+    return found
+
+
+@pytest.mark.parametrize("learn", ["rounding", "activation_scales"])
+def test_later_rounds_see_the_students_own_trajectory(
+    selected: Program, student: Program, drawn: list[tuple[Program | None, SampleSet]], learn: str
+) -> None:
+    """Each is what the program, as the rounds before left it, is given when it samples by itself."""
+    step = replace(ROUNDS, learn=learn, iterations=30)
+    run_procedure(student, step, reconstructed.work(selected))
+    sources = [source for source, _ in drawn]
+    assert [source is None for source in sources] == [True, False, False]
+    for number, (source, samples) in enumerate(drawn):
+        seen: dict[float, Tensor] = {}
+        module = (source or selected).module()
+
+        def denoise(x: Tensor, t: Tensor, c: Tensor, module: Any = module, seen: Any = seen) -> Tensor:
+            seen[float(t[0])] = x
+            return module(x, t, c)  # type: ignore[no-any-return]
+
+        work = reconstructed.work(selected)
+        with torch.no_grad():
+            for _ in work.walk("testing", denoise, step.samples, step.seed + number):
+                pass
+        torch.testing.assert_close(samples.inputs[0], torch.cat(list(seen.values())))
+    for before, number in ((student, 1), (sources[1], 2)):
+        assert before is not None
+        assert changed(before, sources[number])  # type: ignore[arg-type]
+    one = replace(step, rounds=1)
+    assert changed(run_procedure(student, one, reconstructed.work(selected)), sources[1]) == set()  # type: ignore[arg-type]
+
+
+def test_rounds_of_the_teacher_draw_other_samples(
+    selected: Program, student: Program, drawn: list[tuple[Program | None, SampleSet]]
+) -> None:
+    run_procedure(student, replace(ROUNDS, iterations=1, samples_from="teacher"), reconstructed.work(selected))
+    assert [source for source, _ in drawn] == [None] * 3
+    first, second, third = (samples.inputs[0] for _, samples in drawn)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+@pytest.mark.parametrize("learn", ["rounding", "activation_scales"])
+@pytest.mark.parametrize("after", [3, 7, 9, 14, 20])
+def test_rounds_resume_to_the_same_bits(selected: Program, student: Program, learn: str, after: int) -> None:
+    """Within a round its samples are drawn again from what had been learnt when it began."""
+    step = replace(ROUNDS, learn=learn)
+    saved: list[Checkpoint] = []
+    whole = run_procedure(student, step, reconstructed.work(selected, on_checkpoint=saved.append))
+    assert len(saved) == 3 * len(UNITS) - 1
+    assert saved[after - 1].step == after * 12
+    told: list[Update] = []
+    work = reconstructed.work(selected, checkpoint=saved[after - 1], on_update=told.append)
+    found = run_procedure(student, step, work)
+    assert changed(whole, found) == set()
+    assert all(update.step > after * 12 for update in told)
+
+
+def test_rounds_count_and_cost(selected: Program) -> None:
+    work = reconstructed.work(selected)
+    assert ROUNDS.total(work) == 3 * 12 * len(UNITS)
+    assert ROUNDS.cost(selected, work) == 3 * replace(ROUNDS, rounds=1).cost(selected, work)
+    assert replace(ROUNDS, updates=3 * 5 * len(UNITS)).total(work) == 3 * 5 * len(UNITS)
+
+
+def test_a_round_keeps_what_it_cannot_better(selected: Program, rounded: Program, student: Program) -> None:
+    """Rounding goes on from the codes of the round before, not from rounding to nearest."""
+    step = replace(STEP, rounds=2)
+    found = run_procedure(student, step, reconstructed.work(selected))
+    nearest, learnt, again = (
+        {name: (t / one.state[name.replace(".weight", ".weight_scale")].view(-1, 1, 1, 1)).round() for name, t in ws}
+        for one, ws in ((one, _convolutions(one)) for one in (student, rounded, found))
+    )
+    kept = sum(int((again[name] == learnt[name]).sum()) for name in learnt)
+    as_nearest = sum(int((again[name] == nearest[name]).sum()) for name in learnt)
+    assert kept > as_nearest
+    assert error(with_float_activations(found), selected) < 1.05 * error(with_float_activations(rounded), selected)
+
+
+def _convolutions(program: Program) -> list[tuple[str, Tensor]]:
+    return [(n, t) for n, t in program.state.items() if n.endswith(("conv1.weight", "conv2.weight"))]
+
+
+def test_a_students_samples_need_its_scales() -> None:
+    from hqc.calibration import CalibrateActivations, CalibrateWeights
+    from hqc.passes import InsertQdq, SelectLayers
+
+    steps = (SelectLayers(), InsertQdq(), CalibrateWeights(), ROUNDS, CalibrateActivations())
+    with pytest.raises(PlanError, match=r"samples with scales that nothing has filled\. Put calibrate_activations in"):
+        Recipe("x", "", steps)

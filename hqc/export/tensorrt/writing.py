@@ -33,6 +33,7 @@ from hqc.export.verification import (
     file_output,
     verify_export,
 )
+from hqc.passes.float_attention import with_float_attention
 from hqc.plan import QuantPlan
 from hqc.program import Program
 
@@ -86,7 +87,8 @@ def write_tensorrt(
 
 
 def reference_program(program: Program, options: TensorRtOptions) -> Program:
-    """The program that an export is held to: with float activations where the options ask for them."""
+    """The program that an export is held to: attention in float, and activations where the options ask for it."""
+    program = with_float_attention(program)
     if not options.weight_only:
         return program
     return bypass_activation_quantisers(program, weight_only_sites(program, options.weight_only))

@@ -1,11 +1,12 @@
 """From a quantised program to a module whose products run in the kernels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from hqc.export.attention_notes import attention_note
 from hqc.passes.rewriting import Rewriter
 from hqc.program import Program, aten, is_op
 from hqc.runtimes.cuda.forms import integer_form
@@ -45,7 +46,7 @@ def integer_module(program: Program, kernels: Kernels, options: BuildOptions) ->
     placed = place_kernels(tidied(integer_form(program)), kernels, device=options.device, pack=options.pack)
     records = fuse(placed) if options.fuse else ()
     module = _module(placed.edit, placed.modules, options, side=options.side_stream)
-    module.meta["report"] = build_report(module, records)
+    module.meta["report"] = replace(build_report(module, records), attention=attention_note(program, "torch-cuda"))
     return module
 
 

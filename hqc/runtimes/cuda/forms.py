@@ -5,6 +5,7 @@ from torch import fx
 
 from hqc.errors import ExportError, RuntimeMissingError
 from hqc.passes import FreezeIntegers, MergeLora, PackInt4, RotateWeights
+from hqc.passes.float_attention import with_float_attention
 from hqc.pipeline import Pass, run_pipeline
 from hqc.program import Program, Stage, is_op
 from hqc.rotations import Rotation
@@ -36,7 +37,7 @@ def integer_form(program: Program) -> Program:
         RuntimeMissingError: for a float program. ExportError: for a site that the kernels cannot run.
     """
     require_quantised(program.stage)
-    integer = run_pipeline(program, _missing_passes(program))
+    integer = run_pipeline(with_float_attention(program), _missing_passes(program))
     _require_products(integer)
     for site in quantised_sites(integer):
         _require_int8(site)

@@ -18,13 +18,14 @@ __all__ = ["BuildReport", "build_report"]
 class BuildReport:
     """fusions in their order; weights: form -> number of products; weight_bytes of all products on the device.
 
-    tiles: where the tiles of products come from, in one line.
+    tiles: where the tiles of products come from, in one line. attention: how quantised attention runs.
     """
 
     fusions: tuple[FusionRecord, ...]
     weights: dict[str, int]
     weight_bytes: int
     tiles: str = ""
+    attention: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON data."""
@@ -39,6 +40,7 @@ class BuildReport:
             lines.append(f"{record.name}: {len(record.sites)}{missed}")
         forms = ", ".join(f"{count} {form}" for form, count in sorted(self.weights.items()))
         lines.append(f"weights: {forms}; {self.weight_bytes / 1e6:.1f} MB")
+        lines += [f"attention: {self.attention}"] if self.attention else []
         return "\n".join([*lines, *([self.tiles] if self.tiles else [])])
 
 
