@@ -44,6 +44,7 @@ SECONDS: Mapping[str, int] = {
     "engines/test_engines_programs.py": 30,
     "export/test_export_denoisers.py": 30,
     "evaluation/test_eval_pipelines.py": 30,
+    "export/test_export_attention.py": 25,
     "test_quiet.py": 30,
     "capture/test_capture_hub.py": 25,
     "passes/test_pass_contracts.py": 25,

@@ -188,7 +188,7 @@ class _Run:
                 unit = units[at % count]
                 self._unit(at, unit, self._learning(unit, private), all_units * self._each)
                 if self._work.on_checkpoint is not None and at + 1 < all_units:
-                    begun = {f"{_BEGUN}{name}": value for name, value in self._begun.items()}
+                    begun = {f"{_BEGUN}{name}": value.clone() for name, value in self._begun.items()}
                     self._work.on_checkpoint(Checkpoint((at + 1) * self._each, {**self._kept, **begun}))
         changed = {name: self._state[name] for name in self._program.state}
         return self._program.evolve(state=changed)

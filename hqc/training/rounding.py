@@ -118,9 +118,10 @@ class LearntRounding:
     def _rounding(self, site: str) -> SoftRounding:
         node, state = self._nodes[site], self._program.state
         bounds = bounds_of(node, self._program)
-        ends = (bounds.low, bounds.high) if bounds.lookups is None else (bounds.lookups.lows, bounds.lookups.highs)
+        found = bounds.lookups
+        low, high = (bounds.low, bounds.high) if found is None else (found.lows, found.highs)
         weight, scale = state[weight_name(node)], state[f"{site}.weight_scale"]
-        return SoftRounding(weight, scale, *ends, begun=self._begun.get(_kept(site)))
+        return SoftRounding(weight, scale, low, high, self._begun.get(_kept(site)))
 
     @property
     def given(self) -> tuple[str, ...]:
