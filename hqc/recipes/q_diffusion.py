@@ -14,8 +14,11 @@ on two cores: 640 inputs, 300 steps at 3e-2, and 100 for the scales. With time (
 
     --set reconstruct.samples=128 --set reconstruct.iterations=20000 --set reconstruct.rate=1e-3
 
-q, k, v and the softmax stay float: a site is one layer with one activation in every export, and a product of two
-activations is none. Linear layers around attention are quantised.
+Attention's q, k and v have the asked bits, its softmax 8, with codes from 0; all have one static scale, which is not
+learnt. Their products are float products of quantised values in `portable` and `onnxruntime`; TensorRT and the GPU
+runtime compute attention in float, and say so. Float attention everywhere, as one operator:
+
+    --set insert_attention_qdq.softmax_bits=0 --set insert_attention_qdq.operands=float
 
 Own choices: shortcuts take the asked bits in every model (the paper's commands split for CIFAR-10 and Stable Diffusion
 only, its LSUN commands do not); weights are symmetric, with scales by MSE search; activations are asymmetric up to 7
@@ -24,7 +27,7 @@ it had where the samples show no gain.
 """
 
 from hqc.calibration import CalibrateActivations, CalibrateWeights
-from hqc.passes import DropSingleKeyAttention, InsertQdq, SelectLayers, SplitConcat
+from hqc.passes import DropSingleKeyAttention, InsertAttentionQdq, InsertQdq, OpenAttention, SelectLayers, SplitConcat
 from hqc.recipes.recipe import Recipe
 from hqc.training import Reconstruct
 
@@ -35,9 +38,11 @@ Q_DIFFUSION = Recipe(
     source="arXiv 2302.04304",
     steps=(
         DropSingleKeyAttention(),
+        OpenAttention(),
         SplitConcat(),
         SelectLayers(rules="all"),
         InsertQdq(activation="asymmetric", static=True),
+        InsertAttentionQdq(operands="asymmetric", static=True),
         CalibrateWeights(),
         Reconstruct(learn="rounding"),
         CalibrateActivations(samples=16, candidates=80, power=2.4),

@@ -15,11 +15,12 @@ from hqc.checkpoint import Checkpoint
 from hqc.errors import ExportError
 from hqc.evaluation.comparison.size import true_bytes, weight_bytes
 from hqc.export.reference import without_quantisers
-from hqc.passes import FreezeIntegers, MergeLora, PackInt4
+from hqc.passes import DropSingleKeyAttention, FreezeIntegers, MergeLora, PackInt4
 from hqc.pipeline import run_pass, run_pipeline
 from hqc.program import Program, Stage
 from hqc.recipes import RECIPES, Recipe
 from hqc.recipes.known import STEPS
+from hqc.recipes.run import Request, planned
 from hqc.runtimes.cuda.forms import integer_form
 from hqc.sampling import Update
 from hqc.sites import watched_sites
@@ -204,7 +205,7 @@ def test_ganq_takes_its_weights_from_tables(program: Program, quantised: dict[st
 
 
 @pytest.mark.parametrize("target", ["portable", "tensorrt"])
-@pytest.mark.parametrize("name", ["mpq-dm", "mpq-dmv2", "ganq", "ganq-int8", "passionsr", "tcaq-dm"])
+@pytest.mark.parametrize("name", ["mpq-dm", "mpq-dmv2", "ganq", "ganq-int8", "passionsr", "tcaq-dm", "q-diffusion"])
 def test_in_the_other_targets(quantised: dict[str, Program], name: str, target: str, tmp_path: Path) -> None:
     """Codes and outputs of every site are verified; ONNX Runtime is among the tests of all methods."""
     result = quantised[name]
@@ -338,6 +339,21 @@ def test_q_diffusion_splits_shortcuts_and_has_one_scale_a_tensor(
         key for key, t in result.state.items() if key.endswith("weight_scale") and not torch.equal(t, plain.state[key])
     ]
     assert off == []
+
+
+def test_q_diffusion_quantises_attention_unless_told_not_to(program: Program, quantised: dict[str, Program]) -> None:
+    result = quantised["q-diffusion"]
+    assert [str(plan) for plan in result.plan.attentions] == ["q, k and v a4*, softmax a8"] * 3
+    of_softmax = [t for key, t in result.state.items() if "attention_softmax" in key]
+    assert sorted(t.tolist() == [0.0] for t in of_softmax) == [False] * 3 + [True] * 3  # a scale, and even steps
+    left = {"insert_attention_qdq.softmax_bits": 0, "insert_attention_qdq.operands": "float"}
+    plain = planned(program, api.recipe_of("q-diffusion", left), Request("w4a4"), calibrated=False)
+    assert plain.plan.attentions == ()
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    dropped = run_pass(program, DropSingleKeyAttention())
+    kept = [[node.name for node in one.graph.nodes if node.target is attention] for one in (plain, dropped)]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 3
 
 
 def test_tcaq_dm_quantises_the_softmax_of_every_attention(program: Program, quantised: dict[str, Program]) -> None:
