@@ -8,9 +8,8 @@ from torch import fx
 
 from hqc.attention_plan import AttentionPlan
 from hqc.attentions import PARTS, WrittenOut, part_name, written_out_from
-from hqc.bounds import bounds_of
-from hqc.errors import ExportError
-from hqc.plan import activation_range, asymmetric_top
+from hqc.code_checks import codes_fit
+from hqc.plan import activation_range
 from hqc.program import Program, Stage, aten, is_op
 
 __all__ = ["ATTENTION_ROLES", "attention_problems"]
@@ -79,13 +78,4 @@ def _of_quantiser(program: Program, name: str, real: fx.Node, bits: int, symmetr
 def _codes_fit(program: Program, quantiser: fx.Node, bits: int, symmetric: bool) -> bool:
     if is_op(quantiser, ops.softmax_quantize.default):
         return bool(quantiser.args[3] == bits)
-    if symmetric:
-        return bool(quantiser.args[2:] == activation_range(bits))
-    try:
-        found = bounds_of(quantiser, program).lookups
-    except ExportError:
-        return False
-    if found is None or found.lows.shape != found.highs.shape:
-        return False
-    spans_zero = bool((found.lows <= 0).all() & (found.highs >= 0).all())
-    return spans_zero and bool((found.highs - found.lows == asymmetric_top(bits)).all())
+    return codes_fit(program, quantiser, activation_range(bits), bits, symmetric)

@@ -13,9 +13,9 @@ from torch import fx
 
 import hqc.ops  # noqa: F401  (registers the operators)
 from hqc.attention_checks import ATTENTION_ROLES, attention_problems
-from hqc.bounds import FAKE_QUANTISERS, QUANTISERS, bounds_of
-from hqc.errors import ExportError
-from hqc.plan import SitePlan, activation_range, asymmetric_top, main_site, weight_range
+from hqc.bounds import FAKE_QUANTISERS, QUANTISERS
+from hqc.code_checks import activation_codes_fit, weight_codes_problem
+from hqc.plan import SitePlan, main_site
 from hqc.program import Program, Stage, aten, is_op
 from hqc.rotations import Rotation
 from hqc.sites import output_of, rotation_of, rotation_within, source_of, with_residual
@@ -306,9 +306,9 @@ def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iter
         yield "lacks one of its quantisers"
     elif problem := _rotation_problem(plan, real):
         yield problem
-    elif not _activation_codes_fit(program, plan, real):
+    elif not activation_codes_fit(program, plan, real):
         yield f"its activation's codes are not those of {plan.activation_bits} bits"
-    elif problem := _weight_codes_problem(program, plan, weight):
+    elif problem := weight_codes_problem(program, plan, weight):
         yield problem
     elif f"{plan.site}.activation_scale_table" not in program.state:
         yield "has no table of scales"
@@ -325,67 +325,6 @@ def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iter
             yield "its weight is not stored"
         elif plan.lora_rank and program.state[parts[0]].shape[0] != plan.lora_rank:
             yield f"its LoRA has another rank than {plan.lora_rank}"
-
-
-def _activation_codes_fit(program: Program, plan: SitePlan, quantiser: fx.Node) -> bool:
-    bits, bounds = plan.activation_bits, quantiser.args[2:4]
-    if not plan.activation_symmetric and not all(is_op(bound, aten.index_select.default) for bound in bounds):
-        return False
-    return _codes_fit(program, quantiser, activation_range(bits or 8), bits, plan.activation_symmetric)
-
-
-def _weight_codes_problem(program: Program, plan: SitePlan, quantiser: fx.Node) -> str:
-    bits = plan.weight_code_bits
-    if not plan.weight_mixed:
-        fit = _codes_fit(program, quantiser, weight_range(bits), bits, plan.weight_symmetric)
-        return "" if fit else f"its weight's codes are not those of {bits} bits"
-    span = _spans(program, quantiser)
-    if plan.weight_residual and (problem := _residual_problem(program, plan, quantiser)):
-        return problem
-    if span is None:
-        return f"its weight's codes are not those of about {bits} bits"
-    fewer, same, more = (span == asymmetric_top(b) for b in (bits - 1, bits, bits + 1))
-    if plan.weight_residual:
-        salient = program.state[f"{plan.site}.weight_salient"] == 1
-        same, more = same & ~salient, same & salient
-    if not bool((fewer | same | more).all()) or int(fewer.sum()) != int(more.sum()):
-        return f"its weight's channels have not {bits - 1} to {bits + 1} bits, {bits} in the mean"
-    return ""
-
-
-def _residual_problem(program: Program, plan: SitePlan, quantiser: fx.Node) -> str:
-    """What is wrong with the step of a weight's binary codes: a scale a channel, times 1 or 0."""
-    if not is_op(quantiser, ops.fake_quantize_residual.default):
-        return "its weight has no binary codes; the plan says that it has"
-    step: Any = quantiser.args[4]
-    names = [f"{plan.site}.weight_residual_scale", f"{plan.site}.weight_salient"]
-    stored = [str(one.target) for one in step.args if isinstance(one, fx.Node) and one.op == "get_attr"]
-    if not is_op(step, aten.mul.Tensor) or stored != names or any(name not in program.state for name in names):
-        return "its weight's binary codes have no stored step"
-    flags = program.state[names[1]]
-    return "" if bool(((flags == 0) | (flags == 1)).all()) else "its salient channels are not marked by 1, others by 0"
-
-
-def _codes_fit(
-    program: Program, quantiser: fx.Node, symmetric_range: tuple[int, int], bits: int | None, symmetric: bool
-) -> bool:
-    """Whether a quantiser's codes are those of its bits: one range, or ranges of 2ⁿ codes that hold 0."""
-    if symmetric:
-        return quantiser.args[2:] == symmetric_range
-    span = _spans(program, quantiser)
-    return span is not None and bool((span == asymmetric_top(bits or 8)).all())
-
-
-def _spans(program: Program, quantiser: fx.Node) -> torch.Tensor | None:
-    """Largest less least code of ranges that hold 0, by row; None for other ranges."""
-    try:
-        lookups = bounds_of(quantiser, program).lookups
-    except ExportError:
-        return None
-    if lookups is None or lookups.lows.shape != lookups.highs.shape:
-        return None
-    holds_zero = bool((lookups.lows <= 0).all() & (lookups.highs >= 0).all())
-    return lookups.highs - lookups.lows if holds_zero else None
 
 
 def _zero_points(plan: SitePlan) -> list[str]:
@@ -410,7 +349,7 @@ def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Itera
             yield "rescales something besides its own products"
         elif not all(_has_role(product.args[0], "codes") for product in products):
             yield "multiplies something besides codes"
-        elif not all(_activation_codes_fit(program, plan, product.args[0]) for product in products):
+        elif not all(activation_codes_fit(program, plan, product.args[0]) for product in products):
             yield f"its activation's codes are not those of {plan.activation_bits} bits"
         elif problem := _rotation_problem(plan, products[0].args[0]):
             yield problem
@@ -422,7 +361,7 @@ def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Itera
             yield problem
         elif not _has_role(real, "activation") or not _has_role(real.args[0], "codes"):
             yield "lacks its quantiser"
-        elif not _activation_codes_fit(program, plan, real.args[0]):
+        elif not activation_codes_fit(program, plan, real.args[0]):
             yield f"its activation's codes are not those of {plan.activation_bits} bits"
         elif problem := _rotation_problem(plan, real.args[0]):
             yield problem
