@@ -10,7 +10,7 @@ defaults are left out. A part is what an option of a step holds: a loss, a group
 import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 __all__ = [
+    "Within",
     "built",
     "check_options",
     "flat_options",
@@ -36,6 +37,23 @@ __all__ = [
 
 Known = Mapping[str, type]
 _SHAPE = "Write steps as name(option=value), separated by commas."
+
+
+@dataclass(frozen=True)
+class Within:
+    """Bounds of a number, for `Annotated`: pydantic's `Field` without pydantic, which passes do not need to run.
+
+    gt, ge, le: greater than, at least, at most; None for no bound.
+    """
+
+    gt: float | None = None
+    ge: float | None = None
+    le: float | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Where pydantic reads them from."""
+        bounds = {"gt": self.gt, "ge": self.ge, "le": self.le}
+        return {**handler(source), **{name: bound for name, bound in bounds.items() if bound is not None}}
 
 
 def step_name(kind: type) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
 from torch import fx
 
 from hqc.errors import PlanError
@@ -24,7 +23,7 @@ from hqc.pipeline import Findings
 from hqc.plan import names_site
 from hqc.program import Program, Stage
 from hqc.site_rules import deciding
-from hqc.steps import check_options
+from hqc.steps import Within, check_options
 
 __all__ = ["FinetuneOnly"]
 
@@ -38,7 +37,7 @@ class FinetuneOnly:
     """
 
     sites: tuple[str, ...] = ("*",)
-    share: Annotated[float, Field(gt=0, le=1)] = 0.07
+    share: Annotated[float, Within(gt=0, le=1)] = 0.07
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.QUANTISED,)
     gives: ClassVar[Stage | None] = None

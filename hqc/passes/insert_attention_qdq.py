@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import fx
 
 from hqc.attention_plan import AttentionPlan
@@ -27,7 +26,7 @@ from hqc.passes.rewriting import Rewriter, rewrite
 from hqc.pipeline import Findings
 from hqc.plan import HIGHEST_ASYMMETRIC_BITS, activation_range, parse_bits
 from hqc.program import BATCH, Program, Stage, aten
-from hqc.steps import check_options
+from hqc.steps import Within, check_options
 
 __all__ = ["ATTENTION_GRID", "InsertAttentionQdq"]
 
@@ -43,7 +42,7 @@ class InsertAttentionQdq:
     have the asked activation bits, "asymmetric" up to 7 of them. static: one row of scales for all timesteps.
     """
 
-    softmax_bits: Annotated[int, Field(ge=0, le=8)] = 8
+    softmax_bits: Annotated[int, Within(ge=0, le=8)] = 8
     operands: Literal["float", "symmetric", "asymmetric"] = "float"
     static: bool = False
 

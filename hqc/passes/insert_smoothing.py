@@ -19,14 +19,13 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, fx
 
 from hqc.passes.rewriting import CONV, Rewriter, asked_sites, layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.plan import SitePlan
 from hqc.program import Program, Stage, aten, is_op
-from hqc.steps import check_options
+from hqc.steps import Within, check_options
 
 __all__ = ["InsertSmoothing", "output_shift", "takes_shift"]
 
@@ -40,7 +39,7 @@ class InsertSmoothing:
     """
 
     shift: bool = False
-    most_bits: Annotated[int, Field(ge=2, le=8)] = 8
+    most_bits: Annotated[int, Within(ge=2, le=8)] = 8
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
     gives: ClassVar[Stage | None] = None
