@@ -21,6 +21,11 @@ class AttentionPlan:
     operand_bits: int | None = None
     operands_symmetric: bool = True
 
+    @property
+    def quantisers(self) -> int:
+        """How many of q, k, v and softmax have one."""
+        return 3 * (self.operand_bits is not None) + (self.softmax_bits is not None)
+
     def __str__(self) -> str:
         star = "" if self.operands_symmetric else "*"
         operands = "float" if self.operand_bits is None else f"a{self.operand_bits}{star}"

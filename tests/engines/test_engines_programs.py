@@ -115,9 +115,9 @@ def test_one_timestep_a_call(captured: Callable[[str], Program], tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_whole_bundled_model_for_the_oldest_and_the_newest_architecture(tmp_path: Path) -> None:
-    """Those between are built for blocks of LDM-4, and one of them for every other model here."""
-    archs = (ARCHS[0], ARCHS[-1])
+def test_the_whole_bundled_model_for_the_newest_architecture(tmp_path: Path) -> None:
+    """All are built for blocks of LDM-4, and one of them for every other model here."""
+    archs = (ARCHS[-1],)
     report = build(quantised(trace("digits"), "w4a4"), tmp_path / "x", archs)
     forms = check(report)
     assert sum(forms.values()) == 97  # every convolution and linear layer of the UNet

@@ -41,7 +41,7 @@ def inputs(program):
     [
         *((name, "w4a4", "symmetric") for name in (*PLAIN, *SHAPES, "cross_attention")),
         ("cross_attention", "w8a8", "symmetric"),
-        *((name, "w4a4", "asymmetric") for name in ("two_sites", "geometry", "shared_input", "cross_attention")),
+        *((name, "w4a4", "asymmetric") for name in ("geometry", "cross_attention")),
     ],
 )
 def test_openvino_equals_torch_given_its_codes(exported, tmp_path, model, bits, ranges) -> None:

@@ -72,6 +72,7 @@ def test_it_calibrates_and_trains_what_it_says(quantised: dict[str, Program], na
     tables = [t for key, t in result.state.items() if key.endswith("activation_scale_table")]
     assert len(tables) == len(list(watched_sites(result))) >= len(result.plan.quantised)
     assert len(tables) > 10 or name == "ganq"
+    assert len(tables) == len(result.plan.quantised) + sum(one.quantisers for one in result.plan.attentions)
     assert all(bool((table != 1).any()) for table in tables)
     learnt = [key for key, t in result.state.items() if key.endswith("lora_b") and bool(t.any())]
     assert bool(learnt) == (RECIPES[name].step("attach_lora") is not None)

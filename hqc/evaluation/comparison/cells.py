@@ -105,7 +105,7 @@ class Maker:
             "size_bytes": plan.training["true_bytes"],
             "sites": len(plan.quantised),
             "weight_only": sum(site.weight_only for site in plan.sites),
-            **_export_figures(exported, refusal),
+            **_export_figures(plan, exported, refusal),
             **json.loads((measured / FIGURES_FILE).read_text(encoding="utf-8")),
         }
 
@@ -291,12 +291,16 @@ def _save_figures(figures: Mapping[str, Any], folder: Path) -> None:
         write_manifest(temporary, FIGURES_KIND, {})
 
 
-def _export_figures(exported: Path | None, refusal: str) -> dict[str, Any]:
-    """Sites that run on integers, and how far the export is from torch with equal codes."""
+def _export_figures(plan: QuantPlan, exported: Path | None, refusal: str) -> dict[str, Any]:
+    """Layers that run on integers, and how far the export is from torch with equal codes.
+
+    Quantisers within attention are verified too, but their products are float.
+    """
     if exported is None:
         return {"integer_sites": None, "export_error": None, "export_refused": refusal}
     found = check_manifest(exported, EXPORT_KIND)["verification"]
-    return {"integer_sites": found["sites"], "export_error": found["network"]["forced_error"], "export_refused": None}
+    layers = found["sites"] - sum(one.quantisers for one in plan.attentions)
+    return {"integer_sites": layers, "export_error": found["network"]["forced_error"], "export_refused": None}
 
 
 def _seconds(records: Sequence[PassRecord], recipe: Recipe, run: Run) -> float:
