@@ -26,7 +26,7 @@ from hqc.sampling.image_gain import image_gain
 from hqc.sampling.task import Denoise
 from hqc.steps import check_options, step_name
 from hqc.training.groups import Group, trainable
-from hqc.training.losses import GuidedNoise, InImageSpace, LocalOutput, Loss, Seen
+from hqc.training.losses import GuidedNoise, Loss, Seen
 from hqc.training.queue import Queues
 from hqc.training.step_weights import step_weights
 from hqc.training.student import Student
@@ -92,7 +92,7 @@ class Distil:
         there and the teacher on what follows.
         """
         steps = work.sampler.num_inference_steps
-        again = self._walked_ahead and any(not isinstance(one, GuidedNoise | InImageSpace) for one in self.losses)
+        again = self._walked_ahead and any(loss.tapped for loss in self.losses)
         updates = self.total(work) * self.batch_size * (4 + self.own_share / 2 + again)
         weighing = _WEIGHED_SAMPLES * (2 * steps + steps * (steps - 1) / 2) if self.weighting == "effect" else 0
         return float((updates + weighing) * work.halves())
@@ -176,7 +176,7 @@ class Distil:
 
     def _teacher(self, work: Work, taps: Mapping[str, str]) -> Tapped:
         """The float graph with its taps. For outputs of layers it is the one that has the student's layers."""
-        by_layer = any(isinstance(loss, LocalOutput) for loss in self.losses)
+        by_layer = any(loss.by_layer for loss in self.losses)
         reference = (by_layer and work.unquantised) or work.teacher
         found = taps_of(self.losses, reference)
         if missing := [name for name in taps if name not in found]:
@@ -199,7 +199,7 @@ class Distil:
 
     def _image_gains(self, work: Work) -> dict[float, float] | None:
         """By timestep, where a loss asks for them."""
-        if not any(isinstance(loss, InImageSpace) for loss in self.losses):
+        if not any(loss.in_images for loss in self.losses):
             return None
         scheduler = work.sampled.scheduler(work.sampler.num_inference_steps)
         return {float(t): image_gain(scheduler, float(t)) for t in scheduler.timesteps}

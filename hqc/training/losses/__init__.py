@@ -25,8 +25,7 @@ __all__ = [
 ]
 
 Loss = BothHalves | GuidedNoise | InImageSpace | LocalOutput | QueueRelation | TemporalRelation
-"""Any of the losses: called with what student and teacher have computed. `taps(program)` names the nodes whose values
-it sees besides, `window` says of how many neighbouring steps, `in_order` that it needs the steps in their order."""
+"""Any of the losses: called with what student and teacher have computed; see `Term`."""
 
 _KINDS = (BothHalves, GuidedNoise, InImageSpace, LocalOutput, TemporalRelation, QueueRelation)
 LOSSES: Mapping[str, type] = {step_name(kind): kind for kind in _KINDS}

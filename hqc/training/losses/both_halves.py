@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from hqc.program import Program
 from hqc.sampling.task import noise_only
-from hqc.steps import check_options
-from hqc.training.losses.guided_noise import weighed_squares
 from hqc.training.losses.seen import Seen
+from hqc.training.losses.term import Term, weighed_squares
 
 __all__ = ["BothHalves"]
 
@@ -20,19 +19,13 @@ _OUTPUT = "denoiser output"
 
 
 @dataclass(frozen=True)
-class BothHalves:
+class BothHalves(Term):
     """weight·Σ w_n·((ε̂_u - ε_u)² + (ε̂_c - ε_c)²); without guidance there is one half, ε_c.
 
     The guided error is (1 - g)·e_u + g·e_c: errors of the halves that cancel there cost nothing in `GuidedNoise`.
     """
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-
-    window: ClassVar[int] = 1
-    in_order: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def taps(self, program: Program) -> Mapping[str, str]:
         """What the program returns."""
@@ -41,11 +34,7 @@ class BothHalves:
 
     def __call__(self, student: Seen, teacher: Seen) -> Tensor:
         """The loss, a scalar."""
-        found, wanted = _noise(student), _noise(teacher)
-        weight = teacher.weight
-        if isinstance(weight, Tensor):
-            weight = weight.repeat(len(found) // len(weight))
-        return weighed_squares(found, wanted, weight) * self.weight
+        return weighed_squares(_noise(student), _noise(teacher), teacher.weight) * self.weight
 
 
 def _noise(seen: Seen) -> Tensor:

@@ -1,21 +1,19 @@
 """The image that a step's noise stands for: errors are weighed by how far they move it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from hqc.program import Program
-from hqc.steps import check_options
 from hqc.training.losses.seen import Seen
+from hqc.training.losses.term import Term
 
 __all__ = ["InImageSpace"]
 
 
 @dataclass(frozen=True)
-class InImageSpace:
+class InImageSpace(Term):
     """weight·Σ (x̂_0 - x_0)² over all elements, x_0 = x_t/√ᾱ - √((1-ᾱ)/ᾱ)·ε what the output says the image is.
 
     Both share x_t, so that it is Σ k²·(ε̂ - ε)² with k = √((1-ᾱ)/ᾱ) (`hqc.sampling.image_gain`, which knows the other
@@ -25,15 +23,8 @@ class InImageSpace:
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
-    window: ClassVar[int] = 1
-    in_order: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    def taps(self, program: Program) -> Mapping[str, str]:
-        """It needs no more than the noise."""
-        return {}
+    tapped: ClassVar[bool] = False
+    in_images: ClassVar[bool] = True
 
     def __call__(self, student: Seen, teacher: Seen) -> Tensor:
         """The loss, a scalar."""

@@ -11,9 +11,8 @@ from hqc.errors import PlanError
 from hqc.plan import names_site
 from hqc.program import BATCH, Program
 from hqc.sites import output_of
-from hqc.steps import check_options
-from hqc.training.losses.guided_noise import weighed_squares
 from hqc.training.losses.seen import Seen
+from hqc.training.losses.term import Term, weighed_squares
 
 __all__ = ["LocalOutput"]
 
@@ -21,7 +20,7 @@ _OUTPUT_OF = "output of "
 
 
 @dataclass(frozen=True)
-class LocalOutput:
+class LocalOutput(Term):
     """weight·Σ_l Σ_n w_n·‖Ô_l(x̂_n) - O_l(x_n)‖² over the layers l that one of the patterns of `sites` names.
 
     Ô_l reads what the student computes in front of it, O_l what the float graph does; both halves of guidance are
@@ -31,11 +30,7 @@ class LocalOutput:
     sites: tuple[str, ...]
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
-    window: ClassVar[int] = 1
-    in_order: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_options(self)
+    by_layer: ClassVar[bool] = True
 
     def taps(self, program: Program) -> Mapping[str, str]:
         """The nodes that give the layers' outputs.
@@ -56,7 +51,8 @@ class LocalOutput:
     def __call__(self, student: Seen, teacher: Seen) -> Tensor:
         """The loss, a scalar."""
         own = [name for name in student.taps if self._has(name)]
-        first, *more = (_error(student.taps[name], teacher.taps[name], teacher.weight) for name in own)
+        pairs = ((student.taps[name], teacher.taps[name].detach()) for name in own)
+        first, *more = (weighed_squares(found, wanted, teacher.weight) for found, wanted in pairs)
         for one in more:
             first = first + one
         return first * self.weight
@@ -65,9 +61,3 @@ class LocalOutput:
         """Whether a tap is one of its own: other losses have theirs."""
         site = name.removeprefix(_OUTPUT_OF)
         return site != name and any(names_site(pattern, site) for pattern in self.sites)
-
-
-def _error(found: Tensor, wanted: Tensor, weight: Tensor | float | None) -> Tensor:
-    if isinstance(weight, Tensor):
-        weight = weight.repeat(len(found) // len(weight))
-    return weighed_squares(found, wanted.detach(), weight)

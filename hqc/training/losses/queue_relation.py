@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from hqc.program import Program
-from hqc.steps import check_options
 from hqc.training.losses.seen import Seen
 from hqc.training.losses.temporal_relation import places_of, tapped_block, unit_features
+from hqc.training.losses.term import Term
 
 __all__ = ["QueueRelation", "queue_loss"]
 
@@ -19,7 +19,7 @@ _CHUNK_VALUES = 2**22
 
 
 @dataclass(frozen=True)
-class QueueRelation:
+class QueueRelation(Term):
     """weight·Σ_i KL(softmax_j S_ij ‖ softmax_j Ŝ_ij), S_ij = cosine of the present pixel i and pixel j of the queue.
 
     The queue holds unit features of the teacher, the last `queue` of them, over trajectories: j is among those whose
@@ -34,11 +34,7 @@ class QueueRelation:
     pixels: Annotated[int, Field(ge=1, le=2**20)] = 256
     scope: str = ""
 
-    window: ClassVar[int] = 1
     in_order: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @property
     def key(self) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from hqc.errors import PlanError
 from hqc.program import Program, aten, is_op
-from hqc.steps import check_options
 from hqc.training.losses.seen import Seen
+from hqc.training.losses.term import Term
 
 __all__ = ["TemporalRelation", "places_of", "relation_loss", "tapped_block", "unit_features"]
 
@@ -21,7 +21,7 @@ _PASSED = (aten.group_norm.default, aten.layer_norm.default, aten.rms_norm.defau
 
 
 @dataclass(frozen=True)
-class TemporalRelation:
+class TemporalRelation(Term):
     """weight·Σ_n Σ_i KL(softmax_j S_ij ‖ softmax_j Ŝ_ij), S_ij = cosine of the features at places i and j.
 
     scope: path of the block whose output the features are, empty for the last one, which the norm in front of the last
@@ -30,13 +30,10 @@ class TemporalRelation:
     """
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
-    window: Annotated[int, Field(ge=1, le=64)] = 2
+    window: Annotated[int, Field(ge=1, le=64)] = 2  # type: ignore[misc]  # an option here
     scope: str = ""
 
     in_order: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def taps(self, program: Program) -> Mapping[str, str]:
         """The node that gives the features.
