@@ -6,7 +6,7 @@
 The last product of what is written out has the role `attention`; what stands before it is found from there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "argument_problem",
     "attention_arguments",
     "attentions",
+    "attentions_by_fit",
     "part_name",
     "softmax_kinds",
     "written_out",
@@ -49,6 +50,12 @@ def part_name(attention: str, part: str) -> str:
     'mid.attn1.attention_softmax'
     """
     return f"{attention}.attention_{part}"
+
+
+def attentions_by_fit(program: Program, unfit: Callable[[fx.Node], str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The names of those that fit, and of the others with what `unfit` says of them."""
+    reasons = [(name, unfit(node)) for name, node in attentions(program.graph)]
+    return [name for name, reason in reasons if not reason], [one for one in reasons if one[1]]
 
 
 def attentions(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:

@@ -16,12 +16,24 @@ from hqc.errors import ExportError
 from hqc.ops.fake_quantize import per_first_axis
 from hqc.program import Program, aten, is_op
 
-__all__ = ["FAKE_QUANTISERS", "QUANTISERS", "Bounds", "Lookups", "bounds_of", "clip_codes"]
+__all__ = [
+    "FAKE_QUANTISERS",
+    "QUANTISERS",
+    "QUANTISER_ROLES",
+    "VALUE_ROLES",
+    "Bounds",
+    "Lookups",
+    "bounds_of",
+    "clip_codes",
+]
 
 ops = torch.ops.hqc
-FAKE_QUANTISERS = (*(ops.fake_quantize.default, ops.fake_quantize_bounded.default, ops.fake_quantize_residual.default),)
+FAKE_QUANTISERS = (ops.fake_quantize.default, ops.fake_quantize_bounded.default, ops.fake_quantize_residual.default)
 QUANTISERS = (ops.quantize.default, ops.quantize_bounded.default)
 """Each with the arguments (x, scale, low, high): floats with gradients, and codes."""
+VALUE_ROLES = ("activation_quantizer", "operand_quantizer", "softmax_quantizer")
+"""Of quantisers of what depends on the input: of layers, and of q, k, v and softmax within attention."""
+QUANTISER_ROLES = (*VALUE_ROLES, "weight_quantizer")
 _MADE_OF = (
     *(aten.neg.default, aten.rsub.Scalar, aten.clamp.default, ops.round_ste.default),
     *(aten.minimum.default, aten.sub.Tensor),

@@ -6,7 +6,7 @@ bypassed while observing, so the trajectory is the float model's own.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from hqc.attentions import part_name
+from hqc.bounds import QUANTISER_ROLES, VALUE_ROLES
 from hqc.calibration.searches import Search, activation_search, some_values
 from hqc.errors import TrainingError
 from hqc.memory import require_call_memory
@@ -22,13 +23,12 @@ from hqc.passes.insert_attention_qdq import ATTENTION_GRID
 from hqc.passes.insert_qdq import GRID
 from hqc.program import Program, Stage
 from hqc.running import node_failure
-from hqc.sampling import Observe, Work
+from hqc.sampling import Work
 from hqc.sampling.task import Denoise, call_arguments
 from hqc.steps import check_options
 
-__all__ = ["CalibrateActivations", "calibrate", "not_finite_because"]
+__all__ = ["CalibrateActivations", "calibrate", "nearest_rows", "not_finite_because"]
 
-_OBSERVED = ("activation_quantizer", "operand_quantizer", "softmax_quantizer")
 _ONE_ROW = torch.zeros(1)
 
 
@@ -70,14 +70,8 @@ class CalibrateActivations:
         Raises:
             TrainingError: see `calibrate`.
         """
-        return calibrate(program, work.observe or self._trajectory(work), candidates=self.candidates, power=self.power)
-
-    def _trajectory(self, work: Work) -> Observe:
-        def run(denoise: Denoise) -> None:
-            for _ in work.walk("calibrating", denoise, self.samples, self.seed):
-                pass
-
-        return run
+        loop = work.loop("calibrating", self.samples, self.seed)
+        return calibrate(program, loop, candidates=self.candidates, power=self.power)
 
     def cost(self, program: Program, work: Work) -> float:
         """One trajectory of every image."""
@@ -122,13 +116,13 @@ class _Observer(fx.Interpreter):
             return self._original(n.args[0].args[0])  # type: ignore[union-attr, arg-type]
         if role == "rotation":
             self.originals[n] = [self.env[n.args[0]]] * _rotated_back(n)  # type: ignore[index]
-        if role not in (*_OBSERVED, "weight_quantizer"):
+        if role not in QUANTISER_ROLES:
             try:
                 return super().run_node(n)
             except Exception as error:
                 raise node_failure(n, error) from error
         x = self.env[n.args[0]]  # type: ignore[index]
-        if role in _OBSERVED:
+        if role in VALUE_ROLES:
             self._observe(n, x)
         return x
 
@@ -154,6 +148,15 @@ class _Observer(fx.Interpreter):
             bits, symmetric = _bits(self.program, quantiser)
             self.searches[site, row] = activation_search(bits, symmetric, self.candidates, self.power)
         self.searches[site, row].add(some_values(x), low, high)
+
+
+def nearest_rows(visited: Sequence[int], count: int) -> list[int]:
+    """For each of so many rows of a table the nearest one that was visited, the earlier of two.
+
+    >>> nearest_rows([1, 4], 6)
+    [1, 1, 1, 4, 4, 4]
+    """
+    return [min(visited, key=lambda v, r=row: (abs(v - r), v)) for row in range(count)]  # type: ignore[misc]
 
 
 def _grid(program: Program, quantiser: fx.Node) -> Tensor:
@@ -206,11 +209,10 @@ def calibrate(
         raise TrainingError(
             "calibration", "the forward loop never called the model", "Call model(sample, timestep, …)."
         )
-    for quantiser in [node for node in program.graph.nodes if node.meta.get("role") in _OBSERVED]:
+    for quantiser in [node for node in program.graph.nodes if node.meta.get("role") in VALUE_ROLES]:
         site = str(quantiser.meta["site"])
         name, visited = f"{site}.activation_scale_table", [row for one, row in observer.searches if one == site]
-        nearest = [min(visited, key=lambda v, r=row: (abs(v - r), v)) for row in range(len(state[name]))]  # type: ignore[misc]
-        found = [observer.searches[site, row] for row in nearest]
+        found = [observer.searches[site, row] for row in nearest_rows(visited, len(state[name]))]
         state[name] = torch.tensor([search.scale for search in found])
         if f"{site}.activation_zero_table" in state:
             state[f"{site}.activation_zero_table"] = torch.tensor([search.zero for search in found])

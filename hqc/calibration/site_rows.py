@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from hqc.bounds import QUANTISER_ROLES
 from hqc.calibration.activations import not_finite_because
 from hqc.errors import TrainingError
 from hqc.memory import require_call_memory, require_memory
@@ -24,8 +25,6 @@ from hqc.sampling.task import call_arguments
 from hqc.steps import step_name
 
 __all__ = ["ReadsRows", "SiteRows", "collect", "collect_for", "require_rows"]
-
-_QUANTISERS = ("activation_quantizer", "weight_quantizer", "operand_quantizer", "softmax_quantizer")
 
 
 @dataclass
@@ -152,7 +151,7 @@ class _Watcher(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         try:
-            value = self.env[n.args[0]] if n.meta.get("role") in _QUANTISERS else super().run_node(n)  # type: ignore[index]
+            value = self.env[n.args[0]] if n.meta.get("role") in QUANTISER_ROLES else super().run_node(n)  # type: ignore[index]
         except Exception as error:
             raise node_failure(n, error) from error
         for site, layer in self.readers.get(n.name, ()):

@@ -21,7 +21,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from hqc.calibration.activations import not_finite_because
+from hqc.bounds import QUANTISER_ROLES
+from hqc.calibration.activations import nearest_rows, not_finite_because
 from hqc.errors import TrainingError
 from hqc.memory import require_call_memory
 from hqc.passes.insert_attention_qdq import ATTENTION_GRID
@@ -32,8 +33,6 @@ from hqc.sampling.task import call_arguments
 from hqc.steps import check_options
 
 __all__ = ["ChooseSoftmax", "Tail"]
-
-_BYPASSED = ("activation_quantizer", "weight_quantizer", "operand_quantizer", "softmax_quantizer")
 
 
 @dataclass
@@ -96,11 +95,7 @@ class ChooseSoftmax:
         if not _quantised(program):
             return program
         watcher = _Watcher(program)
-        if work.observe is not None:
-            work.observe(watcher)
-        else:
-            for _ in work.walk("choosing softmax quantisers", watcher, self.samples, self.seed):
-                pass
+        work.loop("choosing softmax quantisers", self.samples, self.seed)(watcher)
         return program.evolve(state={**program.state, **_tables(program, watcher.tails)})
 
     def cost(self, program: Program, work: Work) -> float:
@@ -122,8 +117,7 @@ def _tables(program: Program, tails: Mapping[tuple[str, int], Tail]) -> dict[str
             raise TrainingError(
                 "choosing softmax quantisers", "the forward loop never called the model", "Call model(sample, …)."
             )
-        rows = range(len(program.state[table]))
-        nearest = [min(visited, key=lambda v, r=row: (abs(v - r), v)) for row in rows]  # type: ignore[misc]
+        nearest = nearest_rows(visited, len(program.state[table]))
         found[table] = torch.tensor([float(tails[name, row].ratio > 0) for row in nearest])
     return found
 
@@ -148,7 +142,7 @@ class _Watcher(fx.Interpreter):
             return self.run(*args)  # type: ignore[no-any-return]
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.meta.get("role") not in _BYPASSED:
+        if n.meta.get("role") not in QUANTISER_ROLES:
             try:
                 return super().run_node(n)
             except Exception as error:

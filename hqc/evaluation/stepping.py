@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hqc.bounds import QUANTISER_ROLES
 from hqc.ops.hadamard import hadamard
 from hqc.passes.rewriting import layer_inputs, rewrite
 from hqc.program import Program, Stage
@@ -78,10 +79,7 @@ def _last_readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-_ADDED = (
-    *("activation_quantizer", "weight_quantizer", "rotation", "rotation_back", "lora"),
-    *("operand_quantizer", "softmax_quantizer"),
-)
+_ADDED = (*QUANTISER_ROLES, "rotation", "rotation_back", "lora")
 
 
 def float_program(program: Program) -> Program:

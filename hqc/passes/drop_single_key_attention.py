@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from hqc.attentions import argument_problem, attentions
+from hqc.attentions import argument_problem, attentions, attentions_by_fit
 from hqc.passes.rewriting import LINEAR, Rewriter, rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage, aten, is_op
@@ -48,10 +48,7 @@ class DropSingleKeyAttention:
 
     def find(self, program: Program) -> Findings:
         """Attentions over one key, named by the module that holds their projections; the others are misses."""
-        matches, misses = [], []
-        for name, node in attentions(program.graph):
-            reason = _unfit(node)
-            misses.append((name, reason)) if reason else matches.append(name)
+        matches, misses = attentions_by_fit(program, _unfit)
         return Findings(tuple(matches), tuple(misses))
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from hqc.attentions import argument_problem, attention_arguments, attentions, written_out
+from hqc.attentions import argument_problem, attention_arguments, attentions, attentions_by_fit, written_out
 from hqc.passes.rewriting import Rewriter, rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage, aten
@@ -34,10 +34,7 @@ class OpenAttention:
 
     def find(self, program: Program) -> Findings:
         """Attentions by the module that holds their projections; the others are misses."""
-        matches, misses = [], []
-        for name, node in attentions(program.graph):
-            reason = _unfit(node)
-            misses.append((name, reason)) if reason else matches.append(name)
+        matches, misses = attentions_by_fit(program, _unfit)
         if not matches and not misses and not any(written_out(program)):
             misses.append(NONE)
         return Findings(tuple(matches), tuple(misses))

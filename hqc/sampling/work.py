@@ -99,6 +99,15 @@ class Work:
                 stage(step, steps)
                 yield step
 
+    def loop(self, what: str, samples: int, seed: int) -> Observe:
+        """What calibrates: the forward loop that was given, or the float trajectory of so many images."""
+
+        def walk(denoise: Denoise) -> None:
+            for _ in self.walk(what, denoise, samples, seed):
+                pass
+
+        return self.observe or walk
+
     def evaluations(self, samples: int) -> int:
         """Of the denoiser on one sample, for one trajectory of so many images."""
         return samples * self.halves() * self.sampler.num_inference_steps
