@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
+
+# Tests and demo start many processes: each would compile all of hqc again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install demo test lint types tests figures docs clean
 
 help: ## list what there is to make
