@@ -12,11 +12,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
-__all__ = ["Reporter", "Stage", "doing", "reported"]
+__all__ = ["Reporter", "Stage", "doing", "each", "reported", "time_left"]
+
+_Item = TypeVar("_Item")
 
 EVERY = 10.0
 _LONGEST = 100
@@ -56,6 +59,24 @@ def doing(what: str, *, drawn: bool = False) -> Iterator[Stage]:
         yield stage
     finally:
         _stages.remove(stage)
+
+
+def each(what: str, items: Sequence[_Item], size: Callable[[_Item], float] = lambda item: 1.0) -> Iterator[_Item]:
+    """The items in turn, while `what` goes on: how many are done, and how long the others take by their `size`."""
+    left, done, began = sum(map(size, items)), 0.0, time.perf_counter()
+    with doing(what) as stage:
+        for number, item in enumerate(items):
+            stage(number, len(items), time_left(time.perf_counter() - began, done, left))
+            yield item
+            done, left = done + size(item), left - size(item)
+
+
+def time_left(seconds: float, done: float, left: float) -> str:
+    """How long what is left takes at the pace of what is done; nothing before any is."""
+    if not done:
+        return ""
+    rest = seconds / done * left
+    return f"{rest / 60:.0f} min left" if rest >= 90 else f"{rest:.0f} s left"
 
 
 class Reporter:

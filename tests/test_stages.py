@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from hqc import stages
-from hqc.stages import Reporter, Stage, doing, reported
+from hqc.stages import Reporter, Stage, doing, each, reported
 
 
 def test_a_stage_reads_as_what_is_known_of_it() -> None:
@@ -48,6 +48,19 @@ def test_stages_nest_and_end_with_their_errors() -> None:
             raise KeyError
         assert stages._stages == [outer]
     assert stages._stages == []
+
+
+def test_things_in_turn_say_how_long_the_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By size: the first is a tenth of the work and took 20 s, so that nine times as long is left."""
+    now = [0.0]
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
+    said = []
+    for size in each("smoothing", [1, 8, 1], float):
+        said.append(str(stages._stages[-1]))
+        now[0] += 20.0 * size
+    assert said == ["smoothing: 0 of 3", "smoothing: 1 of 3, 3 min left", "smoothing: 2 of 3, 20 s left"]
+    assert stages._stages == []
+    assert list(each("nothing", [])) == []
 
 
 def test_lines_are_written_while_the_work_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

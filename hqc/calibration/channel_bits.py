@@ -29,6 +29,7 @@ from hqc.passes.rewriting import layer_inputs
 from hqc.plan import SitePlan
 from hqc.program import Program, Stage
 from hqc.sampling import Work
+from hqc.stages import each
 from hqc.steps import check_options
 
 __all__ = ["MixChannelBits", "channel_bits", "kurtosis", "residual_step"]
@@ -73,8 +74,9 @@ class MixChannelBits:
             return program
         inputs = {plan.site: layer_inputs(layers[plan.site])[0] for plan in mixed}
         seen = collect_for(self, program, inputs, work, "mixing bits")
-        for plan in mixed:
-            weight = state[source_weight(layer_inputs(layers[plan.site])[1])]
+        weights = {plan.site: state[source_weight(layer_inputs(layers[plan.site])[1])] for plan in mixed}
+        for plan in each("mixing bits of sites", mixed, lambda plan: weights[plan.site].numel()):
+            weight = weights[plan.site]
             own, rows = plan.weight_bits or 8, torch.cat(seen[plan.site].rows)
             bits = channel_bits(weight, rows, own, self.parts, residual=plan.weight_residual)
             plans[plan.site], salient = _explained(plan, bits), bits > own

@@ -16,7 +16,7 @@ is TCAQ-DM's (arXiv 2412.16700), for groups g of neighbouring steps: a channel c
 trajectory, and weights are not looked at. The weights ω of the groups are the project's own choice: not published.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hqc.calibration.low_rank import low_rank
+from hqc.calibration.low_rank import gram_of_columns, low_rank
 from hqc.calibration.rotations import quantised_activation
 from hqc.calibration.site_rows import SiteRows, collect_for, require_rows
 from hqc.calibration.weights import mse_weight_scale
@@ -35,6 +35,7 @@ from hqc.plan import SitePlan, weight_range
 from hqc.program import Program, Stage
 from hqc.sampling import Work
 from hqc.sites import source_of
+from hqc.stages import each
 from hqc.steps import check_options
 
 __all__ = ["Smooth", "smoothing_factors", "timestep_range_factors"]
@@ -89,8 +90,9 @@ class Smooth:
             return program
         inputs = {plan.site: source_of(layers[plan.site]) for plan in smoothed}
         seen = collect_for(self, program, inputs, work, "smoothing", timesteps=self._measured)
-        for plan in smoothed:
-            weight, factors = str(layer_inputs(layers[plan.site])[1].target), f"{plan.site}.smoothing"
+        weights = {plan.site: str(layer_inputs(layers[plan.site])[1].target) for plan in smoothed}
+        for plan in each("smoothing sites", smoothed, lambda plan: state[weights[plan.site]].numel()):
+            weight, factors = weights[plan.site], f"{plan.site}.smoothing"
             original = state[weight] * _per_input(state[factors].flatten(), state[weight])
             rows = seen[plan.site]
             if plan.shifted:
@@ -120,11 +122,9 @@ class Smooth:
         if self.by == "timestep_range":
             steps = torch.stack([seen.steps[step] for step in sorted(seen.steps)])
             return timestep_range_factors(steps, self.groups, self.limit)
-        errors = {
-            pair: _error(plan, weight, seen.rows, smoothing_factors(seen.largest, weight, *pair), self.activation)
-            for pair in _pairs(self.candidates)
-        }
-        return smoothing_factors(seen.largest, weight, *min(errors, key=errors.__getitem__))
+        site = _Site(plan, weight, seen.rows, self.activation)
+        tried = (smoothing_factors(seen.largest, weight, *pair) for pair in _pairs(self.candidates))
+        return min(tried, key=site.error)
 
 
 def _pairs(candidates: int) -> Iterator[tuple[float, float]]:
@@ -167,23 +167,39 @@ def _per_input(factors: Tensor, weight: Tensor) -> Tensor:
     return factors.view(1, -1, *[1] * (weight.ndim - 2))
 
 
-@torch.no_grad()
-def _error(plan: SitePlan, weight: Tensor, rows: list[Tensor], factors: Tensor, activation: Range) -> float:
-    """Σ‖Q_a(x̂)·Q_w(Ŵ - L)ᵀ + x̂·Lᵀ - x·Wᵀ‖² of a site; L is its branch's, as far as it has one."""
-    smooth = weight * _per_input(factors, weight)
-    flat, branch = smooth.flatten(1), torch.zeros(())
-    if plan.branch_rank:
-        up, down = low_rank(flat, plan.branch_rank)
-        branch = up @ down
-    quantised = _quantised_weight(flat - branch, plan)
-    window = weight[0, 0].numel()
-    total = 0.0
-    for x in rows:
-        scaled = x / factors.repeat_interleave(window)
-        found = quantised_activation(scaled, plan.activation_bits or 8, activation)
-        made = found @ quantised.T + (scaled @ branch.T if plan.branch_rank else 0)
-        total += float((made - x @ weight.flatten(1).T).square().sum())
-    return total
+class _Site:
+    """A site while candidates are tried: all that does not depend on them is computed once."""
+
+    @torch.no_grad()
+    def __init__(self, plan: SitePlan, weight: Tensor, rows: Sequence[Tensor], activation: Range) -> None:
+        self._plan, self._rows, self._activation = plan, rows, activation
+        self._flat, self._window = weight.flatten(1), weight[0, 0].numel()
+        self._wanted = torch.cat(list(rows)) @ self._flat.T
+        tall = self._flat.shape[0] >= self._flat.shape[1]
+        self._gram = gram_of_columns(self._flat) if plan.branch_rank and tall else None
+
+    @torch.no_grad()
+    def error(self, factors: Tensor) -> float:
+        """Σ‖Q_a(x̂)·Q_w(Ŵ - L)ᵀ + x̂·Lᵀ - x·Wᵀ‖²; L is the branch's, as far as the site has one."""
+        wide, bits = factors.repeat_interleave(self._window), self._plan.activation_bits or 8
+        smooth, scaled = self._flat * wide, [x / wide for x in self._rows]
+        found = torch.cat([quantised_activation(x, bits, self._activation) for x in scaled])
+        if not self._plan.branch_rank:
+            return _energy(found @ _quantised_weight(smooth, self._plan).T - self._wanted)
+        up, down = low_rank(smooth, self._plan.branch_rank, self._gram_of(wide))
+        made = found @ _quantised_weight(smooth - up @ down, self._plan).T
+        return _energy(made + torch.cat(scaled) @ down.T @ up.T - self._wanted)
+
+    def _gram_of(self, factors: Tensor) -> Tensor | None:
+        """ŴᵀŴ = λλᵀ∘WᵀW, where that is the smaller one."""
+        if self._gram is None:
+            return None
+        factors = factors.to(self._gram.dtype)
+        return self._gram * factors * factors.unsqueeze(1)
+
+
+def _energy(x: Tensor) -> float:
+    return float(x.square().sum())
 
 
 def _quantised_weight(weight: Tensor, plan: SitePlan) -> Tensor:

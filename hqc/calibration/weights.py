@@ -12,6 +12,7 @@ from hqc.passes.insert_qdq import residual_step_of, spanning_range, weight_top
 from hqc.passes.rewriting import layer_inputs
 from hqc.program import Program, Stage, is_op
 from hqc.sampling import Work
+from hqc.stages import each
 from hqc.steps import check_options
 
 __all__ = ["CalibrateWeights", "mse_weight_scale", "quantised_weight", "source_weight"]
@@ -40,12 +41,11 @@ class CalibrateWeights:
     def run(self, program: Program, work: Work) -> Program:
         """The program with other weight scales."""
         layers, state = dict(program.sites()), dict(program.state)
-        for plan in program.plan.quantised:
-            if plan.weight_lookup:
-                continue
-            quantiser = layer_inputs(layers[plan.site])[1]
-            bounds = bounds_of(quantiser, program)
-            weight = state[source_weight(quantiser)]
+        searched = [plan for plan in program.plan.quantised if not plan.weight_lookup]
+        quantisers = {plan.site: layer_inputs(layers[plan.site])[1] for plan in searched}
+        weights = {site: state[source_weight(quantiser)] for site, quantiser in quantisers.items()}
+        for plan in each("calibrating weights", searched, lambda plan: weights[plan.site].numel()):
+            bounds, weight = bounds_of(quantisers[plan.site], program), weights[plan.site]
             if not plan.weight_symmetric:
                 found = spanning_range(weight, weight_top(plan, state))
                 state[f"{plan.site}.weight_scale"], state[f"{plan.site}.weight_zero"] = found

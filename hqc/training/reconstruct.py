@@ -34,7 +34,7 @@ from hqc.passes.rewriting import layer_inputs, rewrite
 from hqc.program import BATCH, Program, Stage
 from hqc.sampling import Update, Work
 from hqc.sampling.sample_set import collect_samples, set_size
-from hqc.stages import doing
+from hqc.stages import doing, time_left
 from hqc.steps import check_options
 from hqc.training.frontier import Frontier
 from hqc.training.module import without_dispatcher
@@ -184,7 +184,7 @@ class _Run:
             for at in range(done, all_units):
                 if at == first or at % count == 0:
                     self._begin(at // count, fresh=at % count == 0)
-                stage(at, all_units, _left(time.perf_counter() - began, at - first, all_units - at))
+                stage(at, all_units, time_left(time.perf_counter() - began, at - first, all_units - at))
                 unit = units[at % count]
                 self._unit(at, unit, self._learning(unit, private), all_units * self._each)
                 if self._work.on_checkpoint is not None and at + 1 < all_units:
@@ -278,14 +278,6 @@ class _Run:
 
 def _other_program(name: str) -> ArtefactError:
     return ArtefactError("checkpoint", f"has {name}, which this program lacks", "Start again without --resume.")
-
-
-def _left(seconds: float, done: int, left: int) -> str:
-    """How long it still takes, once that is known."""
-    if not done:
-        return ""
-    rest = seconds / done * left
-    return f"{rest / 60:.0f} min left" if rest >= 90 else f"{rest:.0f} s left"
 
 
 class _Task:

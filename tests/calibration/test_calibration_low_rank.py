@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hqc.calibration import CalibrateWeights, Decompose
-from hqc.calibration.low_rank import low_rank
+from hqc.calibration.low_rank import gram_of_columns, low_rank
 from hqc.calibration.site_rows import SiteRows, collect
 from hqc.calibration.weights import mse_weight_scale
 from hqc.capture import trace
@@ -78,6 +78,19 @@ def test_low_rank_is_numpys(shape: tuple[int, int]) -> None:
     assert (up.shape, down.shape) == ((shape[0], 3), (3, shape[1]))
     zero_up, zero_down = low_rank(torch.zeros(shape), 2)
     assert not bool((zero_up @ zero_down).any())
+
+
+@pytest.mark.parametrize("shape", [(500, 7), (500, 450), (400, 410)])
+def test_low_rank_of_many_rows_and_of_a_gram_matrix_that_is_known(shape: tuple[int, int]) -> None:
+    """More rows than a band of the Gram matrix; outliers, so that singular values lie far apart."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    matrix[:, ::3] *= 50
+    left, values, right = np.linalg.svd(matrix.numpy().astype(np.float64), full_matrices=False)
+    wanted = torch.from_numpy((left[:, :5] * values[:5]) @ right[:5])
+    for gram in (None, gram_of_columns(matrix)):
+        up, down = low_rank(matrix, 5, gram)
+        assert float((up.double() @ down.double() - wanted).norm() / wanted.norm()) < 1e-5
+    assert low_rank(torch.ones(2, 3), 5)[0].shape == (2, 2)
 
 
 def _turns(weight: np.ndarray, rows: np.ndarray, rank: int, rounds: int) -> tuple[list[float], np.ndarray, np.ndarray]:

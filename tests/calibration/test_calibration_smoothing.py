@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseRotation, Smooth
+from hqc.calibration.rotations import quantised_activation
 from hqc.calibration.site_rows import SiteRows, _rows, collect
-from hqc.calibration.smoothing import smoothing_factors, timestep_range_factors
+from hqc.calibration.smoothing import _pairs, _Site, smoothing_factors, timestep_range_factors
+from hqc.calibration.weights import mse_weight_scale
 from hqc.capture import trace
 from hqc.capture.sources import Source
 from hqc.errors import MemoryShortError, PipelineTextError, TrainingError
 from hqc.passes import InsertHadamard, InsertQdq, InsertSmoothing, SelectLayers
 from hqc.passes.rewriting import CONV
 from hqc.pipeline import run_pass, run_pipeline, run_procedure
+from hqc.plan import SitePlan
 from hqc.program import InputSpec, Origin, Program, is_op
 from hqc.sampling import Sampler, Work, synthetic_task
 from hqc.sites import source_of
@@ -159,6 +162,43 @@ def test_the_grid_equals_a_search_by_hand(inserted: Program) -> None:
         wanted = smoothing_factors(seen.largest, weight, a, b)
         torch.testing.assert_close(result.state[f"{site}.smoothing"].flatten(), wanted.reciprocal())
         assert (a, b) != (0.0, 0.0)
+
+
+@pytest.mark.parametrize("shape", [(24, 8, 3, 3), (24, 60), (60, 24), (24, 24)])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_error_is_that_of_the_whole_computation(shape: tuple[int, ...], rank: int) -> None:
+    """Whatever is computed once, or through the smaller Gram matrix: the same as by the formula, with numpy's SVD."""
+    generator = torch.Generator().manual_seed(9)
+    weight, channels = torch.randn(shape, generator=generator), shape[1]
+    weight[:, ::7] *= 20
+    gains, window = torch.ones(channels), weight[0, 0].numel()
+    gains[::5] = 30.0
+    rows = [torch.randn(20, channels * window, generator=generator) * gains.repeat_interleave(window) for _ in "ab"]
+    largest = torch.cat(rows).view(40, channels, window).abs().amax((0, 2))
+    plan = SitePlan("site", "linear", channels, shape[0], 4, 4, branch_rank=rank)
+    site, wanted = _Site(plan, weight, rows, "symmetric"), dict[tuple[float, float], float]()
+    for pair in _pairs(39):
+        factors = smoothing_factors(largest, weight, *pair)
+        wanted[pair] = _whole_error(weight, rows, factors, rank)
+        assert site.error(factors) == pytest.approx(wanted[pair], rel=1e-3), pair
+    best = min(_pairs(39), key=lambda pair: site.error(smoothing_factors(largest, weight, *pair)))
+    assert best == min(wanted, key=wanted.__getitem__)
+
+
+def _whole_error(weight: Tensor, rows: list[Tensor], factors: Tensor, rank: int) -> float:
+    """Nothing kept between candidates, L from the singular values of Ŵ, all but the scales in double precision."""
+    wide = factors.double().repeat_interleave(weight[0, 0].numel())
+    flat = weight.flatten(1).double()
+    left, values, right = np.linalg.svd((flat * wide).numpy(), full_matrices=False)
+    branch = torch.from_numpy((left[:, :rank] * values[:rank]) @ right[:rank])
+    rest = (flat * wide - branch).float()
+    codes = torch.ops.hqc.fake_quantize(rest, mse_weight_scale(rest, -8, 7, 16), -8, 7).double()
+    total = 0.0
+    for x in rows:
+        scaled = x.double() / wide
+        made = quantised_activation(scaled.float(), 4, "symmetric").double() @ codes.T + scaled @ branch.T
+        total += float((made - x.double() @ flat.T).square().sum())
+    return total
 
 
 def test_max_ratio_needs_no_search(inserted: Program) -> None:
