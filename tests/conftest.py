@@ -50,6 +50,7 @@ SECONDS: Mapping[str, int] = {
     "passes/test_pass_contracts.py": 25,
     "test_api.py": 25,
     "test_cli_fuzz.py": 25,
+    "lite/test_lite_schedulers.py": 15,
     "calibration/test_calibration_lora_start.py": 5,
     "export/test_export_residual.py": 12,
     "capture/test_capture_denoisers.py": 20,
