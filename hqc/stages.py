@@ -1,7 +1,7 @@
 """What goes on now: long work says its stage here, and the command line prints a line of it now and then.
 
     [ 10 s] lowering for tensorrt
-    [ 20 s] compiling kernels: 12 of 35, int_gemm_fp16
+    [ 20 s] compiling kernels: 12 of 35, 19 s left, int_gemm_fp16
 
 At most one every ten seconds, the first after ten: quick commands print nothing, and a refusal stays one line.
 `HQC_PROGRESS=0` turns it off. Lines go to standard error; where a bar is drawn for a stage, its lines are left out.
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["Reporter", "Stage", "doing", "each", "reported", "time_left"]
+__all__ = ["Reporter", "Stage", "doing", "each", "reported"]
 
 _Item = TypeVar("_Item")
 
@@ -28,23 +28,42 @@ _WAIT = 0.5
 
 @dataclass(eq=False)
 class Stage:
-    """A stage of long work: what, how far of how much (0: nobody knows), and whether a bar shows it already."""
+    """A stage of long work: what, how far of how much (0: nobody knows), and whether a bar shows it already.
+
+    How long the rest takes is said at the pace since some of it was done first: work that goes on where it was killed
+    starts far.
+    """
 
     what: str
     done: int = 0
     total: int = 0
     note: str = ""
     drawn: bool = False
+    left: str = ""
+    _first: tuple[float, float] = (0.0, 0.0)
 
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Says how far it is."""
+    def __call__(self, done: int, total: int, note: str = "", share: float | None = None) -> None:
+        """Says how far it is. share: of the work, where what is counted differs in size."""
+        share = done / total if share is None and total else share or 0.0
+        now = time.perf_counter()
+        if not self._first[1] or total != self.total:
+            self._first = now, share
+        self.left = _left(now - self._first[0], share - self._first[1], 1 - share)
         self.done, self.total, self.note = done, total, note
 
     def __str__(self) -> str:
         counted = f": {self.done} of {self.total}" if self.total else ""
-        note = f", {self.note}" if self.note else ""
-        text = " ".join(f"{self.what}{counted}{note}".split())
+        rest = "".join(f", {text}" for text in (self.left, self.note) if text)
+        text = " ".join(f"{self.what}{counted}{rest}".split())
         return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _left(seconds: float, done: float, left: float) -> str:
+    """How long what is left takes at the pace of what is done; nothing before any is, nor for less than a second."""
+    rest = seconds / done * left if done > 0 else 0.0
+    if rest < 1:
+        return ""
+    return f"{rest / 60:.0f} min left" if rest >= 90 else f"{rest:.0f} s left"
 
 
 _stages: list[Stage] = []
@@ -62,21 +81,13 @@ def doing(what: str, *, drawn: bool = False) -> Iterator[Stage]:
 
 
 def each(what: str, items: Sequence[_Item], size: Callable[[_Item], float] = lambda item: 1.0) -> Iterator[_Item]:
-    """The items in turn, while `what` goes on: how many are done, and how long the others take by their `size`."""
-    left, done, began = sum(map(size, items)), 0.0, time.perf_counter()
+    """The items in turn, while `what` goes on; each is so much of the work as its size."""
+    whole, done = sum(map(size, items)), 0.0
     with doing(what) as stage:
         for number, item in enumerate(items):
-            stage(number, len(items), time_left(time.perf_counter() - began, done, left))
+            stage(number, len(items), share=done / whole if whole else None)
             yield item
-            done, left = done + size(item), left - size(item)
-
-
-def time_left(seconds: float, done: float, left: float) -> str:
-    """How long what is left takes at the pace of what is done; nothing before any is."""
-    if not done:
-        return ""
-    rest = seconds / done * left
-    return f"{rest / 60:.0f} min left" if rest >= 90 else f"{rest:.0f} s left"
+            done += size(item)
 
 
 class Reporter:

@@ -50,15 +50,45 @@ def test_stages_nest_and_end_with_their_errors() -> None:
     assert stages._stages == []
 
 
-def test_things_in_turn_say_how_long_the_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By size: the first is a tenth of the work and took 20 s, so that nine times as long is left."""
-    now = [0.0]
-    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, to be changed."""
+    found = [0.0]
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: found[0])
+    return found
+
+
+def test_a_stage_says_how_long_the_rest_takes(now: list[float]) -> None:
+    """At its pace since it was first told: what had been done before took no time."""
+    stage, said = Stage("searching"), []
+    for seconds, done in ((0, 0), (5, 100), (11, 120), (45, 260), (45.1, 280), (45.2, 299)):
+        now[0] = float(seconds)
+        stage(done, 300, "conv")
+        said.append(str(stage).removeprefix("searching: "))
+    assert said == [
+        "0 of 300, conv",
+        "100 of 300, conv",
+        "120 of 300, 54 s left, conv",
+        "260 of 300, 10 s left, conv",
+        "280 of 300, 4 s left, conv",
+        "299 of 300, conv",
+    ]
+    stage(1, 5)
+    assert str(stage) == "searching: 1 of 5", "something else is counted"
+
+
+def test_things_in_turn_count_by_their_size(now: list[float]) -> None:
+    """What took 20 s is an eighth of what is left."""
     said = []
-    for size in each("smoothing", [1, 8, 1], float):
+    for size in each("smoothing", [1, 1, 7, 1], float):
         said.append(str(stages._stages[-1]))
         now[0] += 20.0 * size
-    assert said == ["smoothing: 0 of 3", "smoothing: 1 of 3, 3 min left", "smoothing: 2 of 3, 20 s left"]
+    assert said == [
+        "smoothing: 0 of 4",
+        "smoothing: 1 of 4",
+        "smoothing: 2 of 4, 3 min left",
+        "smoothing: 3 of 4, 20 s left",
+    ]
     assert stages._stages == []
     assert list(each("nothing", [])) == []
 

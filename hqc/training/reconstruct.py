@@ -34,7 +34,7 @@ from hqc.passes.rewriting import layer_inputs, rewrite
 from hqc.program import BATCH, Program, Stage
 from hqc.sampling import Update, Work
 from hqc.sampling.sample_set import collect_samples, set_size
-from hqc.stages import doing, time_left
+from hqc.stages import doing
 from hqc.steps import check_options
 from hqc.training.frontier import Frontier
 from hqc.training.module import without_dispatcher
@@ -179,12 +179,11 @@ class _Run:
         """Every unit in turn, in every round."""
         count = len(units)
         done, all_units = self._resumed(count), count * self._step.rounds
-        began, first = time.perf_counter(), done
         with doing(f"reconstructing blocks ({self._step.learn.replace('_', ' ')})") as stage:
             for at in range(done, all_units):
-                if at == first or at % count == 0:
+                if at == done or at % count == 0:
                     self._begin(at // count, fresh=at % count == 0)
-                stage(at, all_units, time_left(time.perf_counter() - began, at - first, all_units - at))
+                stage(at, all_units)
                 unit = units[at % count]
                 self._unit(at, unit, self._learning(unit, private), all_units * self._each)
                 if self._work.on_checkpoint is not None and at + 1 < all_units:
