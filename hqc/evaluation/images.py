@@ -3,12 +3,13 @@
 import io
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from hqc.errors import EvaluationError
 
-__all__ = ["pil_from_tensor", "png_from_pil"]
+__all__ = ["pil_from_tensor", "pixels_of", "png_from_pil"]
 
 
 def pil_from_tensor(image: Tensor) -> Image.Image:
@@ -23,10 +24,13 @@ def pil_from_tensor(image: Tensor) -> Image.Image:
             f"the image has shape {list(image.shape)}, expected [1, H, W] or [3, H, W]",
             "Pass one grey or RGB image.",
         )
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().cpu().numpy()  # [C, H, W]
-    if pixels.shape[0] == 1:
-        return Image.fromarray(np.ascontiguousarray(pixels[0]))
-    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))  # [H, W, 3]
+    return Image.fromarray(pixels_of(image))
+
+
+def pixels_of(image: Tensor) -> NDArray[np.uint8]:
+    """round(255·clamp(x, 0, 1)) of one image `[C, H, W]`: `[H, W]` of one channel, else `[H, W, C]`."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().cpu().numpy()
+    return np.ascontiguousarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
 def png_from_pil(image: Image.Image) -> bytes:

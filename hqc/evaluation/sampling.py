@@ -23,6 +23,10 @@ __all__ = [
     "SamplingPipeline",
     "SamplingProtocol",
     "as_one_line",
+    "asked_options",
+    "call_options",
+    "call_pipeline",
+    "check_finite",
     "describe_prompts",
     "describe_seeds",
     "sample_images",
@@ -147,19 +151,21 @@ def sample_images(
     needs = needs_of(pipe)
     _check_asked(needs, labels, prompts, guidance_scale)
     require_steps(pipe.scheduler, num_inference_steps)
-    options = _options(needs, pipe, num_inference_steps, guidance_scale, eta, negative_prompt)
+    options = call_options(needs, pipe, num_inference_steps, guidance_scale, eta)
     images, latents = [], list[Tensor | None]()
     with torch.inference_mode(), _quiet(pipe):
         for start in range(0, len(labels), batch_size):
             part = slice(start, start + batch_size)
-            asked = _asked(needs, labels[part], prompts, negative_prompt)
-            image, latent = _sample(pipe, {**options, **asked}, seeds[part])
+            asked = asked_options(needs, labels[part], prompts, negative_prompt)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seeds[start])
+                image, latent = call_pipeline(pipe, {**options, **asked}, seeds[part])
             images.append(image)
             latents.append(latent)
             if progress is not None:
                 progress(min(start + batch_size, len(labels)), len(labels))
     all_images = torch.cat(images)  # outside inference mode: ordinary tensors
-    _check_finite(all_images, labels, seeds)
+    check_finite(all_images, labels, seeds)
     kept = [latent for latent in latents if latent is not None]
     return Samples(
         all_images,
@@ -224,9 +230,7 @@ def _check_asked(needs: Needs, labels: Sequence[int], prompts: Sequence[str], gu
         )
 
 
-def _options(
-    needs: Needs, pipe: SamplingPipeline, steps: int, guidance: float, eta: float, negative: str
-) -> dict[str, Any]:
+def call_options(needs: Needs, pipe: SamplingPipeline, steps: int, guidance: float, eta: float) -> dict[str, Any]:
     """The keywords of every call that do not depend on the image: those of them that the pipeline takes."""
     width, height = needs.size
     parameters = inspect.signature(type(pipe).__call__).parameters
@@ -245,7 +249,7 @@ def _options(
     return {name: value for name, value in given.items() if name in parameters and value is not None}
 
 
-def _asked(needs: Needs, labels: Sequence[int], prompts: Sequence[str], negative: str) -> dict[str, Any]:
+def asked_options(needs: Needs, labels: Sequence[int], prompts: Sequence[str], negative: str) -> dict[str, Any]:
     """The keywords that say what the images show."""
     if needs.kind == "class_label":
         return {"class_labels": list(labels), **({"batch_size": len(labels)} if needs.counts else {})}
@@ -255,8 +259,14 @@ def _asked(needs: Needs, labels: Sequence[int], prompts: Sequence[str], negative
     return {"prompt": [prompts[label] for label in labels], **away}
 
 
-def _sample(pipe: SamplingPipeline, options: dict[str, Any], seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Images `[N, C, H, W]` in [0, 1] of one call, and the latents that its last step left."""
+def call_pipeline(
+    pipe: SamplingPipeline, options: dict[str, Any], seeds: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
+    """Images `[N, C, H, W]` in [0, 1] of one call, and the latents that its last step left.
+
+    options: of `call_options` and `asked_options`. Noise is drawn from a generator an image; what a pipeline draws
+    without one is drawn from torch's own.
+    """
     last: list[Tensor] = []
 
     def keep(_step: int, _timestep: Any, latents: Tensor) -> None:
@@ -268,12 +278,10 @@ def _sample(pipe: SamplingPipeline, options: dict[str, Any], seeds: Sequence[int
 
     parameters = inspect.signature(type(pipe).__call__).parameters
     if "callback_on_step_end" in parameters:
-        options["callback_on_step_end"] = at_end
+        options = {**options, "callback_on_step_end": at_end}
     elif "callback" in parameters:  # pipelines of diffusers that have not moved to the other one
-        options |= {"callback": keep, "callback_steps": 1}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds[0])
-        output = pipe(**options, generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds])
+        options = {**options, "callback": keep, "callback_steps": 1}
+    output = pipe(**options, generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds])
     images = torch.from_numpy(np.asarray(output[0])).permute(0, 3, 1, 2)
     return images.float().contiguous(), last[0].float().cpu() if last else None
 
@@ -333,7 +341,12 @@ def _check_request(
         raise EvaluationError("sample_images", "; ".join(wrong), "Correct these arguments.")
 
 
-def _check_finite(images: Tensor, labels: Sequence[int], seeds: Sequence[int]) -> None:
+def check_finite(images: Tensor, labels: Sequence[int], seeds: Sequence[int]) -> None:
+    """Refuses images with NaN or infinity.
+
+    Raises:
+        EvaluationError: naming the first by label and seed.
+    """
     broken = [i for i, image in enumerate(images) if not bool(torch.isfinite(image).all())]
     if broken:
         i = broken[0]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from hqc.errors import HqcError
 
-__all__ = ["ApiError", "ServingError"]
+__all__ = ["ApiError", "Busy", "Cancelled", "ServingError", "Stopped", "TimeUp"]
 
 
 class ServingError(HqcError):
@@ -34,3 +34,27 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
         super().__init__(message)
+
+
+class Busy(Exception):
+    """Too many requests wait already.
+
+    Args:
+        waiting: how many. retry_s: when it is worth trying again, about.
+    """
+
+    def __init__(self, waiting: int, retry_s: int) -> None:
+        self.waiting, self.retry_s = waiting, retry_s
+        super().__init__(f"{waiting} requests are waiting already; try again in {retry_s} s")
+
+
+class Stopped(Exception):
+    """The server is shutting down."""
+
+
+class TimeUp(Exception):
+    """A request has taken longer than it may."""
+
+
+class Cancelled(Exception):
+    """The one who asked has left."""

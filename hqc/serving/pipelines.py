@@ -1,0 +1,167 @@
+"""A diffusers pipeline behind the engine: what it can be asked for, and every image as steps."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hqc.errors import TrainingError
+from hqc.evaluation.images import pixels_of
+from hqc.evaluation.needs import denoiser_of, needs_of
+from hqc.evaluation.previews import can_preview, decoded, predicted, watch_steps
+from hqc.evaluation.sampling import SamplingPipeline, asked_options, call_options, call_pipeline, check_finite
+from hqc.quiet import quiet_libraries
+from hqc.runtimes.unet import SessionUNet
+from hqc.sampling.task import require_steps
+from hqc.serving.engine import Call, Steps
+from hqc.serving.rendezvous import PipelineSteps, Rendezvous, together
+from hqc.serving.schedulers import scheduler_names, scheduler_of
+
+__all__ = ["Drawing", "PipelineBackend", "preview_steps"]
+
+MAX_STEPS = 1000  # of a scheduler that names none
+_PROMPTS = 64  # whose encodings are kept
+
+See = Callable[[int, NDArray[np.uint8]], None]
+"""(number of the preview, its pixels)."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One image of a request: a class or a prompt, its seed, and how it is sampled.
+
+    label: the class; 0 for a prompt, and for a model that is asked for nothing. scheduler: a name of
+    `PipelineBackend.schedulers`, None for the pipeline's own. previews: how many; `see` is given them.
+    """
+
+    label: int
+    prompt: str | None
+    negative_prompt: str
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    eta: float = 0.0
+    scheduler: str | None = None
+    previews: int = 0
+    see: See | None = None
+
+
+class PipelineBackend:
+    """Draws with a pipeline whose denoiser is a session; of a plain module every image is one step of its own."""
+
+    def __init__(self, pipe: SamplingPipeline) -> None:
+        self._pipe: Any = pipe
+        self.needs = needs_of(pipe)
+        denoiser = denoiser_of(pipe)
+        self._session = denoiser.session if isinstance(denoiser, SessionUNet) else None
+        if isinstance(denoiser, SessionUNet):
+            denoiser.session = Rendezvous(denoiser.session)
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(disable=True)
+        if hasattr(self._pipe, "encode_prompt"):
+            self._pipe.encode_prompt = _remembering(self._pipe.encode_prompt)
+
+    @property
+    def schedulers(self) -> tuple[str, ...]:
+        """Names of schedulers that may be asked for."""
+        return scheduler_names(self._pipe.scheduler)
+
+    @property
+    def previews(self) -> bool:
+        """Whether the pipeline's own scheduler, and with it all that may be asked for, tells what it is drawing."""
+        return can_preview(self._pipe.scheduler)
+
+    @property
+    def most_steps(self) -> int:
+        """How many steps its scheduler was trained on; one of continuous time has no such number."""
+        return int(getattr(self._pipe.scheduler.config, "num_train_timesteps", None) or MAX_STEPS)
+
+    @staticmethod
+    @contextmanager
+    def around() -> Iterator[None]:
+        """What the engine's thread runs in."""
+        with quiet_libraries(), torch.inference_mode():
+            yield
+
+    def check_steps(self, num_inference_steps: int, scheduler: str | None) -> str | None:
+        """Why a scheduler does not take so many steps; None if it does."""
+        try:
+            require_steps(scheduler_of(self._pipe.scheduler, scheduler), num_inference_steps)
+        except TrainingError as error:
+            return f"{error.found}. {error.do}"
+        return None
+
+    def denoise(self, calls: Sequence[Call]) -> Sequence[Tensor]:
+        """The engine's `Denoise`."""
+        assert self._session is not None  # a plain module makes no calls
+        return together(self._session, calls)
+
+    def begin(self, drawing: Drawing) -> Steps:
+        """One image as steps: pixels [H, W] or [H, W, 3] in the end.
+
+        It raises what the pipeline raises, and EvaluationError for an image that is not finite.
+        """
+        pipe = copy.copy(self._pipe)
+        pipe.scheduler = scheduler_of(self._pipe.scheduler, drawing.scheduler)
+        if drawing.previews:
+            self._show(pipe, drawing)
+        return PipelineSteps(lambda: self._draw(pipe, drawing), drawing.seed)
+
+    def _draw(self, pipe: Any, drawing: Drawing) -> NDArray[np.uint8]:
+        steps, guidance, eta = drawing.num_inference_steps, drawing.guidance_scale, drawing.eta
+        prompts = () if drawing.prompt is None else (drawing.prompt,)
+        options = call_options(self.needs, pipe, steps, guidance, eta)
+        asked = asked_options(self.needs, [drawing.label], prompts, drawing.negative_prompt)
+        images, _ = call_pipeline(pipe, {**options, **asked}, [drawing.seed])
+        check_finite(images, [drawing.label], [drawing.seed])
+        return pixels_of(images[0])
+
+    def _show(self, pipe: Any, drawing: Drawing) -> None:
+        """Makes the drawing's scheduler hand out previews after the steps of `preview_steps`."""
+        scheduler, done = pipe.scheduler, 0
+
+        def look(timestep: float, sample: Tensor, output: Tensor) -> None:
+            nonlocal done
+            done += 1
+            steps = preview_steps(len(scheduler.timesteps), drawing.previews)
+            if done in steps and drawing.see is not None:
+                image = decoded(pipe, predicted(scheduler, timestep, sample, output), self.needs.size)[0]
+                drawing.see(steps.index(done), pixels_of(image))
+
+        watch_steps(scheduler, look)
+
+
+def preview_steps(steps: int, previews: int) -> list[int]:
+    """After which steps there is a preview, evenly: fewer where there are fewer steps.
+
+    >>> preview_steps(20, 3), preview_steps(2, 3), preview_steps(1, 2)
+    ([5, 10, 15], [1], [])
+    """
+    wanted = (steps * (index + 1) // (previews + 1) for index in range(previews))
+    return sorted({step for step in wanted if 0 < step < steps})
+
+
+def _remembering(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline's `encode_prompt` that encodes the same words once: for the images of a request, and for the next."""
+    kept: OrderedDict[str, Any] = OrderedDict()
+
+    def encoded(*arguments: Any, **options: Any) -> Any:
+        given = [*arguments, *options.values()]
+        if any(isinstance(value, Tensor) for value in given):
+            return encode(*arguments, **options)
+        key = repr((arguments, sorted(options.items())))
+        if key not in kept:
+            kept[key] = encode(*arguments, **options)
+            if len(kept) > _PROMPTS:
+                kept.popitem(last=False)
+        kept.move_to_end(key)
+        return kept[key]
+
+    return encoded
