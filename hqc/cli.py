@@ -17,11 +17,12 @@ from hqc.commands.compare_recipes import compare_recipes
 from hqc.commands.compile import explain, export, inspect, trace
 from hqc.commands.doctor import doctor
 from hqc.commands.engine import build_engine
-from hqc.commands.models import evaluate, sample, serve
+from hqc.commands.models import evaluate, sample
 from hqc.commands.qr_adaptor import qr_adaptor
 from hqc.commands.quantise import ptq, qat
 from hqc.commands.recipes import recipes
 from hqc.commands.search import search
+from hqc.commands.serve import serve
 from hqc.commands.tune import tune
 from hqc.errors import LONGEST_LINE, HqcError, is_memory_error
 from hqc.output import OutputError, checked_stdout

@@ -159,6 +159,8 @@ MISUSED = [
     ("eval {captured} --against {captured} --gain-images 0 --no-gain-1", "--no-gain-1: is about what"),
     ("serve {captured} --threads 2", "--threads"),
     ("serve {captured} --cache-dir c", "--cache-dir"),
+    ("serve {captured} --against {plain}", "--against"),
+    ("serve {captured} --api-key-file {words}", "--api-key-file"),
 ]
 
 # Options that have an effect whatever else is asked for, or are refused with the value (bits, recipe, runtime, labels).
@@ -185,7 +187,8 @@ ALWAYS = {
     "compare": "batch_size timesteps kind seed by csv_file as_json",
     "compare-recipes": "bits recipes seeds images num_inference_steps output html chart work_dir force as_json",
     "bench": "against runtime batch_sizes threads runs warm_up work_dir as_json",
-    "serve": "runtime host port max_images",
+    "serve": "runtime host port allowed_host cors_origin max_images max_batch max_queue batching request_timeout "
+    "shutdown_grace",
     "doctor": "as_json",
 }
 

@@ -161,7 +161,7 @@ def test_a_text_model_is_served(made: SimpleNamespace, monkeypatch: pytest.Monke
     answers = []
 
     def run(app: object, **_: object) -> None:
-        with TestClient(app) as client:  # type: ignore[arg-type]
+        with TestClient(app, base_url="http://localhost") as client:  # type: ignore[arg-type]
             body = {"prompt": "a cat", "seed": 1, "num_inference_steps": 2}
             answers.append(client.get("/health").json()["takes"]["kind"])
             answers.append(client.post("/v1/images/generations", json=body).status_code)

@@ -13,9 +13,9 @@ from hqc.commands.options import options
 from hqc.errors import EvaluationError, OptionError
 
 if TYPE_CHECKING:
-    from hqc.evaluation.needs import Kind, Needs
     from hqc.evaluation.sampling import Samples
     from hqc.evaluation.trajectory_fidelity import TrajectoryFidelity
+    from hqc.needs import Kind, Needs
 
 __all__ = ["Asked", "asked_for", "asking_options", "followed", "sampled"]
 

@@ -1,4 +1,4 @@
-"""Commands that run models: sample, eval, serve."""
+"""Commands that run models: sample, eval."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hqc.commands.applies import Command, check_runtime
+from hqc.commands.applies import Command
 from hqc.commands.asking import Asked, asked_for, asking_options, followed, sampled
 from hqc.commands.options import (
     check_output_file,
@@ -18,12 +18,12 @@ from hqc.commands.options import (
 from hqc.errors import ComparisonError, EvaluationError, OptionError
 
 if TYPE_CHECKING:
-    from hqc.evaluation.needs import Needs
     from hqc.evaluation.sampling import Samples
     from hqc.evaluation.trajectory_fidelity import TrajectoryFidelity
+    from hqc.needs import Needs
     from hqc.runtimes import Runtime
 
-__all__ = ["evaluate", "sample", "serve"]
+__all__ = ["evaluate", "sample"]
 
 _GAIN_IMAGES = 64
 
@@ -259,46 +259,3 @@ def _measured(figures: dict[str, Any]) -> dict[str, Any]:
     identical = figures["identical_images"] == figures["num_images"]
     shown = {key: ("∞" if identical and "psnr" in key else "–") if v is None else v for key, v in figures.items()}
     return {**shown, "protocol": protocol}
-
-
-@click.command(cls=Command)
-@click.argument("model")
-@runtime_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Loopback by default.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option("--max-images", type=click.IntRange(1, 64), default=8, show_default=True, help="Images of one request.")
-@click.option("--threads", type=click.IntRange(1, 256), help="Of the runtime.")
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Keep there what a runtime makes of the model for this machine (ONNX Runtime's optimised model, engines): "
-    "later starts are quicker.",
-)
-def serve(
-    model: str,
-    runtime: "Runtime | None",
-    host: str,
-    port: int,
-    max_images: int,
-    threads: int | None,
-    cache_dir: Path | None,
-) -> None:
-    """Serve MODEL over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, GET /health.
-
-    MODEL is an export, a Program, or `digits`. A request gives a prompt, a class label, or neither, as MODEL's pipeline
-    needs: GET /health says which.
-    """
-    from hqc.evaluation.needs import call_kind
-    from hqc.runtimes import load
-    from hqc.runtimes.model import describe
-    from hqc.serving.app import create_app
-    from hqc.serving.limits import Limits
-    from hqc.serving.server import serve as run
-
-    found = describe(model)
-    call_kind(found.pipeline, found.conditions)  # before the weights are read
-    loaded = load(model, runtime=runtime, threads=threads, cache=cache_dir)
-    check_runtime(loaded.runtime)
-    limits = Limits(max_images=max_images)
-    app = create_app(loaded.pipeline(), model_name=loaded.name, limits=limits, runtime=loaded.runtime)
-    run(app, host=host, port=port)

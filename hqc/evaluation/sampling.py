@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hqc.errors import EvaluationError
-from hqc.evaluation.needs import Needs, denoiser_of, needs_of
+from hqc.evaluation.needs import denoiser_of, needs_of
+from hqc.needs import Needs
 from hqc.quiet import quiet_libraries
 from hqc.sampling.prompt_encoding import condition_tokens
 from hqc.sampling.task import require_steps

@@ -1,177 +1,206 @@
-"""The HTTP application: an OpenAI-shaped images API over one pipeline."""
+"""The HTTP application: an OpenAI-shaped images API over one model."""
 
-import base64
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from hqc.errors import HqcError, RuntimeMissingError, TrainingError
-from hqc.evaluation.images import pil_from_tensor, png_from_pil
-from hqc.evaluation.needs import denoiser_of, needs_of
-from hqc.evaluation.sampling import SamplingPipeline, sample_images
-from hqc.sampling.task import require_steps
+from hqc.errors import RuntimeMissingError
+from hqc.serving.backend import Backend
+from hqc.serving.engine import Engine, Policy
 from hqc.serving.errors import ApiError
 from hqc.serving.limits import Limits
-from hqc.serving.schemas import (
-    ErrorBody,
-    ErrorResponse,
-    GenerationResponse,
-    Health,
-    ImageDatum,
-    Job,
-    ModelCard,
-    ModelList,
-    Usage,
-    job_from_body,
-    request_schema,
-    takes,
-)
-from hqc.serving.worker import Worker
+from hqc.serving.requests import Offer, request_from_body, request_schema, takes
+from hqc.serving.schemas import ErrorResponse, GenerationResponse, Health, ModelCard, ModelList
 
 try:
-    from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse
+    from fastapi import FastAPI, Request, Response
+    from fastapi.responses import JSONResponse, StreamingResponse
+    from prometheus_client import CollectorRegistry  # noqa: F401 - that it is there
     from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
 except ModuleNotFoundError as error:
-    raise RuntimeMissingError("hqc serve", "fastapi/uvicorn are not installed", "pip install 'hqc[serve]'") from error
+    raise RuntimeMissingError(
+        "hqc serve", "fastapi, uvicorn or prometheus-client is not installed", "pip install 'hqc[serve]'"
+    ) from error
 
-__all__ = ["create_app"]
+from hqc.serving.generation import NEVER_AGAIN, Generations, Left, body_of
+from hqc.serving.guards import Guards, Rules, error_body
+from hqc.serving.metrics import CONTENT_TYPE, EngineMetrics, ServerMetrics
 
-MAX_STEPS = 1000  # of a scheduler that names none
+__all__ = ["Served", "create_app"]
+
+CLIENT_LEFT = 499
 
 logger = logging.getLogger(__name__)
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorResponse, "description": "The body is no JSON"},
-    413: {"model": ErrorResponse, "description": "The body is too large"},
-    415: {"model": ErrorResponse, "description": "The body is not declared as JSON"},
-    422: {"model": ErrorResponse, "description": "A field is wrong; error.param names it"},
-    429: {"model": ErrorResponse, "description": "Too many requests wait; see Retry-After"},
+_TEXT = {
+    400: "The body is no JSON, or a field is wrong: error.param names it",
+    401: "The API key is missing or wrong",
+    408: "The body came too slowly",
+    413: "The body is too large",
+    415: "The body is not declared as JSON",
+    421: "The server is not called by this name",
+    429: "Too many requests wait; see Retry-After",
+    500: "The model failed",
+    503: "The server is shutting down",
+    504: "The images took too long",
 }
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": text} for status, text in _TEXT.items()
+}
+_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
-def create_app(pipe: SamplingPipeline, *, model_name: str, limits: Limits, runtime: str | None = None) -> FastAPI:
-    """An application that samples `pipe`, one request at a time in a thread of its own.
+@dataclass(frozen=True)
+class Served:
+    """One model that is served: what draws, how it is called in answers, and what its denoiser runs on."""
 
-    Routes: `POST /v1/images/generations`, `GET /v1/models`, `GET /health`. Errors have OpenAI's shape.
+    backend: Backend
+    name: str
+    runtime: str
+
+
+def create_app(
+    served: Sequence[Served],
+    *,
+    limits: Limits | None = None,
+    rules: Rules | None = None,
+    policy: Policy = "continuous",
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
+    """An application that draws with one model, or with several that a request chooses among by `model`.
+
+    Routes: `POST /v1/images/generations`, `GET /v1/models`, `/v1/models/{id}`, `/health`, `/ready`, `/metrics`. Errors
+    have OpenAI's shape. The engines are `app.state.engines`.
 
     Args:
-        pipe: any pipeline that `sample_images` takes.
-        model_name: how the model is called in responses.
-        limits: what a request may ask for.
-        runtime: what the denoiser runs on, for `/health`; the class name of `pipe.unet` when None.
+        served: at least one, of different names; the first is asked where a request names none of them.
+        limits: what a request may ask for, of every model.
+        rules: who may ask.
+        policy: how images share calls of the denoiser.
+        cors_origins: pages of other origins that may ask from a browser; none by default.
 
     Raises:
         RuntimeMissingError: on import of this module, when FastAPI is not installed.
     """
-    needs = needs_of(pipe)
-    limits = replace(limits, max_steps=min(limits.max_steps, _most_steps(pipe.scheduler)))
-    worker = Worker(limits.max_queue)
-    started = int(time.time())
-    health = Health(
-        status="ok",
-        model=model_name,
-        runtime=runtime or type(denoiser_of(pipe)).__name__,
-        hqc=_hqc_version(),
-        takes=takes(needs, limits),
-    )
-    schema = {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": request_schema(needs, limits)}}}
-    }
+    limits, rules, metrics = limits or Limits(), rules or Rules(), ServerMetrics()
+    models = {each.name: _generations(each, limits, policy, metrics) for each in served}
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        worker.close()
+        for model in models.values():
+            model.engine.drain(0)
 
-    app = FastAPI(title=f"hqc: {model_name}", version=health.hqc, lifespan=lifespan, redoc_url=None)
-    app.state.worker = worker
+    app = FastAPI(title=f"hqc: {served[0].name}", version=_hqc_version(), lifespan=lifespan, redoc_url=None)
+    app.state.engines = [model.engine for model in models.values()]
     _add_error_handlers(app)
-
-    @app.post("/v1/images/generations", responses=REFUSALS, openapi_extra=schema)
-    async def generate(request: Request) -> GenerationResponse:
-        """Images of a prompt, of a class, or of nothing in particular, as PNG in base64."""
-        body = await _limited_body(request, limits.max_body_bytes)
-        job = job_from_body(body, limits, needs)
-        _require_steps(pipe, job)
-        data, seconds = await worker.run(lambda: _sample(pipe, job))
-        return GenerationResponse(created=int(time.time()), data=data, model=model_name, usage=Usage(seconds=seconds))
-
-    @app.get("/v1/models")
-    async def models() -> ModelList:
-        """The one model that is served."""
-        return ModelList(data=[ModelCard(id=model_name, created=started)])
-
-    @app.get("/health")
-    async def healthy() -> Health:
-        """What the model takes; answers at once, during a generation too."""
-        return health
-
+    _add_generations(app, models, limits)
+    _add_models(app, [ModelCard(id=name, created=int(time.time())) for name in models])
+    _add_operations(app, models, metrics)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    app.add_middleware(Guards, rules=rules)
     return app
 
 
-def _most_steps(scheduler: Any) -> int:
-    """How many steps a scheduler was trained on; one of continuous time has no such number."""
-    return int(getattr(scheduler.config, "num_train_timesteps", None) or MAX_STEPS)
-
-
-def _require_steps(pipe: SamplingPipeline, job: Job) -> None:
-    """Refuses steps that the scheduler does not take, before the request waits in the line.
-
-    Raises:
-        ApiError: 422 with the scheduler's own words.
-    """
-    try:
-        require_steps(pipe.scheduler, job.num_inference_steps)
-    except TrainingError as error:
-        message = f"num_inference_steps: {job.num_inference_steps}, {error.found}. {error.do}"
-        raise ApiError(422, message, param="num_inference_steps", code="invalid_value") from None
-
-
-def _sample(pipe: SamplingPipeline, job: Job) -> tuple[list[ImageDatum], float]:
-    """The images of a job, and the seconds they took."""
-    start = time.perf_counter()
-    samples = sample_images(
-        pipe,
-        [job.label] * len(job.seeds),
-        job.seeds,
-        num_inference_steps=job.num_inference_steps,
-        guidance_scale=job.guidance_scale,
-        eta=job.eta,
-        batch_size=len(job.seeds),
-        prompts=job.prompts,
-        negative_prompt=job.negative_prompt,
+def _generations(served: Served, limits: Limits, policy: Policy, metrics: ServerMetrics) -> Generations:
+    backend, observer = served.backend, EngineMetrics(metrics, served.name)
+    limits = replace(limits, max_steps=min(limits.max_steps, backend.most_steps))
+    engine = Engine(
+        backend.denoise,
+        max_batch=limits.max_batch,
+        max_queue=limits.max_queue,
+        policy=policy,
+        around=backend.around,
+        observer=observer,
     )
-    pngs = [png_from_pil(pil_from_tensor(image)) for image in samples.images]
-    data = [
-        ImageDatum(b64_json=base64.b64encode(png).decode("ascii"), revised_prompt=job.drawn, seed=seed)
-        for png, seed in zip(pngs, job.seeds, strict=True)
-    ]
-    return data, round(time.perf_counter() - start, 6)
+    metrics.watch(served.name, engine)
+    offer = Offer(backend.needs, limits, backend.schedulers, backend.previews)
+    return Generations(engine, backend, offer, observer, served.name, served.runtime)
 
 
-async def _limited_body(request: Request, max_bytes: int) -> bytes:
-    """The body, read no further than the limit, whatever Content-Length says.
+def _add_generations(app: FastAPI, models: Mapping[str, Generations], limits: Limits) -> None:
+    first = next(iter(models.values()))
+    schema = {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": request_schema(first.offer)}}}
+    }
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"model": GenerationResponse, "content": _STREAM, "description": "The images, or their stream"}
+    }
 
-    Raises:
-        ApiError: 413 above the limit; 415 for a body that is not declared as JSON (otherwise a page of
-            another origin could send one from a browser without asking).
-    """
-    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if declared != "application/json":
-        raise ApiError(
-            415, "send the body with the header Content-Type: application/json", code="unsupported_media_type"
+    @app.post("/v1/images/generations", responses={**answers, **REFUSALS}, openapi_extra=schema, response_model=None)
+    async def generate(request: Request) -> Response | GenerationResponse:
+        """Images of a prompt, of a class, or of nothing in particular, in base64; with `stream`, as events."""
+        try:
+            asked = request_from_body(await body_of(request, limits))
+            model = models.get(asked.model or "", first)
+            job = model.job(asked)
+            if not job.stream:
+                return await model.answer(request, job)
+            events = await model.events(job)
+        except Left:
+            return Response(status_code=CLIENT_LEFT)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+def _add_models(app: FastAPI, cards: Sequence[ModelCard]) -> None:
+    @app.get("/v1/models", responses={401: REFUSALS[401], 421: REFUSALS[421]})
+    async def models() -> ModelList:
+        """The models that are served."""
+        return ModelList(data=list(cards))
+
+    unknown = {"model": ErrorResponse, "description": "There is no such model"}
+
+    @app.get("/v1/models/{model}", responses={401: REFUSALS[401], 404: unknown, 421: REFUSALS[421]})
+    async def model_of(model: str) -> ModelCard:
+        """The model of this name."""
+        found = next((card for card in cards if card.id == model), None)
+        if found is None:
+            known = ", ".join(card.id for card in cards)
+            raise ApiError(404, f"no model is called that; there is {known}", param="model", code="model_not_found")
+        return found
+
+
+def _add_operations(app: FastAPI, models: Mapping[str, Generations], metrics: ServerMetrics) -> None:
+    first = next(iter(models.values()))
+
+    def health() -> Health:
+        return Health(
+            status="ok" if _alive() else "stopping",
+            model=first.model,
+            runtime=first.runtime,
+            hqc=app.version,
+            running=sum(model.engine.running for model in models.values()),
+            waiting=sum(model.engine.waiting for model in models.values()),
+            takes=takes(first.offer),
+            models=list(models),
         )
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise ApiError(413, f"the body is above the limit of {max_bytes} bytes", code="body_too_large")
-    return bytes(body)
+
+    def _alive() -> bool:
+        return all(model.engine.alive for model in models.values())
+
+    @app.get("/health", responses={421: REFUSALS[421]})
+    async def healthy() -> Health:
+        """The process answers, during a generation too; and what the first model takes."""
+        return health()
+
+    @app.get("/ready", responses={421: REFUSALS[421], 503: {"model": Health, "description": "Not now"}})
+    async def ready(response: Response) -> Health:
+        """Whether a request would be taken now: 503 while the server shuts down, or after a fault of its engine."""
+        response.status_code = 200 if _alive() else 503
+        return health()
+
+    @app.get("/metrics", response_class=Response, responses={421: REFUSALS[421]})
+    async def measured() -> Response:
+        """Counters in Prometheus' format."""
+        return Response(metrics.page(), media_type=CONTENT_TYPE)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -184,28 +213,19 @@ def _add_error_handlers(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         return _error_response(ApiError(error.status_code, str(error.detail), code=code, headers=error.headers))
 
-    @app.exception_handler(HqcError)
-    async def model_failed(_: Request, error: HqcError) -> JSONResponse:
-        logger.error("generation failed: %s", error)
-        return _error_response(ApiError(500, str(error), code="generation_failed"))
-
     @app.exception_handler(Exception)
     async def crashed(_: Request, error: Exception) -> JSONResponse:
         # The exception goes on to uvicorn, which logs it and closes the connection: a client that was not told
         # would send its next request into a connection that is being reset.
-        message, headers = "internal error; the server's log has it", {"Connection": "close"}
+        headers = {"Connection": "close", **NEVER_AGAIN}
+        message = "internal error; the server's log has it"
         return _error_response(ApiError(500, message, code="internal_error", headers=headers))
 
 
 def _error_response(error: ApiError) -> JSONResponse:
-    kinds = {429: "rate_limit_error", 500: "server_error"}
-    body = ErrorBody(
-        message=error.message,
-        type=kinds.get(error.status, "invalid_request_error"),
-        param=error.param,
-        code=error.code,
-    )
-    return JSONResponse(ErrorResponse(error=body).model_dump(), status_code=error.status, headers=error.headers)
+    if error.status >= 500:
+        logger.error("answered %d: %s", error.status, error.message)
+    return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
 
 
 def _hqc_version() -> str:

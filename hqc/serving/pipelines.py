@@ -4,7 +4,6 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,37 +19,15 @@ from hqc.evaluation.sampling import SamplingPipeline, asked_options, call_option
 from hqc.quiet import quiet_libraries
 from hqc.runtimes.unet import SessionUNet
 from hqc.sampling.task import require_steps
+from hqc.serving.backend import Drawing, preview_steps
 from hqc.serving.engine import Call, Steps
 from hqc.serving.rendezvous import PipelineSteps, Rendezvous, together
 from hqc.serving.schedulers import scheduler_names, scheduler_of
 
-__all__ = ["Drawing", "PipelineBackend", "preview_steps"]
+__all__ = ["PipelineBackend"]
 
 MAX_STEPS = 1000  # of a scheduler that names none
 _PROMPTS = 64  # whose encodings are kept
-
-See = Callable[[int, NDArray[np.uint8]], None]
-"""(number of the preview, its pixels)."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One image of a request: a class or a prompt, its seed, and how it is sampled.
-
-    label: the class; 0 for a prompt, and for a model that is asked for nothing. scheduler: a name of
-    `PipelineBackend.schedulers`, None for the pipeline's own. previews: how many; `see` is given them.
-    """
-
-    label: int
-    prompt: str | None
-    negative_prompt: str
-    seed: int
-    num_inference_steps: int
-    guidance_scale: float
-    eta: float = 0.0
-    scheduler: str | None = None
-    previews: int = 0
-    see: See | None = None
 
 
 class PipelineBackend:
@@ -136,16 +113,6 @@ class PipelineBackend:
                 drawing.see(steps.index(done), pixels_of(image))
 
         watch_steps(scheduler, look)
-
-
-def preview_steps(steps: int, previews: int) -> list[int]:
-    """After which steps there is a preview, evenly: fewer where there are fewer steps.
-
-    >>> preview_steps(20, 3), preview_steps(2, 3), preview_steps(1, 2)
-    ([5, 10, 15], [1], [])
-    """
-    wanted = (steps * (index + 1) // (previews + 1) for index in range(previews))
-    return sorted({step for step in wanted if 0 < step < steps})
 
 
 def _remembering(encode: Callable[..., Any]) -> Callable[..., Any]:

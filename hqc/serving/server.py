@@ -6,11 +6,13 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from hqc.errors import RuntimeMissingError
 from hqc.serving.errors import ServingError
+from hqc.serving.limits import Limits
 
 if TYPE_CHECKING:
     import uvicorn
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["bind_socket", "build_server", "serve"]
 
 OWN_ADDRESS = "Use 127.0.0.1, or another address of this computer."
-SHUTDOWN_S = 30  # a running generation gets this long to finish
+OWN_FILES = 64  # that the process has open besides connections
+LINGER_S = 2  # for answers that are being written when the engine has ended
 
 
 def serve(
@@ -27,21 +30,23 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    limits: Limits | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then finish the requests under way and return.
+    """Serve until SIGINT or SIGTERM, then refuse what waits, give what runs `limits.shutdown_s`, and return.
 
     Args:
         app: from `hqc.serving.app.create_app`.
         host: address to listen on; the default is reachable from this computer only.
         port: 0 takes a free one.
+        limits: of connections and times; a second signal ends at once.
         announce: called with the URL once connections are accepted; printed when None.
 
     Raises:
         RuntimeMissingError: uvicorn is not installed.
         ServingError: the address is in use, not allowed, or not this computer's.
     """
-    server = build_server(app)
+    server = build_server(app, limits)
     listener = bind_socket(host, port)
     try:
         with _stopping_quietly(server):
@@ -51,7 +56,7 @@ def serve(
         listener.close()
 
 
-def build_server(app: "FastAPI") -> "uvicorn.Server":
+def build_server(app: "FastAPI", limits: Limits | None = None) -> "uvicorn.Server":
     """A uvicorn server that logs warnings only; `run(sockets=[bind_socket(...)])` starts it.
 
     Raises:
@@ -59,12 +64,49 @@ def build_server(app: "FastAPI") -> "uvicorn.Server":
     """
     try:
         import uvicorn
+
+        from hqc.serving.protocol import limited_protocol
     except ModuleNotFoundError as error:
         raise RuntimeMissingError(
             "hqc serve", "fastapi/uvicorn are not installed", "pip install 'hqc[serve]'"
         ) from error
-    config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=SHUTDOWN_S)
-    return uvicorn.Server(config)
+    allowed = _affordable(limits or Limits())
+    config = uvicorn.Config(
+        app,
+        http=limited_protocol(allowed),
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        timeout_graceful_shutdown=round(allowed.shutdown_s + LINGER_S),
+    )
+
+    class Server(uvicorn.Server):
+        """Tells the engine of a signal at once: what waits is answered, not waited for."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            """Of uvicorn's: the first signal asks, the second one insists."""
+            super().handle_exit(sig, frame)
+            _drain(app, 0 if self.force_exit else allowed.shutdown_s)
+
+    return Server(config)
+
+
+def _drain(app: "FastAPI", grace_s: float) -> None:
+    """In a thread: a signal may come while this one holds the engine's lock."""
+    for engine in getattr(app.state, "engines", ()):
+        threading.Thread(target=engine.drain, args=(grace_s,), daemon=True).start()
+
+
+def _affordable(limits: Limits) -> Limits:
+    """No more connections than the process may have open files: the accepting loop would spin at their end."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return limits
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed == resource.RLIM_INFINITY:
+        return limits
+    return replace(limits, max_connections=max(1, min(limits.max_connections, allowed - OWN_FILES)))
 
 
 def bind_socket(host: str, port: int) -> socket.socket:

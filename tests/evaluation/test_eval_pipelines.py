@@ -15,9 +15,10 @@ import hqc
 from hqc.errors import EvaluationError
 from hqc.evaluation.gain import Gain, at_gain_one
 from hqc.evaluation.metrics import fidelity, fidelity_figures
-from hqc.evaluation.needs import Needs, needs_of
+from hqc.evaluation.needs import needs_of
 from hqc.evaluation.sampling import Samples, sample_images
 from hqc.evaluation.trajectory_fidelity import trajectory_fidelity
+from hqc.needs import Needs
 
 # diffusers hands torch tensors to numpy 2 in its own schedulers; its LDM pipeline is marked as deprecated.
 pytestmark = [

@@ -9,11 +9,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
-from hqc.serving.app import create_app
+from hqc.serving.app import Served, create_app
+from hqc.serving.engine import Engine
+from hqc.serving.guards import Rules
 from hqc.serving.limits import Limits
+from hqc.serving.pipelines import PipelineBackend
 from hqc.serving.server import bind_socket, build_server
-from hqc.serving.worker import Worker
 
 
 class FakePipeline:
@@ -21,14 +24,13 @@ class FakePipeline:
 
     def __init__(self) -> None:
         self.unet = SimpleNamespace(config=SimpleNamespace(sample_size=8))
-        self.scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=100))
+        self.scheduler: Any = DDIMScheduler(num_train_timesteps=100)
         self.vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8, 8, 8), out_channels=1))
         self.class_embedder = SimpleNamespace(config=SimpleNamespace(num_classes=10))
         self.calls: list[dict[str, Any]] = []
         self.entered = threading.Semaphore(0)
         self.gate: threading.Event | None = None
         self.failure: Exception | None = None
-        self.running = self.most_running = 0
 
     def __call__(
         self,
@@ -43,13 +45,10 @@ class FakePipeline:
     ) -> Any:
         options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "eta": eta}
         options |= {"output_type": output_type, "return_dict": return_dict}
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
         self.calls.append({"class_labels": class_labels, **options})
         self.entered.release()
         if self.gate is not None:
             assert self.gate.wait(30)
-        self.running -= 1
         if self.failure is not None:
             raise self.failure
         noise = torch.stack([torch.randn(3, 8, 8, generator=each) for each in generator])
@@ -59,23 +58,28 @@ class FakePipeline:
 
 
 class ServedClient(httpx.Client):
-    """A client that can also look into the queue of the server behind it."""
+    """A client that can also look into the engine of the server behind it."""
 
-    worker: Worker
+    engine: Engine
 
 
 @contextmanager
-def served(pipe: Any, limits: Limits) -> Iterator[ServedClient]:
+def served(
+    backend: Any, limits: Limits, rules: Rules | None = None, beside: Any = None, **options: Any
+) -> Iterator[ServedClient]:
     """An HTTP client of a server that runs in a thread on a free port of the loopback interface."""
-    app = create_app(pipe, model_name="digits-test", limits=limits)
-    server = build_server(app)
+    models = [Served(backend, "digits-test", "fake")]
+    if beside is not None:
+        models.append(Served(beside, "beside", "fake"))
+    app = create_app(models, limits=limits, rules=rules, **options)
+    server = build_server(app, limits)
     listener = bind_socket("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         with ServedClient(base_url=url, timeout=30, trust_env=False) as client:
-            client.worker = app.state.worker
+            client.engine = app.state.engines[0]
             yield client
     finally:
         server.should_exit = True
@@ -102,8 +106,17 @@ def start(pipe: FakePipeline) -> Iterator[Callable[..., httpx.Client]]:
     """Starts a server of a pipeline, `pipe` without one, with the given limits; the gate is opened at the end."""
     with ExitStack() as stack:
 
-        def begin(other: Any = None, **limits: int) -> httpx.Client:
-            return stack.enter_context(served(other or pipe, Limits(**limits)))
+        def begin(
+            other: Any = None,
+            *,
+            backend: Any = None,
+            beside: Any = None,
+            rules: Rules | None = None,
+            cors_origins: tuple[str, ...] = (),
+            **limits: Any,
+        ) -> httpx.Client:
+            shown = backend or PipelineBackend(other or pipe)
+            return stack.enter_context(served(shown, Limits(**limits), rules, beside, cors_origins=cors_origins))
 
         yield begin
         if pipe.gate is not None:
@@ -112,4 +125,4 @@ def start(pipe: FakePipeline) -> Iterator[Callable[..., httpx.Client]]:
 
 @pytest.fixture
 def client(start: Callable[..., httpx.Client]) -> httpx.Client:
-    return start(max_images=4, max_steps=50, max_queue=2)
+    return start(max_images=4, max_steps=50, max_batch=1, max_queue=2)

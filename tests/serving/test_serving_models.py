@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 
-from hqc.evaluation.needs import Needs
+from hqc.needs import Needs
 from hqc.serving.limits import Limits
-from hqc.serving.schemas import job_from_body, request_schema
+from hqc.serving.requests import Offer, job_of, request_from_body, request_schema
 
 GENERATIONS = "/v1/images/generations"
 
@@ -73,7 +73,7 @@ def generate(client: httpx.Client, **body: Any) -> httpx.Response:
 
 
 def refused(response: httpx.Response, param: str, text: str) -> None:
-    assert response.status_code == 422, response.text
+    assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["param"] == param
     assert text in error["message"]
@@ -86,12 +86,12 @@ def test_a_text_model_is_asked_with_prompts(serve: Serve) -> None:
     answer = generate(client, prompt="a cat", n=2, seed=3, negative_prompt="blue", guidance_scale=5)
     assert answer.status_code == 200
     assert [image["revised_prompt"] for image in answer.json()["data"]] == ["a cat"] * 2
-    assert pipe.calls == [{"prompt": ["a cat"] * 2, "negative_prompt": ["blue"] * 2, "guidance_scale": 5.0}]
+    assert pipe.calls == [{"prompt": ["a cat"], "negative_prompt": ["blue"], "guidance_scale": 5.0}] * 2
     refused(generate(client), "prompt", "missing; say what to draw")
     refused(generate(client, prompt="  "), "prompt", "missing; say what to draw")
     refused(generate(client, prompt="a", class_label=1), "class_label", "this model takes a prompt")
     refused(generate(client, prompt="a", eta=0.5), "eta", "this model takes none")
-    assert len(pipe.calls) == 1
+    assert len(pipe.calls) == 2
 
 
 def test_classes_that_are_no_digits(serve: Serve) -> None:
@@ -112,7 +112,7 @@ def test_an_unconditional_model_is_asked_with_nothing(serve: Serve) -> None:
     assert generate(client, n=2).status_code == 200
     answer = generate(client, prompt="clients of the images API always send one")
     assert "no prompt was used" in answer.json()["data"][0]["revised_prompt"]
-    assert [call["batch_size"] for call in pipe.calls] == [2, 1]
+    assert [call["batch_size"] for call in pipe.calls] == [1, 1, 1]
     refused(generate(client, class_label=1), "class_label", "unconditional")
     refused(generate(client, guidance_scale=3), "guidance_scale", "takes no guidance")
     assert generate(client, guidance_scale=1).status_code == 200
@@ -149,10 +149,11 @@ def test_health_and_openapi_say_what_it_takes(
 
 def test_digits_are_named_in_the_schema() -> None:
     needs = Needs("ClassConditionalLDMPipeline", "class_label", 10, frozenset(), (32, 32), digits=True)
-    schema = request_schema(needs, Limits())
+    offer = Offer(needs, Limits())
+    schema = request_schema(offer)
     assert "Names one digit" in schema["properties"]["prompt"]["description"]
     assert "required" not in schema
-    assert job_from_body(b'{"prompt": "seven"}', Limits(), needs).label == 7
+    assert job_of(request_from_body(b'{"prompt": "seven"}'), offer).label == 7
 
 
 def test_steps_that_the_scheduler_refuses_are_a_bad_request(serve: Serve) -> None:

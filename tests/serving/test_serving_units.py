@@ -54,5 +54,7 @@ def test_missing_uvicorn_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
 def test_missing_fastapi_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.delitem(sys.modules, "hqc.serving.app", raising=False)
-    with pytest.raises(RuntimeMissingError, match=r"^hqc serve: fastapi/uvicorn are not installed\. pip install"):
+    with pytest.raises(
+        RuntimeMissingError, match=r"^hqc serve: fastapi, uvicorn or prometheus-client is not installed\. pip"
+    ):
         importlib.import_module("hqc.serving.app")

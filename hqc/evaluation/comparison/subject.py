@@ -9,9 +9,9 @@ import torch
 
 from hqc.errors import EvaluationError
 from hqc.evaluation.metrics import check_enough
-from hqc.evaluation.needs import Needs
 from hqc.evaluation.sampling import describe_prompts
 from hqc.models.classifier import FEATURE_DIM
+from hqc.needs import Needs
 from hqc.program import Program
 from hqc.runtimes import load
 from hqc.runtimes.model import Model

@@ -1,0 +1,162 @@
+"""The command that serves models over HTTP."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hqc.commands.applies import Command, check_runtime
+from hqc.commands.options import runtime_option
+from hqc.errors import OptionError
+
+if TYPE_CHECKING:
+    from hqc.runtimes import Runtime
+    from hqc.serving.app import Served
+
+__all__ = ["serve"]
+
+KEY_VARIABLE = "HQC_API_KEY"
+_LONGEST_KEY_FILE = 4096
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@runtime_option
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="Serve this model too, as the float one of MODEL: requests name it by `model`, the page shows both.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Loopback by default.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--allowed-host", multiple=True, metavar="NAME", help="A name that the server is called by; may repeat.")
+@click.option("--cors-origin", multiple=True, metavar="URL", help="Pages of this origin may ask; may repeat.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help=f"The key that requests must send; {KEY_VARIABLE} in the environment does the same.",
+)
+@click.option("--max-images", type=click.IntRange(1, 64), default=8, show_default=True, help="Images of one request.")
+@click.option(
+    "--max-batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Images under way at once."
+)
+@click.option("--max-queue", type=click.IntRange(0, 10_000), default=64, show_default=True, help="Requests that wait.")
+@click.option(
+    "--batching",
+    type=click.Choice(["continuous", "static", "single"]),
+    default="continuous",
+    show_default=True,
+    help="When a waiting image joins: at any step, once all others have ended, or alone.",
+)
+@click.option(
+    "--request-timeout", type=click.FloatRange(1, 86_400), default=600.0, show_default=True, help="Seconds a request."
+)
+@click.option(
+    "--shutdown-grace",
+    type=click.FloatRange(0, 3600),
+    default=5.0,
+    show_default=True,
+    help="Seconds that what runs may go on after a signal.",
+)
+@click.option("--threads", type=click.IntRange(1, 256), help="Of the runtime.")
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep there what a runtime makes of the model for this machine (ONNX Runtime's optimised model, engines): "
+    "later starts are quicker.",
+)
+def serve(
+    model: str,
+    runtime: "Runtime | None",
+    against: str | None,
+    host: str,
+    port: int,
+    allowed_host: tuple[str, ...],
+    cors_origin: tuple[str, ...],
+    api_key_file: Path | None,
+    max_images: int,
+    max_batch: int,
+    max_queue: int,
+    batching: Any,
+    request_timeout: float,
+    shutdown_grace: float,
+    threads: int | None,
+    cache_dir: Path | None,
+) -> None:
+    """Serve MODEL over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, GET /health.
+
+    MODEL is an export, a Program, or `digits`. A request gives a prompt, a class label, or neither, as MODEL's pipeline
+    needs: GET /health says which. Requests share calls of the denoiser at every step, whatever their steps, guidance
+    and schedulers; an image does not depend on what is beside it.
+    """
+    from hqc.serving.app import create_app
+    from hqc.serving.guards import LOOPBACK, Rules
+    from hqc.serving.limits import Limits
+    from hqc.serving.server import serve as run
+
+    rules = Rules(hosts=_hosts(LOOPBACK, host, allowed_host), api_key=_api_key(api_key_file))
+    served = [_served(model, runtime, threads, cache_dir)]
+    if against is not None:
+        served.append(_other(_served(against, None, threads, cache_dir), served[0]))
+    limits = Limits(
+        max_images=max_images,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        request_s=request_timeout,
+        shutdown_s=shutdown_grace,
+    )
+    app = create_app(served, limits=limits, rules=rules, policy=batching, cors_origins=cors_origin)
+    run(app, host=host, port=port, limits=limits)
+
+
+def _served(model: str, runtime: "Runtime | None", threads: int | None, cache_dir: Path | None) -> "Served":
+    from hqc.evaluation.needs import call_kind
+    from hqc.runtimes import load
+    from hqc.runtimes.model import describe
+    from hqc.serving.app import Served
+    from hqc.serving.pipelines import PipelineBackend
+
+    found = describe(model)
+    call_kind(found.pipeline, found.conditions)  # before the weights are read
+    loaded = load(model, runtime=runtime, threads=threads, cache=cache_dir)
+    check_runtime(loaded.runtime)
+    return Served(PipelineBackend(loaded.pipeline()), loaded.name, loaded.runtime)
+
+
+def _other(second: "Served", first: "Served") -> "Served":
+    """The model beside the first, which takes the same requests, under a name of its own."""
+    if second.backend.needs.kind != first.backend.needs.kind or second.backend.needs.size != first.backend.needs.size:
+        raise OptionError(
+            f"--against {second.name}",
+            f"draws {second.backend.needs.size} px from {second.backend.needs.kind}, "
+            f"{first.name} {first.backend.needs.size} px from {first.backend.needs.kind}",
+            "Give the model that it was quantised from.",
+        )
+    return replace(second, name=f"{second.name}-2") if second.name == first.name else second
+
+
+def _hosts(always: tuple[str, ...], host: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that the Host header may have: loopback's, the address that is listened on, and those that are allowed."""
+    own = f"[{host}]" if ":" in host else host
+    return tuple(dict.fromkeys((*always, own, *allowed)))
+
+
+def _api_key(file: Path | None) -> str | None:
+    """The key of a file or of the environment; None where neither is given."""
+    if file is None:
+        key = os.environ.get(KEY_VARIABLE)
+        where, do = KEY_VARIABLE, "Set it to a key, or not at all."
+    else:
+        where, do = f"--api-key-file {file}", "Write the key into it, one line of printable ASCII."
+        try:
+            with file.open("rb") as opened:
+                key = opened.read(_LONGEST_KEY_FILE).decode("utf-8", "replace").strip()
+        except OSError as error:
+            raise OptionError(where, f"cannot be read ({error.strerror})", do) from error
+    if key is None:
+        return None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise OptionError(where, "holds no key", do)
+    return key
