@@ -118,6 +118,17 @@ class WrittenOut:
     softmax: fx.Node
     quantisers: Mapping[str, fx.Node]
 
+    @property
+    def scores(self) -> fx.Node:
+        """The product of queries and keys, in front of any mask."""
+        found: Any = self.softmax.args[0]
+        return found if self.mask is None else found.args[0]  # type: ignore[no-any-return]
+
+    @property
+    def products(self) -> tuple[tuple[fx.Node, str, str], ...]:
+        """Both products, each with the parts that it reads."""
+        return (self.scores, "query", "key"), (self.result, "softmax", "value")
+
 
 def written_out(program: Program) -> Iterator[WrittenOut]:
     """Every attention that is written out, in graph order."""

@@ -65,7 +65,8 @@ class QuantisedSite:
     """The nodes of one site: x → [rotation] → quantiser → … → layer.
 
     `real` is the node that holds the dequantised activation (the fake quantiser itself, or dequantize), None in the
-    integer form; `quantiser.args` is (rotated x, scale, low, high).
+    integer form; `quantiser.args` is (rotated x, scale, low, high). Within attention `product` is what reads the real
+    value, and `partner` the quantiser of its other operand, by name, where that has one.
     """
 
     site: str
@@ -75,6 +76,8 @@ class QuantisedSite:
     real: fx.Node | None
     bounds: Bounds
     products: tuple[Product, ...] = ()
+    product: fx.Node | None = None
+    partner: str = ""
 
 
 def products_of(accumulator: fx.Node) -> tuple[Product, ...]:
@@ -135,8 +138,13 @@ def attention_quantisers(program: Program) -> Iterator[QuantisedSite]:
         for part, real in found.quantisers.items():
             quantiser: fx.Node = real.args[0] if is_op(real, ops.dequantize.default) else real  # type: ignore[assignment]
             x: fx.Node = quantiser.args[0]  # type: ignore[assignment]
-            name = part_name(found.name, part)
-            yield QuantisedSite(name, x, quantiser, real, real, bounds_of(quantiser, program))
+            product, *parts = next(one for one in found.products if part in one)
+            (other,) = (one for one in parts if one != part)
+            partner = part_name(found.name, other) if other in found.quantisers else ""
+            bounds = bounds_of(quantiser, program)
+            yield QuantisedSite(
+                part_name(found.name, part), x, quantiser, real, real, bounds, product=product, partner=partner
+            )
 
 
 def watched_sites(program: Program) -> Iterator[QuantisedSite]:

@@ -1,6 +1,8 @@
 """Small denoisers of attention: several heads, a mask that is added, a scale of their own, and none at all."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +10,11 @@ from torch.nn import functional
 
 from hqc.capture import trace
 from hqc.capture.source import Source
+from hqc.passes import InsertAttentionQdq, InsertQdq, OpenAttention, SelectLayers
+from hqc.pipeline import run_pipeline
 from hqc.program import InputSpec, Origin, Program
 
-__all__ = ["TOKENS", "WIDTH", "Attending", "attending"]
+__all__ = ["TOKENS", "WIDTH", "Attending", "attending", "attention_quantised"]
 
 TOKENS, WIDTH = 6, 32
 
@@ -39,3 +43,29 @@ def attending(model: Callable[[], nn.Module] = Attending, tokens: int = TOKENS) 
     if getattr(module, "masked", False):
         inputs.append(InputSpec("mask", ("N", 1, 1, tokens)))
     return trace(Source(module, tuple(inputs), Origin(source="attending")))
+
+
+def attention_quantised(
+    softmax_bits: int,
+    operands: str,
+    kinds: tuple[float, ...] = (0.0, 1.0, 0.0),
+    *,
+    bits: str = "w4a4",
+    static: bool = False,
+    **model: Any,
+) -> Program:
+    """Attention over 12 tokens with random scales and zero points, and a kind of steps for each of three timesteps."""
+    insert = InsertAttentionQdq(softmax_bits, operands, static)  # type: ignore[arg-type]
+    steps = [OpenAttention(), SelectLayers(bits=bits), InsertQdq((0.0, 500.0, 999.0)), insert]
+    result = run_pipeline(attending(partial(Attending, 0.3, spread=4.0, **model), tokens=12), steps)
+    generator, state = torch.Generator().manual_seed(2), dict(result.state)
+    for name, tensor in state.items():
+        if name.endswith("softmax.activation_scale_table"):
+            state[name] = tensor * (0.7 + 0.3 * torch.rand(tensor.shape, generator=generator))
+        elif name.endswith("scale_table"):
+            state[name] = 0.2 + 0.3 * torch.rand(tensor.shape, generator=generator)
+        elif name.endswith("zero_table"):  # from the middle, which is half of all codes
+            state[name] = (tensor * 2 * torch.rand(tensor.shape, generator=generator)).floor()
+        elif name.endswith("log2_table"):
+            state[name] = torch.tensor(kinds)[: len(tensor)]
+    return result.evolve(state=state)

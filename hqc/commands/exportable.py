@@ -38,6 +38,8 @@ def print_survey(program: Path, found: "Survey", *, as_json: bool) -> None:
         out.print_json({"program": str(program), **found.to_dict()})
     else:
         out.fields(f"target {found.target} takes of {program}", dict(found.taken))
+        if found.attention:
+            out.console.print(f"attention {found.attention}", markup=False, highlight=False)
         for obstacle in found.obstacles:
             out.console.print(f"does not take {obstacle}", markup=False, highlight=False)
     if found.obstacles:

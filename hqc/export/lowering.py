@@ -56,7 +56,8 @@ class Tap:
 
     `input` behind any smoothing and before rotation, `codes` after quantisation, `output` after the bias; `weights` are
     the int8 matrices [K, O] of its integer products; `zero_point` is what the codes carry on top of torch's; `rounding`
-    is what the type of the output adds to the relative error, 0 for float32.
+    is what the type of the output adds to the relative error, 0 for float32. `joint`: no node holds the quantised
+    value, and `output` is that of the product of these codes and of the site's partner.
     """
 
     input: Listen
@@ -66,6 +67,7 @@ class Tap:
     weights: tuple[str, ...] = ()
     largest_code: int = 0
     rounding: float = 0.0
+    joint: bool = False
 
 
 class Lowering:
@@ -80,6 +82,7 @@ class Lowering:
         self.translations = translations
         self.values: dict[fx.Node, Any] = {}
         self.codes: dict[fx.Node, ir.Value] = {}  # of quantisers whose value is real
+        self.joint: set[fx.Node] = set()  # quantised values whose codes a product reads, instead of themselves
         self.taps: Mapping[str, Tap] = {}
 
     def run(self) -> ir.Model:
@@ -214,10 +217,11 @@ class Lowering:
     def _find_taps(self) -> dict[str, Tap]:
         taps = {}
         for site in watched_sites(self.program):
-            found = self.codes.get(site.quantiser) or self.value(site.quantiser)
-            heard = (self.value(site.x), found, self.value(with_residual(site.layer)))
-            x, codes, output = (listen(value) for value in heard)
-            taps[site.site] = Tap(x, codes, output, **self.tap_details(site))
+            found, joint = self.codes.get(site.quantiser) or self.value(site.quantiser), site.real in self.joint
+            output = site.product if joint else with_residual(site.layer)
+            heard = (self.value(site.x), found, self.value(output))
+            x, codes, result = (listen(value) for value in heard)
+            taps[site.site] = Tap(x, codes, result, joint=joint, **self.tap_details(site))
         return taps
 
     def tap_details(self, site: QuantisedSite) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from torch import fx
 from hqc.bounds import QUANTISERS
 from hqc.export.aten_math import MATH
 from hqc.export.aten_shapes import SHAPES
+from hqc.export.attention_products import attention_products
 from hqc.export.lowering import Lowering, Translations
-from hqc.export.ort_activations import IntegerState, dequantize, hadamard, quantize, requested_scales
-from hqc.export.ort_attention import attention
+from hqc.export.ort_activations import IntegerState, code_zero, dequantize, hadamard, quantize, requested_scales
+from hqc.export.ort_attention import attention, product
 from hqc.export.ort_products import rescale
 from hqc.export.scale_bank import ScaleBank
 from hqc.export.shared import int4_weight, looked_up, nearest_timestep
@@ -42,6 +43,10 @@ class OnnxRuntimeLowering(IntegerState):
 
     def __init__(self, program: Program, opset: int, *, one_timestep: bool = False) -> None:
         super().__init__(program, _TRANSLATIONS, opset, one_timestep=one_timestep)
+        found = [one for one in attention_products(program) if not one.obstacle]
+        self.code_products = {one.node: one for one in found}
+        self.joint = {site.real for one in found for site in one.codes if site.real is not None}
+        self.signed = frozenset(one.codes[1].quantiser for one in found if one.signed)
         self.bank = ScaleBank(self, requested_scales(program, self.shared))
         self.absorbed = absorbed_nodes(program)
         self.weights = {}
@@ -50,9 +55,9 @@ class OnnxRuntimeLowering(IntegerState):
         """Codes carry the zero point; the products' weights are watched."""
         if is_op(site.quantiser, ops.softmax_quantize.default):
             return {}
-        top = site.bounds.largest
         weights = tuple(str(w.name) for w in self.weights.get(site.site, ()))
-        return {"zero_point": top + 1, "weights": weights, "largest_code": 2 * top + 1}
+        zero, largest = int(code_zero(self, site.quantiser)), 2 * site.bounds.largest + 1
+        return {"zero_point": zero, "weights": weights, "largest_code": largest}
 
 
 # ---- dispatch ------------------------------------------------------------------------------------------------------
@@ -81,6 +86,7 @@ _TRANSLATIONS: Translations = {
         ops.softmax_quantize.default: softmax_quantize,
         ops.rescale.default: rescale,
         aten.scaled_dot_product_attention.default: attention,
+        aten.matmul.default: product,
         aten.index_select.default: _index_select,
         **dict.fromkeys(
             (*PRODUCTS, ops.rotate_codes.default, ops.digit.default, ops.half.default), lambda lo, node: None

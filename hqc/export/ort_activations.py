@@ -11,6 +11,7 @@ with different scales read one rotated tensor.
 """
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 
 from hqc.bounds import QUANTISERS, Bounds, bounds_of
+from hqc.export.attention_products import AttentionProduct
 from hqc.export.builder import typed
 from hqc.export.lowering import Lowering
 from hqc.export.scale_bank import Form, ScaleBank, lookup_key, rotation_form, rotation_matrix
@@ -25,10 +27,10 @@ from hqc.export.shared import matrix_name
 from hqc.program import Program, is_op
 from hqc.sites import rotation_of
 
-__all__ = ["IntegerState", "dequantize", "hadamard", "quantize", "requested_scales", "zero_point"]
+__all__ = ["IntegerState", "code_zero", "dequantize", "hadamard", "quantize", "requested_scales", "zero_point"]
 
 ops = torch.ops.hqc
-UINT8, FLOAT = ir.DataType.UINT8, ir.DataType.FLOAT
+FLOAT = ir.DataType.FLOAT
 _WORTH_A_MATRIX = 8
 
 
@@ -37,11 +39,24 @@ class IntegerState(Lowering):
 
     bank: ScaleBank
     weights: dict[str, list[ir.Value]]
+    code_products: Mapping[fx.Node, AttentionProduct]
+    """Those within attention whose operands are codes."""
+    signed: frozenset[fx.Node]
+    """Quantisers whose codes are int8: second operands of such a product, as a layer's weight is."""
 
 
 def zero_point(top: int) -> np.ndarray:  # type: ignore[type-arg]
     """The code of zero for a grid within -top…top."""
     return np.asarray(top + 1, dtype=np.uint8)
+
+
+def code_zero(lo: IntegerState, quantiser: fx.Node) -> np.ndarray:  # type: ignore[type-arg]
+    """The code of zero of a quantiser, in the type of its codes; those of a softmax are uint8 from 0."""
+    if quantiser in lo.signed:
+        return np.asarray(0, dtype=np.int8)
+    if is_op(quantiser, ops.softmax_quantize.default):
+        return np.asarray(0, dtype=np.uint8)
+    return zero_point(bounds_of(quantiser, lo.program).largest)
 
 
 def requested_scales(program: Program, shared: frozenset[fx.Node]) -> list[tuple[fx.Node, Form]]:
@@ -56,6 +71,8 @@ def requested_scales(program: Program, shared: frozenset[fx.Node]) -> list[tuple
             is_op(node, ops.dequantize.default) and is_op(node.args[0], *QUANTISERS)
         ):
             requests.append((node.args[1], ("scale", len(node.meta["shape"]))))
+            if node.meta.get("role") == "operand" and node.args[1] in shared:
+                requests.append((node.args[1], ("number", 1)))
     return requests
 
 
@@ -117,34 +134,34 @@ def _is_image(rotation: fx.Node) -> bool:
 
 
 def quantize(lo: IntegerState, node: fx.Node) -> ir.Value:
-    """uint8 codes q + max|q| + 1 in torch's layout."""
+    """Codes in torch's layout: uint8 q + max|q| + 1, or int8 q."""
     b = lo.builder
     x, scale = node.args[:2]
-    bounds, form = bounds_of(node, lo.program), _quantiser_form(lo.program, node)
-    top = bounds.largest
+    bounds, form, zero = bounds_of(node, lo.program), _quantiser_form(lo.program, node), code_zero(lo, node)
+    dtype = ir.DataType.from_numpy(zero.dtype)
     factor = lo.bank.value(scale, form)  # type: ignore[arg-type]
     level = _rotated(lo, x, factor) if form[0].startswith("rotation") else b.op("Mul", lo.value(x), factor)  # type: ignore[arg-type]
-    codes = typed(b.op("QuantizeLinear", level, b.scalar(1.0), b.constant(zero_point(top), "zero_point")), UINT8)
+    codes = typed(b.op("QuantizeLinear", level, b.scalar(1.0), b.constant(zero, "zero_point")), dtype)
     rank = 4 if form[0].startswith("rotation") else len(lo.shape(node))
-    codes = _clipped(lo, codes, bounds, rank)
-    restored = typed(b.reshape(codes, _sample_shape(lo, node)), UINT8)
+    codes = _clipped(lo, codes, bounds, rank, zero)
+    restored = typed(b.reshape(codes, _sample_shape(lo, node)), dtype)
     if "site" in node.meta and not str(restored.name).endswith(".codes"):  # sites that share codes keep the first name
         b.rename(restored, f"{node.meta['site']}.codes")
     return restored
 
 
-def _clipped(lo: IntegerState, codes: ir.Value, bounds: Bounds, rank: int) -> ir.Value:
-    """uint8 codes of a rank between their bounds, those of each sample where they are looked up."""
-    b, zero = lo.builder, bounds.largest + 1
+def _clipped(lo: IntegerState, codes: ir.Value, bounds: Bounds, rank: int, zero: np.ndarray) -> ir.Value:  # type: ignore[type-arg]
+    """Codes of a rank between their bounds, those of each sample where they are looked up."""
+    b, dtype = lo.builder, zero.dtype
     if bounds.lookups is None:
-        ends = (b.constant(np.asarray(end + zero, np.uint8), "bound") for end in (bounds.low, bounds.high))
-        return typed(b.op("Clip", codes, *ends), UINT8)
+        ends = (b.constant(np.asarray(end + int(zero), dtype), "bound") for end in (bounds.low, bounds.high))
+        return typed(b.op("Clip", codes, *ends), codes.dtype)
     found = bounds.lookups
     for op, table, node in (("Max", found.lows, found.low), ("Min", found.highs, found.high)):
-        stored = (table.numpy() + zero).astype(np.uint8).reshape(-1, *[1] * (rank - 1))
+        stored = (table.numpy() + int(zero)).astype(dtype).reshape(-1, *[1] * (rank - 1))
         row = lo.value(node.args[2])
-        picked = typed(b.op("Gather", b.constant(stored, "bound_table"), row, axis=0), UINT8)
-        codes = typed(b.op(op, codes, picked), UINT8)
+        picked = typed(b.op("Gather", b.constant(stored, "bound_table"), row, axis=0), codes.dtype)
+        codes = typed(b.op(op, codes, picked), codes.dtype)
     return codes
 
 
@@ -154,6 +171,6 @@ def dequantize(lo: IntegerState, node: fx.Node) -> ir.Value:
     codes, scale = node.args
     if not is_op(codes, *QUANTISERS):
         return b.op("DequantizeLinear", lo.value(codes), lo.value(scale), axis=0, name=node.name)
-    top = bounds_of(codes, lo.program).largest  # type: ignore[arg-type]
-    real = b.op("DequantizeLinear", lo.value(codes), b.scalar(1.0), b.constant(zero_point(top), "zero_point"))
+    zero = b.constant(code_zero(lo, codes), "zero_point")  # type: ignore[arg-type]
+    real = b.op("DequantizeLinear", lo.value(codes), b.scalar(1.0), zero)
     return b.op("Mul", real, lo.bank.value(scale, ("scale", len(lo.shape(codes)))), name=node.name)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ __all__ = [
     "clipped",
     "code_levels",
     "evaluate",
+    "joint_output",
     "site_output",
     "verification_inputs",
     "without_quantisers",
@@ -69,15 +70,24 @@ def clipped(program: Program, site: QuantisedSite, levels: Tensor, known: Values
 
 def site_output(program: Program, site: QuantisedSite, codes: Tensor, known: Values) -> Tensor:
     """The site's output from given codes: op(dequantised codes) + bias, as the program computes it."""
-    output = with_residual(site.layer)
+    return evaluate(program, with_residual(site.layer), {**known, **_given(program, site, codes, known)})
+
+
+def joint_output(program: Program, given: Sequence[tuple[QuantisedSite, Tensor]], known: Values) -> Tensor:
+    """The product of two sites within attention, from the codes of both."""
+    values = {node: value for site, codes in given for node, value in _given(program, site, codes, known).items()}
+    return evaluate(program, given[0][0].product, {**known, **values})  # type: ignore[arg-type]
+
+
+def _given(program: Program, site: QuantisedSite, codes: Tensor, known: Values) -> dict[fx.Node, Tensor]:
+    """What a site's codes make known: their real values, or themselves where the program has no others."""
     if site.real is None:
-        return evaluate(program, output, {**known, site.quantiser: codes.to(torch.int8)})
+        return {site.quantiser: codes.to(torch.int8)}
     if is_op(site.quantiser, _SOFTMAX):
         _, scale, log2, _ = _arguments(program, site.quantiser, known)
-        return softmax_values(codes.to(scale.dtype), scale, log2)
+        return {site.real: softmax_values(codes.to(scale.dtype), scale, log2)}
     scale = evaluate(program, site.quantiser.args[1], known)  # type: ignore[arg-type]
-    real = codes.to(scale.dtype) * scale.view(-1, *[1] * (codes.ndim - 1))
-    return evaluate(program, output, {**known, site.real: real})
+    return {site.real: codes.to(scale.dtype) * scale.view(-1, *[1] * (codes.ndim - 1))}
 
 
 def verification_inputs(program: Program, batch: int, seed: int = 0) -> tuple[Tensor, ...]:

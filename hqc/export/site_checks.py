@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from hqc.export.lowering import Tap
-from hqc.export.reference import clipped, code_levels, site_output
+from hqc.export.reference import clipped, code_levels, joint_output, site_output
 from hqc.export.watched import Array, WatchedModel, constants, heard
 from hqc.memory import return_free_memory
 from hqc.program import Program
 from hqc.sites import QuantisedSite, watched_sites
 
-__all__ = ["SiteCheck", "check_sites", "check_weights", "saturating_pairs"]
+__all__ = ["MULTIPLY_ADD_LIMIT", "SiteCheck", "check_sites", "check_weights", "saturating_pairs"]
 
 BOUNDARY = 1e-4
 SITE_BOUND = 1e-5
-_MULTIPLY_ADD_LIMIT = 2**15 - 1
+MULTIPLY_ADD_LIMIT = 2**15 - 1
+"""Of the sum of two neighbouring u8×s8 products, which x86 without VNNI adds in int16."""
 _TAP_BYTES = 2**29
 
 
@@ -44,10 +45,12 @@ def check_sites(
     checks, problems = [], [f"site {name} is not in the exported graph" for name in sites.keys() - taps.keys()]
     for group in _groups([s for name, s in sites.items() if name in taps], reference, len(next(iter(feeds.values())))):
         heard_at = [taps[site.site] for site in group]
+        heard_at += [taps[site.partner] for site in group if taps[site.site].joint]
         names = {n for tap in heard_at for n in (tap.input.name, tap.codes.name, tap.output.name)}
         values = watched.run(names, feeds)
         for site in group:
-            check, found = _check_site(site, taps[site.site], reference, known, values)
+            partner = sites[site.partner] if taps[site.site].joint else None
+            check, found = _check_site(site, partner, taps, reference, known, values)
             checks.append(check)
             problems += found
         del values
@@ -60,7 +63,7 @@ def _groups(sites: Sequence[QuantisedSite], reference: Program, batch: int) -> l
     groups: list[list[QuantisedSite]] = []
     room = 0
     for site in sites:
-        shapes = [node.meta["shape"] for node in (site.x, site.layer)]
+        shapes = [node.meta["shape"] for node in (site.x, site.product or site.layer)]
         size = sum(4 * batch * int(np.prod([d for d in shape if isinstance(d, int)])) for shape in shapes)
         if room < size or not groups:
             groups.append([])
@@ -70,18 +73,32 @@ def _groups(sites: Sequence[QuantisedSite], reference: Program, batch: int) -> l
     return groups
 
 
+def _codes(tap: Tap, values: Mapping[str, Array]) -> Tensor:
+    return heard(tap.codes, values).to(torch.int16) - tap.zero_point
+
+
 def _check_site(
-    site: QuantisedSite, tap: Tap, reference: Program, known: Mapping[Any, Tensor], values: Mapping[str, Array]
+    site: QuantisedSite,
+    partner: QuantisedSite | None,
+    taps: Mapping[str, Tap],
+    reference: Program,
+    known: Mapping[Any, Tensor],
+    values: Mapping[str, Array],
 ) -> tuple[SiteCheck, list[str]]:
+    """partner: what meets its codes in a product, where nothing else has their value."""
+    tap = taps[site.site]
     known = {**known, site.x: heard(tap.input, values)}
-    codes = heard(tap.codes, values).to(torch.int16) - tap.zero_point
+    codes = _codes(tap, values)
     level = code_levels(reference, site, known)
     differs = clipped(reference, site, level.round(), known) != codes
     far = (level - level.floor() - 0.5).abs() > BOUNDARY
     problems = []
     if wrong := int((differs & far).sum()):
         problems.append(f"{site.site}: {wrong} of {codes.numel()} codes differ away from a rounding boundary")
-    wanted = site_output(reference, site, codes, known)
+    if partner is None:
+        wanted = site_output(reference, site, codes, known)
+    else:
+        wanted = joint_output(reference, [(site, codes), (partner, _codes(taps[partner.site], values))], known)
     error = float((heard(tap.output, values) - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if not error <= SITE_BOUND + tap.rounding:
         problems.append(f"{site.site}: the output differs by {error:.1e} relative on equal codes")
@@ -91,7 +108,7 @@ def _check_site(
 def saturating_pairs(weight: Array, largest_code: int) -> int:
     """Neighbouring rows k, k+1 of an int8 weight [K, O] whose products could leave int16 when added."""
     size = np.abs(weight.astype(np.int32))
-    return int((largest_code * (size[:-1] + size[1:]) > _MULTIPLY_ADD_LIMIT).sum())
+    return int((largest_code * (size[:-1] + size[1:]) > MULTIPLY_ADD_LIMIT).sum())
 
 
 def check_weights(model: Path, taps: Mapping[str, Tap], reference: Program) -> list[str]:

@@ -1,7 +1,7 @@
 """The quantiser of a softmax in standard operators, for `portable` and `onnxruntime`.
 
 level   p·(1/s), or ln(max(p, 2⁻¹²⁶))·(-1/ln 2); Where by the sample's row if a table has both
-codes   Clip(0, 2ⁿ-1) → QuantizeLinear(1) as uint8
+codes   Clip(0, 2ⁿ-1) → QuantizeLinear(1) as uint8, which alone is a clip to 8 bits
 value   s·c, or 2⁻ᶜ by Pow
 """
 
@@ -17,6 +17,7 @@ from hqc.ops.softmax_quantize import LEAST, PER_OCTAVE
 __all__ = ["softmax_quantize"]
 
 _HALF = 0.5
+_BYTE = 8
 
 
 def softmax_quantize(lo: Lowering, node: fx.Node) -> ir.Value:
@@ -34,9 +35,11 @@ def softmax_quantize(lo: Lowering, node: fx.Node) -> ir.Value:
     def either(found: list[ir.Value]) -> ir.Value:
         return found[0] if chosen is None else b.op("Where", chosen, found[1], found[0])
 
-    clipped = b.op("Clip", either(levels), b.scalar(0.0), b.scalar(float(2 ** int(bits) - 1)))  # type: ignore[arg-type]
+    level = either(levels)
+    if bits != _BYTE:  # at 8 bits QuantizeLinear saturates at the ends of a byte
+        level = b.op("Clip", level, b.scalar(0.0), b.scalar(float(2 ** int(bits) - 1)))  # type: ignore[arg-type]
     name = f"{node.meta.get('site', node.name)}.codes"
-    codes = typed(b.op("QuantizeLinear", clipped, b.scalar(1.0), output_dtype=ir.DataType.UINT8, name=name), _UINT8)
+    codes = typed(b.op("QuantizeLinear", level, b.scalar(1.0), output_dtype=ir.DataType.UINT8, name=name), _UINT8)
     lo.codes[node] = codes
     whole = b.op("DequantizeLinear", codes, b.scalar(1.0))
     if step is not None:

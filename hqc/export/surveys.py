@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from hqc.errors import ExportError
+from hqc.export.attention_notes import attention_note
 from hqc.export.builder import typed
 from hqc.export.lowering import Lowering, is_size, onnx_dtype
 from hqc.export.onnxruntime import OnnxRuntimeLowering
@@ -46,11 +47,15 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class Survey:
-    """How often a target takes each operator of a program, and what it does not take."""
+    """How often a target takes each operator of a program, and what it does not take.
+
+    attention: how it runs attention that is quantised, empty where none is.
+    """
 
     target: Target
     taken: Mapping[str, int]
     obstacles: tuple[Obstacle, ...]
+    attention: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -58,6 +63,7 @@ class Survey:
             "target": self.target,
             "takes": dict(self.taken),
             "does_not_take": [asdict(obstacle) for obstacle in self.obstacles],
+            **({"attention": self.attention} if self.attention else {}),
         }
 
 
@@ -75,7 +81,7 @@ def survey(program: Program, target: Target) -> Survey:
             refused.append((node, refusal))
         elif isinstance(node.target, torch._ops.OpOverload) and not is_size(node):
             taken[str(node.target)] += 1
-    return Survey(target, dict(sorted(taken.items())), tuple(_grouped(refused)))
+    return Survey(target, dict(sorted(taken.items())), tuple(_grouped(refused)), attention_note(program, target))
 
 
 def survey_targets(program: Program) -> tuple[Survey, ...]:

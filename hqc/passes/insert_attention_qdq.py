@@ -100,8 +100,8 @@ class InsertAttentionQdq:
 
 def _reader(found: WrittenOut, part: str) -> fx.Node:
     """The node that reads a part."""
-    scores = found.softmax.args[0] if found.mask is None else found.softmax.args[0].args[0]  # type: ignore[union-attr]
-    readers = {"query": scores, "key": scores.args[1], "value": found.result, "softmax": found.result}  # type: ignore[union-attr]
+    scores = found.scores
+    readers = {"query": scores, "key": scores.args[1], "value": found.result, "softmax": found.result}
     return readers[part]  # type: ignore[return-value]
 
 

@@ -9,8 +9,8 @@ softmax whose probabilities follow a power law rather than an exponential (by th
 quantised in powers of two, which keeps its small probabilities. Blocks are reconstructed as in Q-Diffusion, rounding
 first, then activation scales; then in rounds whose inputs the quantised program's own sampling gives, as in use.
 
-The softmax has 8 bits, of its own; q, k and v stay float. Its products with v are float in every export: powers of two
-have no integer product, and TensorRT and the GPU runtime compute all of attention in float.
+The softmax has 8 bits, of its own; q, k and v stay float, so that attention's products are products of floats in every
+export (powers of two have no product of integers either). TensorRT and the GPU runtime leave the softmax float too.
 
 Not published, and so the project's own choices: the weights ω of groups (by their range), four groups, the exponential
 as the alternative to the power law, the likelihoods over probabilities of at least half an even step, how long each

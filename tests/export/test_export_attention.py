@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,55 +9,46 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from attention_models import Attending, attending
+from attention_models import attention_quantised
 
 import hqc
 from hqc.attentions import written_out
 from hqc.errors import ExportError
 from hqc.export import TensorRtOptions, export_program
 from hqc.export.surveys import survey
-from hqc.passes import FloatAttention, InsertAttentionQdq, InsertQdq, OpenAttention, SelectLayers
+from hqc.passes import FloatAttention, InsertQdq, SelectLayers
 from hqc.pipeline import run_pass, run_pipeline
 from hqc.program import Program
 from hqc.runtimes.cuda.build import BuildOptions, integer_module
 from hqc.runtimes.cuda.kernel_set import reference_kernels
 
 GRID = (0.0, 500.0, 999.0)
+ONE = "1 with 0 of 2 products of integers; 1 of floats: query and key are float; 1 of floats: value is float"
+POWERS = "softmax has powers of two, which no product of integers takes"
 SAID = "attention runs in float: this target has no kernel for a quantised softmax or its products"
-
-
-def quantised(
-    softmax_bits: int, operands: str, kinds: tuple[float, ...] = (0.0, 1.0, 0.0), *, bits: str = "w4a4", **model: Any
-) -> Program:
-    """Random scales, and a kind of steps for each timestep."""
-    steps = [OpenAttention(), SelectLayers(bits=bits), InsertQdq(GRID), InsertAttentionQdq(softmax_bits, operands)]  # type: ignore[arg-type]
-    result = run_pipeline(attending(partial(Attending, 0.3, spread=4.0, **model), tokens=12), steps)
-    generator, state = torch.Generator().manual_seed(2), dict(result.state)
-    for name, tensor in state.items():
-        if name.endswith("softmax.activation_scale_table"):
-            state[name] = tensor * (0.7 + 0.3 * torch.rand(tensor.shape, generator=generator))
-        elif name.endswith("scale_table"):
-            state[name] = 0.2 + 0.3 * torch.rand(tensor.shape, generator=generator)
-        if name.endswith("log2_table"):
-            state[name] = torch.tensor(kinds)
-    return result.evolve(state=state)
 
 
 @pytest.mark.parametrize("target", ["portable", "onnxruntime"])
 @pytest.mark.parametrize("one_timestep", [False, True])
 @pytest.mark.parametrize(
-    ("softmax_bits", "operands", "kinds"),
+    ("softmax_bits", "operands", "kinds", "said"),
     [
-        *((bits, "float", kinds) for bits in (4, 8) for kinds in ((0.0, 1.0, 0.0), (0.0,) * 3, (1.0,) * 3)),
-        (8, "asymmetric", (0.0,) * 3),
-        (4, "symmetric", (0.0, 1.0, 0.0)),
-        (0, "asymmetric", (0.0,) * 3),
+        *((bits, "float", kinds, ONE) for bits in (4, 8) for kinds in ((0.0, 1.0, 0.0), (0.0,) * 3, (1.0,) * 3)),
+        (8, "asymmetric", (0.0,) * 3, "1 with 2 of 2 products of integers"),
+        (4, "symmetric", (0.0, 1.0, 0.0), f"1 with 1 of 2 products of integers; 1 of floats: {POWERS}"),
+        (0, "asymmetric", (0.0,) * 3, "1 with 1 of 2 products of integers; 1 of floats: softmax is float"),
     ],
 )
 def test_it_equals_torch(
-    target: Any, one_timestep: bool, softmax_bits: int, operands: str, kinds: tuple[float, ...], tmp_path: Path
+    target: Any,
+    one_timestep: bool,
+    softmax_bits: int,
+    operands: str,
+    kinds: tuple[float, ...],
+    said: str,
+    tmp_path: Path,
 ) -> None:
-    program = quantised(softmax_bits, operands, kinds, masked=True)
+    program = attention_quantised(softmax_bits, operands, kinds, masked=True)
     report = export_program(program, target, tmp_path / "x", one_timestep=one_timestep)
     wanted = {"to_q", "to_k", "to_v", "to_out"}
     (attention,) = written_out(program)
@@ -68,19 +58,22 @@ def test_it_equals_torch(
     if one_timestep:
         args = (args[0], torch.full((5,), 500.0), args[2])
     torch.testing.assert_close(session(*args), program.module()(*args), rtol=1e-4, atol=1e-4)
-    assert report.attention.startswith("1 with float products of quantised values")
-    assert ("powers of two" in report.attention) == (softmax_bits > 0 and any(kinds))
+    assert report.attention == ("1 with float products of quantised values" if target == "portable" else said)
     assert f"attention {report.attention}" in str(report)
+    assert survey(program, target).attention == report.attention
     if not any(kinds):
         assert not any(node.op_type in ("Log", "Pow") for node in onnx.load(str(tmp_path / "x/model.onnx")).graph.node)
 
 
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
 @pytest.mark.parametrize("part", ["softmax", "query", "value"])
-def test_verification_sees_a_wrong_quantiser(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verification_sees_a_wrong_quantiser(
+    target: Any, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A lowering with another scale than the program's is found at that part, and nothing is written."""
     from hqc.export import artefact
 
-    program = quantised(8, "asymmetric", (0.0,) * 3)
+    program = attention_quantised(8, "asymmetric", (0.0,) * 3)
     own = artefact.onnx_from_program
 
     def wrong(prepared: Program, *given: Any, **named: Any) -> Any:
@@ -89,13 +82,13 @@ def test_verification_sees_a_wrong_quantiser(part: str, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(artefact, "onnx_from_program", wrong)
     with pytest.raises(ExportError, match=rf"attention_{part}: \d+ of \d+ codes differ away from a rounding boundary"):
-        export_program(program, "portable", tmp_path / "x")
+        export_program(program, target, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_all_codes_of_a_softmax_of_8_bits_reach_255(tmp_path: Path) -> None:
     """Unsigned bytes, which a signed one would not hold."""
-    program = quantised(8, "float", (0.0,) * 3)
+    program = attention_quantised(8, "float", (0.0,) * 3)
     export_program(program, "onnxruntime", tmp_path / "x")
     model = onnx.load(str(tmp_path / "x/model.onnx"))
     kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
@@ -115,7 +108,7 @@ def test_all_codes_of_a_softmax_of_8_bits_reach_255(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_tensorrt_computes_attention_in_float_and_says_so(dtype: Any, tmp_path: Path) -> None:
-    program = quantised(4, "asymmetric")
+    program = attention_quantised(4, "asymmetric")
     report = export_program(program, "tensorrt", tmp_path / "x", tensorrt=TensorRtOptions(dtype=dtype))
     assert report.attention == f"1 float: {SAID}"
     assert f"attention 1 float: {SAID}" in str(report)
@@ -125,7 +118,7 @@ def test_tensorrt_computes_attention_in_float_and_says_so(dtype: Any, tmp_path: 
 
 
 def test_the_gpu_runtime_computes_attention_in_float_and_says_so() -> None:
-    program = quantised(4, "asymmetric")
+    program = attention_quantised(4, "asymmetric")
     module = integer_module(program, reference_kernels(), BuildOptions(torch.device("cpu"), torch.float32))
     report = module.meta["report"]
     assert report.attention == f"1 float: {SAID}"

@@ -294,7 +294,7 @@ def _save_figures(figures: Mapping[str, Any], folder: Path) -> None:
 def _export_figures(plan: QuantPlan, exported: Path | None, refusal: str) -> dict[str, Any]:
     """Layers that run on integers, and how far the export is from torch with equal codes.
 
-    Quantisers within attention are verified too, but their products are float.
+    Quantisers within attention are verified too, and are no layers; the export's report counts their products.
     """
     if exported is None:
         return {"integer_sites": None, "export_error": None, "export_refused": refusal}
