@@ -14,10 +14,13 @@ from torch import Tensor, fx
 
 from hqc.errors import ExportError
 from hqc.ops.fake_quantize import per_first_axis
+from hqc.ops.grouped import spread
 from hqc.program import Program, aten, is_op
 
 __all__ = [
+    "DEQUANTISERS",
     "FAKE_QUANTISERS",
+    "GROUPED",
     "QUANTISERS",
     "QUANTISER_ROLES",
     "VALUE_ROLES",
@@ -25,12 +28,19 @@ __all__ = [
     "Lookups",
     "bounds_of",
     "clip_codes",
+    "scale_like",
 ]
 
 ops = torch.ops.hqc
-FAKE_QUANTISERS = (ops.fake_quantize.default, ops.fake_quantize_bounded.default, ops.fake_quantize_residual.default)
-QUANTISERS = (ops.quantize.default, ops.quantize_bounded.default)
+GROUPED = (ops.fake_quantize_grouped.default, ops.quantize_grouped.default, ops.dequantize_grouped.default)
+"""With a scale for every group of channels; the last arguments are their axis and how many make a group."""
+FAKE_QUANTISERS = (
+    *(ops.fake_quantize.default, ops.fake_quantize_bounded.default, ops.fake_quantize_residual.default),
+    ops.fake_quantize_grouped.default,
+)
+QUANTISERS = (ops.quantize.default, ops.quantize_bounded.default, ops.quantize_grouped.default)
 """Each with the arguments (x, scale, low, high): floats with gradients, and codes."""
+DEQUANTISERS = (ops.dequantize.default, ops.dequantize_grouped.default)
 VALUE_ROLES = ("activation_quantizer", "operand_quantizer", "softmax_quantizer")
 """Of quantisers of what depends on the input: of layers, and of q, k, v and softmax within attention."""
 QUANTISER_ROLES = (*VALUE_ROLES, "weight_quantizer")
@@ -121,3 +131,11 @@ def clip_codes(levels: Tensor, low: Any, high: Any) -> Tensor:
     if isinstance(low, Tensor):
         return levels.clamp(per_first_axis(low, levels), per_first_axis(high, levels))
     return levels.clamp(low, high)
+
+
+def scale_like(quantiser: fx.Node, scale: Tensor, x: Tensor) -> Tensor:
+    """The scales of a node that quantises or dequantises so shaped that they multiply x: one a row, or one a group."""
+    if not is_op(quantiser, *GROUPED):
+        return per_first_axis(scale, x)
+    axis, group = quantiser.args[-2:]
+    return spread(scale, x, axis, group)  # type: ignore[arg-type]

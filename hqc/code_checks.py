@@ -19,6 +19,8 @@ ops = torch.ops.hqc
 def activation_codes_fit(program: Program, plan: SitePlan, quantiser: fx.Node) -> bool:
     """Whether the codes that a site reads are those of its plan; of an asymmetric site the timestep picks them."""
     bits, bounds = plan.activation_bits, quantiser.args[2:4]
+    if plan.activation_group:
+        return bounds == activation_range(bits or 8)
     if not plan.activation_symmetric and not all(is_op(bound, aten.index_select.default) for bound in bounds):
         return False
     return codes_fit(program, quantiser, activation_range(bits or 8), bits, plan.activation_symmetric)
@@ -27,6 +29,9 @@ def activation_codes_fit(program: Program, plan: SitePlan, quantiser: fx.Node) -
 def weight_codes_problem(program: Program, plan: SitePlan, quantiser: fx.Node) -> str:
     """What is wrong with the codes of a site's weight; empty for nothing."""
     bits = plan.weight_code_bits
+    if plan.weight_group:
+        fit = quantiser.args[2:4] == weight_range(bits)
+        return "" if fit else f"its weight's codes are not those of {bits} bits"
     if not plan.weight_mixed:
         fit = codes_fit(program, quantiser, weight_range(bits), bits, plan.weight_symmetric)
         return "" if fit else f"its weight's codes are not those of {bits} bits"

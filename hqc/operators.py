@@ -81,6 +81,7 @@ _OWN = frozenset(
     for name in (
         *("hadamard", "fake_quantize", "nearest_timestep", "quantize", "dequantize"),
         *("fake_quantize_bounded", "fake_quantize_residual", "quantize_bounded", "round_ste", "softmax_quantize"),
+        *("dynamic_scale", "fake_quantize_grouped", "quantize_grouped", "dequantize_grouped"),
         *("unpack_int4", "lookup", "rotate_codes", "digit", "half", "int_linear", "int_conv2d", "rescale"),
     )
 )
@@ -102,6 +103,7 @@ Rule = Callable[[Arguments], str]
 _MOST_PARTS = 4096
 _CODES = (torch.int8, torch.int16)
 _LARGEST_CODE = 2**15
+_LARGEST_GROUP = 2**24
 
 
 def _parts(count: Callable[[int, Arguments], int]) -> Rule:
@@ -197,6 +199,42 @@ def _residual_quantiser(given: Arguments) -> str:
         return found
     fits = step.is_floating_point() and tuple(step.shape) == tuple(rows)
     return "" if fits else f"has steps {list(step.shape)}; expected one real number for each of {list(rows)} rows"
+
+
+def _by_group(x: Tensor, axis: Any, group: Any) -> str:
+    if x.ndim < 2 or axis not in (1, -1, x.ndim - 1):
+        return f"groups axis {axis} of {x.ndim}; expected 1 or the last"
+    return "" if type(group) is int and 0 < group < _LARGEST_GROUP else f"has groups of {group!r}"
+
+
+def _scale_per_group(x: Tensor, given: Arguments) -> str:
+    scale, axis, group = given["scale"], given["axis"], given["group"]
+    if found := _by_group(x, axis, group):
+        return found
+    wanted = list(x.shape)
+    wanted[axis] = -(-wanted[axis] // group)
+    if list(scale.shape) != wanted or not scale.is_floating_point():
+        return f"has scales {list(scale.shape)} for groups of {group} of {list(x.shape)}; expected {wanted}"
+    return ""
+
+
+def _dynamic_scale(given: Arguments) -> str:
+    if not given["x"].is_floating_point():
+        return "measures whole numbers"
+    if not 0 < given["qmax"] <= 127:
+        return f"has codes up to {given['qmax']}; expected some of 1…127"
+    return _by_group(given["x"], given["axis"], given["group"])
+
+
+def _grouped_quantiser(given: Arguments) -> str:
+    low, high = given["qmin"], given["qmax"]
+    if not -128 <= low < high <= 127:
+        return f"has codes {low}…{high}; expected some of -128…127"
+    return _scale_per_group(given["x"], given) or ("" if given["x"].is_floating_point() else "quantises whole numbers")
+
+
+def _grouped_dequantiser(given: Arguments) -> str:
+    return _scale_per_group(given["q"], given) if given["q"].dtype in _CODES else f"dequantises {given['q'].dtype}"
 
 
 def _from_table(given: Arguments) -> str:
@@ -332,6 +370,10 @@ RULES: Mapping[str, Rule] = {
     "hqc.round_ste.default": _rounded,
     "hqc.dequantize.default": _dequantiser,
     "hqc.nearest_timestep.default": _nearest,
+    "hqc.dynamic_scale.default": _dynamic_scale,
+    "hqc.fake_quantize_grouped.default": _grouped_quantiser,
+    "hqc.quantize_grouped.default": _grouped_quantiser,
+    "hqc.dequantize_grouped.default": _grouped_dequantiser,
     "hqc.unpack_int4.default": _unpacked,
     "hqc.lookup.default": _from_table,
     "hqc.rotate_codes.default": _rotated_codes,

@@ -191,7 +191,8 @@ class SitePlan:
     one a timestep. `smoothed`: every input channel has a factor, which the weight takes back; `shifted`: a shift too,
     which the bias does. `weight_mixed`: output channels have n - 1, n or n + 1 bits, n in the mean. `weight_lookup`:
     codes are of 8 bits, at most 2ⁿ different ones in an output channel. `branch_rank`: of the float branch beside the
-    site, 0 for none.
+    site, 0 for none. `weight_group`, `activation_group`: that many input channels have a scale together, 0 for scales
+    of whole channels and of whole tensors; those of activations are of the values themselves, at every call.
     """
 
     site: str
@@ -214,6 +215,8 @@ class SitePlan:
     branch_rank: int = 0
     weight_lookup: bool = False
     weight_residual: bool = False
+    weight_group: int = 0
+    activation_group: int = 0
 
     @property
     def quantised(self) -> bool:
@@ -226,6 +229,11 @@ class SitePlan:
         return self.weight_bits is not None and self.activation_bits is None
 
     @property
+    def grouped(self) -> bool:
+        """Whether any of its scales is of a group of channels: its product is none of whole integer rows."""
+        return bool(self.weight_group or self.activation_group)
+
+    @property
     def weight_code_bits(self) -> int:
         """Of the range that the weight's codes lie in: 8 where they come from a table."""
         return 8 if self.weight_lookup else self.weight_bits or 8
@@ -235,7 +243,7 @@ class SitePlan:
         """`w4a4`, or `float`; an asymmetric operand has a star, `w4*a4*`, a weight of mixed bits a sign: `w4±*a4*`.
 
         One whose codes come from a table has a tilde, `w4~a8`, and a16 stands for a float activation; one whose salient
-        channels have a binary code more has a plus, `w4+*a4*`.
+        channels have a binary code more has a plus, `w4+*a4*`. Scales of groups of 64 channels: `w4g64a4g64`.
         """
         if self.weight_only:
             return f"w{self.weight_bits}~a16"
@@ -244,7 +252,8 @@ class SitePlan:
         stars = ["" if symmetric else "*" for symmetric in (self.weight_symmetric, self.activation_symmetric)]
         kinds = {"+": self.weight_residual, "±": self.weight_mixed, "~": self.weight_lookup}
         form = next((sign for sign, is_so in kinds.items() if is_so), "")
-        return f"w{self.weight_bits}{form}{stars[0]}a{self.activation_bits}{stars[1]}"
+        groups = [f"g{group}" if group else "" for group in (self.weight_group, self.activation_group)]
+        return f"w{self.weight_bits}{form}{stars[0]}{groups[0]}a{self.activation_bits}{stars[1]}{groups[1]}"
 
     @property
     def hadamard(self) -> Rotation | None:
@@ -359,11 +368,15 @@ def _check_fields(plan: QuantPlan) -> None:
 _KINDS = ("conv2d", "linear")
 
 
+def _groups(plan: SitePlan) -> tuple[int, int]:
+    return plan.weight_group, plan.activation_group
+
+
 def _site_plan(data: Mapping[str, Any]) -> SitePlan:
     plan = SitePlan(**data)
     texts, counts = (
         (plan.site, plan.kind, plan.reason, plan.rotation),
-        (plan.in_channels, plan.out_channels, plan.block, plan.lora_rank, plan.branch_rank),
+        (plan.in_channels, plan.out_channels, plan.block, plan.lora_rank, plan.branch_rank, *_groups(plan)),
     )
     widths = (plan.weight_bits, plan.activation_bits)
     if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in counts):
@@ -392,6 +405,10 @@ def _site_plan(data: Mapping[str, Any]) -> SitePlan:
     plain = plan.weight_symmetric and (plan.weight_bits or 8) <= HIGHEST_LOOKUP_BITS
     if type(plan.weight_lookup) is not bool or (plan.weight_lookup and not plain):
         raise ValueError(f"site {plan.site!r} has a table for weights of {plan.weight_bits} bits")
+    if plan.weight_group and (not quantised or not plan.weight_symmetric or plan.weight_lookup):
+        raise ValueError(f"site {plan.site!r} has a scale for {plan.weight_group} channels of a {plan.widths} weight")
+    if plan.activation_group and (not quantised or not plan.activation_symmetric):
+        raise ValueError(f"site {plan.site!r} has a scale for {plan.activation_group} channels of {plan.widths}")
     if plan.kind not in _KINDS:
         raise ValueError(f"site {plan.site!r} is a {plan.kind}")
     if plan.rotation not in ORDERS or plan.block not in (0, *ORDERS[plan.rotation]):

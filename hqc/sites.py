@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from hqc.attentions import part_name, written_out
-from hqc.bounds import FAKE_QUANTISERS, QUANTISERS, Bounds, bounds_of
+from hqc.bounds import DEQUANTISERS, FAKE_QUANTISERS, QUANTISERS, Bounds, bounds_of
 from hqc.errors import ExportError
 from hqc.program import Program, aten, is_op
 from hqc.rotations import Rotation
@@ -169,7 +169,7 @@ def _fake_site(program: Program, site: str, layer: fx.Node) -> QuantisedSite | N
     if is_op(real, ops.hadamard.default):
         real = real.args[0]  # type: ignore[assignment]
     quantiser = real
-    if is_op(real, ops.dequantize.default) and is_op(real.args[0], *QUANTISERS):
+    if is_op(real, *DEQUANTISERS) and is_op(real.args[0], *QUANTISERS):
         quantiser = real.args[0]  # type: ignore[assignment]
     elif not is_op(real, *FAKE_QUANTISERS):
         return None

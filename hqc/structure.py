@@ -13,8 +13,9 @@ from torch import fx
 
 import hqc.ops  # noqa: F401  (registers the operators)
 from hqc.attention_checks import ATTENTION_ROLES, attention_problems
-from hqc.bounds import FAKE_QUANTISERS, QUANTISERS
+from hqc.bounds import DEQUANTISERS, FAKE_QUANTISERS, QUANTISERS
 from hqc.code_checks import activation_codes_fit, weight_codes_problem
+from hqc.group_checks import group_problem
 from hqc.plan import SitePlan, main_site
 from hqc.program import Program, Stage, aten, is_op
 from hqc.rotations import Rotation
@@ -24,6 +25,10 @@ __all__ = ["site_problems"]
 
 ops = torch.ops.hqc
 _CONV, _LINEAR, _RESCALE = aten.conv2d.default, aten.linear.default, ops.rescale.default
+_OF_ONE_VALUE = (
+    *(aten.to.dtype, ops.dynamic_scale.default, ops.hadamard.default, ops.rotate_codes.default),
+    *(ops.unpack_int4.default, ops.digit.default, ops.half.default),
+)
 _PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
 _ROLES: Mapping[str, tuple[Any, ...]] = {
     "layer": (_CONV, _LINEAR, _RESCALE),
@@ -39,21 +44,23 @@ _ROLES: Mapping[str, tuple[Any, ...]] = {
     "lora": (aten.add.Tensor,),
     "row": (ops.nearest_timestep.default,),
     "codes": QUANTISERS,
+    "dynamic_scale": (ops.dynamic_scale.default,),
     "attention": (aten.matmul.default,),
     "operand_quantizer": FAKE_QUANTISERS,
     "operand_codes": QUANTISERS,
     "operand": (ops.dequantize.default,),
     "softmax_quantizer": (ops.softmax_quantize.default,),
-    "activation": (ops.dequantize.default,),
+    "activation": DEQUANTISERS,
     "product": _PRODUCTS,
     "weight": (
-        *(ops.dequantize.default, ops.rotate_codes.default, ops.unpack_int4.default),
+        *(*DEQUANTISERS, ops.rotate_codes.default, ops.unpack_int4.default),
         *(ops.lookup.default, ops.digit.default, ops.half.default, aten.to.dtype),
     ),
 }
 _OF_QUANTISED = (
     "activation_quantizer",
     "weight_quantizer",
+    "dynamic_scale",
     "lora",
     "codes",
     "product",
@@ -125,13 +132,13 @@ def _operands(node: fx.Node) -> int:
     """How many of the first arguments are values."""
     if is_op(node, _RESCALE, ops.softmax_quantize.default):
         return 3
-    if is_op(node, aten.to.dtype, ops.hadamard.default, ops.rotate_codes.default, ops.unpack_int4.default):
+    if is_op(node, *_OF_ONE_VALUE):
         return 1
     if is_op(node, ops.fake_quantize_residual.default):
         return 5
     if is_op(node, ops.fake_quantize_bounded.default, ops.quantize_bounded.default):
         return 4
-    return 1 if is_op(node, ops.digit.default, ops.half.default) else 2
+    return 2
 
 
 # ---- a site of the plan ----------------------------------------------------------------------------------------------
@@ -308,9 +315,9 @@ def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iter
         yield problem
     elif not activation_codes_fit(program, plan, real):
         yield f"its activation's codes are not those of {plan.activation_bits} bits"
-    elif problem := weight_codes_problem(program, plan, weight):
+    elif problem := weight_codes_problem(program, plan, weight) or group_problem(program, plan, real, weight):
         yield problem
-    elif f"{plan.site}.activation_scale_table" not in program.state:
+    elif not plan.activation_group and f"{plan.site}.activation_scale_table" not in program.state:
         yield "has no table of scales"
     elif missing := [name for name in _zero_points(plan) if name not in program.state]:
         yield f"has no {missing[0].removeprefix(plan.site + '.')}"
@@ -343,6 +350,8 @@ def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Itera
     back = None if plan.weight_rotated else plan.hadamard
     if not any(name in program.state for name in names):
         yield "has no stored codes"
+    elif is_op(layer, _RESCALE) and plan.grouped:
+        yield "the plan says that its scales are of groups; the graph has an integer product"
     elif is_op(layer, _RESCALE):
         products = list(_products(layer.args[0]))
         if not products or not all(_of_site(product, plan, "product") for product in products):
@@ -367,6 +376,8 @@ def _integer_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Itera
             yield problem
         elif not _of_site(layer.args[1], plan, "weight"):
             yield "its weight is not made of its codes"
+        elif problem := group_problem(program, plan, real.args[0], layer.args[1]):
+            yield problem
 
 
 def _products(accumulator: Any) -> Iterator[Any]:

@@ -17,12 +17,15 @@ _TRAINING_OPS: set[object] = {
     ops.fake_quantize.default,
     ops.fake_quantize_bounded.default,
     ops.fake_quantize_residual.default,
+    ops.fake_quantize_grouped.default,
     ops.round_ste.default,
 }
 _INTEGER_OPS: set[object] = {
     ops.quantize.default,
     ops.quantize_bounded.default,
+    ops.quantize_grouped.default,
     ops.dequantize.default,
+    ops.dequantize_grouped.default,
     ops.unpack_int4.default,
     ops.lookup.default,
     ops.rotate_codes.default,
@@ -31,7 +34,7 @@ _INTEGER_OPS: set[object] = {
     ops.int_conv2d.default,
     ops.rescale.default,
 }
-_QUANTISING_OPS: set[object] = {ops.softmax_quantize.default}
+_QUANTISING_OPS: set[object] = {ops.softmax_quantize.default, ops.dynamic_scale.default}
 """In float before freezing and after."""
 _FORBIDDEN: Mapping[Stage, set[object]] = {
     Stage.CAPTURED: _TRAINING_OPS | _INTEGER_OPS | _QUANTISING_OPS,

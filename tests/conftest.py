@@ -53,6 +53,7 @@ SECONDS: Mapping[str, int] = {
     "lite/test_lite_schedulers.py": 15,
     "calibration/test_calibration_lora_start.py": 5,
     "export/test_export_residual.py": 12,
+    "export/test_export_groups.py": 12,
     "capture/test_capture_denoisers.py": 20,
     "capture/test_capture_sizes.py": 20,
     "export/test_export_runtimes_agree.py": 20,

@@ -38,7 +38,7 @@ class CalibrateActivations:
 
     `samples` images are sampled in one go; per site and timestep the scale minimises the squared quantisation error
     over `candidates` clip ranges, or another `power` of it (2.4 is EfficientDM's). Asymmetric sites get their zero
-    points too. seed: of the noise and the conditions.
+    points too. Dynamic ranges have none to be found. seed: of the noise and the conditions.
     """
 
     samples: Annotated[int, Field(ge=1, le=4096)] = 16
@@ -122,7 +122,7 @@ class _Observer(fx.Interpreter):
             except Exception as error:
                 raise node_failure(n, error) from error
         x = self.env[n.args[0]]  # type: ignore[index]
-        if role in VALUE_ROLES:
+        if _has_table(self.program, n):
             self._observe(n, x)
         return x
 
@@ -157,6 +157,11 @@ def nearest_rows(visited: Sequence[int], count: int) -> list[int]:
     [1, 1, 1, 4, 4, 4]
     """
     return [min(visited, key=lambda v, r=row: (abs(v - r), v)) for row in range(count)]  # type: ignore[misc]
+
+
+def _has_table(program: Program, node: fx.Node) -> bool:
+    """Whether a node quantises with scales that calibration finds; those of dynamic ranges nobody stores."""
+    return node.meta.get("role") in VALUE_ROLES and f"{node.meta['site']}.activation_scale_table" in program.state
 
 
 def _grid(program: Program, quantiser: fx.Node) -> Tensor:
@@ -202,14 +207,17 @@ def calibrate(
     Raises:
         TrainingError: for NaN or infinity (naming site and timestep), or if the model was never called.
     """
+    quantisers = [node for node in program.graph.nodes if _has_table(program, node)]
+    if program.plan.quantised and not quantisers:  # every range is dynamic
+        return program
     observer = _Observer(program, candidates, power)
     forward_loop(observer)
     state = dict(program.state)
-    if not observer.searches and program.plan.quantised:
+    if not observer.searches and quantisers:
         raise TrainingError(
             "calibration", "the forward loop never called the model", "Call model(sample, timestep, …)."
         )
-    for quantiser in [node for node in program.graph.nodes if node.meta.get("role") in VALUE_ROLES]:
+    for quantiser in quantisers:
         site = str(quantiser.meta["site"])
         name, visited = f"{site}.activation_scale_table", [row for one, row in observer.searches if one == site]
         found = [observer.searches[site, row] for row in nearest_rows(visited, len(state[name]))]

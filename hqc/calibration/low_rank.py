@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hqc.calibration.site_rows import collect_for, require_rows
-from hqc.calibration.weights import mse_weight_scale, source_weight
+from hqc.calibration.weights import source_weight, symmetric_weight_scale, with_symmetric_scale
 from hqc.passes.insert_qdq import spanning_range, weight_top
 from hqc.passes.rewriting import layer_inputs
 from hqc.plan import SitePlan, weight_range
@@ -38,13 +38,13 @@ _BAND = 192
 class Decompose:
     """Fills the branches that `attach_branch` has put beside the sites, and what they leave in the weights.
 
-    rounds: how many turns at most; candidates: how many scales are tried for a channel of the residual, see
+    rounds: how many turns at most; candidates: how many scales are tried for a channel of the residual, or a group, see
     `calibrate_weights`. samples: images of the float trajectory; timesteps: how many of its steps are measured, evenly
     spread, on `rows` rows each. seed: of noise, conditions and rows.
     """
 
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 100
-    candidates: Annotated[int, Field(ge=2, le=1000)] = 80
+    candidates: Annotated[int, Field(ge=1, le=1000)] = 80
     samples: Annotated[int, Field(ge=1, le=4096)] = 16
     timesteps: Annotated[int, Field(ge=1, le=1000)] = 5
     rows: Annotated[int, Field(ge=1, le=65536)] = 64
@@ -115,8 +115,8 @@ class Decompose:
         turned = _turned(plan, residual)
         if plan.weight_symmetric:
             low, high = weight_range(plan.weight_bits or 8)
-            scale, zero = mse_weight_scale(turned, low, high, self.candidates), None
-            found = torch.ops.hqc.fake_quantize(turned, scale, low, high)
+            scale, zero = symmetric_weight_scale(turned, low, high, self.candidates, plan.weight_group), None
+            found = with_symmetric_scale(turned, scale, low, high, plan.weight_group)
         else:
             scale, zero = spanning_range(turned, top)
             found = torch.ops.hqc.fake_quantize_bounded(turned, scale, -zero, top - zero)

@@ -27,11 +27,10 @@ from torch import Tensor
 from hqc.calibration.low_rank import gram_of_columns, low_rank
 from hqc.calibration.rotations import quantised_activation
 from hqc.calibration.site_rows import SiteRows, collect_for, require_rows
-from hqc.calibration.weights import mse_weight_scale
-from hqc.passes.insert_qdq import Range
+from hqc.calibration.weights import symmetric_weight_scale, with_symmetric_scale
 from hqc.passes.insert_smoothing import output_shift
 from hqc.passes.rewriting import layer_inputs
-from hqc.plan import SitePlan, weight_range
+from hqc.plan import SitePlan, activation_range, weight_range
 from hqc.program import Program, Stage
 from hqc.sampling import Work
 from hqc.sites import source_of
@@ -40,6 +39,7 @@ from hqc.steps import check_options
 
 __all__ = ["Smooth", "smoothing_factors", "timestep_range_factors"]
 
+ops = torch.ops.hqc
 _WEIGHT_CANDIDATES = 16
 _LARGEST = 1024.0
 
@@ -51,10 +51,11 @@ class Smooth:
     Shifts, where it has put some, become the middles of the channels' values over all steps; factors are chosen behind.
 
     by: "grid" measures the output error of the candidates with both operands quantised at the plan's widths, unrotated,
-    activations in the range `activation`; "max_ratio" takes a = b = ½, "activation_range" a = 1 and b = 0;
-    "timestep_range" weighs max|x| of `groups` of neighbouring steps, factors being 1 … `limit`. candidates: how many
-    are tried at most. samples: images of the float trajectory, whose every step gives max|x|; timesteps: how many of
-    its steps are measured, evenly spread, on `rows` rows each. seed: of noise, conditions and rows.
+    in the ranges that `insert_qdq` gives them (`activation`, `weight_group` and `activation_group` are its own);
+    "max_ratio" takes a = b = ½, "activation_range" a = 1 and b = 0; "timestep_range" weighs max|x| of `groups` of
+    neighbouring steps, factors being 1 … `limit`. candidates: how many are tried at most. samples: images of the float
+    trajectory, whose every step gives max|x|; timesteps: how many of its steps are measured, evenly spread, on `rows`
+    rows each. seed: of noise, conditions and rows.
     """
 
     by: Literal["grid", "max_ratio", "activation_range", "timestep_range"] = "grid"
@@ -62,7 +63,9 @@ class Smooth:
     samples: Annotated[int, Field(ge=1, le=4096)] = 16
     timesteps: Annotated[int, Field(ge=1, le=1000)] = 5
     rows: Annotated[int, Field(ge=1, le=65536)] = 64
-    activation: Range = "symmetric"
+    activation: Literal["symmetric", "asymmetric", "dynamic"] = "symmetric"
+    weight_group: Annotated[int, Field(ge=0)] = 0
+    activation_group: Annotated[int, Field(ge=0)] = 0
     groups: Annotated[int, Field(ge=1, le=1000)] = 4
     limit: Annotated[float, Field(ge=1, le=_LARGEST)] = 10.0
     seed: Annotated[int, Field(ge=0)] = 2024
@@ -122,7 +125,7 @@ class Smooth:
         if self.by == "timestep_range":
             steps = torch.stack([seen.steps[step] for step in sorted(seen.steps)])
             return timestep_range_factors(steps, self.groups, self.limit)
-        site = _Site(plan, weight, seen.rows, self.activation)
+        site = _Site(plan, weight, seen.rows, self)
         tried = (smoothing_factors(seen.largest, weight, *pair) for pair in _pairs(self.candidates))
         return min(tried, key=site.error)
 
@@ -171,8 +174,8 @@ class _Site:
     """A site while candidates are tried: all that does not depend on them is computed once."""
 
     @torch.no_grad()
-    def __init__(self, plan: SitePlan, weight: Tensor, rows: Sequence[Tensor], activation: Range) -> None:
-        self._plan, self._rows, self._activation = plan, rows, activation
+    def __init__(self, plan: SitePlan, weight: Tensor, rows: Sequence[Tensor], step: Smooth) -> None:
+        self._plan, self._rows, self._step, self._shape = plan, rows, step, weight.shape
         self._flat, self._window = weight.flatten(1), weight[0, 0].numel()
         self._wanted = torch.cat(list(rows)) @ self._flat.T
         tall = self._flat.shape[0] >= self._flat.shape[1]
@@ -181,13 +184,13 @@ class _Site:
     @torch.no_grad()
     def error(self, factors: Tensor) -> float:
         """Σ‖Q_a(x̂)·Q_w(Ŵ - L)ᵀ + x̂·Lᵀ - x·Wᵀ‖²; L is the branch's, as far as the site has one."""
-        wide, bits = factors.repeat_interleave(self._window), self._plan.activation_bits or 8
+        wide = factors.repeat_interleave(self._window)
         smooth, scaled = self._flat * wide, [x / wide for x in self._rows]
-        found = torch.cat([quantised_activation(x, bits, self._activation) for x in scaled])
+        found = torch.cat([self._quantised_rows(x) for x in scaled])
         if not self._plan.branch_rank:
-            return _energy(found @ _quantised_weight(smooth, self._plan).T - self._wanted)
+            return _energy(found @ self._quantised_weight(smooth).T - self._wanted)
         up, down = low_rank(smooth, self._plan.branch_rank, self._gram_of(wide))
-        made = found @ _quantised_weight(smooth - up @ down, self._plan).T
+        made = found @ self._quantised_weight(smooth - up @ down).T
         return _energy(made + torch.cat(scaled) @ down.T @ up.T - self._wanted)
 
     def _gram_of(self, factors: Tensor) -> Tensor | None:
@@ -197,13 +200,26 @@ class _Site:
         factors = factors.to(self._gram.dtype)
         return self._gram * factors * factors.unsqueeze(1)
 
+    def _quantised_rows(self, rows: Tensor) -> Tensor:
+        """x̂ [n, K] of rows that are windows [C, …] of the input."""
+        step, bits = self._step, self._plan.activation_bits or 8
+        if step.activation != "dynamic":
+            return quantised_activation(rows, bits, step.activation)
+        x, (low, high) = rows.view(-1, *self._shape[1:]), activation_range(bits)
+        groups = 1, step.activation_group or self._plan.in_channels
+        scale = ops.dynamic_scale(x, high, *groups)
+        return ops.fake_quantize_grouped(x, scale, low, high, *groups).flatten(1)  # type: ignore[no-any-return]
+
+    def _quantised_weight(self, weight: Tensor) -> Tensor:
+        """Ŵ [O, K] as calibration would quantise it; scales of groups are as large as their values need."""
+        weight, ends, group = (
+            weight.view(self._shape),
+            weight_range(self._plan.weight_bits or 8),
+            self._step.weight_group,
+        )
+        scale = symmetric_weight_scale(weight, *ends, 1 if group else _WEIGHT_CANDIDATES, group)
+        return with_symmetric_scale(weight, scale, *ends, group).flatten(1)
+
 
 def _energy(x: Tensor) -> float:
     return float(x.square().sum())
-
-
-def _quantised_weight(weight: Tensor, plan: SitePlan) -> Tensor:
-    """Ŵ [O, K] as calibration would quantise it."""
-    low, high = weight_range(plan.weight_bits or 8)
-    scale = mse_weight_scale(weight, low, high, _WEIGHT_CANDIDATES)
-    return torch.ops.hqc.fake_quantize(weight, scale, low, high)  # type: ignore[no-any-return]

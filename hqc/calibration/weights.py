@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from hqc.bounds import bounds_of
+from hqc.ops.grouped import by_group
 from hqc.passes.insert_qdq import residual_step_of, spanning_range, weight_top
 from hqc.passes.rewriting import layer_inputs
 from hqc.program import Program, Stage, is_op
@@ -15,7 +16,14 @@ from hqc.sampling import Work
 from hqc.stages import each
 from hqc.steps import check_options
 
-__all__ = ["CalibrateWeights", "mse_weight_scale", "quantised_weight", "source_weight"]
+__all__ = [
+    "CalibrateWeights",
+    "mse_weight_scale",
+    "quantised_weight",
+    "source_weight",
+    "symmetric_weight_scale",
+    "with_symmetric_scale",
+]
 
 
 @dataclass(frozen=True)
@@ -23,10 +31,11 @@ class CalibrateWeights:
     """Scales that minimise ‖W_o - s·clip(round(W_o/s))‖² for every output channel of every quantised weight.
 
     An asymmetric range spans the channel's values and 0 instead. Scales of tables are `fit_lookup`'s, and stay.
-    candidates: how many scales are tried a channel, see `mse_weight_scale`.
+    candidates: how many scales are tried a channel, or a group of input channels where such have scales, see
+    `mse_weight_scale`; 1: max|W| over the largest code, as it is.
     """
 
-    candidates: Annotated[int, Field(ge=2, le=1000)] = 80
+    candidates: Annotated[int, Field(ge=1, le=1000)] = 80
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.QUANTISED,)
     gives: ClassVar[Stage | None] = None
@@ -50,7 +59,9 @@ class CalibrateWeights:
                 found = spanning_range(weight, weight_top(plan, state))
                 state[f"{plan.site}.weight_scale"], state[f"{plan.site}.weight_zero"] = found
                 continue
-            state[f"{plan.site}.weight_scale"] = mse_weight_scale(weight, bounds.low, bounds.high, self.candidates)
+            ends = bounds.low, bounds.high
+            scale = symmetric_weight_scale(weight, *ends, self.candidates, plan.weight_group)
+            state[f"{plan.site}.weight_scale"] = scale
         return program.evolve(state=state)
 
     def cost(self, program: Program, work: Work) -> float:
@@ -71,7 +82,7 @@ def quantised_weight(program: Program, quantiser: fx.Node, weight: Tensor) -> Te
     """What a quantiser of a program makes of some weight."""
     bounds, scale = bounds_of(quantiser, program), program.state[str(quantiser.args[1].target)]  # type: ignore[union-attr]
     if bounds.lookups is None:
-        return torch.ops.hqc.fake_quantize(weight, scale, bounds.low, bounds.high)  # type: ignore[no-any-return]
+        return quantiser.target(weight, scale, *quantiser.args[2:])  # type: ignore[no-any-return, operator]
     step = torch.zeros_like(scale)
     if is_op(quantiser, torch.ops.hqc.fake_quantize_residual.default):
         step = residual_step_of(program, quantiser)
@@ -80,18 +91,36 @@ def quantised_weight(program: Program, quantiser: fx.Node, weight: Tensor) -> Te
 
 
 @torch.no_grad()
+def symmetric_weight_scale(weight: Tensor, low: int, high: int, candidates: int, group: int) -> Tensor:
+    """`mse_weight_scale` [O], or of every group of so many input channels [O, G, …] where that is not 0."""
+    if not group:
+        return mse_weight_scale(weight, low, high, candidates)
+    grouped = by_group(weight, 1, group).movedim(2, -1)  # [O, G, …, g]
+    return mse_weight_scale(grouped.reshape(-1, grouped.shape[-1]), low, high, candidates).view(grouped.shape[:-1])
+
+
+@torch.no_grad()
+def with_symmetric_scale(weight: Tensor, scale: Tensor, low: int, high: int, group: int) -> Tensor:
+    """A weight on the grid of scales that `symmetric_weight_scale` gives."""
+    if not group:
+        return torch.ops.hqc.fake_quantize(weight, scale, low, high)  # type: ignore[no-any-return]
+    return torch.ops.hqc.fake_quantize_grouped(weight, scale, low, high, 1, group)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
 def mse_weight_scale(weight: Tensor, qmin: int, qmax: int, candidates: int = 80) -> Tensor:
     """Scale per output channel [O] that minimises ‖W_o - s·clip(round(W_o/s))‖² over shrunken ranges.
 
     Candidates are absmax/qmax·r for r evenly in (0.2, 1.2]: above 1 because the range is asymmetric at its ends. In a
     layer of more than a million weights of at most four bits every eighth is tried, then those around the best at half,
-    a quarter and an eighth of that distance. An all-zero channel gets scale 1, which represents it exactly.
+    a quarter and an eighth of that distance. One candidate is r = 1. An all-zero channel gets scale 1, which represents
+    it exactly.
     """
     flat = weight.flatten(1).to(torch.float32)
     # Some rows at a time: every candidate goes over them again, in the cache.
     rows = max(1, _CACHED_VALUES // flat.shape[1])
-    step = 8 if flat.numel() > _LARGE_LAYER and qmax <= 7 else 1
-    ratios = torch.linspace(0.2, 1.2, candidates + 1)[1:]
+    step = 8 if flat.numel() > _LARGE_LAYER and qmax <= 7 and candidates > 8 else 1
+    ratios = torch.linspace(0.2, 1.2, candidates + 1)[1:] if candidates > 1 else torch.ones(1)
     parts = [_best_scale(part, qmin, qmax, ratios, step) for part in torch.split(flat, rows)]
     return torch.cat(parts) if parts else flat.new_ones(0)
 

@@ -49,7 +49,8 @@ class Basis:
 class SiteRow:
     """One site at one timestep; `rotated` is None where no Hadamard block divides the channels.
 
-    `program_scale` and `program_snr_db` belong to the program's own scale table, None for a captured program.
+    `program_scale` and `program_snr_db` belong to the program's own scale table, None for a captured program; a dynamic
+    range has no scale to be shown.
     """
 
     timestep: float
@@ -144,7 +145,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Watched:
-    """What the observer knows of a site before it runs."""
+    """What the observer knows of a site before it runs. group: of channels with a dynamic scale, 0 for tables."""
 
     plan: SitePlan
     bits: Bits
@@ -153,6 +154,7 @@ class _Watched:
     table: Tensor | None
     bounds: Bounds | None
     weight: WeightNumbers
+    group: int = 0
 
 
 @dataclass
@@ -220,10 +222,12 @@ class _Observer:
         turned = _rotate(x, site.rotation, -1) if site.rotation else x
         rotated = self._basis(turned, seen.rotated, qmin, qmax) if site.rotation else None
         scale = snr = None
+        own = turned if site.plan.block else x
+        if site.group:
+            snr = snr_db(own, _by_own_scale(own, qmax, site.group))
         if site.table is not None and site.bounds is not None:
             row = int((self.grid - self.timestep).abs().argmin())
             scale = float(site.table[row])
-            own = turned if site.plan.block else x
             snr = snr_db(own, _quantised(own, scale, *site.bounds.of_row(row)))
         plain = self._basis(x, seen.plain, qmin, qmax)
         count, top, rms = seen.plain.count, seen.plain.top, seen.plain.rms
@@ -272,10 +276,17 @@ def _watched(program: Program, planned: Program, wanted: int) -> Iterator[tuple[
         block = block_size(channels, wanted) if fits else 0
         rotation = plan.hadamard or (Rotation(block) if block else None)
         own = program.stage != Stage.CAPTURED and site in quantised
-        table = planned.state[f"{site}.activation_scale_table"] if own else None
+        group = plan.activation_group if own else 0
+        table = planned.state[f"{site}.activation_scale_table"] if own and not group else None
         bounds = quantised[site].bounds if own else None
         weight = _weight_numbers(program, planned, quantised.get(site), layer, bits)
-        yield site, _Watched(plan, bits, rotation, axis, table, bounds, weight)
+        yield site, _Watched(plan, bits, rotation, axis, table, bounds, weight, group)
+
+
+def _by_own_scale(rows: Tensor, top: int, group: int) -> Tensor:
+    """Rows [n, C], each quantised with the scales of its own groups."""
+    scale = torch.ops.hqc.dynamic_scale(rows, top, -1, group)
+    return torch.ops.hqc.fake_quantize_grouped(rows, scale, -top, top, -1, group)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@
     activation  rotation → Mul(1/s) → Clip(qmin, qmax) → QuantizeLinear(1) → DequantizeLinear(1) → Mul(s) → rotation
                 Max(low), Min(high) in the place of Clip where each sample has a range of its own
     weight      INT4 or INT8 initialiser → DequantizeLinear(s_w, axis 0)
+    groups      of channels with scales of their own: see `hqc.export.groups`
     layer       Conv, Gemm, MatMul in floating point
 
 The scale per sample cannot be a QuantizeLinear scale (those are constants for some runtimes and never one a sample),
@@ -24,6 +25,7 @@ from hqc.bounds import QUANTISERS
 from hqc.export.aten_math import MATH
 from hqc.export.aten_shapes import SHAPES
 from hqc.export.builder import HQC_DOMAIN, typed
+from hqc.export.groups import dequantize_grouped, dynamic_scale, quantize_grouped
 from hqc.export.lowering import Lowering, Translations
 from hqc.export.shared import int4_weight, looked_up, nearest_timestep, per_sample, signed_sums
 from hqc.export.softmax import softmax_quantize
@@ -97,6 +99,9 @@ _TRANSLATIONS: Translations = {
     ops.hadamard.default: _hadamard,
     **dict.fromkeys(QUANTISERS, _quantize),
     ops.dequantize.default: _dequantize,
+    ops.dynamic_scale.default: dynamic_scale,
+    ops.quantize_grouped.default: quantize_grouped,
+    ops.dequantize_grouped.default: dequantize_grouped,
     ops.unpack_int4.default: int4_weight,
     ops.lookup.default: looked_up,
     ops.softmax_quantize.default: softmax_quantize,

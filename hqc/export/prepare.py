@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from hqc.errors import ExportError
 from hqc.export.reference import evaluate
 from hqc.export.tensorrt.float_activations import FloatActivations, refuse_wide_codes
+from hqc.group_checks import refuse_groups
 from hqc.passes import FreezeIntegers, MergeLora, PackInt4, RotateWeights, SplitDigits
 from hqc.passes.float_attention import with_float_attention
 from hqc.passes.rewriting import rewrite
@@ -28,10 +29,12 @@ def prepare(program: Program, target: Target, *, weight_only: Sequence[str] = ()
     weight_only: for `tensorrt`, wildcards over the sites whose activations stay float.
 
     Raises:
-        ExportError: for an unknown target, or an integer program whose form the target cannot express.
+        ExportError: for an unknown target, or a program whose form the target cannot express.
     """
     if target not in get_args(Target):
         raise ExportError(f"target {target!r}", f"unknown; there are {', '.join(get_args(Target))}", "Use one of them.")
+    if target != "portable":
+        refuse_groups(program, f"target {target}")
     if target == "tensorrt":
         program = with_float_attention(program)
         refuse_wide_codes(program)

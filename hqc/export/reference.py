@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hqc.bounds import FAKE_QUANTISERS, QUANTISERS, clip_codes
+from hqc.bounds import DEQUANTISERS, FAKE_QUANTISERS, QUANTISERS, clip_codes, scale_like
 from hqc.ops.softmax_quantize import softmax_levels, softmax_values
 from hqc.passes.rewriting import rewrite
 from hqc.program import Program, is_op
@@ -51,7 +51,7 @@ def code_levels(program: Program, site: QuantisedSite, known: Values) -> Tensor:
     rotated, scale, *rest = _arguments(program, site.quantiser, known)
     if is_op(site.quantiser, _SOFTMAX):
         return softmax_levels(rotated, scale, rest[0])
-    return rotated * scale.reciprocal().view(-1, *[1] * (rotated.ndim - 1))  # type: ignore[no-any-return]
+    return rotated * scale_like(site.quantiser, scale.reciprocal(), rotated)  # type: ignore[no-any-return]
 
 
 def _arguments(program: Program, node: fx.Node, known: Values) -> list[Any]:
@@ -87,7 +87,7 @@ def _given(program: Program, site: QuantisedSite, codes: Tensor, known: Values) 
         _, scale, log2, _ = _arguments(program, site.quantiser, known)
         return {site.real: softmax_values(codes.to(scale.dtype), scale, log2)}
     scale = evaluate(program, site.quantiser.args[1], known)  # type: ignore[arg-type]
-    return {site.real: codes.to(scale.dtype) * scale.view(-1, *[1] * (codes.ndim - 1))}
+    return {site.real: codes.to(scale.dtype) * scale_like(site.quantiser, scale, codes)}
 
 
 def verification_inputs(program: Program, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -115,7 +115,7 @@ def without_quantisers(program: Program) -> Program | None:
     for node in list(edit.graph.nodes):
         if is_op(node, *FAKE_QUANTISERS, _SOFTMAX):
             node.replace_all_uses_with(node.args[0])
-        elif is_op(node, ops.dequantize.default) and is_op(node.args[0], *QUANTISERS):
+        elif is_op(node, *DEQUANTISERS) and is_op(node.args[0], *QUANTISERS):
             node.replace_all_uses_with(node.args[0].args[0])
     return edit.finish()
 
@@ -146,9 +146,8 @@ class ForcedRun(fx.Interpreter):
             except Exception as error:
                 raise node_failure(n, error) from error
         x, scale, *rest = given_args = self.fetch_args_kwargs_from_env(n)[0]
-        broadcast = [-1] + [1] * (x.ndim - 1)
         softmax = is_op(n, _SOFTMAX)
-        level = softmax_levels(x, scale, rest[0]) if softmax else x * scale.reciprocal().view(broadcast)
+        level = softmax_levels(x, scale, rest[0]) if softmax else x * scale_like(n, scale.reciprocal(), x)
         level = clip_codes(level, *_ends(n, given_args))
         codes = self._codes[site.site]
         differs = level.round() != codes
@@ -162,4 +161,4 @@ class ForcedRun(fx.Interpreter):
         given = torch.empty_like(level, memory_format=torch.preserve_format).copy_(codes)
         if softmax:
             return softmax_values(given, scale, rest[0])
-        return given * scale.view(broadcast) if is_op(n, *FAKE_QUANTISERS) else given.to(torch.int8)
+        return given * scale_like(n, scale, given) if is_op(n, *FAKE_QUANTISERS) else given.to(torch.int8)

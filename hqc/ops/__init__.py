@@ -3,13 +3,15 @@
 In the order in which data meets them: the timestep picks a scale (`nearest_timestep`), activations are rotated
 (`hadamard`) and quantised (`fake_quantize` while training; `quantize`, `dequantize` after; `fake_quantize_bounded` and
 `quantize_bounded` where the range of codes is a tensor, made whole by `round_ste`; `fake_quantize_residual` adds a
-binary code for what they leave of a weight; `softmax_quantize` for attention's probabilities), weights come from codes
+binary code for what they leave of a weight; `softmax_quantize` for attention's probabilities; `dynamic_scale` and the
+`…_grouped` forms of the first three where every group of channels has a scale), weights come from codes
 (`unpack_int4`, `lookup`, `rotate_codes`, `digit`, `half`), meet in an integer product (`int_linear`, `int_conv2d`) and
 go back to real units (`rescale`).
 """
 
 from hqc.ops.bounded import fake_quantize_bounded, quantize_bounded
 from hqc.ops.fake_quantize import fake_quantize
+from hqc.ops.grouped import dequantize_grouped, dynamic_scale, fake_quantize_grouped, quantize_grouped
 from hqc.ops.hadamard import hadamard, hadamard_matrix, regular, sylvester
 from hqc.ops.integer_product import int_conv2d, int_linear
 from hqc.ops.lookup import lookup, table_codes
@@ -25,9 +27,12 @@ from hqc.rotations import block_size
 __all__ = [
     "block_size",
     "dequantize",
+    "dequantize_grouped",
     "digit",
+    "dynamic_scale",
     "fake_quantize",
     "fake_quantize_bounded",
+    "fake_quantize_grouped",
     "fake_quantize_residual",
     "hadamard",
     "hadamard_matrix",
@@ -39,6 +44,7 @@ __all__ = [
     "pack_int4",
     "quantize",
     "quantize_bounded",
+    "quantize_grouped",
     "regular",
     "rescale",
     "rotate_codes",

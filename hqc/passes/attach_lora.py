@@ -57,6 +57,8 @@ class AttachLora:
                 misses.append((plan.site, f"float: {plan.reason}"))
             elif not plan.trained:
                 misses.append((plan.site, "8-bit edge layer: not trained"))
+            elif plan.grouped:
+                misses.append((plan.site, "scales of groups are not trained"))
             elif plan.lora_rank:
                 misses.append((plan.site, "has a LoRA already"))
             elif not self._rank(program, plan.site, layers[plan.site]):

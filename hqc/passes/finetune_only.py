@@ -109,6 +109,8 @@ class FinetuneOnly:
         said = deciding(program.plan.rules, site, "trained")
         if said is not None and not said.trained:
             return f"{said.place} says that it is not trained"
+        if program.plan[site].grouped:
+            return "scales of groups are not trained"
         if program.plan[site].weight_lookup:
             return "its weight comes from a table: it would learn out of it"
         if program.plan[site].lora_rank:

@@ -7,6 +7,9 @@ FQ = DQ∘Q with the same operations in the same order, so no value changes. A r
 tables of whole numbers, the least and the largest code at each timestep; weight codes are then q - z. This is the form
 that the portable export writes; `rotate_weights` turns it into integer products.
 
+Where scales are of groups of channels, `quantize_grouped` and `dequantize_grouped` take their places; a scale that is
+the values' own stays what it is, `dynamic_scale`.
+
 A weight of a table beside a float activation becomes `lookup(codes, table)`, with the values that its rows have.
 
 A weight that has binary codes besides becomes two layers that read the same activation codes, `site` and
@@ -77,6 +80,9 @@ class FreezeIntegers:
         """Gives binary codes and their steps, if any channel has some."""
         layer = edit.layers[site]
         quantiser = layer_inputs(layer)[1]
+        if is_op(quantiser, ops.fake_quantize_grouped.default):
+            _freeze_groups(edit, site, layer, quantiser)
+            return None
         weight, scale = (edit.program.state[str(node.target)] for node in quantiser.args[:2])  # type: ignore[union-attr]
         bounds = bounds_of(quantiser, edit.program)
         if bounds.lookups is None:
@@ -93,14 +99,27 @@ class FreezeIntegers:
     @staticmethod
     def _split(edit: Rewriter, node: fx.Node, codes_role: str, real_role: str) -> None:
         x, scale = node.args[:2]
+        groups = node.args[4:] if is_op(node, ops.fake_quantize_grouped.default) else ()
         site, lookups = str(node.meta["site"]), bounds_of(node, edit.program).lookups
         target = ops.quantize.default if lookups is None else ops.quantize_bounded.default
+        target = ops.quantize_grouped.default if groups else target
         bounds = node.args[2:] if lookups is None else _stored_bounds(edit, node, lookups)
         own = {"site": site, **({"scope": node.meta["scope"]} if "scope" in node.meta else {})}
         meta = {**own, "shape": node.meta["shape"], "dtype": "int8", "role": codes_role}
         codes = edit.call(node, target, x, scale, *bounds, **meta)
-        real = edit.call(node, ops.dequantize.default, codes, scale, like=node, **own, role=real_role)
+        back = ops.dequantize_grouped.default if groups else ops.dequantize.default
+        real = edit.call(node, back, codes, scale, *groups, like=node, **own, role=real_role)
         node.replace_all_uses_with(real)
+
+
+def _freeze_groups(edit: Rewriter, site: str, layer: fx.Node, quantiser: fx.Node) -> None:
+    """A weight with a scale for every group of input channels; it has no binary codes."""
+    stored_weight, stored_scale, low, high, *groups = quantiser.args
+    weight, scale = (edit.program.state[str(node.target)] for node in (stored_weight, stored_scale))  # type: ignore[union-attr]
+    codes = edit.weight(f"{site}.weight_codes", ops.quantize_grouped(weight, scale, low, high, *groups), layer)
+    back = ops.dequantize_grouped.default
+    found = edit.call(layer, back, codes, stored_scale, *groups, like=quantiser, site=site, role="weight")
+    layer.replace_input_with(quantiser, found)
 
 
 def _freeze_table(edit: Rewriter, plan: SitePlan) -> None:

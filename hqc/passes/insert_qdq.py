@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, fx
 
 from hqc.errors import PassError, PlanError
-from hqc.passes.rewriting import UNPLANNED, Rewriter, layer_inputs, rewrite
+from hqc.ops.grouped import by_group, group_count
+from hqc.passes.rewriting import UNPLANNED, Rewriter, channel_axis, layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.plan import (
     HIGHEST_ASYMMETRIC_BITS,
@@ -46,6 +47,7 @@ __all__ = [
     "bounds_around",
     "grouped",
     "look_up_row",
+    "reach_scale",
     "residual_step_of",
     "spanning_range",
     "spanning_weight_range",
@@ -55,7 +57,7 @@ __all__ = [
 GRID = "timestep_grid"
 ops = torch.ops.hqc
 Range = Literal["symmetric", "asymmetric"]
-ActivationRange = Literal["symmetric", "asymmetric", "float"]
+ActivationRange = Literal["symmetric", "asymmetric", "dynamic", "float"]
 WeightRange = Literal["symmetric", "asymmetric", "mixed", "residual", "lookup"]
 _MIXED = ("mixed", "residual")
 
@@ -69,6 +71,10 @@ class InsertQdq:
     to 6 bits with bits of its own for every output channel; "residual": the same, and salient channels have a binary
     code more instead of a bit; "lookup": up to 4 bits with a table for each of them.
     activation="float": beside such weights, activations are not quantised, and wider weights neither.
+    activation="dynamic": symmetric, and the scale is that of the values of every token or pixel itself, of
+    `activation_group` input channels together, 0: of all of them; nothing is stored. weight_group: that many input
+    channels of symmetric weights have a scale of their own, 0: all of an output channel have one. Where either does not
+    divide the channels, the last group is shorter.
     groups: that many rows, each for neighbouring timesteps: all whose nearest middle of a group it is; 0: one row each.
     static: one row for all timesteps.
     """
@@ -78,6 +84,8 @@ class InsertQdq:
     weight: WeightRange = "symmetric"
     static: bool = False
     groups: int = 0
+    weight_group: int = 0
+    activation_group: int = 0
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
     gives: ClassVar[Stage | None] = Stage.QUANTISED
@@ -99,6 +107,19 @@ class InsertQdq:
             raise PlanError("insert_qdq", found, "Give weight='lookup', or quantise activations.")
         if type(self.groups) is not int or self.groups < 0:
             raise PlanError("insert_qdq", f"groups is {self.groups!r}; expected 0, 1, 2, …", "Give a whole number.")
+        for name, count in (("weight_group", self.weight_group), ("activation_group", self.activation_group)):
+            if type(count) is not int or count < 0:
+                found = f"{name} is {count!r}; expected 0, 1, 2, …"
+                raise PlanError("insert_qdq", found, "Give a whole number of input channels.")
+        if self.weight_group and self.weight != "symmetric":
+            found = f"gives {self.weight} weights scales of {self.weight_group} channels; only symmetric ones take them"
+            raise PlanError("insert_qdq", found, "Leave weight_group or weight out.")
+        if self.activation_group and self.activation != "dynamic":
+            found = f"has activation_group={self.activation_group} and {self.activation} activations, which have tables"
+            raise PlanError("insert_qdq", found, "Give activation='dynamic' too.")
+        if self.activation == "dynamic" and (self.static or self.groups):
+            found = "has dynamic activations, which have no tables, and says how many rows tables have"
+            raise PlanError("insert_qdq", found, "Leave static and groups out.")
         if self.static and self.groups:
             raise PlanError("insert_qdq", f"is static and has {self.groups} groups", "Give one of the two.")
 
@@ -115,14 +136,18 @@ class InsertQdq:
         edit, plans = rewrite(program), {}
         grid = self.timesteps or program.plan.timesteps or (0.0,)
         rows = self._rows(grid if program.has_timestep else grid[:1])
-        row = look_up_row(edit, rows, GRID) if matches else None
+        row = look_up_row(edit, rows, GRID) if matches and self.activation != "dynamic" else None
         for site in matches:
-            plan, layer = self._with_ranges(program.plan[site]), edit.layers[site]
-            plans[site] = plan
+            layer = edit.layers[site]
+            plan = plans[site] = self._with_ranges(program.plan[site], layer)
             x, weight, _ = layer_inputs(layer)
             rotated, reader = (x.all_input_nodes[0], x) if x.meta.get("role") == "rotation_back" else (x, layer)
-            scale_and_bounds = _activation_range(edit, plan, row, len(rows), reader)
-            _quantise(edit, plan, rotated, reader, scale_and_bounds, "activation_quantizer")
+            ranges = (
+                _dynamic_range(edit, plan, rotated, reader, channel_axis(layer))
+                if plan.activation_group
+                else _activation_range(edit, plan, row, len(rows), reader)
+            )
+            _quantise(edit, plan, rotated, reader, ranges, "activation_quantizer")
             _quantise(edit, plan, weight, layer, _weight_range(edit, plan, weight, layer), "weight_quantizer")
         return edit.finish(plan=replace(program.plan.with_sites(plans), timesteps=grid))
 
@@ -148,7 +173,7 @@ class InsertQdq:
             plans[site] = replace(plan, activation_bits=None, reason=reason, **own)
         return program.evolve(plan=program.plan.with_sites(plans))
 
-    def _with_ranges(self, plan: SitePlan) -> SitePlan:
+    def _with_ranges(self, plan: SitePlan, layer: fx.Node) -> SitePlan:
         """The plan with what its ranges are, and where it says so why one is not as asked."""
         wide = [
             name
@@ -162,13 +187,21 @@ class InsertQdq:
         narrow = (plan.weight_bits or 8) <= HIGHEST_MIXED_BITS
         return replace(
             plan,
-            activation_symmetric=self.activation == "symmetric" or "activations" in wide,
+            weight_group=self.weight_group,
+            activation_group=self._activation_group(layer),
+            activation_symmetric=self.activation in ("symmetric", "dynamic") or "activations" in wide,
             weight_symmetric=self.weight in ("symmetric", "lookup") or "weights" in wide,
             weight_lookup=self.weight == "lookup" and (plan.weight_bits or 8) <= HIGHEST_LOOKUP_BITS,
             weight_mixed=self.weight in _MIXED and narrow,
             weight_residual=self.weight == "residual" and narrow,
             reason="; ".join(text for text in (plan.reason, note) if text),
         )
+
+    def _activation_group(self, layer: fx.Node) -> int:
+        """How many input channels of a layer have a dynamic scale together, 0 for a scale of a table."""
+        if self.activation != "dynamic":
+            return 0
+        return self.activation_group or int(layer_inputs(layer)[0].meta["shape"][channel_axis(layer)])
 
 
 def grouped(timesteps: Sequence[float], groups: int) -> tuple[float, ...]:
@@ -223,10 +256,24 @@ def _activation_range(edit: Rewriter, plan: SitePlan, row: Any, rows: int, reade
     return look_up(table), look_up(low), look_up(high)
 
 
+def _dynamic_range(
+    edit: Rewriter, plan: SitePlan, x: fx.Node, reader: fx.Node, axis: int
+) -> tuple[fx.Node, int, int, int, int]:
+    """Scales of x itself, least and largest code, axis and size of the groups."""
+    low, high = activation_range(plan.activation_bits or 8)
+    group, shape = plan.activation_group, list(x.meta["shape"])
+    shape[axis] = group_count(shape[axis], group)
+    meta: dict[str, Any] = {"shape": tuple(shape), "dtype": "float32", "site": plan.site, "role": "dynamic_scale"}
+    return edit.call(reader, ops.dynamic_scale.default, x, high, axis, group, **meta), low, high, axis, group
+
+
 def _quantise(edit: Rewriter, plan: SitePlan, x: fx.Node, reader: fx.Node, ranges: tuple[Any, ...], role: str) -> None:
-    """Puts a quantiser between x and its reader. ranges: scale, least and largest code, and a residual's step."""
+    """Puts a quantiser between x and its reader.
+
+    ranges: scale, least and largest code, and then a residual's step, or the axis and the size of groups.
+    """
     target = ops.fake_quantize_bounded.default if isinstance(ranges[1], fx.Node) else ops.fake_quantize.default
-    target = ops.fake_quantize_residual.default if len(ranges) > 3 else target
+    target = {4: ops.fake_quantize_residual.default, 5: ops.fake_quantize_grouped.default}.get(len(ranges), target)
     reader.replace_input_with(x, edit.call(reader, target, x, *ranges, like=x, site=plan.site, role=role))
 
 
@@ -234,6 +281,9 @@ def _weight_range(edit: Rewriter, plan: SitePlan, weight: fx.Node, layer: fx.Nod
     """Scale, least and largest code of each output channel, and where it has one the step of its binary code."""
     value, bits = edit.program.state[str(weight.target)], plan.weight_code_bits
     low, high = weight_range(bits)
+    if plan.weight_group:
+        scale = reach_scale(value, high, plan.weight_group)
+        return edit.weight(f"{plan.site}.weight_scale", scale, layer), low, high, 1, plan.weight_group
     if plan.weight_symmetric:
         return edit.weight(f"{plan.site}.weight_scale", _range_scale(value, high), layer), low, high
     scale, zero = spanning_weight_range(value, bits)
@@ -302,6 +352,13 @@ def spanning_range(weight: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     span = largest - least
     scale = torch.where(span > 0, span / top, torch.ones_like(span))
     return scale, torch.minimum((-least / scale).round().clamp_min(0), top)
+
+
+@torch.no_grad()
+def reach_scale(weight: Tensor, top: int, group: int) -> Tensor:
+    """max|W|/top of every group of input channels [O, G, …]; 1 for a group of zeros, which it represents exactly."""
+    reach = by_group(weight.abs().to(torch.float32), 1, group).amax(2)
+    return torch.where(reach > 0, reach / top, torch.ones_like(reach))
 
 
 @torch.no_grad()

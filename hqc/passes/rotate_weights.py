@@ -67,6 +67,9 @@ class RotateWeights:
             if not plan.quantised:
                 misses.append((plan.site, f"float: {plan.reason}"))
                 continue
+            if plan.grouped:
+                misses.append((plan.site, "scales of groups: no integer product of whole rows"))
+                continue
             if is_op(layers[plan.site], ops.rescale.default):
                 misses.append((plan.site, "is an integer product already"))
                 continue

@@ -95,6 +95,9 @@ class Recipe:
         if self.step("insert_qdq").activation == "float":
             found = f"recipe {self.name!r} leaves activations float, and a rotation is for their codes"
             raise PlanError("rotation", found, "Leave --hadamard out.")
+        if isinstance(rotation, ChooseRotation) and self.step("insert_qdq").activation == "dynamic":
+            found = f"recipe {self.name!r} has dynamic activations, and rotations are chosen by ranges of whole tensors"
+            raise PlanError("rotation", found, "Name a kind and an order instead of auto.")
         if isinstance(rotation, ChooseRotation):
             rotation = replace(rotation, activation=self.step("insert_qdq").activation)
         plain = [step for step in self.steps if step_name(type(step)) not in ROTATIONS]
@@ -200,6 +203,7 @@ _LATER = {
     "insert_attention_qdq": ("calibrate_activations",),
     "open_attention": ("insert_attention_qdq",),
 }
+_WITHOUT_TABLES = ("float", "dynamic")
 _LEFT = {
     "insert_qdq": "scales",
     "insert_smoothing": "factors",
@@ -213,6 +217,11 @@ _ONCE = (
     *("select_layers", "insert_smoothing", "attach_branch", "insert_qdq", "insert_attention_qdq"),
     *("finetune_only", "attach_lora"),
 )
+
+
+def _grouped(step: Step) -> bool:
+    """Whether a step gives sites scales of groups."""
+    return bool(getattr(step, "weight_group", 0)) or getattr(step, "activation", "") == "dynamic"
 
 
 def check_order(name: str, steps: Sequence[Step]) -> None:
@@ -231,7 +240,7 @@ def check_order(name: str, steps: Sequence[Step]) -> None:
         stage = step.gives or stage
         if missing := [one for one in _AFTER.get(own, ()) if one not in names[:index]]:
             raise PlanError(where, f"comes before {missing[0]}, which it needs", f"Put {missing[0]} in front of it.")
-        later = () if getattr(step, "activation", "") == "float" else _LATER.get(own, ())
+        later = () if getattr(step, "activation", "") in _WITHOUT_TABLES else _LATER.get(own, ())
         if missing := [one for one in later if one not in names[index:]]:
             raise PlanError(where, f"leaves {_LEFT[own]} that no {missing[0]} fills", f"Put {missing[0]} behind it.")
         if wrong := [one for one in _NOT_AFTER.get(own, ()) if one in names[:index]]:
@@ -252,6 +261,9 @@ def check_order(name: str, steps: Sequence[Step]) -> None:
             raise PlanError(where, "is there twice", "Leave one out.")
         if getattr(step, "weight", "") == "lookup" and "fit_lookup" not in names[index:]:
             raise PlanError(where, "leaves tables that no fit_lookup fills", "Put fit_lookup behind it.")
+        grouped = any(_grouped(one) for one in steps[:index])
+        if grouped and (step.gives == Stage.TRAINED or own in ("attach_lora", "reconstruct")):
+            raise PlanError(where, "would train scales of groups, which have no gradient", "Leave one of them out.")
         if step.gives == Stage.TRAINED and "fit_lookup" in names[:index]:
             raise PlanError(where, "would train weights out of the tables of fit_lookup", "Leave one of them out.")
     if stage not in (Stage.QUANTISED, Stage.TRAINED):

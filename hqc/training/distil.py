@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hqc.errors import PlanError, TrainingError
+from hqc.group_checks import refuse_training_groups
 from hqc.memory import require_memory, training_bytes
 from hqc.program import Program, Stage
 from hqc.sampling import Update, Work, guided
@@ -116,7 +117,9 @@ class Distil:
 
         Raises:
             TrainingError: if the loss is not finite, naming the step. ArtefactError: a checkpoint of another program.
+            PlanError: for scales of groups, which have no gradient.
         """
+        refuse_training_groups(program, step_name(type(self)))
         total, sampler = self.total(work), work.sampler
         live = self.opened(program)
         names = trainable(live, self.groups, optional=self.optional)

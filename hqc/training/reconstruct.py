@@ -29,6 +29,7 @@ from torch import Tensor
 from hqc.attention_checks import ATTENTION_ROLES
 from hqc.checkpoint import Checkpoint
 from hqc.errors import ArtefactError, PlanError, TrainingError
+from hqc.group_checks import refuse_training_groups
 from hqc.memory import reconstruction_bytes, require_memory
 from hqc.passes.rewriting import layer_inputs, rewrite
 from hqc.program import BATCH, Program, Stage
@@ -125,9 +126,10 @@ class Reconstruct:
         """The program with other weights, or with other activation scales.
 
         Raises:
-            TrainingError: if a loss is not finite, naming the unit and the step. PlanError: a site with a LoRA.
-            ArtefactError: a checkpoint of another program.
+            TrainingError: if a loss is not finite, naming the unit and the step. PlanError: a site with a LoRA, or with
+            scales of groups. ArtefactError: a checkpoint of another program.
         """
+        refuse_training_groups(program, "reconstruct")
         reference = work.unquantised or work.teacher
         units, private = units_of(reference), _private(program)
         return _Run(self, program, reference, work, self.each(len(units))).over(units, private)

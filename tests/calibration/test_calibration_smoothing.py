@@ -1,6 +1,8 @@
 """Smoothing factors: the grid against a search by hand, rows against unfold, what must not change, refusals."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,7 +178,7 @@ def test_the_error_is_that_of_the_whole_computation(shape: tuple[int, ...], rank
     rows = [torch.randn(20, channels * window, generator=generator) * gains.repeat_interleave(window) for _ in "ab"]
     largest = torch.cat(rows).view(40, channels, window).abs().amax((0, 2))
     plan = SitePlan("site", "linear", channels, shape[0], 4, 4, branch_rank=rank)
-    site, wanted = _Site(plan, weight, rows, "symmetric"), dict[tuple[float, float], float]()
+    site, wanted = _Site(plan, weight, rows, Smooth()), dict[tuple[float, float], float]()
     for pair in _pairs(39):
         factors = smoothing_factors(largest, weight, *pair)
         wanted[pair] = _whole_error(weight, rows, factors, rank)
@@ -199,6 +201,31 @@ def _whole_error(weight: Tensor, rows: list[Tensor], factors: Tensor, rank: int)
         made = quantised_activation(scaled.float(), 4, "symmetric").double() @ codes.T + scaled @ branch.T
         total += float((made - x.double() @ flat.T).square().sum())
     return total
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (5, 10, 2, 2)])
+def test_groups_are_measured_as_they_are_quantised(shape: tuple[int, ...]) -> None:
+    """Group by group in numpy: scales of 4 channels of a token or pixel, of 3 channels of a weight's tap."""
+    generator = torch.Generator().manual_seed(5)
+    weight, rows = torch.randn(shape, generator=generator), torch.randn(20, math.prod(shape[1:]), generator=generator)
+    plan = SitePlan("site", "linear", shape[1], shape[0], 4, 4)
+    site = _Site(plan, weight, [rows], Smooth(activation="dynamic", activation_group=4, weight_group=3))
+    factors = 0.5 + torch.rand(shape[1], generator=generator)
+
+    def on_grid(values: Any, group: int, low: int) -> Any:
+        """Of values [n, C, taps]."""
+        found = np.empty_like(values)
+        for start in range(0, values.shape[1], group):
+            part = values[:, start : start + group]
+            scale = np.abs(part).max(1, keepdims=True) / 7
+            found[:, start : start + group] = scale * np.clip(np.rint(part / scale), low, 7)
+        return found
+
+    lambdas = factors.double().numpy()[None, :, None]
+    flat, x = (one.double().view(len(one), shape[1], -1).numpy() for one in (weight, rows))
+    made = on_grid(x / lambdas, 4, -7).reshape(20, -1) @ on_grid(flat * lambdas, 3, -8).reshape(shape[0], -1).T
+    wanted = ((made - x.reshape(20, -1) @ flat.reshape(shape[0], -1).T) ** 2).sum()
+    assert site.error(factors) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_max_ratio_needs_no_search(inserted: Program) -> None:

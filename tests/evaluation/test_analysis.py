@@ -211,6 +211,26 @@ def test_asymmetric_ranges_are_judged_by_their_own_codes(captured: Captured, tas
         assert row.program_snr_db == pytest.approx(wanted, abs=1e-3)
 
 
+def test_dynamic_ranges_are_judged_by_the_scales_of_their_own_groups(
+    captured: Captured, task: Callable[[Program], Task]
+) -> None:
+    program = captured("two_sites")
+    insert = InsertQdq(activation="dynamic", activation_group=8, weight_group=8)
+    quantised = run_pipeline(program, [SelectLayers(bits="w4a4", rules="all"), insert])
+    site = analyse(quantised, quantised, task(program), SAMPLER)[0]
+    inputs = recorded(program, task(program))
+    assert len(site.rows) == 3
+    for row in site.rows:
+        x = inputs["conv", row.timestep].double().numpy()
+        groups = x.reshape(len(x), -1, 8, *x.shape[2:])
+        scale = np.abs(groups).max(2, keepdims=True) / 7
+        error = (np.rint(groups / scale) * scale - groups).reshape(x.shape)
+        wanted = 10 * math.log10((x**2).sum() / (error**2).sum())
+        assert row.program_snr_db == pytest.approx(wanted, abs=1e-3)
+        assert row.program_scale is None, "it has none that is stored"
+        assert row.program_snr_db > row.plain.snr_db
+
+
 def test_the_float_program_is_the_captured_one(captured: Captured, task: Callable[[Program], Task]) -> None:
     program = captured("tied_time_embedding")
     grid = task(program).timesteps(3)

@@ -75,6 +75,18 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     ),
     "quantize": (ops.quantize, lambda: (real(3, 4, 2, 2), scale(3), -7, 7)),
     "dequantize": (ops.dequantize, lambda: (codes(3, 4), scale(3))),
+    "dynamic_scale-images": (ops.dynamic_scale, lambda: (real(2, 10, 3, 2), 7, 1, 4)),
+    "dynamic_scale-tokens": (ops.dynamic_scale, lambda: (real(2, 3, 8), 7, -1, 4)),
+    "fake_quantize_grouped": (
+        ops.fake_quantize_grouped,
+        lambda: (real(3, 10, 2, 2), scale(36).view(3, 3, 2, 2), -8, 7, 1, 4),
+    ),
+    "fake_quantize_grouped-strided": (
+        ops.fake_quantize_grouped,
+        lambda: (real(3, 2, 2, 8).permute(0, 3, 1, 2), scale(24).view(3, 2, 2, 2), -8, 7, 1, 4),
+    ),
+    "quantize_grouped": (ops.quantize_grouped, lambda: (real(2, 3, 8), scale(12).view(2, 3, 2), -7, 7, -1, 4)),
+    "dequantize_grouped": (ops.dequantize_grouped, lambda: (codes(3, 10), scale(9).view(3, 3), 1, 4)),
     "nearest_timestep": (ops.nearest_timestep, lambda: (scale(4), scale(7))),
     "unpack_int4": (ops.unpack_int4, lambda: (codes(8).to(torch.uint8), [3, 5])),
     "lookup": (ops.lookup, lambda: (codes(3, 4, 2, 2), real(3, 16))),

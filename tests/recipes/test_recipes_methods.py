@@ -59,6 +59,8 @@ def _short(name: str) -> Recipe:
         found = found.set("sampler.timestep", 99)  # the pipeline was trained on a hundred
     for step, options in FEW.items():
         found = found.having(step, **options) if found.step(step) is not None else found
+    if name == "svdquant-grouped":
+        found = found.set("decompose.candidates", 1)
     if found.step("distil") is None:
         return found
     return api.recipe_of(found, {path: n for path, n in TRAINED.items() if found.step(path.partition(".")[0])})
@@ -70,9 +72,11 @@ def test_it_calibrates_and_trains_what_it_says(quantised: dict[str, Program], na
     assert result.plan.recipe == name
     assert result.stage == (Stage.TRAINED if name in QAT else Stage.QUANTISED)
     tables = [t for key, t in result.state.items() if key.endswith("activation_scale_table")]
-    assert len(tables) == len(list(watched_sites(result))) >= len(result.plan.quantised)
-    assert len(tables) > 10 or name == "ganq"
-    assert len(tables) == len(result.plan.quantised) + sum(one.quantisers for one in result.plan.attentions)
+    static = [plan for plan in result.plan.quantised if not plan.activation_group]
+    assert bool(static) == (name not in ("ganq", "svdquant-grouped"))
+    assert len(list(watched_sites(result))) >= len(result.plan.quantised)
+    assert len(tables) > 10 or not static
+    assert len(tables) == len(static) + sum(one.quantisers for one in result.plan.attentions)
     assert all(bool((table != 1).any()) for table in tables)
     learnt = [key for key, t in result.state.items() if key.endswith("lora_b") and bool(t.any())]
     assert bool(learnt) == (RECIPES[name].step("attach_lora") is not None)
@@ -81,11 +85,15 @@ def test_it_calibrates_and_trains_what_it_says(quantised: dict[str, Program], na
 @pytest.mark.parametrize("name", RECIPES)
 def test_its_export_equals_it(quantised: dict[str, Program], name: str, tmp_path: Path) -> None:
     result = quantised[name]
-    hqc.export_program(result, "onnxruntime", tmp_path / "x")  # verifies every site and the whole network
+    target = "portable" if name == "svdquant-grouped" else "onnxruntime"
+    hqc.export_program(result, target, tmp_path / "x")  # verifies every site and the whole network
     session, args = hqc.load(tmp_path / "x").session, result.example_inputs(3, seed=4)
     wanted = result.module()(*args)
-    # Float rounding, or where a code flipped for it: a share of what one code of one site does.
-    assert float((session(*args) - wanted).norm() / wanted.norm()) < 0.02
+    errors = [float((x - y).norm() / y.norm()) for x, y in zip(session(*args), wanted, strict=True)]
+    # Float rounding, or where a code flipped for it: a share of what one code of one site does; where scales are of
+    # the values themselves, every code behind it may flip too.
+    assert min(errors) < 1e-4 or name != "svdquant-grouped"
+    assert max(errors) < (0.02 if name != "svdquant-grouped" else 0.1)
 
 
 @pytest.mark.parametrize("name", ["efficientdm", "hqc", "mpq-dm", "mpq-dmv2", "passionsr"])
@@ -286,6 +294,26 @@ def test_svdquant_splits_every_site_of_the_asked_bits(program: Program, quantise
     plain = true_bytes(quantised["rtn"])
     beside = sum(4 * t.numel() for n, t in result.state.items() if "branch_" in n or n.endswith(".smoothing"))
     assert true_bytes(result) == plain + beside
+
+
+def test_svdquant_grouped_is_the_paper_s(program: Program, quantised: dict[str, Program], tmp_path: Path) -> None:
+    result, other = quantised["svdquant-grouped"], quantised["svdquant"]
+    assert [plan.site for plan in result.plan.quantised] == [plan.site for plan in other.plan.quantised]
+    for plan in result.plan.quantised:
+        assert plan.widths in ("w4g64a4g64", "w8g64a8g64")
+        scale = result.state[f"{plan.site}.weight_scale"]
+        assert scale.shape[:2] == (plan.out_channels, -(-plan.in_channels // 64))
+        assert plan.smoothed == bool(plan.branch_rank) == (plan.weight_bits == 4), plan.site
+    args = program.example_inputs(8, seed=3)
+    wanted = program.module()(*args)
+    torch.testing.assert_close(without_quantisers(result).module()(*args), wanted, rtol=1e-3, atol=1e-3)
+    errors = [float((one.module()(*args) - wanted).norm()) for one in (result, other)]
+    assert errors[0] < errors[1]
+    save_program(result, tmp_path / "x.hqc")
+    assert load_program(tmp_path / "x.hqc").plan == result.plan
+    for target in ("onnxruntime", "tensorrt"):
+        with pytest.raises(ExportError, match=r"scales of groups or of the values themselves\. Use target portable"):
+            hqc.export_program(result, target, tmp_path / target)
 
 
 @pytest.mark.parametrize("killed_in", ["decompose", "calibrate_activations"])

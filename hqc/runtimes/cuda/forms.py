@@ -4,6 +4,7 @@ import torch
 from torch import fx
 
 from hqc.errors import ExportError, RuntimeMissingError
+from hqc.group_checks import refuse_groups
 from hqc.passes import FreezeIntegers, MergeLora, PackInt4, RotateWeights
 from hqc.passes.float_attention import with_float_attention
 from hqc.pipeline import Pass, run_pipeline
@@ -37,6 +38,7 @@ def integer_form(program: Program) -> Program:
         RuntimeMissingError: for a float program. ExportError: for a site that the kernels cannot run.
     """
     require_quantised(program.stage)
+    refuse_groups(program, NAME)
     integer = run_pipeline(with_float_attention(program), _missing_passes(program))
     _require_products(integer)
     for site in quantised_sites(integer):
