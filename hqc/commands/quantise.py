@@ -49,7 +49,9 @@ _quantising_options = options(
     recipe_options,
     plan_option,
     keep_float_option,
-    click.option("--calib-size", type=click.IntRange(1, 4096), help="Images to calibrate on (default: the recipe's)."),
+    click.option(
+        "--calib-size", type=click.IntRange(1, 4096), help="Images to calibrate activations on (default: the recipe's)."
+    ),
     condition_options,
     click.option(
         "--images",
