@@ -45,7 +45,9 @@ sensitivity_options = options(
 measuring_options = options(
     recipe_options,
     keep_float_option,
-    click.option("--calib-size", type=click.IntRange(1, 4096), help="Images to calibrate on (default: the recipe's)."),
+    click.option(
+        "--calib-size", type=click.IntRange(1, 4096), help="Images to calibrate activations on (default: the recipe's)."
+    ),
     condition_options,
     sampler_of_recipe_options,
 )
