@@ -18,8 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from hqc.errors import MemoryShortError
 from hqc.sizes import sides
 
@@ -85,7 +83,13 @@ def bytes_text(count: int) -> str:
 
 def resident_bytes() -> int:
     """Bytes of memory that this process holds."""
-    return int(psutil.Process().memory_info().rss)
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError, AttributeError):
+        import psutil  # a server without torch has none on Linux
+
+        return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
@@ -102,6 +106,8 @@ def peak_resident_bytes() -> int:
 
 
 def _peak_elsewhere() -> int:
+    import psutil
+
     info = psutil.Process().memory_info()
     if hasattr(info, "peak_wset"):
         return int(info.peak_wset)  # Windows

@@ -62,7 +62,7 @@ def spaced(settings: Settings, steps: int, last: int | None = None, *, ends: boo
     if settings.timestep_spacing == "linspace":
         return np.asarray(np.linspace(0, last - 1, count)[::-1][:steps], np.float64)
     if settings.timestep_spacing == "leading":
-        return (np.arange(count) * (last // count))[::-1][:steps] + float(settings.steps_offset)
+        return np.asarray((np.arange(count) * (last // count))[::-1][:steps] + settings.steps_offset, np.float64)
     return np.asarray(np.arange(last, 0, -settings.num_train_timesteps / steps).round() - 1, np.float64)
 
 
