@@ -50,7 +50,6 @@ __all__ = [
 ]
 
 
-
 def pipeline_folder(artefact: Path) -> Path | None:
     """The diffusers-layout folder inside an artefact, if it has one."""
     folder = artefact / "pipeline"

@@ -96,6 +96,7 @@ MISUSED = [
     ("export {quantised} -o x --target tensorrt --plugin-arch sm_80", "--plugin-arch sm_80"),
     ("export {quantised} -o x --functions", "target onnxruntime"),
     ("export {quantised} -o x --target tensorrt --names optimum", "target tensorrt"),
+    ("export {quantised} -o x --target tensorrt --pipeline", "--pipeline"),
     ("export {captured} -o x --against {captured}", "--against"),
     ("export {quantised} -o x --arch sm_80", "--arch"),
     ("export {quantised} -o x --min-batch 1", "--min-batch"),

@@ -27,7 +27,7 @@ from hqc.wording import printable
 if TYPE_CHECKING:
     from hqc.capture.autoencoders import Part
     from hqc.capture.averages import Weights
-    from hqc.export import Target
+    from hqc.export import ExportReport, Target
     from hqc.export.interface import Names
     from hqc.export.tensorrt.options import Dtype, Plugins, TensorRtOptions
     from hqc.program import Program
@@ -329,9 +329,14 @@ def inspect(program: Path, graph: bool, as_json: bool) -> None:
 @click.option(
     "--names",
     type=click.Choice(["hqc", "optimum"]),
-    default="hqc",
-    show_default=True,
-    help="What inputs and output are called: optimum's are sample, timestep, encoder_hidden_states, …, out_sample.",
+    help="What inputs and output are called: optimum's are sample, timestep, encoder_hidden_states, …, out_sample "
+    "(default: hqc; with --pipeline optimum).",
+)
+@click.option(
+    "--pipeline",
+    "whole",
+    is_flag=True,
+    help="The whole pipeline in optimum's layout, which is sampled and served without torch.",
 )
 @engine_options(None)
 @force_option
@@ -348,14 +353,16 @@ def export(
     against: Path | None,
     one_timestep: bool,
     functions: bool,
-    names: "Names",
+    names: "Names | None",
+    whole: bool,
     engine: EngineArguments | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Lower PROGRAM to ONNX for a target, verify it against the fake-quant graph, and write a folder.
 
-    With --engine, the model is compiled too, as by `hqc build-engine`.
+    With --engine, the model is compiled too, as by `hqc build-engine`. With --pipeline, everything around it is written
+    as ONNX too: decoder, text encoder, classes.
     """
     from hqc import console as out
     from hqc.export import export_program
@@ -367,6 +374,10 @@ def export(
         engine.check(target=target, plugins=plugins)
     with doing(f"reading {program}"):
         loaded = load_program(program)
+    if whole:
+        settings = {"opset": opset, "one_timestep": one_timestep, "functions": functions, "names": names or "optimum"}
+        _export_pipeline(program, loaded, output, target, against, settings, force=force, as_json=as_json)
+        return
     with out.late_progress("compiling kernels") as on_kernel:
         report = export_program(
             loaded,
@@ -378,7 +389,7 @@ def export(
             pipeline=pipeline_folder(program),
             one_timestep=one_timestep,
             functions=functions,
-            names=names,
+            names=names or "hqc",
             tensorrt=tensorrt,
             on_kernel=on_kernel,
         )
@@ -388,19 +399,57 @@ def export(
     if as_json:
         out.print_json(
             {
-                "export": str(output),
-                "target": report.target,
-                "opset": report.opset,
-                "nodes": report.nodes,
-                "size_bytes": report.size_bytes,
-                "seconds": report.seconds,
-                "verification": report.verification.to_dict(),
+                **_export_data(output, report),
                 **({} if tensorrt is None else {"layers": [layer.to_dict() for layer in report.layers]}),
                 **({} if engines is None else {"engines": engines.to_dict()["engines"]}),
             }
         )
     elif engines is not None:
         click.echo(f"built {engines}")
+
+
+def _export_pipeline(
+    path: Path,
+    program: "Program",
+    output: Path,
+    target: "Target",
+    against: Path | None,
+    settings: dict[str, Any],
+    *,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Writes the pipeline around a program, and prints what was written."""
+    from hqc import console as out
+    from hqc.export.pipeline_folder import export_pipeline
+    from hqc.runtimes.model import pipeline_around
+    from hqc.storage import load_program
+
+    report = export_pipeline(
+        program,
+        target,
+        output,
+        pipeline=pipeline_around(path, program.origin.pipeline),
+        float_program=load_program(against) if against is not None else None,
+        force=force,
+        **settings,
+    )
+    if as_json:
+        out.print_json({**_export_data(output, report.denoiser), "parts": report.parts})
+    else:
+        click.echo(f"exported {report}")
+
+
+def _export_data(output: Path, report: "ExportReport") -> dict[str, Any]:
+    return {
+        "export": str(output),
+        "target": report.target,
+        "opset": report.opset,
+        "nodes": report.nodes,
+        "size_bytes": report.size_bytes,
+        "seconds": report.seconds,
+        "verification": report.verification.to_dict(),
+    }
 
 
 def _tensorrt_options(

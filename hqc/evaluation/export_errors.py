@@ -207,7 +207,7 @@ def _with_own_names(model: Path, interface: Interface) -> None:
     whole = model.with_suffix(".renamed")
     shutil.copyfile(model, whole)
     os.replace(whole, model)
-    rename_ports(model, interface)
+    rename_ports(model, interface, back=True)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

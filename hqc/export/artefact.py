@@ -19,6 +19,7 @@ from typing import Any
 
 from hqc.errors import ExportError, OptionError
 from hqc.export.attention_notes import attention_note
+from hqc.export.files import CONFIG_FILE
 from hqc.export.interface import Interface, Names, interface_for, rename_ports
 from hqc.export.lowering import Tap
 from hqc.export.model import DATA_FILE, EXTERNAL_DATA_BYTES, MODEL_FILE, onnx_from_program, save_model
@@ -41,7 +42,6 @@ from hqc.storage import atomic_folder, copy_pipeline, write_manifest
 __all__ = ["EXPORT_KIND", "OPSETS", "ExportReport", "export_program"]
 
 EXPORT_KIND = "hqc-export"
-CONFIG_FILE = "config.json"
 OPSETS = range(21, 26)
 """INT4 came with opset 21; onnxruntime's own support sets the upper end."""
 
@@ -149,7 +149,7 @@ def export_program(
         raise ExportError(f"target {target}", "takes no functions", "Leave --functions out, or use target portable.")
     if one_timestep and not program.has_timestep:
         raise ExportError("--one-timestep", "the program has no timestep", "Leave it out.")
-    interface = interface_for(names, program.inputs, program.origin.unet_config)
+    interface = interface_for(names, program.inputs, program.origin.unet_config, program.origin.kind)
     if names != "hqc" and target == "tensorrt":
         raise ExportError(f"target {target}", f"has no names of {names}", "Leave --names out, or use another target.")
     if float_program is not None:

@@ -7,6 +7,8 @@
 | timestep, text_embeds, class_labels, … | the same | the same |
 | output | out_sample | out_hidden_states |
 
+The decoder of an autoencoder has optimum's latent_sample and sample, the encoder sample and latent_parameters.
+
 Everything before and after the file keeps hqc's names; the manifest says what the file's are. Importing this loads
 nothing heavy: the process that times a model does.
 """
@@ -53,8 +55,17 @@ class Interface:
         return {"inputs": dict(self.inputs), "output": self.output}
 
 
-def interface_for(names: Names, inputs: "Sequence[InputSpec]", config: Mapping[str, Any]) -> Interface:
-    """The interface of a program. config: of its denoiser; one of no class that hqc knows has a UNet's names.
+_HALVES = {
+    "AutoencoderKL.decoder": Interface({"sample": "latent_sample"}, "sample"),
+    "AutoencoderKL.encoder": Interface({}, "latent_parameters"),
+}
+
+
+def interface_for(names: Names, inputs: "Sequence[InputSpec]", config: Mapping[str, Any], kind: str = "") -> Interface:
+    """The interface of a program.
+
+    config: of its denoiser; one of no class that hqc knows has a UNet's names. kind: of its origin, which tells the
+    halves of an autoencoder apart.
 
     Raises:
         ExportError: for names that do not exist, or where two values would have one name.
@@ -63,6 +74,8 @@ def interface_for(names: Names, inputs: "Sequence[InputSpec]", config: Mapping[s
         raise ExportError(f"names {names!r}", f"unknown; there are {', '.join(get_args(Names))}", "Use one of them.")
     if names == "hqc":
         return Interface()
+    if kind in _HALVES:
+        return _HALVES[kind]
     from hqc.capture.families import FAMILIES
 
     family = FAMILIES.get(str(config.get("_class_name", "")), FAMILIES["UNet2DConditionModel"])
@@ -88,16 +101,18 @@ def interface_of(manifest: Mapping[str, Any], where: Path | str) -> Interface:
     return Interface(inputs, str(output))
 
 
-def rename_ports(model: Path, interface: Interface) -> None:
-    """Gives the inputs and the output of a file their names, or a file that has them hqc's again.
+def rename_ports(model: Path, interface: Interface, *, back: bool = False) -> None:
+    """Gives the inputs and the output of a file their names. back: gives a file that has them hqc's again.
 
-    Names are swapped, so that a value inside that has one already gets the other: twice renamed is as it was. Weights
-    in a file of their own stay there.
+    Names change places, so that a value inside that has one already gets one that is free. Weights in a file of their
+    own stay there.
     """
     import onnx
 
     pairs = interface.renamings()
-    swapped = {**pairs, **{theirs: ours for ours, theirs in pairs.items()}}
+    swapped = {**_freed(pairs), **pairs}
+    if back:
+        swapped = {theirs: ours for ours, theirs in swapped.items()}
     if not swapped:
         return
     proto = onnx.load(str(model), load_external_data=False)
@@ -108,3 +123,15 @@ def rename_ports(model: Path, interface: Interface) -> None:
     for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         value.name = swapped.get(value.name, value.name)
     onnx.save(proto, str(model))
+
+
+def _freed(pairs: Mapping[str, str]) -> dict[str, str]:
+    """What the names that are taken, and given up by no one, become: those given up, along each chain of names."""
+    came_from = {theirs: ours for ours, theirs in pairs.items()}
+    found = {}
+    for last in came_from.keys() - pairs.keys():
+        first = last
+        while first in came_from:
+            first = came_from[first]
+        found[last] = first
+    return found

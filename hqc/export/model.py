@@ -5,6 +5,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from hqc.export.files import DATA_FILE, MODEL_FILE
 from hqc.export.functions import hadamard_function, register_schemas
 from hqc.export.lowering import Tap
 from hqc.export.onnxruntime import lower_onnxruntime
@@ -15,8 +16,6 @@ from hqc.export.tensorrt.options import TensorRtOptions
 from hqc.program import Program
 
 __all__ = ["DATA_FILE", "EXTERNAL_DATA_BYTES", "MODEL_FILE", "onnx_from_program", "save_model"]
-
-MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
 EXTERNAL_DATA_BYTES = 2**28
 """Above this the weights go into a file of their own, which runtimes map; a message is read whole and ends at 2 GiB."""

@@ -13,6 +13,7 @@ from hqc.claims import restore_interrupted
 from hqc.errors import ArtefactError, RuntimeMissingError
 from hqc.export.artefact import EXPORT_KIND
 from hqc.export.model import DATA_FILE, MODEL_FILE
+from hqc.manifests import PIPELINE_KIND
 from hqc.models import digits_path
 from hqc.paths import StrPath
 from hqc.pipeline_parts import pipeline_variant
@@ -27,7 +28,7 @@ from hqc.runtimes.unet import SessionUNet, as_unet
 from hqc.stages import doing
 from hqc.storage import load_program
 
-__all__ = ["Description", "Model", "Runtime", "artefact_kind", "describe", "load"]
+__all__ = ["Description", "Model", "Runtime", "artefact_kind", "describe", "load", "pipeline_around"]
 
 Runtime = Literal["torch", "torch-cuda", "onnxruntime", "tensorrt"]
 DIGITS = "digits"
@@ -101,7 +102,7 @@ def describe(path: StrPath) -> Description:
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(str(folder / "manifest.json"), f"is damaged ({error})", "Write it again.") from error
     _require_denoiser(folder.name, config)
-    pipeline = _pipeline_folder(folder, reference)
+    pipeline = pipeline_around(folder, reference)
     if pipeline is None:
         raise _no_pipeline(folder.name)
     conditions = tuple(name for name in names if name not in ("sample", "timestep"))
@@ -178,6 +179,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             str(folder / "manifest.json"), f"cannot be read ({error})", "Write the artefact again."
         ) from error
     kind = manifest.get("format") if isinstance(manifest, dict) else None
+    if kind == PIPELINE_KIND:
+        do = "Give it to `hqc sample` or `hqc serve`, or its unet/ folder, which is an export like any other."
+        raise ArtefactError(str(folder), "is an exported pipeline, which runs without torch", do)
     if kind not in (PROGRAM_KIND, EXPORT_KIND):
         raise ArtefactError(str(folder), f"holds {kind!r}", f"Give a folder that hqc wrote, or `{DIGITS}`.")
     return dict(manifest)
@@ -204,7 +208,7 @@ def _program_model(folder: Path, program: Program, session: Session) -> Model:
         plan=program.plan,
         size_bytes=_size(folder, ("graph.json", "weights.safetensors")),
         unet_config=program.origin.unet_config,
-        pipeline_folder=_pipeline_folder(folder, program.origin.pipeline),
+        pipeline_folder=pipeline_around(folder, program.origin.pipeline),
     )
 
 
@@ -234,7 +238,7 @@ def _export_model(folder: Path, session: Session) -> Model:
         plan=plan,
         size_bytes=_size(folder, (MODEL_FILE, DATA_FILE)),
         unet_config=config,
-        pipeline_folder=_pipeline_folder(folder, reference),
+        pipeline_folder=pipeline_around(folder, reference),
     )
 
 
@@ -285,8 +289,8 @@ def _size(folder: Path, names: tuple[str, ...] | list[str]) -> int:
 # ---- the pipeline --------------------------------------------------------------------------------------------------
 
 
-def _pipeline_folder(folder: Path, reference: str) -> Path | None:
-    """The copy inside the artefact, else the folder that the origin names."""
+def pipeline_around(folder: Path, reference: str) -> Path | None:
+    """A pipeline's folder: the copy inside the artefact, else the one that the origin names; None if it is gone."""
     if (folder / "pipeline" / "model_index.json").is_file():
         return folder / "pipeline"
     if reference == DIGITS:

@@ -212,7 +212,7 @@ def test_settings_of_other_classes_are_not_read() -> None:
     ("config", "steps", "options", "said"),
     [
         ({"_class_name": "PNDMScheduler"}, 4, {}, "scheduler: the pipeline has a PNDMScheduler, which runs with torch"),
-        ({}, 4, {"name": "heun"}, "scheduler 'heun': unknown; there are ddim, euler, dpm++. Use one of them."),
+        ({}, 4, {"name": "heun"}, "scheduler 'heun': unknown; there are ddim, dpmsolver++, euler. Use one of them."),
         ({}, 4, {"name": "euler", "eta": 0.5}, "eta 0.5: the EulerDiscreteScheduler takes none. Leave it out, or"),
         ({}, 0, {"name": "ddim"}, "0 steps: expected 1 to 1000, those of training. Ask for fewer."),
         ({}, 1001, {"name": "ddim"}, "1001 steps: expected 1 to 1000"),

@@ -23,7 +23,7 @@ from hqc.lite.schedulers.settings import read_settings
 
 __all__ = ["SCHEDULERS", "Scheduler", "Step", "new_scheduler", "scheduler_class"]
 
-SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpm++": "DPMSolverMultistepScheduler"}
+SCHEDULERS = {"ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler"}
 """What a scheduler is asked for by, and its class in diffusers."""
 
 _KINDS = {"DDIMScheduler": Ddim, "EulerDiscreteScheduler": Euler, "DPMSolverMultistepScheduler": DpmSolver}

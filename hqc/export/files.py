@@ -1,0 +1,10 @@
+"""What the files of an export are called. Importing this loads nothing heavy."""
+
+__all__ = ["CLASS_LABELS", "CONFIG_FILE", "DATA_FILE", "ENCODED", "INPUT_IDS", "LAST_HIDDEN_STATE", "MODEL_FILE"]
+
+MODEL_FILE, DATA_FILE, CONFIG_FILE = "model.onnx", "model.onnx.data", "config.json"
+
+CLASS_LABELS, ENCODED = "class_labels", "encoder_hidden_states"
+"""Input and output of a class embedder."""
+INPUT_IDS, LAST_HIDDEN_STATE = "input_ids", "last_hidden_state"
+"""Input and output of a text encoder, as optimum has them."""

@@ -1,0 +1,236 @@
+"""`LitePipeline`: an exported pipeline's folder, drawn from without torch, alone or behind the server."""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hqc.configurations import check_configuration, read_configuration
+from hqc.errors import ArtefactError, EvaluationError, HqcError
+from hqc.export.files import CONFIG_FILE
+from hqc.lite.arrays import Floats
+from hqc.lite.conditions import Classes, Condition, Nothing, Prompts
+from hqc.lite.noise import Noise
+from hqc.lite.schedulers import SCHEDULERS, Scheduler, new_scheduler, scheduler_class
+from hqc.lite.session import open_part, part_manifest, shape_of
+from hqc.manifests import PIPELINE_KIND, check_manifest
+from hqc.needs import Kind, Needs
+from hqc.paths import StrPath
+from hqc.pipeline_parts import read_index
+from hqc.serving.backend import Drawing, preview_steps
+from hqc.serving.engine import Call
+
+__all__ = ["LitePipeline"]
+
+Pixels = NDArray[np.uint8]
+_KINDS: Mapping[str, Kind] = {
+    "ClassConditionalLDMPipeline": "class_label",
+    "UnconditionalLDMPipeline": "nothing",
+    "StableDiffusionPipeline": "prompt",
+}
+_OPTIONS: Mapping[Kind, tuple[str, ...]] = {
+    "class_label": ("guidance_scale", "eta"),
+    "nothing": ("eta",),
+    "prompt": ("guidance_scale", "eta", "negative_prompt"),
+}
+_DIGIT_CLASSES, _DIGIT_SIZE = 10, (32, 32)
+_IMAGES_AT_ONCE = 8
+
+
+class LitePipeline:
+    """A folder that `hqc export --pipeline` wrote, in ONNX Runtime; a `Backend` of the server.
+
+    An image depends on its own seed alone, and is the one that the pipeline draws with torch, to float rounding.
+    """
+
+    previews = True
+
+    def __init__(self, folder: StrPath, *, threads: int | None = None, scheduler: str | None = None) -> None:
+        """Opens the models of a folder whose every hash has been checked.
+
+        Args:
+            threads: of one call of a model; None leaves the choice to ONNX Runtime. scheduler: ddim, dpmsolver++ or
+            euler instead of the folder's own.
+
+        Raises:
+            ArtefactError: if the folder is missing, damaged, or no exported pipeline.
+            EvaluationError: if its scheduler runs with torch alone, and no other is asked for.
+            RuntimeMissingError: if onnxruntime, or for prompts tokenizers, is not installed.
+        """
+        folder = Path(folder)
+        check_manifest(folder, PIPELINE_KIND)
+        self.name, self._scheduler = folder.name, scheduler
+        pipeline = str(read_index(folder)["_class_name"])
+        if pipeline not in _KINDS:
+            raise ArtefactError(str(folder), f"holds a {pipeline}; this hqc runs {', '.join(_KINDS)}", "Update hqc.")
+        self._config = _configuration(folder / "scheduler" / "scheduler_config.json")
+        self.most_steps = int(self._config.get("num_train_timesteps", 1000))
+        scheduler_class(self._config, scheduler)
+        denoiser = next(
+            (folder / name for name in ("unet", "transformer") if (folder / name).is_dir()), folder / "unet"
+        )
+        self._latents = shape_of(part_manifest(denoiser), "sample", denoiser)
+        vae = _configuration(folder / "vae_decoder" / CONFIG_FILE)
+        self._scale, channels, enlarged = _of_decoder(vae, folder)
+        self._denoiser = open_part(denoiser, threads)
+        self._decoder = open_part(folder / "vae_decoder", threads)
+        self._condition, classes = _condition(_KINDS[pipeline], folder, threads)
+        kind, size = _KINDS[pipeline], (self._latents[2] * enlarged, self._latents[1] * enlarged)
+        digits = channels == 1 and classes == _DIGIT_CLASSES and size == _DIGIT_SIZE
+        self.needs = Needs(pipeline, kind, classes, frozenset(_OPTIONS[kind]), size, digits=digits)
+
+    @property
+    def schedulers(self) -> tuple[str, ...]:
+        """What schedulers may be asked for."""
+        return tuple(SCHEDULERS)
+
+    def around(self) -> AbstractContextManager[Any]:
+        """Nothing is needed around the engine."""
+        return nullcontext()
+
+    def check_steps(self, num_inference_steps: int, scheduler: str | None) -> str | None:
+        """Why a scheduler does not take so many steps; None if it does."""
+        try:
+            new_scheduler(self._config, num_inference_steps, name=scheduler or self._scheduler)
+        except HqcError as error:
+            return f"{error.found}. {error.do}"
+        return None
+
+    def draw(
+        self,
+        label: int = 0,
+        prompt: str | None = None,
+        *,
+        seed: int = 0,
+        steps: int = 20,
+        guidance_scale: float = 1.5,
+        eta: float = 0.0,
+        negative_prompt: str = "",
+        scheduler: str | None = None,
+    ) -> Pixels:
+        """One image, uint8 [H, W] or [H, W, 3], of a class, of a prompt, or of nothing in particular.
+
+        Raises:
+            EvaluationError: if that is not what the pipeline takes.
+        """
+        new_scheduler(self._config, steps, name=scheduler or self._scheduler, eta=eta)  # refuses an eta without effect
+        drawing = Drawing(label, prompt, negative_prompt, seed, steps, guidance_scale, eta, scheduler)
+        return next(self.draw_all([drawing]))
+
+    def draw_all(self, drawings: Sequence[Drawing], at_once: int = _IMAGES_AT_ONCE) -> Iterator[Pixels]:
+        """The images of some drawings in their order, up to `at_once` of them in one call of the denoiser.
+
+        Raises:
+            EvaluationError: if one of them is not what the pipeline takes.
+        """
+        for start in range(0, len(drawings), at_once):
+            under_way = {i: self.begin(drawing) for i, drawing in enumerate(drawings[start : start + at_once])}
+            outputs: dict[int, Any] = dict.fromkeys(under_way)
+            images: dict[int, Pixels] = {}
+            while under_way:
+                calls = {}
+                for i, steps in list(under_way.items()):
+                    try:
+                        calls[i] = steps.send(outputs[i])
+                    except StopIteration as end:
+                        images[i] = end.value
+                        del under_way[i]
+                outputs = dict(zip(calls, self.denoise(list(calls.values())), strict=True)) if calls else {}
+            yield from (images[i] for i in sorted(images))
+
+    def denoise(self, calls: Sequence[Call]) -> list[Floats]:
+        """The denoiser's outputs of several calls, made in one."""
+        names = calls[0].inputs.keys()
+        output = self._denoiser(**{name: np.concatenate([call.inputs[name] for call in calls]) for name in names})
+        return np.split(output, np.cumsum([call.rows for call in calls])[:-1])
+
+    def begin(self, drawing: Drawing) -> Generator[Call, Floats, Pixels]:
+        """One image as steps: yields what the denoiser is to be called with, is sent its output, returns the pixels.
+
+        As diffusers' pipelines do, it gives eta to a scheduler that has one.
+
+        Raises:
+            EvaluationError: if the drawing is not what the pipeline takes.
+        """
+        self._check(drawing)
+        name = drawing.scheduler or self._scheduler
+        eta = drawing.eta if scheduler_class(self._config, name) == SCHEDULERS["ddim"] else 0.0
+        scheduler = new_scheduler(self._config, drawing.num_inference_steps, name=name, eta=eta)
+        return self._steps(drawing, scheduler)
+
+    def _steps(self, drawing: Drawing, scheduler: Scheduler) -> Generator[Call, Floats, Pixels]:
+        noise, before = Noise(drawing.seed), None
+        shape = (1, *self._latents)
+        guidance = drawing.guidance_scale if self.needs.guides and drawing.guidance_scale > 1 else None
+        condition = self._conditions(drawing, guided=guidance is not None)
+        previews = preview_steps(drawing.num_inference_steps, drawing.previews) if drawing.see is not None else []
+        x = noise.normal(shape) * scheduler.init_noise_sigma
+        for i, timestep in enumerate(scheduler.timesteps):
+            output = yield _call(scheduler.scaled(x, i), timestep, condition, rows=1 if guidance is None else 2)
+            if guidance is not None:
+                away, towards = output[:1], output[1:]
+                output = away + np.float32(guidance) * (towards - away)
+            drawn = noise.normal(shape) if scheduler.draws_noise else None
+            x, before = scheduler.step(output, i, x, drawn, before)
+            if drawing.see is not None and i + 1 in previews:
+                drawing.see(previews.index(i + 1), self._pixels(before))
+        return self._pixels(x)
+
+    def _conditions(self, drawing: Drawing, *, guided: bool) -> Floats | None:
+        """What every call of the denoiser is told; with guidance what it leads away from first."""
+        found = self._condition.of(drawing.label, drawing.prompt)
+        away = self._condition.away(drawing.negative_prompt) if guided else None
+        return found if away is None or found is None else np.concatenate([away, found])
+
+    def _pixels(self, latents: Floats) -> Pixels:
+        """What the decoder makes of latents: round(255·clamp(x/2 + 1/2, 0, 1))."""
+        decoded = self._decoder(sample=latents / np.float32(self._scale))[0]
+        if not np.isfinite(decoded).all():
+            raise EvaluationError(self.name, "gives an image that is not finite", "Compare it with the float model.")
+        image = np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0, 1)
+        pixels = np.rint(image * np.float32(255)).astype(np.uint8)
+        return pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+
+    def _check(self, drawing: Drawing) -> None:
+        if self.needs.kind == "class_label":
+            self.needs.check_labels([drawing.label])
+        if (drawing.prompt is not None) != (self.needs.kind == "prompt"):
+            takes = {"prompt": "a prompt", "class_label": "a class label", "nothing": "neither prompt nor label"}
+            raise EvaluationError(self.name, f"takes {takes[self.needs.kind]}", "Ask it for what it takes.")
+        if not 0 <= drawing.eta <= 1:
+            raise EvaluationError(f"eta {drawing.eta:g}", "expected 0 to 1", "Correct it.")
+
+
+def _call(sample: Floats, timestep: Any, condition: Floats | None, *, rows: int) -> Call:
+    inputs = {"sample": np.repeat(sample, rows, axis=0), "timestep": np.full(rows, timestep, np.float32)}
+    return Call(inputs if condition is None else {**inputs, "condition": condition}, rows)
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    check_configuration(path)
+    return read_configuration(path)
+
+
+def _condition(kind: Kind, folder: Path, threads: int | None) -> tuple[Condition, int]:
+    """What gives the condition, and how many classes there are."""
+    if kind == "class_label":
+        found = Classes(folder / "class_embedder", threads)
+        return found, found.count
+    if kind == "prompt":
+        return Prompts(folder / "tokenizer", folder / "text_encoder", threads), 0
+    return Nothing(), 0
+
+
+def _of_decoder(config: Mapping[str, Any], folder: Path) -> tuple[float, int, int]:
+    """What latents are divided by, channels of the images, and pixels of a latent's side."""
+    try:
+        scale, channels = float(config["scaling_factor"]), int(config["out_channels"])
+        enlarged = 2 ** (len(config["block_out_channels"]) - 1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(str(folder), f"has a decoder without {error}", "Export the pipeline again.") from error
+    if channels not in (1, 3) or not scale > 0:
+        raise ArtefactError(str(folder), f"draws {channels} channels; expected 1 or 3", "Run it with torch.")
+    return scale, channels, enlarged
