@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hqc.api import ptq, qat, quantise, task_of
+    from hqc.api import attach_loras, merge_loras, ptq, qat, quantise, task_of
     from hqc.capture import trace
     from hqc.errors import HqcError
     from hqc.export import TensorRtOptions, export_program
@@ -29,9 +29,11 @@ __all__ = [
     "Program",
     "Task",
     "TensorRtOptions",
+    "attach_loras",
     "export_program",
     "load",
     "load_program",
+    "merge_loras",
     "ptq",
     "qat",
     "quantise",
@@ -45,9 +47,11 @@ _WHERE = {
     "Program": ("hqc.program", "Program"),
     "Task": ("hqc.sampling", "Task"),
     "TensorRtOptions": ("hqc.export", "TensorRtOptions"),
+    "attach_loras": ("hqc.api", "attach_loras"),
     "export_program": ("hqc.export", "export_program"),
     "load": ("hqc.runtimes", "load"),
     "load_program": ("hqc.storage", "load_program"),
+    "merge_loras": ("hqc.api", "merge_loras"),
     "ptq": ("hqc.api", "ptq"),
     "qat": ("hqc.api", "qat"),
     "quantise": ("hqc.api", "quantise"),

@@ -8,6 +8,9 @@
     report = hqc.export_program(student, "onnxruntime", "digits-w4a4")
     pipe.unet = hqc.load("digits-w4a4").as_unet()
 
+    program = hqc.merge_loras(program, ["pixel.safetensors:0.8"])        # a style, before anything is quantised
+    student = hqc.attach_loras(student, ["pixel.safetensors"])           # or beside it, its scale an input
+
     task = hqc.task_of(program, prompts=["a cat", "a dog"])              # what to calibrate and train on
     student = hqc.ptq(program, "rtn", "w4a4", task=task)
 
@@ -28,7 +31,9 @@ from hqc.claims import claimed
 from hqc.errors import ArtefactError, PlanError, TrainingError
 from hqc.memory import return_free_memory
 from hqc.models import digits_path
+from hqc.passes import AttachStyle, MergeStyle
 from hqc.paths import StrPath
+from hqc.pipeline import run_pass
 from hqc.program import InputSpec, Program
 from hqc.recipes import Recipe, find_recipe
 from hqc.recipes.plan_file import PlanFile, plan_asked
@@ -43,8 +48,19 @@ from hqc.runtimes.torch_runtime import TorchSession
 from hqc.sampling import Observe, Task, Update, Work, pipeline_task, synthetic_task
 from hqc.sampling.prompts import prompt_task, require_prompt_inputs
 from hqc.sampling.task import Denoise, called_once, denoiser
+from hqc.styles.request import parse_loras
 
-__all__ = ["ForwardLoop", "finish_run", "ptq", "qat", "quantise", "recipe_of", "task_of"]
+__all__ = [
+    "ForwardLoop",
+    "attach_loras",
+    "finish_run",
+    "merge_loras",
+    "ptq",
+    "qat",
+    "quantise",
+    "recipe_of",
+    "task_of",
+]
 
 ForwardLoop = Callable[[nn.Module], Any]
 
@@ -75,6 +91,9 @@ def task_of(
         TrainingError: if there is none, or both prompts and synthetic are given.
     """
     folder = None if folder is None else Path(folder)
+    if attached := program.attached_styles:
+        found = f"has the LoRA {attached[0]} attached, and what is sampled here gives no scale"
+        raise TrainingError("the program", found, "Give the program from before it was attached.")
     if prompts and synthetic:
         raise TrainingError("--prompts", "and --synthetic exclude each other", "Give one of them.")
     if through and images is None:
@@ -332,6 +351,35 @@ def qat(program: Program, recipe: str | Recipe = "hqc", bits: str | None = None,
     if found.kind != "qat":
         raise PlanError(f"recipe {found.name!r}", "does not train", "Use hqc ptq for it, or --recipe hq-dm here.")
     return quantise(program, found, bits, **options)
+
+
+def merge_loras(program: Program, loras: Sequence[str]) -> Program:
+    """Adds LoRAs to the weights of a captured program, before anything is quantised.
+
+    loras: each `[NAME=]FILE.safetensors[:SCALE]`. What a file holds for text encoders is left out; the record says so.
+
+    Raises:
+        OptionError: for a text that is none. ArtefactError: for a file that is none, or of another model.
+        PassError: if the program is quantised.
+    """
+    for asked in parse_loras(loras):
+        program = run_pass(program, MergeStyle(file=asked.file, scale=asked.scale, name=asked.name))
+    return program
+
+
+def attach_loras(program: Program, loras: Sequence[str]) -> Program:
+    """Puts LoRAs beside the layers of a program, captured or quantised, each with an input `lora_scale_NAME` [N].
+
+    loras: each `[NAME=]FILE.safetensors[:SCALE]`; the scale is what the input is where a call gives none, 1 unless
+    given. What a file holds for text encoders is left out; the record says so.
+
+    Raises:
+        OptionError, ArtefactError: as `merge_loras`. PassError: if the program has an input of that name, or is frozen
+        to integers.
+    """
+    for asked in parse_loras(loras):
+        program = run_pass(program, AttachStyle(file=asked.file, scale=asked.scale, name=asked.name))
+    return program
 
 
 def finish_run(folder: StrPath) -> None:

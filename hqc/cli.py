@@ -17,6 +17,7 @@ from hqc.commands.compare_recipes import compare_recipes
 from hqc.commands.compile import explain, export, inspect, trace
 from hqc.commands.doctor import doctor
 from hqc.commands.engine import build_engine
+from hqc.commands.loras import attach_lora
 from hqc.commands.models import evaluate, sample
 from hqc.commands.qr_adaptor import qr_adaptor
 from hqc.commands.quantise import ptq, qat
@@ -121,7 +122,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(trace, explain, inspect, recipes, search, qr_adaptor, ptq, qat, export, build_engine, tune),
+    *(trace, explain, inspect, recipes, search, qr_adaptor, ptq, qat, attach_lora, export, build_engine, tune),
     *(sample, evaluate, analyze, compare, compare_recipes, bench, serve, doctor),
 )
 for command in COMMANDS:

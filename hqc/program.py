@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 import hqc.ops  # noqa: F401  (registers the operators)
 from hqc.plan import QuantPlan
+from hqc.styles.record import Style
 
 __all__ = ["InputSpec", "Origin", "PassRecord", "Program", "Stage", "is_op"]
 
@@ -43,13 +44,15 @@ class InputSpec:
     """One input: its name, its shape with "N" for the batch (none for what a whole batch shares), its dtype.
 
     span: (low, high) of the values that make sense, high excluded: labels of an embedding, 0 and 1 of a mask, the
-    timesteps of a flow model. None: any number, or for `timestep` 0…999.
+    timesteps of a flow model. None: any number, or for `timestep` 0…999. default: what runtimes take where a caller
+    gives none; None: it must be given.
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str = "float32"
     span: tuple[float, float] | None = None
+    default: float | None = None
 
     def example(self, batch: int, generator: torch.Generator) -> Tensor:
         """A random input of this shape: uniform in its span (whole numbers for integers), or normal without one."""
@@ -89,7 +92,10 @@ class InputSpec:
             if not -_LARGEST < low < high < _LARGEST or (dtype == "int64" and not int(low) < int(high)):
                 raise ValueError(f"input {data['name']!r} has span {list(span)}")
             span = (low, high)
-        return InputSpec(name, shape, dtype, span)
+        default = data.get("default")
+        if default is not None and (type(default) not in (int, float) or not math.isfinite(default)):
+            raise ValueError(f"input {data['name']!r} has a default that is no number")
+        return InputSpec(name, shape, dtype, span, default)
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,10 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class Program:
-    """A denoiser as data: graph, weights by name, plan, stage, history, origin. Frozen; passes return new ones."""
+    """A denoiser as data: graph, weights by name, plan, stage, history, origin. Frozen; passes return new ones.
+
+    styles: LoRAs from files that were merged into it or attached to it.
+    """
 
     graph: fx.Graph
     state: Mapping[str, Tensor]
@@ -169,6 +178,7 @@ class Program:
     plan: QuantPlan = field(default_factory=QuantPlan)
     history: tuple[PassRecord, ...] = ()
     origin: Origin = field(default_factory=Origin)
+    styles: tuple[Style, ...] = ()
 
     def module(self) -> fx.GraphModule:
         """A callable module over the same weights (no copies); float weights are Parameters without gradient."""
@@ -192,6 +202,11 @@ class Program:
     def has_timestep(self) -> bool:
         """Whether it is given a timestep: a denoiser is, the halves of an autoencoder are not."""
         return any(spec.name == "timestep" for spec in self.inputs)
+
+    @property
+    def attached_styles(self) -> tuple[str, ...]:
+        """The names of LoRAs whose scale is an input."""
+        return tuple(style.name for style in self.styles if not style.merged)
 
     def evolve(self, **changes: Any) -> "Program":
         """A copy with some fields replaced."""

@@ -21,6 +21,7 @@ __all__ = [
     "absorbed_nodes",
     "attention_quantisers",
     "branch_name",
+    "end_of",
     "output_of",
     "products_of",
     "quantised_sites",
@@ -191,6 +192,14 @@ def output_of(layer: fx.Node) -> fx.Node:
     """The whole result of a site: its layer's, or the sum with the product of its binary codes and its float branch."""
     own = with_residual(layer)
     return next((user for user in own.users if user.meta.get("role") == "branch" and user.args[0] is own), own)
+
+
+def end_of(layer: fx.Node) -> fx.Node:
+    """What the rest of the graph reads of a site: `output_of`, or the last sum with a LoRA of a style."""
+    end: fx.Node = output_of(layer)
+    while sums := [user for user in end.users if user.meta.get("role") == "style" and user.args[0] is end]:
+        end = sums[0]
+    return end
 
 
 def with_residual(layer: fx.Node) -> fx.Node:

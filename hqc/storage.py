@@ -32,6 +32,7 @@ from hqc.pipeline_parts import pipeline_files
 from hqc.plan import QuantPlan
 from hqc.program import InputSpec, Origin, PassRecord, Program, Stage
 from hqc.structure import site_problems
+from hqc.styles.record import Style
 from hqc.verify import verify
 
 __all__ = [
@@ -91,6 +92,7 @@ def save_program(
                 "stage": str(program.stage),
                 "origin": asdict(program.origin),
                 "inputs": [asdict(spec) for spec in program.inputs],
+                **({"loras": [style.to_dict() for style in program.styles]} if program.styles else {}),
             },
         )
 
@@ -170,6 +172,7 @@ def load_program(folder: StrPath) -> Program:
             plan=QuantPlan.from_dict(read_json(folder / "plan.json")),
             history=tuple(_record(r) for r in read_json(folder / "history.json")),
             origin=Origin.from_dict(manifest["origin"]),
+            styles=tuple(Style.from_dict(style) for style in manifest.get("loras", ())),
         )
         verify(program, after="load")
         if problems := site_problems(program):

@@ -20,13 +20,14 @@ from hqc.plan import SitePlan, main_site
 from hqc.program import Program, Stage, aten, is_op
 from hqc.rotations import Rotation
 from hqc.sites import output_of, rotation_of, rotation_within, source_of, with_residual
+from hqc.styles.checks import style_problems
 
 __all__ = ["site_problems"]
 
 ops = torch.ops.hqc
 _CONV, _LINEAR, _RESCALE = aten.conv2d.default, aten.linear.default, ops.rescale.default
 _OF_ONE_VALUE = (
-    *(aten.to.dtype, ops.dynamic_scale.default, ops.hadamard.default, ops.rotate_codes.default),
+    *(aten.to.dtype, aten.view.default, ops.dynamic_scale.default, ops.hadamard.default, ops.rotate_codes.default),
     *(ops.unpack_int4.default, ops.digit.default, ops.half.default),
 )
 _PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
@@ -38,7 +39,10 @@ _ROLES: Mapping[str, tuple[Any, ...]] = {
     "smoothing": (aten.mul.Tensor,),
     "branch": (aten.add.Tensor,),
     "residual": (aten.add.Tensor,),
-    **dict.fromkeys(("branch_down", "branch_up"), (_CONV, _LINEAR)),
+    **dict.fromkeys(("branch_down", "branch_up", "style_down", "style_up"), (_CONV, _LINEAR)),
+    "style": (aten.add.Tensor,),
+    "style_scaled": (aten.mul.Tensor,),
+    "style_scale": (aten.view.default,),
     "rotation": (ops.hadamard.default,),
     "rotation_back": (ops.hadamard.default,),
     "lora": (aten.add.Tensor,),
@@ -69,7 +73,7 @@ _OF_QUANTISED = (
     "branch",
     "residual",
 )
-_WITH_SITE = ("layer", "rotation_back", "attention", *ATTENTION_ROLES, *_OF_QUANTISED)
+_WITH_SITE = ("layer", "rotation_back", "attention", "style", *ATTENTION_ROLES, *_OF_QUANTISED)
 
 
 def site_problems(program: Program) -> list[str]:
@@ -96,7 +100,7 @@ def site_problems(program: Program) -> list[str]:
         if (role := node.meta.get("role")) in _OF_QUANTISED
         and not (node.meta["site"] in program.plan and program.plan[node.meta["site"]].quantised)
     ]
-    return [*problems, *attention_problems(program)][:3]
+    return [*problems, *attention_problems(program), *style_problems(program)][:3]
 
 
 def _live(program: Program) -> set[fx.Node]:

@@ -71,6 +71,10 @@ SECONDS: Mapping[str, int] = {
     "capture/test_capture_autoencoders.py": 25,
     "runtimes/test_runtimes_cuda_passionsr.py": 20,
     "training/test_training_factors.py": 10,
+    "styles/test_styles_reading.py": 20,
+    "passes/test_pass_style.py": 12,
+    "export/test_export_style.py": 15,
+    "test_cli_loras.py": 15,
 }
 """Of the files that take long. They run first, so that no process is left with one of them while the other waits."""
 

@@ -95,6 +95,7 @@ MISUSED = [
     ("export {quantised} -o x --weight-only *", "--weight-only *"),
     ("export {quantised} -o x --target tensorrt --plugin-arch sm_80", "--plugin-arch sm_80"),
     ("export {quantised} -o x --functions", "target onnxruntime"),
+    ("export {quantised} -o x --merge-lora", "--merge-lora: merges what --lora names"),
     ("export {quantised} -o x --target tensorrt --names optimum", "target tensorrt"),
     ("export {quantised} -o x --target tensorrt --pipeline", "--pipeline"),
     ("export {captured} -o x --against {captured}", "--against"),
@@ -150,12 +151,14 @@ MISUSED = [
     ("sample {plain} --negative-prompt cat", "--negative-prompt"),
     ("sample {plain} --guidance-scale 3", "--guidance-scale 3"),
     ("sample {plain} --eta 1", "--eta 1"),
+    ("sample {plain} --lora-scale pixel=1", "LoRA pixel"),
     ("eval {plain} --against {plain} --labels 0-1", "--labels"),
     ("eval {plain} --against {plain} --prompt cat", "--prompt"),
     ("eval {plain} --against {plain} --prompts {words}", "--prompts"),
     ("eval {plain} --against {plain} --negative-prompt cat", "--negative-prompt"),
     ("eval {plain} --against {plain} --guidance-scale 3", "--guidance-scale 3"),
     ("eval {plain} --against {plain} --eta 1", "--eta 1"),
+    ("eval {plain} --against {plain} --lora-scale pixel=1", "LoRA pixel"),
     ("eval {plain} --against {plain} --no-gain-1", "--no-gain-1: {plain} draws no digits"),
     ("eval {captured} --against {captured} --gain-images 0 --no-gain-1", "--no-gain-1: is about what"),
     ("serve {captured} --threads 2", "--threads"),
@@ -166,7 +169,7 @@ MISUSED = [
 
 # Options that have an effect whatever else is asked for, or are refused with the value (bits, recipe, runtime, labels).
 ALWAYS = {
-    "trace": "output force as_json",
+    "trace": "output loras force as_json",
     "explain": "target as_json",
     "inspect": "graph as_json",
     "recipes list": "as_json",
@@ -179,7 +182,8 @@ ALWAYS = {
     "ptq": "output recipe bits rules keep_float calib_size synthetic num_inference_steps work_dir force as_json",
     "qat": "output recipe bits rules keep_float calib_size synthetic num_inference_steps batch_size seed "
     "lr_lora lr_weight_scale lr_activation_scale checkpoint_every work_dir resume steps force as_json",
-    "export": "output target opset one_timestep force as_json",
+    "attach-lora": "output loras force",
+    "export": "output target opset one_timestep loras force as_json",
     "build-engine": "builder arch min_batch opt_batch max_batch workspace tf32 cache force as_json",
     "tune": "batch_sizes dtype weights output limit_seconds as_json",
     "sample": "output runtime compare_with per_class seed batch_size num_inference_steps force",

@@ -31,7 +31,7 @@ def left_out(module: nn.Module, program: Program, folder: Path | None, prefix: s
         more = f" and {len(parts) - _LISTED} more" if len(parts) > _LISTED else ""
         share = 100 * sum(missing.values()) / total
         notes["not_reached"] = f"{share:.1f} % of the parameters, by the captured call: {shown}{more}"
-    files = sorted({path.name for pattern in _LORA for path in folder.glob(pattern)}) if folder is not None else []
-    if files:
-        notes["not_read"] = f"{', '.join(files[:_LISTED])}: fuse a LoRA into the weights before tracing"
+    beside = {path.name for pattern in _LORA for path in folder.glob(pattern)} if folder is not None else set()
+    if files := sorted(beside - {style.file for style in program.styles}):
+        notes["not_read"] = f"{', '.join(files[:_LISTED])}: --lora FILE adds a LoRA to the weights"
     return notes

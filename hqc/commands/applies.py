@@ -48,6 +48,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule("as_yaml", lambda p: not p["as_json"], "and --json exclude each other", "Give one of them."),
     ),
     "qat": (Rule("epochs", lambda p: p["steps"] is None, "and --steps exclude each other", "Give one of them."),),
+    "export": (Rule("merge_lora", lambda p: bool(p["loras"]), "merges what --lora names, and none is named"),),
     "analyze": (
         Rule("sensitivity_samples", lambda p: p["sensitivity"] is not False, "is for what --no-sensitivity leaves out"),
     ),

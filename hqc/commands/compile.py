@@ -10,6 +10,7 @@ import click
 from hqc.commands.applies import OF_A_RECIPE, Command, asked, option_name
 from hqc.commands.engine import EngineArguments, engine_options
 from hqc.commands.exportable import print_survey, warn_unless_exportable
+from hqc.commands.loras import lora_option, said_of, with_export_loras, with_loras
 from hqc.commands.options import (
     bits_option,
     check_output,
@@ -63,6 +64,7 @@ __all__ = ["explain", "export", "inspect", "trace"]
     help="Of a pipeline: its denoiser, or a half of its autoencoder (or of the autoencoder's own folder).",
 )
 @click.option("--outliers", is_flag=True, help="Heavy-tailed activations in a named architecture, arch:NAME.")
+@lora_option("A LoRA to add to the weights, times SCALE (default: 1), a .safetensors file")
 @force_option
 @json_option
 def trace(
@@ -76,6 +78,7 @@ def trace(
     revision: str | None,
     part: "Part",
     outliers: bool,
+    loras: tuple[str, ...],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -91,8 +94,12 @@ def trace(
     from hqc.capture import trace as capture
     from hqc.capture.unreached import left_out
     from hqc.storage import save_program
+    from hqc.styles.reading import check_file
+    from hqc.styles.request import parse_loras
 
     check_output(output, Path(source), force=force)
+    for asked_for in parse_loras(loras):  # before long work
+        check_file(Path(asked_for.file))
     start = time.perf_counter()
     found = find_source(
         source,
@@ -105,7 +112,7 @@ def trace(
         variant=variant,
         part=part,
     )
-    program = capture(found)
+    program = with_loras(capture(found), loras, merged=True)
     with doing(f"writing {output}"):
         save_program(program, output, force=force, pipeline=found.pipeline, variant=found.notes.get("variant"))
     with doing("looking for what targets do not take"):
@@ -119,6 +126,7 @@ def trace(
         "graph_equals_module_relative_error": program.origin.capture_error,
         "exports_to": takers if as_json else ", ".join(takers) or "no target",
         "seconds": round(time.perf_counter() - start, 2),
+        **said_of(program),
         **found.notes,
         **left_out(found.module, program, found.pipeline, found.prefix),
     }
@@ -184,11 +192,17 @@ def explain(
             for r in result.history[len(captured.history) :]
         ]
         out.print_json(
-            {"plan": result.plan.to_dict(), "pipeline": found.text, "passes": ran, "weights": _weights(result)}
+            {
+                "plan": result.plan.to_dict(),
+                "pipeline": found.text,
+                "passes": ran,
+                "weights": _weights(result),
+                **said_of(result),
+            }
         )
         return
     out.console.print(out.sites_table(result))
-    _print_attentions(result)
+    _print_beside(result)
     _print_weights(result)
     rules = found.step("select_layers").rules
     ordered = [f"  {rule}" for rule in (*RULE_SETS[rules], *plan.rules)]
@@ -223,15 +237,15 @@ def _show_own_plan(path: Path, program: "Program", *, as_yaml: bool, as_json: bo
         _print_plan(program, str(path))
         return
     if as_json:
-        out.print_json({"plan": program.plan.to_dict(), "weights": _weights(program)})
+        out.print_json({"plan": program.plan.to_dict(), "weights": _weights(program), **said_of(program)})
         return
     out.console.print(out.sites_table(program))
-    _print_attentions(program)
+    _print_beside(program)
     _print_weights(program)
 
 
-def _print_attentions(program: "Program") -> None:
-    """How attention is quantised, where it is."""
+def _print_beside(program: "Program") -> None:
+    """How attention is quantised, where it is, and the LoRAs of the program."""
     from hqc import console as out
     from hqc.attentions import part_name
 
@@ -240,6 +254,8 @@ def _print_attentions(program: "Program") -> None:
         powers = 0 if kinds is None else int((kinds > 0.5).sum())
         more = f", in powers of two at {powers} of {len(kinds)} timesteps" if powers and kinds is not None else ""
         out.console.print(f"attention {plan.name}: {plan}{more}", markup=False, highlight=False)
+    for style in program.styles:
+        out.console.print(f"LoRA {style}", markup=False, highlight=False)
 
 
 def _weights(program: "Program") -> dict[str, int]:
@@ -281,6 +297,7 @@ def inspect(program: Path, graph: bool, as_json: bool) -> None:
         "sites": len(list(loaded.sites())),
         "weights_bytes": loaded.size_bytes(),
         "bytes_by_kind": sizes,
+        **said_of(loaded),
     }
     if as_json:
         text = {"graph": graph_text(loaded).splitlines()} if graph else {}
@@ -338,6 +355,8 @@ def inspect(program: Path, graph: bool, as_json: bool) -> None:
     is_flag=True,
     help="The whole pipeline in optimum's layout, which is sampled and served without torch.",
 )
+@lora_option("onnxruntime, portable: a LoRA beside the products, its scale an input of the model")
+@click.option("--merge-lora", is_flag=True, help="Add --lora to the weights instead: of a PROGRAM that is captured.")
 @engine_options(None)
 @force_option
 @json_option
@@ -355,6 +374,8 @@ def export(
     functions: bool,
     names: "Names | None",
     whole: bool,
+    loras: tuple[str, ...],
+    merge_lora: bool,
     engine: EngineArguments | None,
     force: bool,
     as_json: bool,
@@ -374,9 +395,13 @@ def export(
         engine.check(target=target, plugins=plugins)
     with doing(f"reading {program}"):
         loaded = load_program(program)
+    reference = load_program(against) if against is not None else None
+    loaded = with_export_loras(loaded, loras, merged=merge_lora)
+    if reference is not None:
+        reference = with_loras(reference, loras, merged=merge_lora, say=False)
     if whole:
         settings = {"opset": opset, "one_timestep": one_timestep, "functions": functions, "names": names or "optimum"}
-        _export_pipeline(program, loaded, output, target, against, settings, force=force, as_json=as_json)
+        _export_pipeline(program, loaded, output, target, reference, settings, force=force, as_json=as_json)
         return
     with out.late_progress("compiling kernels") as on_kernel:
         report = export_program(
@@ -385,7 +410,7 @@ def export(
             output,
             opset=opset,
             force=force,
-            float_program=load_program(against) if against is not None else None,
+            float_program=reference,
             pipeline=pipeline_folder(program),
             one_timestep=one_timestep,
             functions=functions,
@@ -395,11 +420,14 @@ def export(
         )
     if not as_json:
         click.echo(f"exported {report}")
+        for style in loaded.styles:
+            click.echo(f"lora     {style}")
     engines = engine.build(output) if engine is not None else None
     if as_json:
         out.print_json(
             {
                 **_export_data(output, report),
+                **said_of(loaded),
                 **({} if tensorrt is None else {"layers": [layer.to_dict() for layer in report.layers]}),
                 **({} if engines is None else {"engines": engines.to_dict()["engines"]}),
             }
@@ -413,7 +441,7 @@ def _export_pipeline(
     program: "Program",
     output: Path,
     target: "Target",
-    against: Path | None,
+    reference: "Program | None",
     settings: dict[str, Any],
     *,
     force: bool,
@@ -423,14 +451,13 @@ def _export_pipeline(
     from hqc import console as out
     from hqc.export.pipeline_folder import export_pipeline
     from hqc.runtimes.model import pipeline_around
-    from hqc.storage import load_program
 
     report = export_pipeline(
         program,
         target,
         output,
         pipeline=pipeline_around(path, program.origin.pipeline),
-        float_program=load_program(against) if against is not None else None,
+        float_program=reference,
         force=force,
         **settings,
     )

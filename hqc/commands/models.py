@@ -8,6 +8,7 @@ import click
 
 from hqc.commands.applies import Command
 from hqc.commands.asking import Asked, asked_for, asking_options, followed, sampled
+from hqc.commands.loras import lora_scale_option, set_scales
 from hqc.commands.options import (
     check_output_file,
     force_option,
@@ -63,6 +64,7 @@ def _opened(
     help="Images of each class or prompt; in all where there are none.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
+@lora_scale_option
 @_batch_option
 @sampler_options
 @force_option
@@ -77,6 +79,7 @@ def sample(
     negative_prompt: str | None,
     per_class: int,
     seed: int,
+    lora_scales: tuple[str, ...],
     batch_size: int | None,
     force: bool,
     **sampler: Any,
@@ -98,6 +101,7 @@ def sample(
     found = {}
     for name in models:
         pipe, needs, options = _opened(name, runtime if name == model else None, asked, sampler)
+        set_scales(pipe, lora_scales if name == model else ())
         rows = [row for row in asked.rows(needs) for _ in range(per_class)]
         found[name] = sampled(name, pipe, asked, rows, seed, batch_size, **options)
     if compare_with:
@@ -125,6 +129,7 @@ def sample(
     is_flag=True,
     help="No IS at gain 1, for which MODEL is sampled a second time, with ε divided by its gain.",
 )
+@lora_scale_option
 @_batch_option
 @sampler_options
 @json_option
@@ -140,6 +145,7 @@ def evaluate(
     seed: int,
     gain_images: int | None,
     no_gain_1: bool,
+    lora_scales: tuple[str, ...],
     batch_size: int | None,
     as_json: bool,
     **sampler: Any,
@@ -158,6 +164,7 @@ def evaluate(
         asked.check_kind(name)
     float_pipe, float_needs, float_options = _opened(against, None, asked, sampler)
     pipe, needs, options = _opened(model, runtime, asked, sampler)
+    set_scales(pipe, lora_scales)
     if needs.digits:
         check_enough(images, FEATURE_DIM)
     elif no_gain_1:

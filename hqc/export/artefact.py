@@ -143,6 +143,9 @@ def export_program(
     folder, pipeline = Path(folder), None if pipeline is None else Path(pipeline)
     if opset not in OPSETS:
         raise ExportError(f"opset {opset}", f"expected {OPSETS.start}…{OPSETS.stop - 1}", "Use 21 unless you must.")
+    if target == "tensorrt" and (attached := program.attached_styles):
+        found = f"has no inputs for LoRAs, and {attached[0]} is attached"
+        raise ExportError(f"target {target}", found, "Merge it at `hqc trace --lora`, or use another target.")
     if tensorrt is not None and target != "tensorrt":
         raise ExportError(f"target {target}", "takes no options of TensorRT", "Use target tensorrt, or leave them out.")
     if functions and target != "portable":
@@ -292,6 +295,7 @@ def _fields(program: Program, report: ExportReport) -> dict[str, Any]:
         "stage": str(program.stage),
         "origin": asdict(program.origin),
         "inputs": [asdict(spec) for spec in program.inputs],
+        **({"loras": [style.to_dict() for style in program.styles]} if program.styles else {}),
         "plan": {
             "recipe": plan.recipe,
             "bits": plan.bits,

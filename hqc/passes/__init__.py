@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from hqc.passes.attach_branch import AttachBranch
 from hqc.passes.attach_lora import AttachLora
+from hqc.passes.attach_style import AttachStyle
 from hqc.passes.drop_single_key_attention import DropSingleKeyAttention
 from hqc.passes.finetune_only import FinetuneOnly
 from hqc.passes.float_attention import FloatAttention
@@ -13,6 +14,7 @@ from hqc.passes.insert_hadamard import InsertHadamard
 from hqc.passes.insert_qdq import InsertQdq
 from hqc.passes.insert_smoothing import InsertSmoothing
 from hqc.passes.merge_lora import MergeLora
+from hqc.passes.merge_style import MergeStyle
 from hqc.passes.open_attention import OpenAttention
 from hqc.passes.pack_int4 import PackInt4
 from hqc.passes.rotate_weights import RotateWeights
@@ -26,6 +28,7 @@ __all__ = [
     "PASSES",
     "AttachBranch",
     "AttachLora",
+    "AttachStyle",
     "DropSingleKeyAttention",
     "FinetuneOnly",
     "FloatAttention",
@@ -35,6 +38,7 @@ __all__ = [
     "InsertQdq",
     "InsertSmoothing",
     "MergeLora",
+    "MergeStyle",
     "OpenAttention",
     "PackInt4",
     "RotateWeights",
@@ -47,6 +51,7 @@ __all__ = [
 PASSES: Mapping[str, type] = {
     step_name(kind): kind
     for kind in (
+        MergeStyle,
         DropSingleKeyAttention,
         OpenAttention,
         SplitConcat,
@@ -60,6 +65,7 @@ PASSES: Mapping[str, type] = {
         FinetuneOnly,
         AttachLora,
         MergeLora,
+        AttachStyle,
         FloatAttention,
         FreezeIntegers,
         RotateWeights,

@@ -73,6 +73,12 @@ def begin(program: Program, recipe: Recipe, request: Request, settings: Mapping[
             f"takes a program that is captured; this one is {program.stage}",
             "Give hqc trace's.",
         )
+    if attached := program.attached_styles:
+        raise PassError(
+            f"recipe {recipe.name!r}",
+            f"takes a program without inputs of LoRAs; this one has {attached[0]} attached",
+            "Quantise the program from before, and attach the LoRA to the result.",
+        )
     bits = str(parse_bits(request.bits))
     plan = QuantPlan(recipe.name, bits, (), request.timesteps, request.keep_float, dict(settings or {}), request.rules)
     return program.evolve(plan=plan)

@@ -68,7 +68,8 @@ def inputs_on(
     """The arguments as contiguous tensors by name, each in the dtype and shape of its `InputSpec`, in their order.
 
     A timestep, or any other condition [N], may be one value for all samples; what all samples share may have a leading
-    axis of 1. Conditions without a name are those after `timestep`, in order; None leaves one out.
+    axis of 1. Conditions without a name are those after `timestep`, in order; None leaves one out, for which an input
+    that has a default is that.
 
     Raises:
         EvaluationError: for a missing or superfluous input, or a shape that does not fit.
@@ -107,6 +108,7 @@ def _by_name(names: Sequence[str], conditions: Sequence[Tensor | None]) -> dict[
 def _fitted(spec: InputSpec, value: Tensor | float | None, batch: int, device: torch.device) -> Tensor:
     """A value in the shape and dtype of its input, on the device."""
     wanted = [batch if d == BATCH else int(d) for d in spec.shape]
+    value = spec.default if value is None else value
     if value is None:
         raise EvaluationError(spec.name, f"is missing; expected {list(spec.shape)}", "Give it.")
     dtype = getattr(torch, spec.dtype)

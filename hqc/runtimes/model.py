@@ -97,9 +97,9 @@ def describe(path: StrPath) -> Description:
         return Description(_pipeline_class(digits_path(), read_index(digits_path())), ("condition",))
     manifest = _read_manifest(folder)
     try:
-        names = tuple(str(spec["name"]) for spec in manifest["inputs"])
+        names = tuple(str(spec["name"]) for spec in manifest["inputs"] if spec.get("default") is None)
         reference, config = str(manifest["origin"]["pipeline"]), dict(manifest["origin"]["unet_config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtefactError(str(folder / "manifest.json"), f"is damaged ({error})", "Write it again.") from error
     _require_denoiser(folder.name, config)
     pipeline = pipeline_around(folder, reference)

@@ -13,6 +13,7 @@ from hqc.capture.families import plain_arguments
 from hqc.errors import EvaluationError
 from hqc.program import InputSpec
 from hqc.runtimes.base import Session
+from hqc.styles.record import SCALE_INPUT, scale_input
 
 __all__ = ["SessionUNet", "as_unet"]
 
@@ -45,6 +46,7 @@ class SessionUNet(nn.Module):
         self.config = FrozenDict({**_config_of(session), **unet_config})
         self._range = (min(timesteps), max(timesteps)) if timesteps else None
         self._kind = str(unet_config.get("_class_name", ""))
+        self._lora_scales: dict[str, Tensor | float] = {}
         if "projection_class_embeddings_input_dim" in unet_config:
             # The SDXL pipeline checks its time_ids against the width of this layer.
             width = unet_config["projection_class_embeddings_input_dim"]
@@ -54,6 +56,22 @@ class SessionUNet(nn.Module):
     def inputs(self) -> Sequence[InputSpec]:
         """What the session takes, in order."""
         return self.session.inputs
+
+    def set_lora_scales(self, scales: Mapping[str, Tensor | float]) -> None:
+        """What attached LoRAs are scaled by from now on, by their names: one number, or one a sample of a call.
+
+        Others keep theirs. A call may give `lora_scale_NAME=…` instead.
+
+        Raises:
+            EvaluationError: for a LoRA that the denoiser does not have.
+        """
+        known = [spec.name.removeprefix(SCALE_INPUT) for spec in self.inputs if spec.name.startswith(SCALE_INPUT)]
+        if unknown := [name for name in scales if name not in known]:
+            found = f"is not attached; there are {', '.join(known)}" if known else "is not attached, and none is"
+            raise EvaluationError(
+                f"LoRA {unknown[0]}", found, "Attach it with `hqc attach-lora` or `hqc export --lora`."
+            )
+        self._lora_scales |= {scale_input(name): scale for name, scale in scales.items()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,6 +101,7 @@ class SessionUNet(nn.Module):
             raise EvaluationError(
                 "denoiser", f"cannot be called like that ({error})", "Call it as diffusers does."
             ) from error
+        given = {**self._lora_scales, **given}
         names = {spec.name for spec in self.session.inputs}
         if unknown := sorted(given.keys() - names):
             raise EvaluationError(

@@ -36,8 +36,8 @@ _FLOW_SHIFT = 3.0
 
 
 def conditions_of(inputs: Sequence[InputSpec]) -> tuple[InputSpec, ...]:
-    """The inputs besides sample and timestep, in order."""
-    return tuple(spec for spec in inputs if spec.name not in ("sample", "timestep"))
+    """The inputs besides sample and timestep that must be given, in order."""
+    return tuple(spec for spec in inputs if spec.name not in ("sample", "timestep") and spec.default is None)
 
 
 # ---- pipelines -----------------------------------------------------------------------------------------------------

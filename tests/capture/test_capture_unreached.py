@@ -39,7 +39,7 @@ def test_a_lora_in_the_folder_is_named(tmp_path: Path) -> None:
     assert left_out(net, program, tmp_path) == {}
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
     assert left_out(net, program, tmp_path) == {
-        "not_read": "pytorch_lora_weights.safetensors: fuse a LoRA into the weights before tracing"
+        "not_read": "pytorch_lora_weights.safetensors: --lora FILE adds a LoRA to the weights"
     }
     assert left_out(net, program, None) == {}
 

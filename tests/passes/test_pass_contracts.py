@@ -51,9 +51,12 @@ CHAIN: tuple[Pass, ...] = (
     SplitDigits(),
     PackInt4(),
 )
-OPTIONAL = ("split_signs", "open_attention", "insert_attention_qdq", "float_attention")
-"""Passes that would double the sites of all that follow them here, or leave all but attention alone; they have tests of
-their own file alone."""
+OPTIONAL = (
+    *("split_signs", "open_attention", "insert_attention_qdq", "float_attention"),
+    *("merge_style", "attach_style"),
+)
+"""Passes that would double the sites of all that follow them here, leave all but attention alone, or read a file; they
+have tests of their own file alone."""
 NAMES = [step_name(type(one)) for one in CHAIN]
 VALUED = ("insert_smoothing", "attach_branch", "insert_qdq", "attach_lora")
 ops = torch.ops.hqc

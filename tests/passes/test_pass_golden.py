@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from attention_models import attending
+from lora_files import layers_of, save_lora, tensors
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,6 +18,7 @@ from hqc.passes import (
     PASSES,
     AttachBranch,
     AttachLora,
+    AttachStyle,
     DropSingleKeyAttention,
     FinetuneOnly,
     FloatAttention,
@@ -26,6 +28,7 @@ from hqc.passes import (
     InsertQdq,
     InsertSmoothing,
     MergeLora,
+    MergeStyle,
     OpenAttention,
     PackInt4,
     RotateWeights,
@@ -142,6 +145,17 @@ def test_golden_branch(captured: Callable[[str], Program], golden: Callable[[Pat
     before = run_pipeline(captured("two_sites"), [SelectLayers(bits="w4a4"), InsertSmoothing()])
     golden(GOLDEN / "attach_branch.before.txt", described(before))
     golden(GOLDEN / "attach_branch.after.txt", described(run_pass(before, AttachBranch(rank=2))))
+
+
+def test_golden_styles(tmp_path: Path, captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:
+    """`merge_style`, which changes weights alone, and `attach_style`, beside rotated and quantised layers."""
+    before = captured("two_sites")
+    file = str(save_lora(tmp_path / "a.safetensors", tensors(layers_of(before), "bare")))
+    golden(GOLDEN / "merge_style.before.txt", described(before))
+    golden(GOLDEN / "merge_style.after.txt", described(run_pass(before, MergeStyle(file))))
+    before = run_pipeline(before, CHAIN[:3])
+    golden(GOLDEN / "attach_style.before.txt", described(before))
+    golden(GOLDEN / "attach_style.after.txt", described(run_pass(before, AttachStyle(file, name="pixel"))))
 
 
 def test_golden_two_digits(captured: Callable[[str], Program], golden: Callable[[Path, str], None]) -> None:

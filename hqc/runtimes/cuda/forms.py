@@ -39,6 +39,9 @@ def integer_form(program: Program) -> Program:
     """
     require_quantised(program.stage)
     refuse_groups(program, NAME)
+    if attached := program.attached_styles:
+        found = f"has no inputs for LoRAs, and {attached[0]} is attached"
+        raise RuntimeMissingError(NAME, found, "Merge it at `hqc trace --lora`, or use runtime torch or an export.")
     integer = run_pipeline(with_float_attention(program), _missing_passes(program))
     _require_products(integer)
     for site in quantised_sites(integer):
