@@ -22,6 +22,7 @@ from hqc.commands.models import evaluate, sample
 from hqc.commands.qr_adaptor import qr_adaptor
 from hqc.commands.quantise import ptq, qat
 from hqc.commands.recipes import recipes
+from hqc.commands.restore import restore
 from hqc.commands.search import search
 from hqc.commands.serve import serve
 from hqc.commands.tune import tune
@@ -123,7 +124,7 @@ def main() -> None:
 
 COMMANDS = (
     *(trace, explain, inspect, recipes, search, qr_adaptor, ptq, qat, attach_lora, export, build_engine, tune),
-    *(sample, evaluate, analyze, compare, compare_recipes, bench, serve, doctor),
+    *(sample, restore, evaluate, analyze, compare, compare_recipes, bench, serve, doctor),
 )
 for command in COMMANDS:
     main.add_command(command)

@@ -18,8 +18,8 @@ from torch import Tensor
 from hqc.capture.autoencoders import KIND, Part, VaePart, part_of
 from hqc.capture.diffusers_models import load_denoiser
 from hqc.configurations import read_configuration
-from hqc.errors import TrainingError
-from hqc.program import Program
+from hqc.errors import EvaluationError, TrainingError
+from hqc.program import InputSpec, Program
 from hqc.runtimes.model import Model
 from hqc.sampling.image_files import ImageFolder
 from hqc.sampling.image_gain import image_of
@@ -173,13 +173,23 @@ class Restorer:
     timestep: of the denoiser's one call. The scheduler is that of the denoiser's pipeline.
 
     Raises:
-        ArtefactError: for a denoiser without a pipeline.
+        ArtefactError: for a denoiser without a pipeline. EvaluationError: for a part in another's place.
     """
 
     encoder: Model
     denoiser: Model
     decoder: Model
     timestep: float = 999.0
+
+    def __post_init__(self) -> None:
+        for role in ("encoder", "denoiser", "decoder"):
+            _require_role(getattr(self, role), role)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that it takes."""
+        channels, height, width = (int(d) for d in _sample_of(self.encoder).shape[1:])
+        return channels, height, width
 
     @torch.no_grad()
     def __call__(self, images: Tensor, *conditions: Tensor | None) -> Tensor:
@@ -195,8 +205,38 @@ class Restorer:
         return self.decoder.session(latents.decoded(image_of(self._scheduler, self.timestep, z, output)))
 
     @cached_property
+    def pipeline(self) -> Any:
+        """The denoiser's, whose scheduler it takes.
+
+        Raises:
+            ArtefactError: if it has none.
+        """
+        return self.denoiser.pipeline()
+
+    @property
     def _scheduler(self) -> Any:
-        return self.denoiser.pipeline().scheduler
+        return self.pipeline.scheduler
+
+
+def _sample_of(model: Model) -> InputSpec:
+    return next(spec for spec in model.session.inputs if spec.name == "sample")
+
+
+def _require_role(model: Model, role: str) -> None:
+    """Refuses a part that cannot be this one: by its inputs, and of a half of an autoencoder by its channels."""
+    named, config = [spec.name for spec in model.session.inputs], model.unet_config
+    found = "denoiser"
+    if "timestep" not in named and config.get("_class_name") == KIND:
+        channels = {"encoder": config.get("in_channels"), "decoder": config.get("latent_channels")}
+        fitting = [half for half, count in channels.items() if count == _sample_of(model).shape[1]]
+        found = role if role in fitting else (fitting or ["denoiser"])[0]
+    elif "timestep" not in named:
+        raise EvaluationError(f"{role} {model.name}", f"takes {', '.join(named)}: no part of a pipeline", _PARTS)
+    if found != role:
+        raise EvaluationError(f"{role} {model.name}", f"is the {found} of a pipeline", _PARTS)
+
+
+_PARTS = "Give the encoder, the denoiser and the decoder, in this order."
 
 
 def _scale_and_shift(config: Mapping[str, Any]) -> tuple[float, float]:

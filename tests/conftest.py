@@ -63,6 +63,7 @@ SECONDS: Mapping[str, int] = {
     "runtimes/test_runtimes_load.py": 20,
     "test_cli_analyze.py": 20,
     "test_cli_pipelines.py": 20,
+    "test_cli_restore.py": 20,
     "engines/test_engines_ldm4.py": 15,
     "runtimes/test_runtimes_unet.py": 15,
     "test_gpu_contest.py": 15,

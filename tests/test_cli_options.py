@@ -9,6 +9,7 @@ import tiny_pipeline
 import torch
 from click import Group, Option
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
 from test_cli import ok, refused
 
 from hqc.capture import trace
@@ -152,6 +153,12 @@ MISUSED = [
     ("sample {plain} --guidance-scale 3", "--guidance-scale 3"),
     ("sample {plain} --eta 1", "--eta 1"),
     ("sample {plain} --lora-scale pixel=1", "LoRA pixel"),
+    (
+        "restore {captured} {captured} {captured} --images {images} -o x --label 1",
+        "encoder captured.hqc: is the denoiser",
+    ),
+    ("restore {encoder} {plain} {decoder} --images {images} -o x --label 1", "--label"),
+    ("restore {encoder} {plain} {decoder} --images {images} -o x --prompt cat", "--prompt"),
     ("eval {plain} --against {plain} --labels 0-1", "--labels"),
     ("eval {plain} --against {plain} --prompt cat", "--prompt"),
     ("eval {plain} --against {plain} --prompts {words}", "--prompts"),
@@ -187,6 +194,7 @@ ALWAYS = {
     "build-engine": "builder arch min_batch opt_batch max_batch workspace tf32 cache force as_json",
     "tune": "batch_sizes dtype weights output limit_seconds as_json",
     "sample": "output runtime compare_with per_class seed batch_size num_inference_steps force",
+    "restore": "images output timestep batch_size runtime force as_json",
     "eval": "against runtime images seed gain_images batch_size num_inference_steps as_json",
     "analyze": "output csv_file calib_size synthetic batch_size num_inference_steps seed sensitivity force as_json",
     "compare": "batch_size timesteps kind seed by csv_file as_json",
@@ -238,7 +246,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "        return sample * timestep[:, None]\n\n\ndef build():\n"
         "    return Net(), {'sample': torch.randn(2, 3), 'timestep': torch.zeros(2)}\n"
     )
-    return SimpleNamespace(work=work, captured=captured, quantised=quantised, plain=plain, words=words)
+    halves = {part: work / f"{part}.hqc" for part in ("encoder", "decoder")}
+    for part, path in halves.items():
+        save_program(trace(source, part=f"vae-{part}"), path)  # type: ignore[arg-type]
+    images = work / "images"
+    images.mkdir()
+    Image.new("L", (8, 8)).save(images / "grey.png")
+    return SimpleNamespace(
+        work=work, captured=captured, quantised=quantised, plain=plain, words=words, images=images, **halves
+    )
 
 
 @pytest.mark.parametrize(("line", "named"), MISUSED, ids=[line for line, _ in MISUSED])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hqc
 from hqc import api
-from hqc.errors import TrainingError
+from hqc.errors import EvaluationError, TrainingError
 from hqc.program import Program
 from hqc.restoration import Restorer
 from hqc.sampling.image_files import ImageFolder
@@ -87,6 +87,49 @@ def test_images_are_cut_to_size(images: Path) -> None:
     whole = ImageFolder(images, (1, 32, 40))._read(images / "0.png")
     pixels = torch.from_numpy(np.asarray(Image.open(images / "0.png"), dtype=np.float32))
     torch.testing.assert_close(whole[0], pixels / 127.5 - 1)
+
+
+def _refused(folder: Path, match: str) -> None:
+    with pytest.raises(TrainingError, match=match):
+        ImageFolder(folder, (1, 8, 8)).draw(1, torch.Generator())
+
+
+def test_what_is_read_is_an_image_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what a file holds, not by its name: what else an image library opens may run programs."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path, format="EPS")
+    _refused(tmp_path, r"a.png: cannot be read as an image \(cannot identify image file")
+    Image.new("RGB", (8, 8)).save(path, format="TIFF")
+    _refused(tmp_path, "cannot identify image file")
+    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(path)
+    _refused(tmp_path, "pixels of the kind I;16; expected 8 bits a channel")
+    Image.new("L", (300, 200)).save(path)
+    monkeypatch.setattr("hqc.sampling.image_files._MOST_PIXELS", 2**15)
+    _refused(tmp_path, "300x200 pixels, more than 0 Mi")
+    monkeypatch.setattr("hqc.sampling.image_files._LARGEST_FILE", 10)
+    _refused(tmp_path, "larger than 0 MiB")
+
+
+def test_an_image_is_upright_as_its_camera_says(tmp_path: Path) -> None:
+    pixels = np.zeros((16, 16), dtype=np.uint8)
+    pixels[:8] = 255  # light above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by half
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    found = ImageFolder(tmp_path, (1, 16, 16)).read([tmp_path / "turned.png"])[0, 0]
+    assert float(found[:8].max()) == -1
+    assert float(found[8:].min()) == 1
+
+
+def test_parts_in_another_s_place_are_refused(parts: dict[str, Program], tmp_path: Path) -> None:
+    for part, program in parts.items():
+        hqc.save_program(program, tmp_path / part)
+    encoder, unet, decoder = (hqc.load(tmp_path / part) for part in PARTS)
+    assert Restorer(encoder, unet, decoder).image_shape == (1, 32, 32)
+    with pytest.raises(EvaluationError, match="encoder vae-decoder: is the decoder of a pipeline"):
+        Restorer(decoder, unet, encoder)
+    with pytest.raises(EvaluationError, match="denoiser vae-encoder: is the encoder of a pipeline"):
+        Restorer(encoder, encoder, decoder)
 
 
 def test_each_part_is_given_what_comes_through_those_before(
