@@ -76,6 +76,9 @@ SECONDS: Mapping[str, int] = {
     "passes/test_pass_style.py": 12,
     "export/test_export_style.py": 15,
     "test_cli_loras.py": 15,
+    "serving/test_serving_pipelines.py": 35,
+    "serving/test_serving_openai.py": 8,
+    "serving/test_serving_hostile.py": 12,
 }
 """Of the files that take long. They run first, so that no process is left with one of them while the other waits."""
 

@@ -65,7 +65,7 @@ class GenerationRequest(BaseModel):
     def _null_is_absent(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        return {name: value for name, value in body.items() if value is not None}
+        return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
 
 
 _INSTEAD = {
@@ -113,7 +113,15 @@ class Offer:
         return [name for name in GenerationRequest.model_fields if name not in _CONDITIONS or name in asked]
 
 
-_CONDITIONS = ("prompt", "negative_prompt", "class_label", "guidance_scale", "eta", "scheduler")
+_NEUTRAL: dict[str, dict[str, Any]] = {
+    "prompt": {"type": ["string", "null"], "pattern": r"^\s*$"},
+    "negative_prompt": {"enum": ["", None]},
+    "class_label": {"type": "null"},
+    "guidance_scale": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+    "eta": {"enum": [0, None]},
+    "scheduler": {"type": "null"},
+}
+_CONDITIONS = tuple(_NEUTRAL)
 
 
 @dataclass(frozen=True)
@@ -175,22 +183,30 @@ def takes(offer: Offer) -> Takes:
 
 
 def request_schema(offer: Offer) -> dict[str, Any]:
-    """The JSON schema of a request to this model, for OpenAPI: the fields that apply, and which must be there."""
+    """The JSON schema of a request to this model, for OpenAPI: the fields that apply, and which must be there.
+
+    Of fields that do not apply it has the values that change nothing.
+    """
     needs, limits = offer.needs, offer.limits
     schema = GenerationRequest.model_json_schema()
     properties = {name: schema["properties"][name] for name in offer.fields}
     schema["properties"] = properties
+    for name in _CONDITIONS:
+        properties.setdefault(name, {"description": "Not of this model: leave it out.", **_NEUTRAL[name]})
+    if needs.kind == "nothing":  # clients always send one
+        properties["prompt"] |= {"type": ["string", "null"], "maxLength": MAX_PROMPT_CHARACTERS}
+        properties["prompt"].pop("pattern")
     for name, most in {"n": limits.max_images, "num_inference_steps": limits.max_steps}.items():
         _value_of(properties[name])["maximum"] = most
-    if not needs.guides and "guidance_scale" in properties:
+    if not needs.guides and "guidance_scale" in offer.fields:
         _value_of(properties["guidance_scale"])["maximum"] = 1
     if not offer.previews:
         _value_of(properties["partial_images"])["maximum"] = 0
     _value_of(properties["size"])["enum"] = ["auto", offer.size]
-    if "guidance_scale" in properties:
+    if "guidance_scale" in offer.fields:
         text = f"Classifier-free guidance, {offer.guidance:g} when absent; none up to 1."
         properties["guidance_scale"]["description"] = text
-    if "scheduler" in properties:
+    if "scheduler" in offer.fields:
         _value_of(properties["scheduler"])["enum"] = list(offer.schedulers)
     if needs.kind == "class_label":
         properties["class_label"]["description"] = f"The class, 0 to {needs.classes - 1}."

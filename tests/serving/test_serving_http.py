@@ -179,6 +179,10 @@ def test_unknown_field_lists_the_known_ones_and_is_cut(client: httpx.Client) -> 
     assert len(response.text) < 800
 
 
+def test_an_unknown_field_that_is_null_is_unknown(client: httpx.Client) -> None:
+    assert_refused(generate(client, prompt="1", **{"": None}), 400, "", "unknown field")
+
+
 def test_all_violations_are_told_at_once(client: httpx.Client) -> None:
     response = generate(client, prompt="cat", n=99, size="1x1")
     assert_refused(response, 400, "prompt", "n: 99 images")
