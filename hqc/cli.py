@@ -12,6 +12,7 @@ import click
 from hqc import __version__
 from hqc.commands.analyze import analyze
 from hqc.commands.bench import bench
+from hqc.commands.bench_serve import bench_serve
 from hqc.commands.compare import compare
 from hqc.commands.compare_recipes import compare_recipes
 from hqc.commands.compile import explain, export, inspect, trace
@@ -124,7 +125,7 @@ def main() -> None:
 
 COMMANDS = (
     *(trace, explain, inspect, recipes, search, qr_adaptor, ptq, qat, attach_lora, export, build_engine, tune),
-    *(sample, restore, evaluate, analyze, compare, compare_recipes, bench, serve, doctor),
+    *(sample, restore, evaluate, analyze, compare, compare_recipes, bench, serve, bench_serve, doctor),
 )
 for command in COMMANDS:
     main.add_command(command)

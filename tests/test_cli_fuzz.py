@@ -115,7 +115,7 @@ class Lines:
         whole = [name for name in self.made.programs if name.startswith(("labelled", "plain"))]
         quantised = [name for name in self.made.programs if "-" in name]
         by_command = {"ptq": captured, "qat": captured, "explain": captured, "export": quantised, "tune": quantised}
-        if command in ("sample", "eval", "serve"):
+        if command in ("sample", "eval", "serve", "bench-serve"):
             return [*whole, *self.made.exports, "digits"]
         by_command["build-engine"] = ["tensorrt"]
         return by_command.get(command, self.made.programs)
@@ -181,6 +181,7 @@ def no_long_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr("hqc.serving.server.serve", nothing)
         patch.setattr("hqc.engines.build.run_builder", nothing)
+        patch.setattr("hqc.serving.bench.run.bench_serve", nothing)
         patch.setattr("hqc.evaluation.bench.run._measure", nothing)
         patch.setattr("hqc.evaluation.comparison.run.compare_recipes", nothing)
         yield

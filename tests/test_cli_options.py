@@ -168,6 +168,10 @@ MISUSED = [
     ("eval {plain} --against {plain} --lora-scale pixel=1", "LoRA pixel"),
     ("eval {plain} --against {plain} --no-gain-1", "--no-gain-1: {plain} draws no digits"),
     ("eval {captured} --against {captured} --gain-images 0 --no-gain-1", "--no-gain-1: is about what"),
+    ("bench-serve {captured} --threads 2", "--threads"),
+    ("bench-serve {captured} --force", "--force"),
+    ("bench-serve {captured} --work-dir w", "--work-dir"),
+    ("bench-serve {captured} --chart {words}", ".png"),
     ("serve {captured} --threads 2", "--threads"),
     ("serve {captured} --cache-dir c", "--cache-dir"),
     ("serve {captured} --against {plain}", "--against"),
@@ -200,6 +204,7 @@ ALWAYS = {
     "compare": "batch_size timesteps kind seed by csv_file as_json",
     "compare-recipes": "bits recipes seeds images num_inference_steps output html chart work_dir force as_json",
     "bench": "against runtime batch_sizes threads runs warm_up work_dir as_json",
+    "bench-serve": "runtime requests steps guidance_scale max_batch seed as_json",
     "serve": "runtime host port allowed_host cors_origin max_images max_batch max_queue batching request_timeout "
     "shutdown_grace",
     "doctor": "as_json",

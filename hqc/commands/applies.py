@@ -41,6 +41,12 @@ def _planned(parameter: str) -> Rule:
 
 OF_A_RECIPE = ("recipe", "changes", "bits", "rules", "hadamard", "no_hadamard", "block", "plan_file", "keep_float")
 
+_REPLACES = Rule(
+    "force",
+    lambda p: p["chart"] is not None or p["work_dir"] is not None,
+    "replaces what --chart and --work-dir name, and neither is asked for",
+)
+
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "explain": (
         *map(_planned, OF_A_RECIPE),
@@ -60,11 +66,11 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule("top", lambda p: not p["as_json"], "is for the printed table, and --json gives every site"),
         Rule("force", lambda p: p["csv_file"] is not None, "replaces the file of --csv, and none is asked for"),
     ),
-    "bench": (
+    "bench": (_REPLACES,),
+    "bench-serve": (
+        _REPLACES,
         Rule(
-            "force",
-            lambda p: p["chart"] is not None or p["work_dir"] is not None,
-            "replaces what --chart and --work-dir name, and neither is asked for",
+            "work_dir", lambda p: p["model"].startswith("arch:"), "keeps what is made of arch:NAME, and MODEL is made"
         ),
     ),
 }

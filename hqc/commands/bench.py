@@ -13,7 +13,7 @@ from hqc.commands.options import check_output_file, claim, force_option, json_op
 if TYPE_CHECKING:
     from hqc.evaluation.workspace import Workspace
 
-__all__ = ["bench"]
+__all__ = ["bench", "bench_workspace"]
 
 
 _CALIBRATION = ("calib_size", "num_inference_steps")
@@ -114,7 +114,7 @@ def bench(
     results = []
     with (
         out.progress("rounds", (runs + warm_up) * len(batch_sizes)) as advance,
-        _workspace(work_dir, force, lambda stage: advance(0, stage)) as space,
+        bench_workspace(work_dir, force, lambda stage: advance(0, stage)) as space,
     ):
         for before, batch_size in enumerate(batch_sizes):
             result = measure(
@@ -153,7 +153,7 @@ def _check_one_batch(batch_sizes: tuple[int, ...]) -> None:
 
 
 @contextmanager
-def _workspace(folder: Path | None, force: bool, on_start: Callable[[str], None]) -> "Iterator[Workspace]":
+def bench_workspace(folder: Path | None, force: bool, on_start: Callable[[str], None]) -> "Iterator[Workspace]":
     """The work folder, or a temporary one; every stage is a line with its seconds on standard error."""
     import tempfile
 

@@ -28,7 +28,16 @@ from hqc.runtimes.unet import SessionUNet, as_unet
 from hqc.stages import doing
 from hqc.storage import load_program
 
-__all__ = ["Description", "Model", "Runtime", "artefact_kind", "describe", "load", "pipeline_around"]
+__all__ = [
+    "Description",
+    "Model",
+    "Runtime",
+    "artefact_kind",
+    "describe",
+    "fitting_runtime",
+    "load",
+    "pipeline_around",
+]
 
 Runtime = Literal["torch", "torch-cuda", "onnxruntime", "tensorrt"]
 DIGITS = "digits"
@@ -145,6 +154,16 @@ def load(
     opener = openers[_fitting(kind, Path(path)) if runtime is None else runtime]
     with doing(f"loading {path}"):
         return opener(Path(path), _OrtOptions(threads, None if cache is None else Path(cache)))
+
+
+def fitting_runtime(path: StrPath) -> str:
+    """The runtime that `load` takes for a path where none is named.
+
+    Raises:
+        ArtefactError: if the path is no artefact.
+    """
+    kind = DIGITS if str(path) == DIGITS else artefact_kind(Path(path))
+    return _fitting(kind, Path(path))
 
 
 def _fitting(kind: str, folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +10,11 @@ import httpx
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from served_app import served
 
-from hqc.serving.app import Served, create_app
-from hqc.serving.engine import Engine
 from hqc.serving.guards import Rules
 from hqc.serving.limits import Limits
 from hqc.serving.pipelines import PipelineBackend
-from hqc.serving.server import bind_socket, build_server
 
 
 class FakePipeline:
@@ -55,37 +53,6 @@ class FakePipeline:
         latents = noise + torch.tensor(class_labels)[:, None, None, None] / 10
         images = torch.tanh(latents.mean(1, keepdim=True)).repeat_interleave(4, 2).repeat_interleave(4, 3)
         return ((images / 2 + 0.5).permute(0, 2, 3, 1).numpy(),)
-
-
-class ServedClient(httpx.Client):
-    """A client that can also look into the engine of the server behind it."""
-
-    engine: Engine
-
-
-@contextmanager
-def served(
-    backend: Any, limits: Limits, rules: Rules | None = None, beside: Any = None, **options: Any
-) -> Iterator[ServedClient]:
-    """An HTTP client of a server that runs in a thread on a free port of the loopback interface."""
-    models = [Served(backend, "digits-test", "fake")]
-    if beside is not None:
-        models.append(Served(beside, "beside", "fake"))
-    app = create_app(models, limits=limits, rules=rules, **options)
-    server = build_server(app, limits)
-    listener = bind_socket("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    try:
-        with ServedClient(base_url=url, timeout=30, trust_env=False) as client:
-            client.engine = app.state.engines[0]
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listener.close()
-        assert not thread.is_alive()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,94 @@
+"""The server that is measured: a process of its own on a free port of the loopback interface."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from hqc.errors import EvaluationError, HqcError
+from hqc.serving.backend import Backend
+from hqc.serving.engine import Policy
+
+__all__ = ["Source", "serving"]
+
+START_S = 600.0
+STOP_S = 30.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is served: an artefact with its pipeline, or an export whose program tells how its latents are drawn.
+
+    threads: of one call of the runtime; None leaves the choice to it.
+    """
+
+    model: str
+    runtime: str | None = None
+    program: Path | None = None
+    threads: int | None = None
+
+    def backend(self) -> Backend:
+        """Loaded."""
+        from hqc.runtimes import load
+        from hqc.serving.pipelines import PipelineBackend
+
+        loaded = load(self.model, runtime=self.runtime, threads=self.threads)  # type: ignore[arg-type]
+        if self.program is None:
+            return PipelineBackend(loaded.pipeline())
+        from hqc.sampling.sources import synthetic_task
+        from hqc.serving.latents import LatentBackend
+        from hqc.storage import load_program
+
+        return LatentBackend(loaded.session, synthetic_task(load_program(self.program)))
+
+
+@contextmanager
+def serving(source: Source, policy: Policy, max_batch: int) -> Iterator[int]:
+    """The port of a server of `source` while inside.
+
+    Raises:
+        EvaluationError: if it does not start.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(source, policy, max_batch, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield _port(ours)
+    finally:
+        process.terminate()
+        process.join(STOP_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        ours.close()
+
+
+def _port(announced: Connection) -> int:
+    try:
+        found = announced.recv() if announced.poll(START_S) else "did not start in time"
+    except EOFError:
+        found = "ended at its start"
+    if isinstance(found, int):
+        return found
+    raise EvaluationError("bench-serve's server", str(found), "Serve the model with hqc serve to see more.")
+
+
+def _serve(source: Source, policy: Policy, max_batch: int, announce: Connection) -> None:
+    from hqc.serving.app import Served, create_app
+    from hqc.serving.limits import Limits
+    from hqc.serving.server import serve
+
+    try:
+        os.setsid()  # Ctrl-C is for the one who measures
+        served = Served(source.backend(), "measured", source.runtime or "")
+    except HqcError as error:
+        announce.send(str(error))
+        return
+    limits = Limits(max_batch=max_batch, max_queue=10_000, max_connections=10_000, request_s=86_400, shutdown_s=0)
+    app = create_app([served], limits=limits, policy=policy)
+    serve(app, port=0, limits=limits, announce=lambda url: announce.send(int(url.rpartition(":")[2])))
