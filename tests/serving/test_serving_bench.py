@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from fake_backend import FakeBackend
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from served_app import served
 
@@ -26,6 +26,7 @@ from hqc.serving.latents import LatentBackend
 from hqc.serving.limits import Limits
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, 100), st.integers(1, 50), st.integers(1, 20), st.integers(0, 20), st.integers(0, 9))
 def test_arrivals_are_the_same_of_a_seed(rate: float, count: int, low: int, more: int, seed: int) -> None:
     found = arrivals(rate, count, (low, low + more), {"x": 1}, seed)
