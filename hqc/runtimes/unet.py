@@ -1,5 +1,6 @@
 """A session as a drop-in for a diffusers pipeline's `.unet` or `.transformer`."""
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,6 +73,13 @@ class SessionUNet(nn.Module):
                 f"LoRA {unknown[0]}", found, "Attach it with `hqc attach-lora` or `hqc export --lora`."
             )
         self._lora_scales |= {scale_input(name): scale for name, scale in scales.items()}
+
+    def styled(self, scales: Mapping[str, Tensor | float]) -> "SessionUNet":
+        """Another denoiser over the same session, with scales of its own; see `set_lora_scales`."""
+        other = copy.copy(self)
+        other._lora_scales = dict(self._lora_scales)
+        other.set_lora_scales(scales)
+        return other
 
     @property
     def dtype(self) -> torch.dtype:

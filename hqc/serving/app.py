@@ -122,7 +122,7 @@ def _generations(served: Served, limits: Limits, policy: Policy, metrics: Server
         observer=observer,
     )
     metrics.watch(served.name, engine)
-    offer = Offer(backend.needs, limits, backend.schedulers, backend.previews)
+    offer = Offer(backend.needs, limits, backend.schedulers, backend.previews, backend.loras)
     return Generations(engine, backend, offer, observer, served.name, served.runtime)
 
 

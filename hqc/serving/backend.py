@@ -22,7 +22,8 @@ class Drawing:
     """One image of a request: a class or a prompt, its seed, and how it is sampled.
 
     label: the class; 0 for a prompt, and for a model that is asked for nothing. scheduler: a name of
-    `Backend.schedulers`, None for the pipeline's own. previews: how many; `see` is given them.
+    `Backend.schedulers`, None for the pipeline's own. previews: how many; `see` is given them. loras: scales of those
+    of `Backend.loras` that are not to be as they were attached.
     """
 
     label: int
@@ -35,6 +36,7 @@ class Drawing:
     scheduler: str | None = None
     previews: int = 0
     see: See | None = None
+    loras: tuple[tuple[str, float], ...] = ()
 
 
 class Backend(Protocol):
@@ -47,6 +49,10 @@ class Backend(Protocol):
     @property
     def schedulers(self) -> tuple[str, ...]:
         """Names of schedulers that may be asked for."""
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Names of LoRAs whose scales may be asked for."""
 
     @property
     def previews(self) -> bool:

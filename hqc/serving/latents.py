@@ -24,6 +24,7 @@ class LatentBackend:
     """Samples a task with a session; an image is the first channels of the latents, stretched to [0, 255]."""
 
     schedulers: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
     previews = False
     most_steps = 1000
 

@@ -23,6 +23,7 @@ from hqc.serving.backend import Drawing, preview_steps
 from hqc.serving.engine import Call, Steps
 from hqc.serving.rendezvous import PipelineSteps, Rendezvous, together
 from hqc.serving.schedulers import scheduler_names, scheduler_of
+from hqc.styles.record import SCALE_INPUT
 
 __all__ = ["PipelineBackend"]
 
@@ -49,6 +50,12 @@ class PipelineBackend:
     def schedulers(self) -> tuple[str, ...]:
         """Names of schedulers that may be asked for."""
         return scheduler_names(self._pipe.scheduler)
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Names of LoRAs that are attached to the denoiser."""
+        inputs = getattr(denoiser_of(self._pipe), "inputs", ())
+        return tuple(spec.name.removeprefix(SCALE_INPUT) for spec in inputs if spec.name.startswith(SCALE_INPUT))
 
     @property
     def previews(self) -> bool:
@@ -89,6 +96,8 @@ class PipelineBackend:
         pipe.scheduler = scheduler_of(self._pipe.scheduler, drawing.scheduler)
         if drawing.previews:
             self._show(pipe, drawing)
+        if drawing.loras:
+            _style(pipe, drawing.loras)
         return PipelineSteps(lambda: self._draw(pipe, drawing), drawing.seed)
 
     def _draw(self, pipe: Any, drawing: Drawing) -> NDArray[np.uint8]:
@@ -113,6 +122,13 @@ class PipelineBackend:
                 drawing.see(steps.index(done), pixels_of(image))
 
         watch_steps(scheduler, look)
+
+
+def _style(pipe: Any, scales: tuple[tuple[str, float], ...]) -> None:
+    """Gives a drawing's pipeline a denoiser of its own, with these scales, over the same session."""
+    part = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+    denoiser = denoiser_of(pipe).styled(dict(scales))
+    setattr(pipe, part, denoiser)
 
 
 def _remembering(encode: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ RANDOM_SEEDS = 2**53  # random seeds stay below this, so that every JSON reader 
 DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 1.5
 MAX_PROMPT_CHARACTERS = 32_000
+MAX_LORA_SCALE = 10.0
 MAX_PARAM_CHARACTERS = 64  # of an unknown field's name, when it is sent back
 
 Short = Annotated[str, Field(max_length=256)]
@@ -41,6 +42,9 @@ class GenerationRequest(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=20, description="Classifier-free guidance; none up to 1.")
     eta: float | None = Field(None, ge=0, le=1, description="Noise of DDIM; 0, which is deterministic, when absent.")
     scheduler: Short | None = Field(None, description="Instead of the model's own.")
+    loras: dict[Short, Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)]] | None = Field(
+        None, max_length=64, description="Scales of the model's LoRAs by name; others stay as they were attached."
+    )
     stream: bool | None = Field(None, description="Answer with server-sent events: previews, then the image. n = 1.")
     partial_images: int | None = Field(None, ge=0, le=3, description="Previews of a stream, 0 when absent.")
     output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="png when absent.")
@@ -88,6 +92,7 @@ class Offer:
     limits: Limits
     schedulers: tuple[str, ...] = ()
     previews: bool = False
+    loras: tuple[str, ...] = ()
 
     @property
     def size(self) -> str:
@@ -108,8 +113,7 @@ class Offer:
     def fields(self) -> list[str]:
         """Those that mean something for the model; a prompt is read for the digit that it names."""
         asked = {self.needs.kind, *self.needs.options} | ({"prompt"} if self.needs.digits else set())
-        if self.schedulers:
-            asked.add("scheduler")
+        asked |= {name for name, there in (("scheduler", self.schedulers), ("loras", self.loras)) if there}
         return [name for name in GenerationRequest.model_fields if name not in _CONDITIONS or name in asked]
 
 
@@ -120,6 +124,7 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
     "guidance_scale": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
     "eta": {"enum": [0, None]},
     "scheduler": {"type": "null"},
+    "loras": {"type": ["object", "null"], "maxProperties": 0},
 }
 _CONDITIONS = tuple(_NEUTRAL)
 
@@ -141,6 +146,7 @@ class Job:
     guidance_scale: float
     eta: float = 0.0
     scheduler: str | None = None
+    loras: tuple[tuple[str, float], ...] = ()
     stream: bool = False
     partial_images: int = 0
     output_format: str = "png"
@@ -160,6 +166,7 @@ class Job:
                 scheduler=self.scheduler,
                 previews=0 if see is None else self.partial_images,
                 see=see,
+                loras=self.loras,
             )
             for seed in self.seeds
         ]
@@ -174,6 +181,7 @@ def takes(offer: Offer) -> Takes:
         fields=offer.fields,
         size=offer.size,
         schedulers=list(offer.schedulers),
+        loras=list(offer.loras),
         previews=offer.previews,
         max_images=offer.limits.max_images,
         max_steps=offer.limits.max_steps,
@@ -206,6 +214,8 @@ def request_schema(offer: Offer) -> dict[str, Any]:
     if "guidance_scale" in offer.fields:
         text = f"Classifier-free guidance, {offer.guidance:g} when absent; none up to 1."
         properties["guidance_scale"]["description"] = text
+    if "loras" in offer.fields:
+        _value_of(properties["loras"])["propertyNames"] = {"enum": list(offer.loras)}
     if "scheduler" in offer.fields:
         _value_of(properties["scheduler"])["enum"] = list(offer.schedulers)
     if needs.kind == "class_label":
@@ -265,6 +275,7 @@ def job_of(request: GenerationRequest, offer: Offer) -> Job:
         guidance_scale=offer.guidance if request.guidance_scale is None else request.guidance_scale,
         eta=request.eta or 0.0,
         scheduler=request.scheduler,
+        loras=tuple(sorted((request.loras or {}).items())),
         stream=bool(request.stream),
         partial_images=request.partial_images or 0,
         output_format=request.output_format or "png",
@@ -309,16 +320,21 @@ def _violations(request: GenerationRequest, offer: Offer) -> list[tuple[str, str
             "negative_prompt",
             "this model takes none; leave it out",
         ),
-        *_scheduler_checks(request, offer),
+        *_choice_checks(request, offer),
         *_output_checks(request, offer),
     ]
     return _asked_violations(request, needs) + [(name, text) for wrong, name, text in checks if wrong]
 
 
-def _scheduler_checks(request: GenerationRequest, offer: Offer) -> list[tuple[bool, str, str]]:
+def _choice_checks(request: GenerationRequest, offer: Offer) -> list[tuple[bool, str, str]]:
     known = f"this model takes {', '.join(offer.schedulers)}" if offer.schedulers else "this model has its own alone"
     wrong = request.scheduler is not None and request.scheduler not in offer.schedulers
-    return [(wrong, "scheduler", f"{known}; send that, or leave it out")]
+    styles = f"this model has {', '.join(offer.loras)}" if offer.loras else "this model has none"
+    unknown = any(name not in offer.loras for name in request.loras or {})
+    return [
+        (wrong, "scheduler", f"{known}; send that, or leave it out"),
+        (unknown, "loras", f"{styles}; name those, or leave it out"),
+    ]
 
 
 def _output_checks(request: GenerationRequest, offer: Offer) -> list[tuple[bool, str, str]]:

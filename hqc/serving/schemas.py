@@ -82,7 +82,8 @@ class Takes(BaseModel):
     """What a request may ask the model for.
 
     kind: `prompt`, `class_label`, or `nothing`. classes: 0 to one less. fields: of the request, that apply.
-    size: of the images, width x height. schedulers: that may be named. previews: whether `partial_images` may be asked.
+    size: of the images, width x height. schedulers, loras: that may be named. previews: whether `partial_images` may be
+    asked.
     """
 
     kind: str
@@ -91,6 +92,7 @@ class Takes(BaseModel):
     fields: list[str]
     size: str
     schedulers: list[str]
+    loras: list[str]
     previews: bool
     max_images: int
     max_steps: int

@@ -26,6 +26,7 @@ class FakeBackend:
         digits=True,
     )
     schedulers: tuple[str, ...] = ("ddim", "euler")
+    loras: tuple[str, ...] = ("ink", "oil")
     previews = True
     most_steps = 1000
 
@@ -56,7 +57,7 @@ class FakeBackend:
     def begin(self, drawing: Drawing) -> Steps:
         self.begun.append(drawing)
         noise = np.random.default_rng(drawing.seed).uniform(0, 1, (SIZE, SIZE))
-        x = noise * (100 + len(drawing.scheduler or "")) + 5 * drawing.label
+        x = noise * (100 + len(drawing.scheduler or "")) + 5 * drawing.label + sum(scale for _, scale in drawing.loras)
         shown = preview_steps(drawing.num_inference_steps, drawing.previews)
         for step in range(1, drawing.num_inference_steps + 1):
             x = (yield Call({"x": x}, 2)) + drawing.guidance_scale

@@ -70,7 +70,7 @@ def test_every_extra_field_changes_the_image(client: openai.OpenAI) -> None:
     plain = {"class_label": 3, "seed": 1, "num_inference_steps": 4, "guidance_scale": 2.0}
     changed = [
         {}, {"class_label": 4}, {"seed": 2}, {"num_inference_steps": 3}, {"guidance_scale": 3.0},
-        {"scheduler": "euler"},
+        {"scheduler": "euler"}, {"loras": {"ink": 3.5}}, {"loras": {"ink": 3.5, "oil": 4}},
     ]  # fmt: skip
     images = []
     for change in changed:
@@ -138,6 +138,9 @@ def test_values_that_change_nothing_are_taken(client: openai.OpenAI) -> None:
         ({"frame_count": 4}, "frame_count", "animations"),
         ({"svg": {}}, "svg", "draws no svg"),
         ({"lora": "x"}, "lora", "unknown field"),
+        ({"loras": {"chalk": 1.0}}, "loras", "this model has ink, oil"),
+        ({"loras": {"ink": "1"}}, "loras", "number"),
+        ({"loras": {"ink": 11}}, "loras", "10"),
         ({"prompt": "cat"}, "prompt", "exactly one digit"),
     ],
 )  # fmt: skip

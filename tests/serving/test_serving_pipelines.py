@@ -12,6 +12,7 @@ import pytest
 import torch
 from denoisers import TOKENS
 from image_pipelines import IMAGE_PIPELINES, save_image_pipeline
+from lora_files import layers_of, save_lora, tensors
 from text_pipelines import save_text_pipeline
 
 import hqc
@@ -170,6 +171,27 @@ def test_a_scheduler_that_draws_without_a_generator_is_the_images_own(pipes: Any
     alone, beside = run(3)[0], run(5, 3, 4)[1]
     assert bool((alone == beside).all())
     assert bool((torch.get_rng_state() == before).all())
+
+
+def test_styles_of_requests_share_calls(digits: Any, tmp_path: Path) -> None:
+    """Every image has the scales that it asks for, and is equal to the bit to drawing it alone."""
+    program = hqc.trace("digits")
+    file = save_lora(tmp_path / "ink.safetensors", tensors(layers_of(program, seed=1), "bare"))
+    few = {"calibrate_activations.samples": 2, "sampler.num_inference_steps": 2}
+    quantised = hqc.attach_loras(hqc.ptq(program, "rtn", "w4a4", settings=few), [f"ink={file}"])
+    hqc.export_program(quantised, "onnxruntime", tmp_path / "onnx")
+    backend = PipelineBackend(hqc.load(tmp_path / "onnx", threads=1).pipeline())
+    assert backend.loras == ("ink",)
+    plain = Drawing(4, None, "", 3, 4, 1.5)
+    wanted = [plain, *(replace(plain, loras=(("ink", scale),)) for scale in (0.0, 1.0, 0.4))]
+    alone, _ = drawn(backend, wanted, max_batch=1)
+    together, batches = drawn(backend, wanted, max_batch=4)
+    assert max(batches) == 4
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(together[0], together[2])  # attached at 1
+    assert (together[1] != together[2]).any()
+    assert (together[3] != together[2]).any()
 
 
 def test_previews_end_in_the_image(digits: Any) -> None:
