@@ -30,6 +30,7 @@ except ModuleNotFoundError as error:
 from hqc.serving.generation import NEVER_AGAIN, Generations, Left, body_of
 from hqc.serving.guards import Guards, Rules, error_body
 from hqc.serving.metrics import CONTENT_TYPE, EngineMetrics, ServerMetrics
+from hqc.serving.pages import add_pages
 
 __all__ = ["Served", "create_app"]
 
@@ -74,8 +75,8 @@ def create_app(
 ) -> FastAPI:
     """An application that draws with one model, or with several that a request chooses among by `model`.
 
-    Routes: `POST /v1/images/generations`, `GET /v1/models`, `/v1/models/{id}`, `/health`, `/ready`, `/metrics`. Errors
-    have OpenAI's shape. The engines are `app.state.engines`.
+    Routes: `POST /v1/images/generations`, `GET /v1/models`, `/v1/models/{id}`, `/health`, `/ready`, `/metrics`; a page
+    to draw on at `/`, the reference at `/docs`. Errors have OpenAI's shape. The engines are `app.state.engines`.
 
     Args:
         served: at least one, of different names; the first is asked where a request names none of them.
@@ -96,12 +97,15 @@ def create_app(
         for model in models.values():
             model.engine.drain(0)
 
-    app = FastAPI(title=f"hqc: {served[0].name}", version=_hqc_version(), lifespan=lifespan, redoc_url=None)
+    # Without FastAPI's own pages, which load scripts of another host.
+    own = {"docs_url": None, "redoc_url": None}
+    app = FastAPI(title=f"hqc: {served[0].name}", version=_hqc_version(), lifespan=lifespan, **own)
     app.state.engines = [model.engine for model in models.values()]
     _add_error_handlers(app)
     _add_generations(app, models, limits)
     _add_models(app, [ModelCard(id=name, created=int(time.time())) for name in models])
     _add_operations(app, models, metrics)
+    add_pages(app)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]

@@ -151,7 +151,7 @@ def _url(listener: socket.socket) -> str:
 
 
 def _print_url(url: str) -> None:
-    print(f"Serving at {url} (POST /v1/images/generations, GET /health). Stop with Ctrl-C.", flush=True)
+    print(f"Serving at {url} (a page; POST /v1/images/generations, GET /health, /docs). Stop with Ctrl-C.", flush=True)
 
 
 @contextmanager
