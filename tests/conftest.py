@@ -80,6 +80,7 @@ SECONDS: Mapping[str, int] = {
     "serving/test_serving_openai.py": 8,
     "serving/test_serving_hostile.py": 12,
     "serving/test_serving_bench.py": 8,
+    "serving/test_serving_browser.py": 15,
 }
 """Of the files that take long. They run first, so that no process is left with one of them while the other waits."""
 

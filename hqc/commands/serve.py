@@ -85,7 +85,7 @@ def serve(
     threads: int | None,
     cache_dir: Path | None,
 ) -> None:
-    """Serve MODEL over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, GET /health.
+    """Serve MODEL over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, and a page at /.
 
     MODEL is an export, a Program, or `digits`. A request gives a prompt, a class label, or neither, as MODEL's pipeline
     needs: GET /health says which. Requests share calls of the denoiser at every step, whatever their steps, guidance
