@@ -97,9 +97,9 @@ def create_app(
         for model in models.values():
             model.engine.drain(0)
 
+    title = f"hqc: {served[0].name}"
     # Without FastAPI's own pages, which load scripts of another host.
-    own = {"docs_url": None, "redoc_url": None}
-    app = FastAPI(title=f"hqc: {served[0].name}", version=_hqc_version(), lifespan=lifespan, **own)
+    app = FastAPI(title=title, version=_hqc_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engines = [model.engine for model in models.values()]
     _add_error_handlers(app)
     _add_generations(app, models, limits)
