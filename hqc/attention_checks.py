@@ -12,10 +12,12 @@ from hqc.code_checks import codes_fit
 from hqc.plan import activation_range
 from hqc.program import Program, Stage, aten, is_op
 
-__all__ = ["ATTENTION_ROLES", "attention_problems"]
+__all__ = ["ATTENTION_QUANTISERS", "ATTENTION_ROLES", "attention_problems"]
 
 ops = torch.ops.hqc
-ATTENTION_ROLES = ("operand_quantizer", "operand_codes", "operand", "softmax_quantizer")
+ATTENTION_QUANTISERS = ("operand_quantizer", "softmax_quantizer")
+"""Of those that have gradients."""
+ATTENTION_ROLES = (*ATTENTION_QUANTISERS, "operand_codes", "operand")
 """Of what stands within attention that is written out."""
 
 

@@ -14,9 +14,10 @@ on two cores: 640 inputs, 300 steps at 3e-2, and 100 for the scales. With time (
 
     --set reconstruct.samples=128 --set reconstruct.iterations=20000 --set reconstruct.rate=1e-3
 
-Attention's q, k and v have the asked bits, its softmax 8, with codes from 0; all have one static scale, which is not
-learnt. Both products are products of integers in `onnxruntime`, of quantised reals in `portable`; TensorRT and the GPU
-runtime compute attention in float, and say so. Float attention everywhere, as one operator:
+Attention's q, k and v have the asked bits, its softmax 8, with codes from 0; all have one static scale, which is learnt
+with those of the block's layers. Both products are products of integers in `onnxruntime`, of quantised reals in
+`portable`; TensorRT and the GPU runtime compute attention in float, and say so. Float attention everywhere, as one
+operator:
 
     --set insert_attention_qdq.softmax_bits=0 --set insert_attention_qdq.operands=float
 

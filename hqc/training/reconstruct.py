@@ -3,9 +3,10 @@
     min ‖block(x̂; W_q) - block(x)‖²       x of the float model, x̂ through the quantised units before it
 
 Once over the units in the order in which data meets them, for one thing at a time: the rounding of weights, with float
-activations, or the scales of activations, with quantised weights. The error is summed over channels and averaged over
-the rest. A unit whose result is no better on the samples than what it had keeps that. A weight that several layers read
-stays rounded to nearest, as do layers in no unit (`hqc.units`).
+activations, or the scales of activations, with quantised weights: those of layers, and of q, k, v and softmax of the
+attentions within. The error is summed over channels and averaged over the rest. A unit whose result is no better on the
+samples than what it had keeps that. A weight that several layers read stays rounded to nearest, as do layers in no unit
+(`hqc.units`).
 
 With several rounds every round goes over all units again, on samples of its own, from what the last one has learnt:
 those of the quantised program's own trajectory where asked, so that it meets in training what it meets in use.
@@ -26,7 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hqc.attention_checks import ATTENTION_ROLES
+from hqc.attention_checks import ATTENTION_QUANTISERS, ATTENTION_ROLES
 from hqc.checkpoint import Checkpoint
 from hqc.errors import ArtefactError, PlanError, TrainingError
 from hqc.group_checks import refuse_training_groups
@@ -208,10 +209,13 @@ class _Run:
         self._found = Frontier(self._student, samples, self._state, _ROWS)
 
     def _learning(self, unit: Unit, private: frozenset[str]) -> list[str]:
-        """The sites of a unit that have something to learn."""
+        """The sites of a unit that have something to learn, and with scales the quantisers of its attentions."""
         plan = self._program.plan
         quantised = [site for site in unit.sites if site in plan and plan[site].quantised]
-        return [site for site in quantised if self._step.learn != "rounding" or site in private]
+        if self._step.learn == "rounding":
+            return [site for site in quantised if site in private]
+        inside = unit_program(self._student, unit).graph.nodes
+        return quantised + [str(node.meta["site"]) for node in inside if node.meta.get("role") in ATTENTION_QUANTISERS]
 
     def _resumed(self, count: int) -> int:
         """How many units a checkpoint has done, over all rounds; their results are taken from it."""
