@@ -266,12 +266,12 @@ def quantise(
     """
     found, asked = recipe_of(recipe, settings), plan_asked(plan)
     bits, found = asked.bits_with(bits), found.following(asked.rules)
-    if asked.rules:  # what does not fit the program is said before anything runs
-        planned(program, found, Request(bits, tuple(keep_float), rules=asked.rules), calibrated=False)
     if resume and restart:
         raise ArtefactError("--resume", "and --restart exclude each other", "Give one of them.")
     if resume and work_dir is None:
         raise ArtefactError("resume", "no work folder was given", "Give the work folder of the run to continue.")
+    if not resume:  # what passes behind long work refuse of this program is said before it
+        planned(program, found, Request(bits, tuple(keep_float), rules=asked.rules), calibrated=False)
     run = Run(Path(work_dir)) if work_dir is not None else None
     with claimed(run.folder, stays=True) if run is not None else nullcontext():
         if run is not None and not resume:

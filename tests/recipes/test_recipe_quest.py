@@ -10,6 +10,7 @@ from torch import nn
 
 import hqc
 from hqc import api
+from hqc.calibration import Smooth
 from hqc.capture import trace
 from hqc.capture.sources import Source
 from hqc.errors import PlanError
@@ -194,3 +195,16 @@ def test_a_model_without_either_is_refused_before_anything_runs(plain: Callable[
     with pytest.raises(PlanError, match="names no quantised layer that may learn") as caught:
         planned(plain(False), find_recipe("quest"), Request("w4a8"), calibrated=False)
     assert len(str(caught.value)) <= 300
+
+
+def test_its_share_is_refused_before_long_work_and_leaves_no_folder(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`finetune_only` stands behind `smooth`, which samples: at w4a4 there are factors to choose."""
+    ran: list[str] = []
+    monkeypatch.setattr(Smooth, "run", lambda self, given, work: ran.append("smooth") or given)
+    recipe, folder = short(**{"finetune_only.share": 1e-4}), tmp_path / "run"
+    with pytest.raises(PlanError, match=r"finetune_only .* is \d[\d.]* % of the parameters; at most 0.01 % may learn"):
+        api.quantise(program, recipe, "w4a4", work_dir=folder)
+    assert ran == []
+    assert list(tmp_path.iterdir()) == []
