@@ -57,7 +57,7 @@ def visit(browser: Browser) -> Iterator[Any]:
     tabs: list[tuple[Tab, str]] = []
 
     def begin(client: Any, path: str = "/") -> Tab:
-        tab = browser.open(f"{client.base_url}{path}".replace("//docs", "/docs"))
+        tab = browser.open(f"{client.base_url}{path}")
         tabs.append((tab, str(client.base_url)))
         if path == "/":
             tab.wait_for("!document.getElementById('draw').disabled")
@@ -164,7 +164,7 @@ def test_the_keyboard_alone(start: Any, visit: Any) -> None:
     backend = FakeBackend()
     tab = visit(start(backend=backend))
     seen = []
-    for _ in range(8):
+    for _ in range(10):
         tab.press("Tab")
         seen.append(focused(tab))
         if seen[-1] == "tile":
@@ -175,7 +175,8 @@ def test_the_keyboard_alone(start: Any, visit: Any) -> None:
             tab.send("Input.insertText", text="42")
         outline = "getComputedStyle(document.activeElement.name === 'tile' ? document.activeElement.nextSibling"
         assert tab.evaluate(f"{outline} : document.activeElement).outlineStyle") == "solid"
-    assert seen == ["", "tile", "seed", "random", "num_inference_steps", "guidance_scale", "scheduler", "draw"]
+    fields = ["tile", "seed", "random", "num_inference_steps", "guidance_scale", "scheduler", "lora", "lora", "draw"]
+    assert seen == ["", *fields]
     tab.press("Enter")
     tab.wait_for(DRAWN)
     assert (backend.begun[0].label, focused(tab)) == (3, "draw")
@@ -285,9 +286,19 @@ def test_a_key_is_asked_for_and_kept_in_memory(start: Any, visit: Any) -> None:
 )
 def test_the_form_follows_the_model(start: Any, visit: Any, needs: Needs, fields: list[str]) -> None:
     backend = FakeBackend()
-    backend.needs, backend.schedulers, backend.previews = needs, (), False  # type: ignore[misc]
+    backend.needs, backend.schedulers, backend.loras, backend.previews = needs, (), (), False  # type: ignore[misc]
     tab = visit(start(backend=backend))
-    ids = ["tiles", "prompt", "negative_prompt", "class_label", "guidance_scale", "scheduler", "compare", "key"]
+    ids = [
+        "tiles",
+        "prompt",
+        "negative_prompt",
+        "class_label",
+        "guidance_scale",
+        "scheduler",
+        "loras",
+        "compare",
+        "key",
+    ]
     visible = [name for name in ids if tab.evaluate(f"!document.getElementById('{name}').closest('[hidden]')")]
     assert visible == fields
     if "prompt" in fields:
@@ -304,6 +315,24 @@ def test_the_form_follows_the_model(start: Any, visit: Any, needs: Needs, fields
     assert (begun.prompt, begun.label) == wanted
     assert ("<b>a cat</b>" in tab.text("#status")) == ("prompt" in fields)
     assert tab.text("dl").split("\n")[::2] == ["Time", "Queue"]
+    assert tab.complaints() == []
+
+
+def test_scales_of_loras(start: Any, visit: Any) -> None:
+    backend = FakeBackend()
+    tab = visit(start(backend=backend))
+    assert "ink" in tab.text("#loras")
+    tab.click("#draw")
+    tab.wait_for(DRAWN)
+    tab.write("input[data-lora=oil]", "-0.5")
+    tab.press("Enter")
+    wait_until(lambda: len(backend.begun) == 2)
+    assert [each.loras for each in backend.begun] == [(), (("oil", -0.5),)]
+    tab.wait_for("document.querySelectorAll('#history button').length === 2")
+    tab.click("#history li:last-child button")
+    tab.wait_for("document.querySelector('input[data-lora=oil]').value === ''")
+    tab.click("#history li:first-child button")
+    tab.wait_for("document.querySelector('input[data-lora=oil]').value === '-0.5'")
     assert tab.complaints() == []
 
 
@@ -395,7 +424,11 @@ def test_the_reference_lists_every_route_and_its_example_runs(
     assert tab.evaluate("[...document.querySelectorAll('h2 code')].map((code) => code.textContent)") == routes
     text = tab.text("main")
     fields = client.get("/health").json()["takes"]["fields"]
-    assert all(name in text for name in (*fields, "data[].b64_json", "metrics.queue_seconds", "error.param"[:5]))
+    assert all(
+        name in text for name in (*fields, "data[].b64_json", "metrics.queue_seconds", "object, ink, oil: number")
+    )
+    assert "negative_prompt" not in text  # this model takes none
+    assert "null" not in text.replace("Null is", "").lower()
     codes = tab.evaluate("[...document.querySelectorAll('pre')].map((pre) => pre.textContent)")
     monkeypatch.chdir(tmp_path)
     exec(compile(codes[2], "example", "exec"), {})

@@ -14,6 +14,7 @@ try {
   const [schema, health] = await Promise.all([readJson("openapi.json"), readJson("health")]);
   byId("served").textContent = `${health.model}, hqc ${schema.info.version}`;
   byId("reference").append(examples(health));
+  leaveOut(schema, health.takes);
   for (const [path, methods] of Object.entries(schema.paths)) {
     for (const [method, route] of Object.entries(methods)) byId("reference").append(routeOf(schema, path, method, route));
   }
@@ -56,6 +57,12 @@ function examples({ takes, model }) {
     section.append(make("h3", { textContent: title }), scrolled(title, make("pre", {}, make("code", { textContent: text }))));
   }
   return section;
+}
+
+/** Drops the fields that this model takes neutral values of alone, for clients that always send them. */
+function leaveOut(schema, { fields }) {
+  const request = schema.paths[GENERATIONS].post.requestBody.content["application/json"].schema;
+  request.properties = Object.fromEntries(Object.entries(request.properties).filter(([name]) => fields.includes(name)));
 }
 
 /** A route: what it does, its fields, its answers. */
@@ -122,6 +129,11 @@ function typeOf(schema, field) {
   if (field.$ref) return "object";
   if (field.const !== undefined) return JSON.stringify(field.const);
   if (field.enum) return field.enum.map((value) => JSON.stringify(value)).join(", ");
+  if (Array.isArray(field.type)) return typeOf(schema, { ...field, type: field.type.find((type) => type !== "null") });
+  if (field.additionalProperties?.type) {
+    const names = field.propertyNames?.enum?.join(", ") ?? "name";
+    return `object, ${names}: ${typeOf(schema, field.additionalProperties)}`;
+  }
   if (field.items) return `list of ${typeOf(schema, field.items)}`;
   const least = field.minimum;
   const most = field.maximum > Number.MAX_SAFE_INTEGER ? "2⁶³−1" : field.maximum;

@@ -17,6 +17,7 @@ export function offer({ takes, models }) {
   show("negative-field", takes.fields.includes("negative_prompt"));
   show("guidance-field", takes.fields.includes("guidance_scale"));
   show("scheduler-field", takes.schedulers.length > 0);
+  show("loras", takes.loras.length > 0);
   show("compare-field", models.length > 1);
   byId("class_label").max = takes.classes - 1;
   byId("class-field").querySelector(".hint").textContent = `0 to ${takes.classes - 1}`;
@@ -25,6 +26,7 @@ export function offer({ takes, models }) {
   steps.labels[0].querySelector(".hint").textContent = `to ${takes.max_steps}`;
   byId("guidance_scale").value = takes.guidance_scale;
   for (const name of takes.schedulers) byId("scheduler").append(new Option(name));
+  byId("loras").querySelector(".pair").append(...takes.loras.map(scaleOf));
   byId("compare-field").querySelector("span").textContent = `Compare with ${models[1]}`;
   byId("prompt").addEventListener("keydown", drawOnEnter);
   byId("negative_prompt").addEventListener("keydown", drawOnEnter);
@@ -41,6 +43,12 @@ function addTiles({ classes, digits }) {
       make("span", { textContent: label }),
     );
   byId("tiles").querySelector(".tiles").append(...Array.from({ length: classes }, (_, label) => tile(label)));
+}
+
+function scaleOf(lora) {
+  const scale = make("input", { type: "number", inputMode: "decimal", step: 0.1, name: "lora" });
+  scale.dataset.lora = lora;
+  return make("p", { className: "field" }, make("label", {}, make("span", { textContent: lora }), scale));
 }
 
 function drawOnEnter(event) {
@@ -68,6 +76,8 @@ export function asked({ takes }) {
     if (byId(id).validity.badInput) throw new WrongField(id, "not a number");
   }
   if (byId("scheduler").value) body.scheduler = byId("scheduler").value;
+  const scales = scaleFields().filter((each) => each.value !== "");
+  if (scales.length) body.loras = Object.fromEntries(scales.map((each) => [each.dataset.lora, Number(each.value)]));
   if (takes.previews) body.partial_images = 3;
   return body;
 }
@@ -79,6 +89,7 @@ export function fill(body) {
     if (body[id] !== undefined) byId(id).value = body[id];
   }
   byId("scheduler").value = body.scheduler ?? "";
+  for (const each of scaleFields()) each.value = body.loras?.[each.dataset.lora] ?? "";
   const tile = document.querySelector(`input[name=tile][value="${body.class_label}"]`);
   if (tile) tile.checked = true;
 }
@@ -101,6 +112,10 @@ function wholeNumber(id) {
     throw new WrongField(id, `above ${Number.MAX_SAFE_INTEGER}, the largest that a page can send`);
   }
   return Number(text);
+}
+
+function scaleFields() {
+  return [...document.querySelectorAll("input[name=lora]")];
 }
 
 function applies(id) {
