@@ -14,9 +14,9 @@ Own choices: real 0 is a code (z whole), so that padding is exact; a shift only 
 linear layers and 1×1 convolutions without padding (the released code also shifts padded ones, with a map); operands of
 8 bits are symmetric (codes q - z do not fit int8), so that there B is one boundary; rates are relative to what learns
 (the paper: 1e-5), and fall linearly; gradients are cleared at every update (the released code does so once an epoch);
-the pipeline keeps its text encoder, where the paper drops it for the encoding of one constant prompt. q, k and the
-softmax stay float, so that the paper's Q/s, K·s would change nothing: every output channel of their weights has a scale
-of its own.
+the pipeline keeps its text encoder, where the paper drops it for the encoding of one constant prompt. Attention's q, k,
+v and softmax stay float (the released code quantises them), so that the paper's Q/s, K·s would change nothing: they go
+into the weights of q and k, of which every output channel has a scale of its own, and leave each code what it is.
 """
 
 from hqc.calibration import CalibrateActivations, CalibrateWeights, Smooth

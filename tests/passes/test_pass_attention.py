@@ -13,12 +13,14 @@ from torch.nn import functional
 
 from hqc.attention_plan import AttentionPlan
 from hqc.attentions import written_out
+from hqc.calibration import CalibrateWeights
 from hqc.errors import PlanError
 from hqc.export.reference import without_quantisers
 from hqc.passes import FloatAttention, FreezeIntegers, InsertAttentionQdq, InsertQdq, OpenAttention, SelectLayers
-from hqc.pipeline import run_pass, run_pipeline
+from hqc.pipeline import run_pass, run_pipeline, run_procedure
 from hqc.plan import QuantPlan
 from hqc.program import Program, Stage, is_op
+from hqc.sampling import Work
 from hqc.storage import load_program, save_program
 from hqc.structure import site_problems
 
@@ -141,6 +143,30 @@ def test_its_quantisers_are_those_of_a_computation_by_hand(operands: str, softma
         even, powers = (p / scale).round().clamp(0, top) * scale, 2 ** -(-p.log2()).round().clamp(0, top)
         p = torch.where(table("softmax", "log2_table") > 0, powers, even)
     torch.testing.assert_close(found[attention.result.name], p @ operand("value", v), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("factors", ["powers of two", "any"])
+def test_factors_that_cancel_between_float_q_and_k_change_no_code(factors: str) -> None:
+    """PassionSR's Q/s, K·s: in the weights of q and k a factor of an output channel is one of its scale."""
+    program, generator = attending(), torch.Generator().manual_seed(3)
+    exponents = 4 * torch.rand(32, generator=generator) - 2
+    s = torch.exp2(exponents.round() if factors == "powers of two" else exponents)
+    state = dict(program.state)
+    for layer, factor in (("to_q", s.reciprocal()), ("to_k", s)):
+        state |= {
+            f"{layer}.weight": state[f"{layer}.weight"] * factor[:, None],
+            f"{layer}.bias": state[f"{layer}.bias"] * factor,
+        }
+    found = []
+    for one in (program, program.evolve(state=state)):
+        inserted = run_pipeline(one, [SelectLayers(bits="w4a4", rules="all"), InsertQdq(GRID)])
+        found.append(run_pass(run_procedure(inserted, CalibrateWeights(), Work(one)), FreezeIntegers()))
+    plain, scaled = found
+    args = program.example_inputs(3)
+    for layer in ("to_q", "to_k", "to_v", "to_out"):
+        moved = plain.state[f"{layer}.weight_codes"] != scaled.state[f"{layer}.weight_codes"]
+        assert int(moved.sum()) <= (0 if factors == "powers of two" else 1), layer  # a rounding boundary
+    torch.testing.assert_close(plain.module()(*args), scaled.module()(*args), rtol=1e-4, atol=1e-4)
 
 
 def test_a_plan_says_what_is_quantised(tmp_path: object) -> None:
