@@ -1,5 +1,6 @@
 """Products of codes within attention, for onnxruntime: against numpy int64, in other runs, where they stay float."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ import onnx
 import pytest
 import torch
 from attention_models import attention_quantised
+from click.testing import CliRunner
 from integer_oracle import MatMulIntegerToFloat, saturated_pair_sum
 from onnx.reference import ReferenceEvaluator
 
+from hqc.cli import main
+from hqc.errors import ExportError
 from hqc.export import attention_products as products
-from hqc.export import export_program
+from hqc.export import export_program, ort_attention
 from hqc.export.attention_products import AttentionProduct, attention_products
 from hqc.export.interface import OUTPUT
 from hqc.export.lowering import Tap
@@ -22,6 +26,7 @@ from hqc.export.prepare import prepare
 from hqc.export.reference import ForcedRun, verification_inputs
 from hqc.export.watched import WatchedModel, heard
 from hqc.program import Program
+from hqc.storage import save_program
 
 EVEN = (0.0,) * 3
 GRID = np.array((0.0, 500.0, 999.0))
@@ -172,6 +177,29 @@ def test_a_product_past_int32_stays_float_and_is_said(
     assert report.attention.startswith(f"1 with {integers} of 2 products of integers; ")
     assert f"1 of floats: its sums reach {12 * 255 * 7}, past int32" in report.attention
     assert operators(tmp_path / "x").count("MatMulIntegerToFloat") == 4 + integers
+
+
+@pytest.mark.parametrize("part", ["query", "softmax"])
+def test_verification_sees_a_wrong_product(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right codes whose product takes another zero for that of either operand: found there, and nothing is written."""
+    monkeypatch.setattr(ort_attention, "_zero", lambda lo, site: lo.builder.constant(np.uint8(3), "zero"))
+    monkeypatch.setattr(AttentionProduct, "signed", property(lambda self: False))
+    program = attention_quantised(8, "asymmetric", EVEN)
+    with pytest.raises(
+        ExportError, match=rf"attention_{part}: the output differs by \d\.\de.\d\d relative on equal codes"
+    ):
+        export_program(program, "onnxruntime", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_explain_counts_them(tmp_path: Path) -> None:
+    save_program(attention_quantised(8, "asymmetric", EVEN), tmp_path / "x.hqc")
+    arguments = ["explain", str(tmp_path / "x.hqc"), "--target", "onnxruntime"]
+    printed = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert printed.exit_code == 0
+    assert "attention 1 with 2 of 2 products of integers\n" in printed.stdout
+    data = json.loads(CliRunner().invoke(main, [*arguments, "--json"], catch_exceptions=False).stdout)
+    assert data["attention"] == "1 with 2 of 2 products of integers"
 
 
 def test_an_integer_program_exports_to_the_same_file(tmp_path: Path) -> None:
