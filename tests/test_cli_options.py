@@ -171,7 +171,7 @@ MISUSED = [
     ("bench-serve {captured} --threads 2", "--threads"),
     ("bench-serve {captured} --force", "--force"),
     ("bench-serve {captured} --work-dir w", "--work-dir"),
-    ("bench-serve {captured} --chart {words}", ".png"),
+    ("bench-serve {captured} --chart {words}", "--chart {words}"),
     ("serve {captured} --threads 2", "--threads"),
     ("serve {captured} --cache-dir c", "--cache-dir"),
     ("serve {captured} --against {plain}", "--against"),

@@ -260,7 +260,9 @@ def test_a_fault_of_the_engine_ends_all_that_wait_for_it(denoiser: Denoiser) -> 
         def ended(self, *_: Any) -> None: ...
 
     running = Engine(denoiser, max_batch=1, observer=Faulty())
+    denoiser.gate = threading.Event()
     tickets = [running.submit([image(n, 2)]) for n in range(2)]
+    denoiser.gate.set()
     for ticket in tickets:
         with pytest.raises(ZeroDivisionError):
             ticket.result.result(WAIT_S)
