@@ -97,12 +97,13 @@ def bench(
     from rich.console import Console
 
     from hqc import console as out
-    from hqc.evaluation.bench.chart import check_chart, save_chart
+    from hqc.evaluation.bench.chart import save_chart
     from hqc.evaluation.bench.models import Quantisation
     from hqc.evaluation.bench.peers import USUAL_PEERS, find_peers
     from hqc.evaluation.bench.run import Timing
     from hqc.evaluation.bench.run import bench as measure
     from hqc.evaluation.bench.table import bench_table
+    from hqc.evaluation.drawing import check_chart
 
     peers = find_peers(USUAL_PEERS[runtime] if against is None else against)
     if chart is not None:

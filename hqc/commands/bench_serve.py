@@ -78,12 +78,13 @@ def bench_serve(
     from rich.console import Console
 
     from hqc import console as out
-    from hqc.serving.bench.report import check_serve_chart, save_serve_chart, serve_table
+    from hqc.evaluation.drawing import check_chart
+    from hqc.serving.bench.report import save_serve_chart, serve_table
     from hqc.serving.bench.run import POLICIES, Protocol
     from hqc.serving.bench.run import bench_serve as measure
 
     if chart is not None:
-        check_serve_chart(chart, force=force)
+        check_chart(chart, force=force)
         check_output_file(chart, force=force)
     protocol = Protocol(requests=requests, steps=steps, guidance_scale=guidance_scale, max_batch=max_batch, seed=seed)
     figures = len(POLICIES) * (1 + len(protocol.shares))

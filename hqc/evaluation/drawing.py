@@ -4,8 +4,9 @@ import importlib.util
 from pathlib import Path
 
 from hqc.errors import EvaluationError, RuntimeMissingError
+from hqc.storage import refuse_existing_file
 
-__all__ = ["require_drawing", "require_picture"]
+__all__ = ["check_chart", "require_drawing", "require_picture"]
 
 
 def require_drawing(library: str, where: str) -> None:
@@ -26,3 +27,14 @@ def require_picture(chart: Path) -> None:
     """
     if chart.suffix.lower() not in (".png", ".svg"):
         raise EvaluationError(f"--chart {chart}", "is neither .png nor .svg", "Give one of them.")
+
+
+def check_chart(path: Path, *, force: bool) -> None:
+    """Refuses another suffix than .png or .svg, a file that is there, and no matplotlib, before long work starts.
+
+    Raises:
+        EvaluationError: for the suffix. ArtefactError: for the file. RuntimeMissingError: for matplotlib.
+    """
+    require_picture(path)
+    refuse_existing_file(path, force=force)
+    require_drawing("matplotlib", "--chart")

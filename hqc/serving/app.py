@@ -13,7 +13,8 @@ from hqc.serving.backend import Backend
 from hqc.serving.engine import Engine, Policy
 from hqc.serving.errors import ApiError
 from hqc.serving.limits import Limits
-from hqc.serving.requests import Offer, request_from_body, request_schema, takes
+from hqc.serving.offer import Offer, request_schema, takes
+from hqc.serving.requests import request_from_body
 from hqc.serving.schemas import ErrorResponse, GenerationResponse, Health, ModelCard, ModelList
 
 try:

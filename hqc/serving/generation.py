@@ -17,9 +17,11 @@ from hqc.serving.engine import Engine, Ticket
 from hqc.serving.errors import ApiError, Busy, Stopped, TimeUp
 from hqc.serving.files import in_base64
 from hqc.serving.guards import error_body
+from hqc.serving.jobs import Job, job_of
 from hqc.serving.limits import Limits
 from hqc.serving.metrics import EngineMetrics
-from hqc.serving.requests import GenerationRequest, Job, Offer, job_of
+from hqc.serving.offer import Offer
+from hqc.serving.requests import GenerationRequest
 from hqc.serving.schemas import GenerationResponse, ImageDatum, Metrics, Usage
 
 __all__ = ["NEVER_AGAIN", "Generations", "Left", "body_of"]

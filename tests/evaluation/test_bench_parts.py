@@ -18,7 +18,7 @@ from rich.console import Console
 
 from hqc.errors import ArtefactError, EvaluationError, RuntimeMissingError
 from hqc.evaluation.bench import worker
-from hqc.evaluation.bench.chart import chart_bytes, chart_figure, check_chart, save_chart
+from hqc.evaluation.bench.chart import chart_bytes, chart_figure, save_chart
 from hqc.evaluation.bench.contender import Loaded
 from hqc.evaluation.bench.machine import describe_machine, has_vnni, isa_flags, machine_line
 from hqc.evaluation.bench.memory import peak_resident_bytes, resident_bytes
@@ -27,6 +27,7 @@ from hqc.evaluation.bench.peers import PEERS, find_peers
 from hqc.evaluation.bench.result import BenchResult, Figures, Spread, spread
 from hqc.evaluation.bench.rounds import take_turns
 from hqc.evaluation.bench.table import bench_table
+from hqc.evaluation.drawing import check_chart
 from hqc.evaluation.workspace import Stage, Workspace
 from hqc.kernels.precompile import available_cores
 from hqc.storage import atomic_folder, write_manifest

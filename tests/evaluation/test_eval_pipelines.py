@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from captured_pipelines import captured_pipelines
 from denoisers import TOKENS
-from image_pipelines import IMAGE_PIPELINES, save_image_pipeline
-from text_pipelines import save_text_pipeline, text_pipeline
+from image_pipelines import IMAGE_PIPELINES
+from text_pipelines import text_pipeline
 from torch import Tensor
 
-import hqc
 from hqc.errors import EvaluationError
 from hqc.evaluation.gain import Gain, at_gain_one
 from hqc.evaluation.metrics import fidelity, fidelity_figures
@@ -35,19 +35,7 @@ TRACED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def pipes(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The pipeline of this name around its captured denoiser, captured once a module."""
-    made: dict[str, Any] = {}
-
-    def pipe(name: str) -> Any:
-        if name not in made:
-            work = tmp_path_factory.mktemp(name)
-            images = name in IMAGE_PIPELINES
-            folder = save_image_pipeline(name, work / "p") if images else save_text_pipeline(name, work)
-            hqc.save_program(hqc.trace(folder, **TRACED.get(name, {})), work / "x.hqc", pipeline=folder)
-            made[name] = hqc.load(work / "x.hqc").pipeline()
-        return made[name]
-
-    return pipe
+    return captured_pipelines(tmp_path_factory, TRACED)
 
 
 def drawn(pipe: Any, labels: list[int], seeds: list[int], batch_size: int = 2, **options: Any) -> Samples:

@@ -10,8 +10,10 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler
 
 from hqc.needs import Needs
+from hqc.serving.jobs import job_of
 from hqc.serving.limits import Limits
-from hqc.serving.requests import Offer, job_of, request_from_body, request_schema
+from hqc.serving.offer import Offer, request_schema
+from hqc.serving.requests import request_from_body
 
 GENERATIONS = "/v1/images/generations"
 

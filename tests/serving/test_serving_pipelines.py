@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from captured_pipelines import captured_pipelines
 from denoisers import TOKENS
-from image_pipelines import IMAGE_PIPELINES, save_image_pipeline
 from lora_files import layers_of, save_lora, tensors
-from text_pipelines import save_text_pipeline
 
 import hqc
 from hqc.evaluation.images import pixels_of
@@ -38,18 +37,7 @@ KINDS = ("ddpm", "dit", "sd15", "sdxl", "flux")
 
 @pytest.fixture(scope="module")
 def pipes(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Any] = {}
-
-    def pipe(name: str) -> Any:
-        if name not in made:
-            work = tmp_path_factory.mktemp(name)
-            images = name in IMAGE_PIPELINES
-            folder = save_image_pipeline(name, work / "p") if images else save_text_pipeline(name, work)
-            hqc.save_program(hqc.trace(folder, **TRACED.get(name, {})), work / "x.hqc", pipeline=folder)
-            made[name] = hqc.load(work / "x.hqc").pipeline()
-        return made[name]
-
-    return pipe
+    return captured_pipelines(tmp_path_factory, TRACED)
 
 
 @pytest.fixture(scope="module")

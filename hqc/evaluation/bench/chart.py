@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 from hqc.atomic import write_file
 from hqc.evaluation.bench.machine import machine_line
 from hqc.evaluation.bench.result import BenchResult, Spread, spread
-from hqc.evaluation.drawing import require_drawing, require_picture
-from hqc.storage import refuse_existing_file
 from hqc.wording import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["chart_bytes", "chart_figure", "check_chart", "save_chart"]
+__all__ = ["chart_bytes", "chart_figure", "save_chart"]
 
 PAPER, INK, FAINT, OURS, PEER = "#fafaf8", "#1c1c1e", "#6e6e73", "#2a6f97", "#b8bec6"
 WIDTH, MARGIN, ROW = 10.4, 0.26, 0.4  # inches
@@ -50,17 +48,6 @@ class _Panel:
     values: tuple[float, ...]
     texts: tuple[str, ...]
     spreads: tuple[Spread, ...] = ()
-
-
-def check_chart(path: Path, *, force: bool) -> None:
-    """Refuses another suffix than .png or .svg, a file that is there, and no matplotlib, before long work starts.
-
-    Raises:
-        EvaluationError: for the suffix. ArtefactError: for the file. RuntimeMissingError: for matplotlib.
-    """
-    require_picture(path)
-    refuse_existing_file(path, force=force)
-    require_drawing("matplotlib", "--chart")
 
 
 def save_chart(path: Path, result: BenchResult) -> None:

@@ -11,12 +11,10 @@ from rich.text import Text
 
 from hqc.atomic import write_file
 from hqc.evaluation.bench.machine import describe_machine, machine_line
-from hqc.evaluation.drawing import require_drawing, require_picture
 from hqc.serving.bench.run import Latency, ServeBench
-from hqc.storage import refuse_existing_file
 from hqc.wording import printable
 
-__all__ = ["check_serve_chart", "save_serve_chart", "serve_table"]
+__all__ = ["save_serve_chart", "serve_table"]
 
 NAMES = {"continuous": "continuous", "static": "static", "single": "one at a time"}
 COLOURS = {"continuous": "#2a6f97", "static": "#d08c2f", "single": "#8a8f98"}
@@ -54,17 +52,6 @@ def _lines(result: ServeBench) -> list[str]:
         f"then, as Poisson arrivals: {rates} requests/s, the same moments for every policy.",
         machine_line(describe_machine()),
     ]
-
-
-def check_serve_chart(path: Path, *, force: bool) -> None:
-    """Refuses another suffix than .png or .svg, a file that is there, and no matplotlib, before long work starts.
-
-    Raises:
-        EvaluationError: for the suffix. ArtefactError: for the file. RuntimeMissingError: for matplotlib.
-    """
-    require_picture(path)
-    refuse_existing_file(path, force=force)
-    require_drawing("matplotlib", "--chart")
 
 
 def save_serve_chart(path: Path, result: ServeBench) -> None:
