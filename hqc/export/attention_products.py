@@ -3,10 +3,11 @@
     scores   q̂ @ k̂ᵀ = s_q·s_k·(c_q @ c_kᵀ)             q, k and v: codes c around 0, as every activation's
     values   p̂ @ v̂  = s_p·s_v·(c_p @ c_v)              softmax: codes from 0, where its steps are even
 
-The sums are exact in int32: codes·codes·length < 2^31 is checked. The second operand's codes are int8 where the sum of
-two neighbouring products fits int16, in which x86 without VNNI adds them; else they are uint8, whose products are added
-in 32 bits by every kernel, at half the speed. A range may have zero points by timestep: codes are q - z, around 0, so
-that the zero point in the file is one constant for all samples.
+The sums are exact in int32: codes·codes·length < 2^31 is checked, of codes as they are stored, since kernels sum those
+and take zero points off in the end. The second operand's codes are int8 where the sum of two neighbouring products fits
+int16, in which x86 without VNNI adds them; else they are uint8, whose products are added in 32 bits by every kernel, at
+half the speed. A range may have zero points by timestep: codes are q - z, around 0, so that the zero point in the file
+is one constant for all samples.
 """
 
 from collections.abc import Iterator
@@ -44,9 +45,16 @@ class AttentionProduct:
     @property
     def signed(self) -> bool:
         """Whether the second operand's codes may be int8."""
-        left, right = self.codes
-        largest = left.bounds.high if _is_softmax(left) else 2 * left.bounds.largest + 1
-        return 2 * largest * right.bounds.largest <= MULTIPLY_ADD_LIMIT
+        return _signed(*self.codes)
+
+
+def _signed(left: QuantisedSite, right: QuantisedSite) -> bool:
+    return 2 * _unsigned_top(left) * right.bounds.largest <= MULTIPLY_ADD_LIMIT
+
+
+def _unsigned_top(site: QuantisedSite) -> int:
+    """The largest code as uint8, which has a zero point but for a softmax."""
+    return site.bounds.high if _is_softmax(site) else 2 * site.bounds.largest + 1
 
 
 def _is_softmax(site: QuantisedSite) -> bool:
@@ -76,5 +84,5 @@ def _obstacle(
     length = node.args[0].meta["shape"][-1]  # type: ignore[union-attr]
     if not isinstance(length, int):
         return "the length of its sums is not known before it runs"
-    reach = length * left.bounds.largest * right.bounds.largest
+    reach = length * _unsigned_top(left) * (right.bounds.largest if _signed(left, right) else _unsigned_top(right))
     return f"its sums reach {reach}, past int32" if reach >= _INT32_LIMIT else ""

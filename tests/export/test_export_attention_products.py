@@ -168,8 +168,8 @@ def test_no_real_operand_is_left(tmp_path: Path) -> None:
 def test_a_product_past_int32_stays_float_and_is_said(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sums of 12 keys reach 12·255·8 = 24 480 here, of 16 channels 16·8·8 at most."""
-    limit = 16 * 8 * 8 if part == "value" else 1
+    """Sums over 12 keys reach 12·255·7 here, over 16 channels 16·15·7: q as uint8, k and v as int8."""
+    limit = 16 * 15 * 7 if part == "value" else 1
     monkeypatch.setattr(products, "_INT32_LIMIT", limit + 1)
     program = attention_quantised(8, "symmetric", EVEN)
     report = export_program(program, "onnxruntime", tmp_path / "x")
