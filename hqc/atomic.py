@@ -8,11 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from hqc.claims import OLD, claim_of, claimed, hold, mark, remove_tree, unwritable
 from hqc.errors import ArtefactError
 from hqc.renames import exchange, rename_new
+
+try:
+    from safetensors import SafetensorError
+except ImportError:  # what draws without torch writes images alone
+
+    class SafetensorError(Exception):  # type: ignore[no-redef]
+        """There is none to be caught."""
+
 
 __all__ = [
     "atomic_folder",

@@ -14,7 +14,15 @@ from hqc.claims import restore_interrupted
 from hqc.errors import ArtefactError
 from hqc.wording import first_words
 
-__all__ = ["FORMAT_VERSION", "PIPELINE_KIND", "check_manifest", "read_json", "refuse_links", "write_manifest"]
+__all__ = [
+    "FORMAT_VERSION",
+    "PIPELINE_KIND",
+    "check_manifest",
+    "kind_of",
+    "read_json",
+    "refuse_links",
+    "write_manifest",
+]
 
 FORMAT_VERSION = 1
 _LARGEST_JSON = 256 * 2**20
@@ -55,6 +63,18 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise ArtefactError(str(path), f"cannot be read ({error})", "Write the artefact again.") from error
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind of artefact that a folder says it is; None where it is none."""
+    restore_interrupted(folder)
+    try:
+        with (folder / "manifest.json").open(encoding="utf-8") as file:
+            manifest = json.loads(file.read(_LARGEST_JSON))
+    except (OSError, ValueError, RecursionError):
+        return None
+    kind = manifest.get("format") if isinstance(manifest, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def check_manifest(folder: Path, kind: str) -> dict[str, Any]:

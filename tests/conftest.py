@@ -54,6 +54,7 @@ SECONDS: Mapping[str, int] = {
     "test_cli_fuzz.py": 25,
     "lite/test_lite_pipeline.py": 25,
     "lite/test_lite_folders.py": 20,
+    "lite/test_lite_commands.py": 35,
     "lite/test_lite_schedulers.py": 15,
     "export/test_export_pipeline.py": 25,
     "calibration/test_calibration_lora_start.py": 5,

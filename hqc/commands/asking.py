@@ -10,6 +10,7 @@ import click
 from hqc.commands.applies import asked as typed
 from hqc.commands.applies import option_name
 from hqc.commands.options import options
+from hqc.commands.without_torch import is_exported_pipeline
 from hqc.errors import EvaluationError, OptionError
 
 if TYPE_CHECKING:
@@ -57,20 +58,12 @@ class Asked:
             OptionError: naming the option. EvaluationError: if the model cannot be sampled, or a prompt is missing.
             ArtefactError: if there is no such model, or no pipeline around it.
         """
-        from hqc.evaluation.needs import call_kind
-        from hqc.runtimes.model import describe
-
-        found = describe(model)
-        kind = call_kind(found.pipeline, found.conditions)
+        kind, pipeline = _kind_of(model)
         for name, wanted in _BELONGS.items():
             if typed(name) and kind != wanted:
-                raise OptionError(
-                    option_name(name), f"{model} takes {_TAKES[kind]} ({found.pipeline.__name__})", "Leave it out."
-                )
+                raise OptionError(option_name(name), f"{model} takes {_TAKES[kind]} ({pipeline})", "Leave it out.")
         if kind == "prompt" and not self.prompts:
-            raise EvaluationError(
-                model, f"takes prompts ({found.pipeline.__name__})", "Give --prompt TEXT or --prompts FILE."
-            )
+            raise EvaluationError(model, f"takes prompts ({pipeline})", "Give --prompt TEXT or --prompts FILE.")
 
     def rows(self, needs: "Needs") -> Sequence[int]:
         """The classes or numbers of prompts to draw; one 0 for a model that is asked for nothing.
@@ -104,6 +97,19 @@ class Asked:
         return {**sampler, "guidance_scale": needs.usual_guidance(sampler["guidance_scale"])}
 
 
+def _kind_of(model: str) -> "tuple[Kind, str]":
+    """What a model is asked with, and the class of its pipeline; its weights are not read."""
+    if is_exported_pipeline(model):
+        from hqc.lite.pipeline import kind_of_pipeline
+
+        return kind_of_pipeline(Path(model))
+    from hqc.evaluation.needs import call_kind
+    from hqc.runtimes.model import describe
+
+    found = describe(model)
+    return call_kind(found.pipeline, found.conditions), found.pipeline.__name__
+
+
 def asked_for(labels: str | None, prompt: tuple[str, ...], prompts: Path | None, negative: str | None) -> Asked:
     """The options as they were typed; the file of prompts is read.
 
@@ -114,7 +120,7 @@ def asked_for(labels: str | None, prompt: tuple[str, ...], prompts: Path | None,
     if prompt and prompts is not None:
         raise OptionError("--prompts", "and --prompt exclude each other", "Give one of them.")
     if prompts is not None:
-        from hqc.sampling.prompts import read_prompts
+        from hqc.prompt_files import read_prompts
 
         prompt = read_prompts(prompts)
     if any(not text.strip() for text in prompt):

@@ -16,9 +16,11 @@ from hqc.commands.options import (
     runtime_option,
     sampler_options,
 )
+from hqc.commands.without_torch import is_exported_pipeline, open_pipeline
 from hqc.errors import ComparisonError, EvaluationError, OptionError
 
 if TYPE_CHECKING:
+    from hqc.evaluation.protocol import Pictures
     from hqc.evaluation.sampling import Samples
     from hqc.evaluation.trajectory_fidelity import TrajectoryFidelity
     from hqc.needs import Needs
@@ -84,7 +86,7 @@ def sample(
     force: bool,
     **sampler: Any,
 ) -> None:
-    """Sample a grid of images from MODEL (a Program, an export, or `digits`) into a PNG.
+    """Sample a grid of images from MODEL (a Program, an export, an exported pipeline, or `digits`) into a PNG.
 
     A row a class (--labels) or prompt (--prompt, --prompts), as MODEL's pipeline needs; unconditional models need
     neither.
@@ -98,8 +100,12 @@ def sample(
     asked = asked_for(labels, prompt, prompts, negative_prompt)
     for name in models:
         asked.check_kind(name)
-    found = {}
+    found: dict[str, Pictures] = {}
     for name in models:
+        if is_exported_pipeline(name):
+            asked_runtime = runtime if name == model else None
+            found[name] = _drawn_without_torch(name, asked_runtime, asked, per_class, seed, batch_size, sampler)
+            continue
         pipe, needs, options = _opened(name, runtime if name == model else None, asked, sampler)
         set_scales(pipe, lora_scales if name == model else ())
         rows = [row for row in asked.rows(needs) for _ in range(per_class)]
@@ -109,6 +115,36 @@ def sample(
     else:
         save_grid(output, found[model], model_name=model, max_per_class=per_class)
     click.echo(f"wrote {output}")
+
+
+def _drawn_without_torch(
+    model: str,
+    runtime: "Runtime | None",
+    asked: Asked,
+    per_class: int,
+    seed: int,
+    batch_size: int | None,
+    sampler: dict[str, Any],
+) -> "Pictures":
+    """The images of an exported pipeline."""
+    from hqc.lite.pictures import draw_pictures
+    from hqc.stages import doing
+
+    pipe = open_pipeline(model, runtime)
+    options = asked.sampler(pipe.needs, sampler)
+    rows = [row for row in asked.rows(pipe.needs) for _ in range(per_class)]
+    if cut := pipe.cut(asked.prompts):
+        click.echo(f"{model}: {cut} of {len(asked.prompts)} prompts are longer than its tokenizer takes: cut", err=True)
+    with doing(f"sampling {model}"):
+        return draw_pictures(
+            pipe,
+            rows,
+            seed,
+            batch_size=batch_size,
+            prompts=asked.prompts,
+            negative_prompt=asked.negative_prompt,
+            **options,
+        )
 
 
 @click.command("eval", cls=Command)

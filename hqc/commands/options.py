@@ -98,7 +98,7 @@ def conditions_asked(given: dict[str, Any]) -> dict[str, Any]:
         return {"synthetic": synthetic}
     if synthetic:
         raise TrainingError("--prompts", "and --synthetic exclude each other", "Give one of them.")
-    from hqc.sampling.prompts import read_prompts
+    from hqc.prompt_files import read_prompts
 
     return {"prompts": read_prompts(file)}
 

@@ -9,6 +9,7 @@ import click
 
 from hqc.commands.applies import Command, check_runtime
 from hqc.commands.options import runtime_option
+from hqc.commands.without_torch import RUNTIME, is_exported_pipeline, open_pipeline
 from hqc.errors import OptionError
 
 if TYPE_CHECKING:
@@ -87,9 +88,10 @@ def serve(
 ) -> None:
     """Serve MODEL over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, and a page at /.
 
-    MODEL is an export, a Program, or `digits`. A request gives a prompt, a class label, or neither, as MODEL's pipeline
-    needs: GET /health says which. Requests share calls of the denoiser at every step, whatever their steps, guidance
-    and schedulers; an image does not depend on what is beside it.
+    MODEL is an export, a Program, `digits`, or an exported pipeline, which is served without torch. A request gives a
+    prompt, a class label, or neither, as MODEL's pipeline needs: GET /health says which. Requests share calls of the
+    denoiser at every step, whatever their steps, guidance and schedulers; an image does not depend on what is beside
+    it.
     """
     from hqc.serving.app import create_app
     from hqc.serving.guards import LOOPBACK, Rules
@@ -112,10 +114,18 @@ def serve(
 
 
 def _served(model: str, runtime: "Runtime | None", threads: int | None, cache_dir: Path | None) -> "Served":
+    from hqc.serving.app import Served
+
+    if is_exported_pipeline(model):
+        if cache_dir is not None:
+            raise OptionError(
+                "--cache-dir", f"{model} is an exported pipeline, which keeps nothing there", "Leave it out."
+            )
+        pipe = open_pipeline(model, runtime, threads)
+        return Served(pipe, pipe.name, RUNTIME)
     from hqc.evaluation.needs import call_kind
     from hqc.runtimes import load
     from hqc.runtimes.model import describe
-    from hqc.serving.app import Served
     from hqc.serving.pipelines import PipelineBackend
 
     found = describe(model)

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hqc.atomic import write_file
 from hqc.errors import EvaluationError
-from hqc.evaluation.images import pil_from_tensor, png_from_pil
-from hqc.evaluation.sampling import Samples, describe_seeds
+from hqc.evaluation.images import png_from_pil
+from hqc.evaluation.protocol import Pictures, describe_seeds
 from hqc.paths import StrPath
 
 __all__ = ["comparison_image", "grid_image", "save_comparison", "save_grid"]
@@ -63,7 +63,7 @@ class _Layout:
         return self.top + row * (self.cell[1] + GAP)
 
 
-def save_grid(path: StrPath, samples: Samples, *, model_name: str, max_per_class: int = 10) -> None:
+def save_grid(path: StrPath, samples: Pictures, *, model_name: str, max_per_class: int = 10) -> None:
     """Write `grid_image` as a PNG, whole or not at all.
 
     Raises:
@@ -74,7 +74,7 @@ def save_grid(path: StrPath, samples: Samples, *, model_name: str, max_per_class
     write_file(Path(path), png_from_pil(image))
 
 
-def save_comparison(path: StrPath, models: Mapping[str, Samples], *, max_per_class: int = 4) -> None:
+def save_comparison(path: StrPath, models: Mapping[str, Pictures], *, max_per_class: int = 4) -> None:
     """Write `comparison_image` as a PNG, whole or not at all.
 
     Raises:
@@ -85,7 +85,7 @@ def save_comparison(path: StrPath, models: Mapping[str, Samples], *, max_per_cla
     write_file(Path(path), png_from_pil(image))
 
 
-def grid_image(samples: Samples, *, model_name: str, max_per_class: int = 10) -> Image.Image:
+def grid_image(samples: Pictures, *, model_name: str, max_per_class: int = 10) -> Image.Image:
     """One row a class or prompt with its name at the left, up to `max_per_class` images in seed order of `samples`.
 
     The title is the model's name, the line under it the sampling protocol and the seeds.
@@ -96,7 +96,7 @@ def grid_image(samples: Samples, *, model_name: str, max_per_class: int = 10) ->
     return _draw(model_name, {"": samples}, max_per_class)
 
 
-def comparison_image(models: Mapping[str, Samples], *, max_per_class: int = 4) -> Image.Image:
+def comparison_image(models: Mapping[str, Pictures], *, max_per_class: int = 4) -> Image.Image:
     """One row a class or prompt, one block of columns a model; column k of every block is the same seed.
 
     Raises:
@@ -115,16 +115,16 @@ def comparison_image(models: Mapping[str, Samples], *, max_per_class: int = 4) -
     return _draw(f"{len(models)} models, same seeds", models, max_per_class)
 
 
-def _identity(samples: Samples) -> tuple[object, ...]:
-    return samples.seeds, samples.labels, samples.prompts, samples.images.shape, samples.protocol
+def _identity(samples: Pictures) -> tuple[object, ...]:
+    return samples.seeds, samples.labels, samples.prompts, samples.size, samples.protocol
 
 
-def _draw(title: str, blocks: Mapping[str, Samples], max_per_class: int) -> Image.Image:
+def _draw(title: str, blocks: Mapping[str, Pictures], max_per_class: int) -> Image.Image:
     if max_per_class < 1:
         raise EvaluationError("grid", f"max_per_class={max_per_class}, expected at least 1", "Raise it.")
     samples = next(iter(blocks.values()))
     rows = _rows(samples, max_per_class)
-    height, width = samples.images.shape[2:]
+    height, width = samples.size
     scale = max(1, min(SCALE, LARGEST_CELL // max(height, width)))
     cell = (width * scale, height * scale)
     columns = max(len(indices) for _, indices in rows)
@@ -151,12 +151,12 @@ def _draw(title: str, blocks: Mapping[str, Samples], max_per_class: int) -> Imag
     return page
 
 
-def _note(samples: Samples, shown: int) -> str:
+def _note(samples: Pictures, shown: int) -> str:
     note = f"{samples.protocol.describe()}, seeds {describe_seeds(samples.seeds)}"
     return note if shown == len(samples) else f"{note}, {shown} of {len(samples)} images shown"
 
 
-def _rows(samples: Samples, max_per_class: int) -> list[tuple[str, list[int]]]:
+def _rows(samples: Pictures, max_per_class: int) -> list[tuple[str, list[int]]]:
     """(label, indices of its first images), in ascending order of classes or prompts; without labels, full rows."""
     labels = samples.labels
     if not samples.labelled:
@@ -183,10 +183,10 @@ def _draw_labels(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:
         _draw_lines(draw, (MARGIN, top), [(line, NOTE_SIZE, INK) for line in lines])
 
 
-def _paste_block(page: Image.Image, layout: _Layout, block: int, samples: Samples, rows: list[list[int]]) -> None:
+def _paste_block(page: Image.Image, layout: _Layout, block: int, samples: Pictures, rows: list[list[int]]) -> None:
     for row, indices in enumerate(rows):
         for column, index in enumerate(indices):
-            image = pil_from_tensor(samples.images[index]).resize(layout.cell, Image.Resampling.NEAREST)
+            image = Image.fromarray(samples.pixels(index)).resize(layout.cell, Image.Resampling.NEAREST)
             left = layout.block_left(block) + column * (layout.cell[0] + GAP)
             page.paste(image.convert("RGB"), (left, layout.row_top(row)))
 

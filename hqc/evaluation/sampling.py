@@ -1,6 +1,5 @@
 """Images from any pipeline, where each image depends on its own seed and on its label or prompt only."""
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,10 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hqc.errors import EvaluationError
+from hqc.evaluation.images import pixels_of
 from hqc.evaluation.needs import denoiser_of, needs_of
+from hqc.evaluation.protocol import MAX_SEED, SamplingProtocol, describe_prompts, describe_seeds
 from hqc.needs import Needs
 from hqc.quiet import quiet_libraries
 from hqc.sampling.prompt_encoding import condition_tokens
@@ -33,8 +35,6 @@ __all__ = [
     "sample_images",
 ]
 
-MAX_SEED = 2**63 - 1
-
 
 class SamplingPipeline(Protocol):
     """What is asked of a pipeline: a scheduler, a unet or transformer, and a call that `hqc.evaluation.needs` knows."""
@@ -42,31 +42,6 @@ class SamplingPipeline(Protocol):
     scheduler: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-@dataclass(frozen=True)
-class SamplingProtocol:
-    """How images were sampled; two sets of images are comparable only if these are equal.
-
-    Args:
-        sampler: class name of the scheduler.
-        num_inference_steps: denoising steps an image.
-        guidance_scale: classifier-free guidance; 1 is none, and stands for everything below.
-        eta: noise of DDIM, 0 (deterministic) to 1.
-        negative_prompt: what guidance leads away from.
-    """
-
-    sampler: str
-    num_inference_steps: int
-    guidance_scale: float
-    eta: float
-    negative_prompt: str = ""
-
-    def describe(self) -> str:
-        """One line for titles and footnotes."""
-        away = f", negative prompt {self.negative_prompt!r}" if self.negative_prompt else ""
-        steps = f"{self.sampler}, {self.num_inference_steps} steps"
-        return f"{steps}, guidance {self.guidance_scale:g}, eta {self.eta:g}{away}"
 
 
 @dataclass(frozen=True)
@@ -110,6 +85,16 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images, px."""
+        height, width = self.images.shape[2:]
+        return height, width
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """One image as 8-bit numbers, `[H, W]` or `[H, W, C]`."""
+        return pixels_of(self.images[index])
 
 
 def sample_images(
@@ -193,27 +178,6 @@ def _protocol(
         eta if "eta" in needs.options else 0.0,
         negative if "negative_prompt" in needs.options else "",
     )
-
-
-def describe_seeds(seeds: Sequence[int]) -> str:
-    """Seeds in a few characters: `0..99` when consecutive, up to eight in full, else a digest.
-
-    >>> describe_seeds([5, 6, 7]), describe_seeds([4, 2])
-    ('5..7', '4, 2')
-    """
-    first, last = seeds[0], seeds[-1]
-    if len(seeds) > 1 and list(seeds) == list(range(first, first + len(seeds))):
-        return f"{first}..{last}"
-    if len(seeds) <= 8:
-        return ", ".join(map(str, seeds))
-    digest = hashlib.sha256(",".join(map(str, seeds)).encode()).hexdigest()[:12]
-    return f"{len(seeds)} seeds, sha256 {digest}"
-
-
-def describe_prompts(prompts: Sequence[str]) -> str:
-    """How many prompts, and a digest of them: `2 prompts, sha256 …`."""
-    digest = hashlib.sha256("\n".join(prompts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''}, sha256 {digest}"
 
 
 def _check_asked(needs: Needs, labels: Sequence[int], prompts: Sequence[str], guidance_scale: float) -> None:

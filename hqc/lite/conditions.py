@@ -31,6 +31,10 @@ class Condition(Protocol):
         """What guidance leads away from; None where there is no guidance."""
         ...
 
+    def cuts(self, prompt: str) -> bool:
+        """Whether a prompt is longer than what is read of it."""
+        ...
+
 
 class Nothing:
     """Of an unconditional pipeline."""
@@ -42,6 +46,10 @@ class Nothing:
     def away(self, negative_prompt: str) -> Floats | None:
         """Nothing: there is no guidance."""
         return None
+
+    def cuts(self, prompt: str) -> bool:
+        """There is none."""
+        return False
 
 
 class Classes:
@@ -63,6 +71,10 @@ class Classes:
         """The token of no class."""
         return self.of(self.count, None)
 
+    def cuts(self, prompt: str) -> bool:
+        """There is none."""
+        return False
+
 
 class Prompts:
     """A vector a token of the prompt, filled up to the text encoder's length."""
@@ -81,12 +93,16 @@ class Prompts:
         """Those of what guidance leads away from, or of no words."""
         return self._encoded(negative_prompt)
 
+    def cuts(self, prompt: str) -> bool:
+        """Whether it has more tokens than the text encoder takes."""
+        return bool(self._tokens(prompt).overflowing)
+
     def _encode(self, text: str) -> Floats:
-        return self._session(**{INPUT_IDS: np.array([self._tokens(text)])})
+        return self._session(**{INPUT_IDS: np.array([self._tokens(text).ids])})
 
 
-def _tokenizer(folder: Path) -> Callable[[str], list[int]]:
-    """Text -> numbers of tokens, cut and filled."""
+def _tokenizer(folder: Path) -> Callable[[str], Any]:
+    """Text -> the library's encoding, cut and filled."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -101,7 +117,4 @@ def _tokenizer(folder: Path) -> Callable[[str], list[int]]:
             str(path), f"is no tokenizer ({first_words(error)})", "Export the pipeline again."
         ) from error
 
-    def tokens(text: str) -> list[int]:
-        return list(found.encode(text.encode("utf-8", "replace").decode("utf-8")).ids)
-
-    return tokens
+    return lambda text: found.encode(text.encode("utf-8", "replace").decode("utf-8"))

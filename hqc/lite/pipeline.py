@@ -23,7 +23,7 @@ from hqc.pipeline_parts import read_index
 from hqc.serving.backend import Drawing, preview_steps
 from hqc.serving.engine import Call
 
-__all__ = ["LitePipeline"]
+__all__ = ["LitePipeline", "kind_of_pipeline"]
 
 Pixels = NDArray[np.uint8]
 _KINDS: Mapping[str, Kind] = {
@@ -38,6 +38,18 @@ _OPTIONS: Mapping[Kind, tuple[str, ...]] = {
 }
 _DIGIT_CLASSES, _DIGIT_SIZE = 10, (32, 32)
 _IMAGES_AT_ONCE = 8
+
+
+def kind_of_pipeline(folder: Path) -> tuple[Kind, str]:
+    """What an exported pipeline is asked with, and its class; no model is read.
+
+    Raises:
+        ArtefactError: if it is of a class that does not run without torch.
+    """
+    pipeline = str(read_index(folder)["_class_name"])
+    if pipeline not in _KINDS:
+        raise ArtefactError(str(folder), f"holds a {pipeline}; this hqc runs {', '.join(_KINDS)}", "Update hqc.")
+    return _KINDS[pipeline], pipeline
 
 
 class LitePipeline:
@@ -63,9 +75,7 @@ class LitePipeline:
         folder = Path(folder)
         check_manifest(folder, PIPELINE_KIND)
         self.name, self._scheduler = folder.name, scheduler
-        pipeline = str(read_index(folder)["_class_name"])
-        if pipeline not in _KINDS:
-            raise ArtefactError(str(folder), f"holds a {pipeline}; this hqc runs {', '.join(_KINDS)}", "Update hqc.")
+        kind, pipeline = kind_of_pipeline(folder)
         self._config = _configuration(folder / "scheduler" / "scheduler_config.json")
         self.most_steps = int(self._config.get("num_train_timesteps", 1000))
         scheduler_class(self._config, scheduler)
@@ -77,8 +87,8 @@ class LitePipeline:
         self._scale, channels, enlarged = _of_decoder(vae, folder)
         self._denoiser = open_part(denoiser, threads)
         self._decoder = open_part(folder / "vae_decoder", threads)
-        self._condition, classes = _condition(_KINDS[pipeline], folder, threads)
-        kind, size = _KINDS[pipeline], (self._latents[2] * enlarged, self._latents[1] * enlarged)
+        self._condition, classes = _condition(kind, folder, threads)
+        size = (self._latents[2] * enlarged, self._latents[1] * enlarged)
         digits = channels == 1 and classes == _DIGIT_CLASSES and size == _DIGIT_SIZE
         self.needs = Needs(pipeline, kind, classes, frozenset(_OPTIONS[kind]), size, digits=digits)
 
@@ -86,6 +96,15 @@ class LitePipeline:
     def schedulers(self) -> tuple[str, ...]:
         """What schedulers may be asked for."""
         return tuple(SCHEDULERS)
+
+    @property
+    def sampler(self) -> str:
+        """diffusers' class of the scheduler that is taken where none is asked for."""
+        return scheduler_class(self._config, self._scheduler)
+
+    def cut(self, prompts: Sequence[str]) -> int:
+        """How many prompts are longer than the tokenizer takes."""
+        return sum(map(self._condition.cuts, prompts))
 
     def around(self) -> AbstractContextManager[Any]:
         """Nothing is needed around the engine."""

@@ -1,32 +1,36 @@
-"""Run in a process of its own: draws what JSON on standard input asks for, and prints what was imported.
+"""Run in a process of its own, which can import neither torch nor what else a server without it has not.
 
-{"folder": …, "drawings": [[label, prompt, seed, {options}], …]}  ->  FOLDER.npy beside the folder
+With arguments it is `hqc`. Without, it draws what JSON on standard input asks for, and prints what was imported:
+
+    [{"folder": …, "to": FILE, "drawings": [[label, prompt, seed, {options}], …]}, …]
 """
 
 import json
 import sys
 from importlib.abc import MetaPathFinder
 
-# What a server without torch is installed with, and what that is made of.
-ALLOWED = {
-    *("hqc", "numpy", "onnxruntime", "PIL", "tokenizers", "click"),
-    *("fastapi", "uvicorn", "starlette", "pydantic", "pydantic_core", "anyio", "h11", "idna", "prometheus_client"),
-    *("typing_extensions", "typing_inspection", "annotated_types", "annotated_doc", "_distutils_hack"),
+# What hqc depends on and a server without torch is not installed with.
+BLOCKED = {
+    *("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "torchmetrics", "scipy"),
+    *("onnx", "onnx_ir", "onnxscript", "psutil", "yaml", "rich", "sklearn", "matplotlib", "plotly", "greenlet"),
 }
 
 
 class Blocked(MetaPathFinder):
-    """No other package can be imported."""
+    """None of them can be imported."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        first = name.partition(".")[0]
-        if first not in ALLOWED and first not in sys.stdlib_module_names:
+        if name.partition(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-sys.meta_path.insert(0, Blocked())
-
 if __name__ == "__main__":
+    sys.meta_path.insert(0, Blocked())
+    if len(sys.argv) > 1:
+        from hqc.cli import main
+
+        main()
+
     import numpy as np
 
     from hqc.lite import LitePipeline
