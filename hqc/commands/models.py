@@ -103,6 +103,8 @@ def sample(
     found: dict[str, Pictures] = {}
     for name in models:
         if is_exported_pipeline(name):
+            if lora_scales and name == model:
+                raise OptionError("--lora-scale", f"{model} is an exported pipeline, which has none", "Leave it out.")
             asked_runtime = runtime if name == model else None
             found[name] = _drawn_without_torch(name, asked_runtime, asked, per_class, seed, batch_size, sampler)
             continue

@@ -69,6 +69,9 @@ def require_pipeline(program: Program, source: Path | None, target: Target) -> d
         raise ExportError("--pipeline", "is not for target tensorrt", "Use --target onnxruntime or portable.")
     if part_of(program.origin) != "denoiser":
         raise ExportError("--pipeline", "takes a denoiser; the program is a half of an autoencoder", _ALONE)
+    if attached := program.attached_styles:
+        do = "Merge it with --merge-lora or at `hqc trace --lora`, or export the denoiser alone."
+        raise ExportError("--pipeline", f"has no scales of LoRAs, and {attached[0]} is attached", do)
     if source is None:
         raise ExportError("--pipeline", "the program was not traced from a pipeline", "Trace the pipeline's folder.")
     if attached := program.attached_styles:
@@ -78,6 +81,8 @@ def require_pipeline(program: Program, source: Path | None, target: Target) -> d
     kind = str(index["_class_name"])
     if kind not in PIPELINES:
         raise ExportError(f"pipeline {kind}", f"is none of {', '.join(PIPELINES)}", _ALONE)
+    if extra := sorted({spec.name for spec in program.inputs} - {"sample", "timestep", "condition"}):
+        raise ExportError("denoiser", f"takes {', '.join(extra)}, which is given with torch alone", _ALONE)
     if missed := [name for name in _MISSED if any(index.get(name) or ())]:
         do = f"Set {missed[0]} to [null, null] in its {INDEX}, or export the denoiser alone."
         raise ExportError(f"pipeline {kind}", f"has a {missed[0]}, which is not exported", do)
@@ -176,8 +181,6 @@ def _write_text(program: Program, pipeline: Path, folder: Path, opset: int) -> N
     if getattr(encoder.config, "use_attention_mask", False):
         raise ExportError("text encoder", "takes an attention mask, which is not exported", _ALONE)
     wanted = {spec.name: spec.shape for spec in program.inputs}
-    if extra := sorted(wanted.keys() - {"sample", "timestep", "condition"}):
-        raise ExportError("denoiser", f"takes {', '.join(extra)}, which the pipeline gives with torch alone", _ALONE)
     given = (BATCH, int(tokenizer.model_max_length), int(encoder.config.hidden_size))
     if wanted.get("condition") != given:
         found = f"takes a condition {list(wanted.get('condition', ()))}; the text encoder gives {list(given)}"
