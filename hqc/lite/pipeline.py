@@ -59,6 +59,8 @@ class LitePipeline:
     """
 
     previews = True
+    loras: tuple[str, ...] = ()
+    """None: scales of LoRAs are no inputs of an exported pipeline."""
 
     def __init__(self, folder: StrPath, *, threads: int | None = None, scheduler: str | None = None) -> None:
         """Opens the models of a folder whose every hash has been checked.
