@@ -334,7 +334,7 @@ def _training_problems(program: Program, plan: SitePlan, layer: fx.Node) -> Iter
         parts = [f"{plan.site}.lora_a", f"{plan.site}.lora_b"] if plan.lora_rank else []
         if stored.op != "get_attr" or any(part not in program.state for part in parts):
             yield "its weight is not stored"
-        elif plan.lora_rank and program.state[parts[0]].shape[0] != plan.lora_rank:
+        elif plan.lora_rank and program.state[parts[0]].shape[-2:][0] != plan.lora_rank:
             yield f"its LoRA has another rank than {plan.lora_rank}"
 
 

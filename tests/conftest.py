@@ -67,6 +67,7 @@ SECONDS: Mapping[str, int] = {
     "test_cli_analyze.py": 20,
     "test_cli_pipelines.py": 20,
     "test_cli_restore.py": 20,
+    "passes/test_pass_lora_taps.py": 3,
     "engines/test_engines_ldm4.py": 15,
     "runtimes/test_runtimes_unet.py": 15,
     "test_gpu_contest.py": 15,

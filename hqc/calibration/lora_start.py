@@ -56,13 +56,22 @@ class InitLora:
             quantiser = layer_inputs(layers[plan.site])[1]
             weight = state[source_weight(quantiser)]
             names = (f"{plan.site}.lora_a", f"{plan.site}.lora_b")
-            error = (weight - quantised_weight(program, quantiser, weight)).flatten(1)
-            state |= dict(zip(names, lora_of(error, state[names[0]], self.gain), strict=True))
+            error = weight - quantised_weight(program, quantiser, weight)
+            state |= dict(zip(names, _start(error, state[names[0]], self.gain), strict=True))
         return program.evolve(state=state)
 
     def cost(self, program: Program, work: Work) -> float:
         """The denoiser is not run."""
         return 0.0
+
+
+def _start(error: Tensor, start: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    """A and B of the error of a weight [O, C, …]; those of taps of each of them."""
+    if start.ndim == 2:
+        return lora_of(error.flatten(1), start, gain)
+    taps = zip(error.flatten(2).unbind(2), start, strict=True)
+    down, up = zip(*(lora_of(one, own, gain) for one, own in taps), strict=True)
+    return torch.stack(down), torch.stack(up)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Weight scales by MSE search: per output channel the scale whose codes are nearest to the weights."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +20,7 @@ __all__ = [
     "CalibrateWeights",
     "mse_weight_scale",
     "quantised_weight",
+    "searched_range",
     "source_weight",
     "symmetric_weight_scale",
     "with_symmetric_scale",
@@ -30,12 +31,15 @@ __all__ = [
 class CalibrateWeights:
     """Scales that minimise ‖W_o - s·clip(round(W_o/s))‖² for every output channel of every quantised weight.
 
-    An asymmetric range spans the channel's values and 0 instead. Scales of tables are `fit_lookup`'s, and stay.
+    An asymmetric range spans the channel's values and 0 instead, or with `asymmetric="search"` the share of that span
+    that gives the least error; weights with binary codes besides keep what those were chosen for. Scales of tables are
+    `fit_lookup`'s, and stay.
     candidates: how many scales are tried a channel, or a group of input channels where such have scales, see
     `mse_weight_scale`; 1: max|W| over the largest code, as it is.
     """
 
     candidates: Annotated[int, Field(ge=1, le=1000)] = 80
+    asymmetric: Literal["span", "search"] = "span"
 
     takes: ClassVar[tuple[Stage, ...]] = (Stage.QUANTISED,)
     gives: ClassVar[Stage | None] = None
@@ -56,7 +60,11 @@ class CalibrateWeights:
         for plan in each("calibrating weights", searched, lambda plan: weights[plan.site].numel()):
             bounds, weight = bounds_of(quantisers[plan.site], program), weights[plan.site]
             if not plan.weight_symmetric:
-                found = spanning_range(weight, weight_top(plan, state))
+                by_search = self.asymmetric == "search"
+                if by_search and plan.weight_residual:
+                    continue
+                tops = weight_top(plan, state)
+                found = searched_range(weight, tops, self.candidates) if by_search else spanning_range(weight, tops)
                 state[f"{plan.site}.weight_scale"], state[f"{plan.site}.weight_zero"] = found
                 continue
             ends = bounds.low, bounds.high
@@ -88,6 +96,24 @@ def quantised_weight(program: Program, quantiser: fx.Node, weight: Tensor) -> Te
         step = residual_step_of(program, quantiser)
     ends = bounds.lookups.lows, bounds.lookups.highs
     return torch.ops.hqc.fake_quantize_residual(weight, scale, *ends, step)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def searched_range(weight: Tensor, top: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    """Scale and whole zero point per output channel [O] of least Σ(Q(W_o) - W_o)² over shares of its span and 0.
+
+    Shares are even in (0.2, 1], one candidate is the whole span. Both ends shrink alike, so that the zero point is that
+    of `spanning_range`; top: of the codes, a number or [O].
+    """
+    flat = weight.flatten(1).to(torch.float32)
+    whole, zero = spanning_range(weight, top)
+    best, least = whole.clone(), torch.full_like(whole, torch.inf)
+    for share in torch.linspace(1.0, 0.2, candidates + 1)[:-1]:
+        scale = whole * share
+        error = (torch.ops.hqc.fake_quantize_bounded(flat, scale, -zero, top - zero) - flat).square().sum(1)
+        better = error < least
+        best[better], least[better] = scale[better], error[better]
+    return best, zero
 
 
 @torch.no_grad()

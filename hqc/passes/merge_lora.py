@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from hqc.passes.attach_lora import lora_delta
 from hqc.passes.rewriting import layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage
@@ -38,8 +39,8 @@ class MergeLora:
             quantiser = layer_inputs(edit.layers[site])[1]
             total = quantiser.args[0]
             value = program.state[str(total.args[0].target)]  # type: ignore[union-attr]
-            delta = program.state[f"{site}.lora_b"].mm(program.state[f"{site}.lora_a"])
-            merged = edit.weight(f"{site}.weight_merged", value + delta.view(value.shape), quantiser)
+            down, up = (program.state[f"{site}.lora_{name}"] for name in "ab")
+            merged = edit.weight(f"{site}.weight_merged", value + lora_delta(down, up, value.shape), quantiser)
             quantiser.replace_input_with(total, merged)  # type: ignore[arg-type]
             plans[site] = replace(program.plan[site], lora_rank=0)
         return edit.finish(plan=program.plan.with_sites(plans))

@@ -11,12 +11,13 @@ every channel lie in int8; `hqc explain` prints the size by bits besides.
 Own choices: λ and b_o are chosen on the whole trajectory, not on its first batch; up to half of the channels get a bit
 more (the released code tries none and a tenth); the student's features have a gradient, which the released code cuts;
 those of the step before have none, and a trajectory's first step stands alone; λ stays a multiplication in front of
-the quantiser, since SiLU lies between it and the norm; B of a convolution is 1×1 (theirs is k×k); ranges of weights
-span the channel (theirs are searched in the end); operands of 7 and 8 bits have no mixed channels; rates are
-`efficientdm`'s, and the weights' zero points learn at theirs.
+the quantiser, since SiLU lies between it and the norm; operands of 7 and 8 bits have no mixed channels; rates are
+`efficientdm`'s, and the weights' zero points learn at theirs. As in the released code both factors of a convolution's
+LoRA are k×k, so that its rank is that of every tap, and ranges of weights span the channel while bits are chosen and
+are searched by squared error in the end.
 """
 
-from hqc.calibration import CalibrateActivations, MixChannelBits, Smooth
+from hqc.calibration import CalibrateActivations, CalibrateWeights, MixChannelBits, Smooth
 from hqc.passes import AttachLora, DropSingleKeyAttention, InsertQdq, InsertSmoothing, SelectLayers
 from hqc.recipes.recipe import Recipe
 from hqc.training import Distil, Group, GuidedNoise, TemporalRelation
@@ -33,8 +34,9 @@ MPQ_DM = Recipe(
         Smooth(by="max_ratio", samples=32),
         InsertQdq(activation="asymmetric", weight="mixed"),
         MixChannelBits(samples=32),
+        CalibrateWeights(asymmetric="search"),
         CalibrateActivations(samples=32, candidates=80, power=2.4),
-        AttachLora(rank=32, seed=3407),
+        AttachLora(rank=32, seed=3407, taps=True),
         Distil(
             losses=(GuidedNoise(), TemporalRelation(weight=100.0, window=2)),
             groups=(

@@ -59,8 +59,11 @@ def _left(after: float | None, before: float, share: float | None) -> float:
 
 @torch.no_grad()
 def _share(down: Tensor, up: Tensor, rank: int) -> float:
-    """Σ of the largest `rank` squared singular values of B·A over that of all; 1 of what has learnt nothing."""
-    small = torch.linalg.qr(up.double()).R @ torch.linalg.qr(down.double().T).R.T  # with the same singular values
+    """Σ of the largest `rank` squared singular values of B·A over that of all; 1 of what has learnt nothing.
+
+    Of factors of taps: of the product of every tap.
+    """
+    small = torch.linalg.qr(up.double()).R @ torch.linalg.qr(down.double().mT).R.mT  # with the same singular values
     energy = torch.linalg.svdvals(small).square()
     whole = float(energy.sum())
-    return float(energy[:rank].sum()) / whole if whole > 0 else 1.0
+    return float(energy[..., :rank].sum()) / whole if whole > 0 else 1.0
