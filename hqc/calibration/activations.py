@@ -7,7 +7,7 @@ bypassed while observing, so the trajectory is the float model's own.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -15,19 +15,19 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from hqc.attentions import part_name
-from hqc.bounds import QUANTISER_ROLES, VALUE_ROLES
+from hqc.bounds import VALUE_ROLES
 from hqc.calibration.searches import Search, activation_search, some_values
+from hqc.calibration.watching import WatchedRun
 from hqc.errors import TrainingError
 from hqc.memory import require_call_memory
 from hqc.passes.insert_attention_qdq import ATTENTION_GRID
 from hqc.passes.insert_qdq import GRID
 from hqc.program import Program, Stage
-from hqc.running import node_failure
 from hqc.sampling import Work
-from hqc.sampling.task import Denoise, call_arguments
+from hqc.sampling.task import Denoise
 from hqc.steps import check_options
 
-__all__ = ["CalibrateActivations", "calibrate", "nearest_rows", "not_finite_because"]
+__all__ = ["CalibrateActivations", "calibrate", "nearest_rows"]
 
 _ONE_ROW = torch.zeros(1)
 
@@ -78,76 +78,55 @@ class CalibrateActivations:
         return float(work.evaluations(self.samples))
 
 
-@dataclass
-class _Observer(fx.Interpreter):
-    """Runs the graph with its quantisers bypassed and feeds every activation quantiser's input to the search."""
+class _Observer(WatchedRun):
+    """Feeds every activation quantiser's input to the search."""
 
-    program: Program
-    candidates: int
-    power: float = 2.0
-    searches: dict[tuple[str, int], Search] = field(default_factory=dict)
-    time: float = 0.0
-    originals: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
+    def __init__(self, program: Program, candidates: int, power: float) -> None:
+        super().__init__(program)
+        self._candidates, self._power = candidates, power
+        self.searches: dict[tuple[str, int], Search] = {}
+        self._originals: dict[fx.Node, list[Tensor]] = {}
 
-    def __post_init__(self) -> None:
-        super().__init__(self.program.module())
-        self.extra_traceback = False  # errors keep their own words
-
-    def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
-        times = timestep.reshape(-1).float()
+    def begin(self, sample: Tensor, times: Tensor) -> None:
         if bool((times != times[0]).any()):
             raise TrainingError(
                 "calibration", "one call mixes timesteps", "Call the model with one timestep at a time."
             )
-        self.time = float(times[0])
         if not bool(sample.isfinite().all()):
             raise TrainingError(
                 "calibration",
-                f"the model is given NaN or infinity at timestep {float(times[0]):g}: sampling gave them",
+                f"the model is given NaN or infinity at timestep {self.timestep:g}: sampling gave them",
                 "Check the scheduler that the forward loop steps with (prediction_type, rescale_betas_zero_snr).",
             )
-        args = call_arguments(sample, times.expand(len(sample)), conditions, timed=self.program.has_timestep)
-        with torch.no_grad():
-            return self.run(*args)  # type: ignore[no-any-return]
 
     def run_node(self, n: fx.Node) -> Any:
         role = n.meta.get("role")
         if role == "rotation_back":  # of a tensor that nothing has quantised: what was rotated
             return self._original(n.args[0].args[0])  # type: ignore[union-attr, arg-type]
         if role == "rotation":
-            self.originals[n] = [self.env[n.args[0]]] * _rotated_back(n)  # type: ignore[index]
-        if role not in QUANTISER_ROLES:
-            try:
-                return super().run_node(n)
-            except Exception as error:
-                raise node_failure(n, error) from error
-        x = self.env[n.args[0]]  # type: ignore[index]
-        if _has_table(self.program, n):
-            self._observe(n, x)
-        return x
+            self._originals[n] = [self.env[n.args[0]]] * _rotated_back(n)  # type: ignore[index]
+        return super().run_node(n)
 
     def _original(self, rotation: fx.Node) -> Tensor:
         """What a rotation was applied to, for each of its readers once."""
-        waiting = self.originals[rotation]
+        waiting = self._originals[rotation]
         x = waiting.pop()
         if not waiting:
-            del self.originals[rotation]
+            del self._originals[rotation]
         return x
 
-    def _observe(self, quantiser: fx.Node, x: Tensor) -> None:
-        low, high = (float(bound) for bound in x.aminmax())
-        site, grid = str(quantiser.meta["site"]), _grid(self.program, quantiser)
-        row = int((self.time - grid).abs().argmin())
+    def see(self, node: fx.Node, value: Any) -> None:
+        if not _has_table(self.program, node):
+            return
+        low, high = (float(bound) for bound in value.aminmax())
+        site, grid = str(node.meta["site"]), _grid(self.program, node)
+        row = int((self.timestep - grid).abs().argmin())
         if not math.isfinite(max(-low, high)):
-            raise TrainingError(
-                f"calibration at {site}",
-                f"met NaN or infinity at timestep {float(grid[row]):g}",
-                not_finite_because(self.program),
-            )
+            raise self.not_finite(f"calibration at {site}", float(grid[row]))
         if (site, row) not in self.searches:
-            bits, symmetric = _bits(self.program, quantiser)
-            self.searches[site, row] = activation_search(bits, symmetric, self.candidates, self.power)
-        self.searches[site, row].add(some_values(x), low, high)
+            bits, symmetric = _bits(self.program, node)
+            self.searches[site, row] = activation_search(bits, symmetric, self._candidates, self._power)
+        self.searches[site, row].add(some_values(value), low, high)
 
 
 def nearest_rows(visited: Sequence[int], count: int) -> list[int]:
@@ -181,14 +160,6 @@ def _bits(program: Program, quantiser: fx.Node) -> tuple[int, bool]:
         return program.plan[site].activation_bits or 8, program.plan[site].activation_symmetric
     plan = next(one for one in program.plan.attentions if str(site).startswith(part_name(one.name, "")))
     return plan.operand_bits or 8, plan.operands_symmetric
-
-
-def not_finite_because(program: Program) -> str:
-    """What to do about values that are not finite, by whether the weights are."""
-    damaged = next((name for name, t in program.state.items() if bool(t.isnan().any())), None)
-    if damaged is not None:
-        return f"Its weight {damaged} has NaN: trace the model again, from a file that is whole."
-    return "Sample and weights are finite, so the model overflows; --keep-float leaves the site float."
 
 
 def _rotated_back(rotation: fx.Node) -> int:

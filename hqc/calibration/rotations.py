@@ -8,17 +8,17 @@ outliers further, but makes every value a sum of more; which of both wins depend
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from hqc.calibration.activations import not_finite_because
 from hqc.calibration.searches import activation_search, some_values
+from hqc.calibration.watching import WatchedRun
 from hqc.calibration.weights import mse_weight_scale
-from hqc.errors import PlanError, TrainingError
+from hqc.errors import PlanError
 from hqc.memory import require_call_memory
 from hqc.passes import InsertHadamard
 from hqc.passes.insert_qdq import Range
@@ -28,7 +28,6 @@ from hqc.pipeline import run_pass
 from hqc.plan import HIGHEST_ASYMMETRIC_BITS, SitePlan, activation_range, asymmetric_top, weight_range
 from hqc.program import Program, Stage
 from hqc.rotations import KINDS, ORDERS, Rotation
-from hqc.running import node_failure
 from hqc.sampling import Work, evenly
 from hqc.site_rules import deciding
 from hqc.steps import check_options
@@ -167,60 +166,43 @@ def _digits(
     return {one: 1 if largest(*one) <= limit else 2 for one in candidates}
 
 
-@dataclass
-class _Watcher(fx.Interpreter):
-    """Runs the float graph and measures every candidate at every site that may be rotated."""
+class _Watcher(WatchedRun):
+    """Measures every candidate at every site that may be rotated, of a float program."""
 
-    program: Program
-    candidates: tuple[Candidate, ...]
-    activation: Range
-    measuring: bool = False
-    timestep: float = 0.0
-    sums: dict[str, dict[Candidate, float]] = field(default_factory=dict)
-    energies: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__init__(self.program.module())
-        self.extra_traceback = False
-        self.plans = {plan.site: plan for plan in free_sites(self.program)}
-
-    def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
-        self.timestep = float(timestep.reshape(-1)[0])
-        with torch.no_grad():
-            return self.run(sample, timestep, *[c for c in conditions if c is not None])  # type: ignore[no-any-return]
+    def __init__(self, program: Program, candidates: tuple[Candidate, ...], activation: Range) -> None:
+        super().__init__(program)
+        self._candidates, self._activation, self.measuring = candidates, activation, False
+        self._sums: dict[str, dict[Candidate, float]] = {}
+        self._energies: dict[str, float] = {}
+        self._plans = {plan.site: plan for plan in free_sites(program)}
 
     @property
     def errors(self) -> dict[str, dict[Candidate, float]]:
         """By site and candidate the relative squared error of the layer's output."""
         return {
-            site: {one: found / max(self.energies[site], 1e-30) for one, found in sums.items()}
-            for site, sums in self.sums.items()
+            site: {one: found / max(self._energies[site], 1e-30) for one, found in sums.items()}
+            for site, sums in self._sums.items()
         }
 
-    def run_node(self, n: fx.Node) -> Any:
-        site = n.meta.get("site", "") if n.meta.get("role") == "layer" else ""
-        inputs = [self.env[node] for node in layer_inputs(n)[:2]] if site in self.plans and self.measuring else []
-        try:
-            found = super().run_node(n)
-        except Exception as error:
-            raise node_failure(n, error) from error
-        if inputs:
-            self._measure(n, site, *inputs)
-        return found
+    def see(self, node: fx.Node, value: Any) -> None:
+        site = node.meta.get("site", "") if node.meta.get("role") == "layer" else ""
+        if self.measuring and site in self._plans:
+            self._measure(node, site, *(self.env[one] for one in layer_inputs(node)[:2]))
 
     def _measure(self, layer: fx.Node, site: str, x: Tensor, weight: Tensor) -> None:
-        plan, axis = self.plans[site], channel_axis(layer)
+        plan, axis = self._plans[site], channel_axis(layer)
         geometry = layer.args[3:]
         energy = float(layer.target(x, weight, None, *geometry).square().sum())  # type: ignore[operator]
         if not math.isfinite(energy):
-            said = f"met NaN or infinity at timestep {self.timestep:g}"
-            raise TrainingError(f"choosing rotations at {site}", said, not_finite_because(self.program))
-        self.energies[site] = self.energies.get(site, 0.0) + energy
-        sums = self.sums.setdefault(site, {})
-        for kind, order in (_NONE, *self.candidates):
+            raise self.not_finite(f"choosing rotations at {site}", self.timestep)
+        self._energies[site] = self._energies.get(site, 0.0) + energy
+        sums = self._sums.setdefault(site, {})
+        for kind, order in (_NONE, *self._candidates):
             if order and plan.in_channels % order:
                 continue
-            quantised = quantised_activation(_rotated(x, kind, order, axis), plan.activation_bits or 8, self.activation)
+            quantised = quantised_activation(
+                _rotated(x, kind, order, axis), plan.activation_bits or 8, self._activation
+            )
             difference = _rotated(quantised, kind, order, axis) - x
             found = float(layer.target(difference, weight, None, *geometry).square().sum())  # type: ignore[operator]
             sums[kind, order] = sums.get((kind, order), 0.0) + found

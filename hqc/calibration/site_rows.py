@@ -13,15 +13,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from hqc.bounds import QUANTISER_ROLES
-from hqc.calibration.activations import not_finite_because
-from hqc.errors import TrainingError
+from hqc.calibration.watching import WatchedRun
 from hqc.memory import require_call_memory, require_memory
 from hqc.passes.rewriting import CONV, channel_axis
 from hqc.program import Program, is_op
-from hqc.running import node_failure
 from hqc.sampling import Work, evenly
-from hqc.sampling.task import call_arguments
 from hqc.steps import step_name
 
 __all__ = ["ReadsRows", "SiteRows", "collect", "collect_for", "require_rows"]
@@ -115,62 +111,42 @@ def collect(
     steps = len(work.sampled.scheduler(work.sampler.num_inference_steps).timesteps)
     measured = set(evenly(timesteps, steps))
     for step in work.walk(what, watcher, samples, seed):
-        watcher.begin(step, measuring=step in measured)
+        watcher.begin_step(step, measuring=step in measured)
     return watcher.found
 
 
-@dataclass
-class _Watcher(fx.Interpreter):
-    """The denoiser of the trajectory. One step may call it more than once: each call gives rows."""
+class _Watcher(WatchedRun):
+    """Takes what every site reads. One step may call it more than once: each call gives rows."""
 
-    program: Program
-    inputs: Mapping[str, fx.Node]
-    count: int
-    generator: torch.Generator
-    found: dict[str, SiteRows] = field(default_factory=dict)
-    step: int = 0
-    measuring: bool = False
-    timestep: float = 0.0
+    def __init__(self, program: Program, inputs: Mapping[str, fx.Node], count: int, generator: torch.Generator) -> None:
+        super().__init__(program)
+        self.found: dict[str, SiteRows] = {}
+        self._count, self._generator, self._step, self._measuring = count, generator, 0, False
+        layers = dict(program.sites())
+        self._readers: dict[str, list[tuple[str, fx.Node]]] = {}
+        for site, node in inputs.items():
+            self._readers.setdefault(node.name, []).append((site, layers[site]))
 
-    def __post_init__(self) -> None:
-        super().__init__(self.program.module())
-        self.extra_traceback = False
-        layers = dict(self.program.sites())
-        self.readers: dict[str, list[tuple[str, fx.Node]]] = {}
-        for site, node in self.inputs.items():
-            self.readers.setdefault(node.name, []).append((site, layers[site]))
+    def begin_step(self, step: int, *, measuring: bool) -> None:
+        """A step of the trajectory begins."""
+        self._step, self._measuring = step, measuring
 
-    def begin(self, step: int, *, measuring: bool) -> None:
-        """A step begins."""
-        self.step, self.measuring = step, measuring
-
-    def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
-        self.timestep = float(timestep.reshape(-1)[0])
-        with torch.no_grad():
-            return self.run(*call_arguments(sample, timestep, conditions, timed=self.program.has_timestep))  # type: ignore[no-any-return]
-
-    def run_node(self, n: fx.Node) -> Any:
-        try:
-            value = self.env[n.args[0]] if n.meta.get("role") in QUANTISER_ROLES else super().run_node(n)  # type: ignore[index]
-        except Exception as error:
-            raise node_failure(n, error) from error
-        for site, layer in self.readers.get(n.name, ()):
+    def see(self, node: fx.Node, value: Any) -> None:
+        for site, layer in self._readers.get(node.name, ()):
             self._see(site, layer, value)
-        return value
 
     def _see(self, site: str, layer: fx.Node, x: Tensor) -> None:
         low, high = x.transpose(0, channel_axis(layer)).flatten(1).aminmax(dim=1)
         largest = torch.maximum(-low, high)
         if not bool(largest.isfinite().all()):
-            said = f"met NaN or infinity at timestep {self.timestep:g}"
-            raise TrainingError(f"what {site} reads", said, not_finite_because(self.program))
+            raise self.not_finite(f"what {site} reads", self.timestep)
         seen = self.found.setdefault(site, SiteRows(torch.zeros_like(largest)))
         seen.largest = torch.maximum(seen.largest, largest)
         before = seen.span or (low, high)
         seen.span = torch.minimum(before[0], low), torch.maximum(before[1], high)
-        seen.steps[self.step] = torch.maximum(seen.steps.get(self.step, largest), largest)
-        if self.measuring:
-            seen.rows.append(_rows(layer, x, self.count, self.generator))
+        seen.steps[self._step] = torch.maximum(seen.steps.get(self._step, largest), largest)
+        if self._measuring:
+            seen.rows.append(_rows(layer, x, self._count, self._generator))
 
 
 def _rows(layer: fx.Node, x: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -14,22 +14,20 @@ the project's own choices: they are not published.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from hqc.bounds import QUANTISER_ROLES
-from hqc.calibration.activations import nearest_rows, not_finite_because
+from hqc.calibration.activations import nearest_rows
+from hqc.calibration.watching import WatchedRun
 from hqc.errors import TrainingError
 from hqc.memory import require_call_memory
 from hqc.passes.insert_attention_qdq import ATTENTION_GRID
 from hqc.program import Program, Stage
-from hqc.running import node_failure
 from hqc.sampling import Work
-from hqc.sampling.task import call_arguments
 from hqc.steps import check_options
 
 __all__ = ["ChooseSoftmax", "Tail"]
@@ -122,40 +120,19 @@ def _tables(program: Program, tails: Mapping[tuple[str, int], Tail]) -> dict[str
     return found
 
 
-@dataclass
-class _Watcher(fx.Interpreter):
-    """The denoiser of the trajectory, its quantisers bypassed."""
+class _Watcher(WatchedRun):
+    """Takes the sums of every softmax."""
 
-    program: Program
-    tails: dict[tuple[str, int], Tail] = field(default_factory=dict)
-    row: int = 0
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.tails: dict[tuple[str, int], Tail] = {}
 
-    def __post_init__(self) -> None:
-        super().__init__(self.program.module())
-        self.extra_traceback = False
-
-    def __call__(self, sample: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
-        times = timestep.reshape(-1).float()
-        self.row = int((times[0] - self.program.state[ATTENTION_GRID]).abs().argmin())
-        args = call_arguments(sample, times.expand(len(sample)), conditions, timed=self.program.has_timestep)
-        with torch.no_grad():
-            return self.run(*args)  # type: ignore[no-any-return]
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.meta.get("role") not in QUANTISER_ROLES:
-            try:
-                return super().run_node(n)
-            except Exception as error:
-                raise node_failure(n, error) from error
-        x = self.env[n.args[0]]  # type: ignore[index]
-        if n.meta["role"] == "softmax_quantizer":
-            self._see(str(n.meta["site"]), x)
-        return x
-
-    def _see(self, name: str, p: Tensor) -> None:
-        if not bool(p.isfinite().all()):
-            timestep = float(self.program.state[ATTENTION_GRID][self.row])
-            said = f"met NaN or infinity at timestep {timestep:g}"
-            raise TrainingError(f"choosing quantisers at {name}", said, not_finite_because(self.program))
-        step = float(self.program.state[f"{name}.activation_scale_table"][self.row])
-        self.tails.setdefault((name, self.row), Tail()).add(p, step)
+    def see(self, node: fx.Node, value: Any) -> None:
+        if node.meta.get("role") != "softmax_quantizer":
+            return
+        name, grid = str(node.meta["site"]), self.program.state[ATTENTION_GRID]
+        row = int((self.timestep - grid).abs().argmin())
+        if not bool(value.isfinite().all()):
+            raise self.not_finite(f"choosing quantisers at {name}", float(grid[row]))
+        step = float(self.program.state[f"{name}.activation_scale_table"][row])
+        self.tails.setdefault((name, row), Tail()).add(value, step)
