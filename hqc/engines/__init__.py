@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hqc.engines.build import BuiltEngine, EngineReport, build_engines, check_request
+    from hqc.engines.build import build_engines, check_request
     from hqc.engines.key import engine_key
     from hqc.engines.options import BatchProfile, BuildOptions
     from hqc.engines.record import EngineRecord, LoadedPlan, load_plan
+    from hqc.engines.report import BuiltEngine, EngineReport
 
 __all__ = [
     "BatchProfile",
@@ -25,9 +26,9 @@ __all__ = [
 _WHERE = {
     "BatchProfile": "options",
     "BuildOptions": "options",
-    "BuiltEngine": "build",
+    "BuiltEngine": "report",
     "EngineRecord": "record",
-    "EngineReport": "build",
+    "EngineReport": "report",
     "LoadedPlan": "record",
     "build_engines": "build",
     "check_request": "build",

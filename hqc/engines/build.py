@@ -28,7 +28,7 @@ from hqc.engines.builders import TRT, Builder, find_builder
 from hqc.engines.cache import check_cache, default_cache, find_engine, keep_engine, timing_cache
 from hqc.engines.gpus import find_driver
 from hqc.engines.key import PLUGINS, engine_key, plugins_digest
-from hqc.engines.layers import Coverage, EngineLayer, coverage, engine_layers
+from hqc.engines.layers import coverage, engine_layers
 from hqc.engines.network import Network, Shapes, profile_shapes, read_network
 from hqc.engines.options import BuildOptions
 from hqc.engines.record import (
@@ -40,78 +40,20 @@ from hqc.engines.record import (
     folder_digest,
     read_records,
 )
+from hqc.engines.report import BuiltEngine, EngineReport
 from hqc.engines.requests import Answer, BuildRequest
 from hqc.errors import ArtefactError, ExportError, RuntimeMissingError
-from hqc.memory import bytes_text, require_memory
+from hqc.memory import require_memory
 from hqc.paths import StrPath
 from hqc.storage import check_manifest
 
-__all__ = ["BuiltEngine", "EngineReport", "build_engines", "check_request"]
+__all__ = ["build_engines", "check_request"]
 
 MODEL, REPORT, MANIFEST = "model.onnx", "report.json", "manifest.json"
 ENGINES = "engines"
 """What a build is called in the name of its hidden folder."""
 EXPORT_KIND = "hqc-export"
 TARGET = "tensorrt"
-
-
-@dataclass(frozen=True)
-class BuiltEngine:
-    """One engine: what build.json says of it, its layers, and how the quantised products came out."""
-
-    record: EngineRecord
-    layers: tuple[EngineLayer, ...]
-    coverage: Coverage
-    cached: bool = False
-
-    def __str__(self) -> str:
-        record, found = self.record, self.coverage
-        took = "from the cache" if self.cached else f"{record.seconds:.1f} s"
-        head = (
-            f"{record.file}: {record.arch}, {bytes_text(record.size_bytes)}, {len(self.layers)} layers, {took}; "
-            f"INT8 in {found.int8} of {found.products} quantised products"
-        )
-        lines = [f"  not INT8: {weight}: {why}" for weight, why in found.exceptions]
-        lines += [f"  weight-only: {weight}: {how}" for weight, how in found.weight_only]
-        return "\n".join([head, *lines])
-
-    def summary(self) -> dict[str, Any]:
-        """As JSON data, without the layers."""
-        record = self.record
-        return {
-            "file": record.file,
-            "arch": record.arch,
-            "builder_version": record.builder_version,
-            "size_bytes": record.size_bytes,
-            "seconds": record.seconds,
-            "peak_resident_bytes": record.peak_resident_bytes,
-            "layers": len(self.layers),
-            "cached": self.cached,
-            **self.coverage.to_dict(),
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON data, for report.json."""
-        return {**self.summary(), "layers": [layer.to_dict() for layer in self.layers]}
-
-
-@dataclass(frozen=True)
-class EngineReport:
-    """What a build put into a folder."""
-
-    folder: Path
-    engines: tuple[BuiltEngine, ...]
-    seconds: float
-
-    def __str__(self) -> str:
-        count = f"{len(self.engines)} engine{'s' if len(self.engines) != 1 else ''}"
-        head = f"{self.folder}: {count}, {self.seconds:.1f} s"
-        return "\n".join([head, *map(str, self.engines)])
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON data, without the layers, which report.json holds."""
-        engines = {engine.record.name: engine.summary() for engine in self.engines}
-        return {"folder": str(self.folder), "seconds": self.seconds, "engines": engines}
 
 
 def check_request(builder: str, archs: Sequence[str] = ()) -> tuple[Builder, str, tuple[str, ...]]:
