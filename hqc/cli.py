@@ -15,9 +15,10 @@ from hqc.commands.bench import bench
 from hqc.commands.bench_serve import bench_serve
 from hqc.commands.compare import compare
 from hqc.commands.compare_recipes import compare_recipes
-from hqc.commands.compile import explain, export, inspect, trace
 from hqc.commands.doctor import doctor
 from hqc.commands.engine import build_engine
+from hqc.commands.explain import explain, inspect
+from hqc.commands.export import export
 from hqc.commands.loras import attach_lora
 from hqc.commands.models import evaluate, sample
 from hqc.commands.qr_adaptor import qr_adaptor
@@ -26,6 +27,7 @@ from hqc.commands.recipes import recipes
 from hqc.commands.restore import restore
 from hqc.commands.search import search
 from hqc.commands.serve import serve
+from hqc.commands.trace import trace
 from hqc.commands.tune import tune
 from hqc.errors import LONGEST_LINE, HqcError, is_memory_error
 from hqc.output import OutputError, checked_stdout
