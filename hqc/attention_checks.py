@@ -8,8 +8,8 @@ from torch import fx
 
 from hqc.attention_plan import AttentionPlan
 from hqc.attentions import PARTS, WrittenOut, part_name, written_out_from
+from hqc.bits import activation_range
 from hqc.code_checks import codes_fit
-from hqc.plan import activation_range
 from hqc.program import Program, Stage, aten, is_op
 
 __all__ = ["ATTENTION_QUANTISERS", "ATTENTION_ROLES", "attention_problems"]

@@ -6,9 +6,10 @@ import torch
 from torch import fx
 
 import hqc.ops  # noqa: F401  (registers the operators)
+from hqc.bits import activation_range, asymmetric_top, weight_range
 from hqc.bounds import bounds_of
 from hqc.errors import ExportError
-from hqc.plan import SitePlan, activation_range, asymmetric_top, weight_range
+from hqc.plan import SitePlan
 from hqc.program import Program, aten, is_op
 
 __all__ = ["activation_codes_fit", "codes_fit", "weight_codes_problem"]

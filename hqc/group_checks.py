@@ -6,10 +6,11 @@ import torch
 from torch import fx
 
 import hqc.ops  # noqa: F401  (registers the operators)
+from hqc.bits import activation_range
 from hqc.bounds import GROUPED
 from hqc.errors import ExportError, PlanError
 from hqc.ops.grouped import group_count
-from hqc.plan import SitePlan, activation_range
+from hqc.plan import SitePlan
 from hqc.program import Program, is_op
 
 __all__ = ["group_problem", "refuse_groups", "refuse_training_groups"]

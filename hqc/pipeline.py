@@ -15,8 +15,8 @@ import torch
 
 from hqc.attentions import PARTS, part_name
 from hqc.errors import PassError
-from hqc.plan import whole_site
 from hqc.program import PassRecord, Program, Stage
+from hqc.site_names import whole_site
 from hqc.steps import parse_steps, step_text
 from hqc.verify import verify
 

@@ -1,105 +1,28 @@
-"""What is quantised and how: bits, layer rules, and one `SitePlan` for each weighted layer of a program."""
+"""What is quantised and how: layer rules, and one `SitePlan` for each weighted layer of a program."""
 
-import fnmatch
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hqc.attention_plan import AttentionPlan, attention_plan
+from hqc.bits import (
+    HIGHEST_ASYMMETRIC_BITS,
+    HIGHEST_BITS,
+    HIGHEST_LOOKUP_BITS,
+    HIGHEST_MIXED_BITS,
+    LOWEST_BITS,
+    Bits,
+    parse_bits,
+)
 from hqc.errors import PlanError
 from hqc.rotations import ORDERS, Rotation
+from hqc.site_names import names_site
 
 if TYPE_CHECKING:
     from hqc.site_rules import SiteRule
 
-__all__ = [
-    "RULE_SETS",
-    "Bits",
-    "QuantPlan",
-    "Rule",
-    "SitePlan",
-    "activation_range",
-    "asymmetric_top",
-    "decide",
-    "main_site",
-    "names_site",
-    "parse_bits",
-    "part_site",
-    "residual_site",
-    "weight_range",
-    "whole_site",
-]
-
-LOWEST_BITS, HIGHEST_BITS = 2, 8
-HIGHEST_ASYMMETRIC_BITS = 7
-"""With 8 bits codes q - z reach from -255 to 255, which int8 does not hold."""
-HIGHEST_MIXED_BITS = HIGHEST_ASYMMETRIC_BITS - 1
-"""Output channels of a mixed weight have a bit more or less."""
-
-
-HIGHEST_LOOKUP_BITS = 4
-"""The tables of a weight have 2ⁿ entries for each output channel; of more, an int8 grid holds too many."""
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Weight and activation widths, each 2…8."""
-
-    weight: int
-    activation: int
-
-    def __str__(self) -> str:
-        return f"w{self.weight}a{self.activation}"
-
-
-def parse_bits(text: str) -> Bits:
-    """Reads `wNaM`, case-insensitive, N and M in 2…8.
-
-    >>> parse_bits("W4A3")
-    Bits(weight=4, activation=3)
-
-    Raises:
-        PlanError: for anything else.
-    """
-    match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
-    bits = Bits(int(match[1]), int(match[2])) if match else None
-    if bits is None or not all(LOWEST_BITS <= b <= HIGHEST_BITS for b in (bits.weight, bits.activation)):
-        raise PlanError(
-            f"bits {text!r}",
-            f"expected wNaM with N and M in {LOWEST_BITS}…{HIGHEST_BITS}",
-            "Use for example w4a4, w4a3 or w8a8.",
-        )
-    return bits
-
-
-def activation_range(bits: int) -> tuple[int, int]:
-    """Symmetric narrow range of activation codes: ±(2^(n-1) - 1); A4 is -7…7.
-
-    >>> activation_range(4), activation_range(3)
-    ((-7, 7), (-3, 3))
-    """
-    top = 2 ** (bits - 1) - 1
-    return -top, top
-
-
-def weight_range(bits: int) -> tuple[int, int]:
-    """Symmetric full range of weight codes: -2^(n-1)…2^(n-1) - 1; W4 is -8…7.
-
-    >>> weight_range(4)
-    (-8, 7)
-    """
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-
-
-def asymmetric_top(bits: int) -> int:
-    """2ⁿ - 1: codes of an asymmetric range are -z…2ⁿ-1-z for a zero point z in 0…2ⁿ-1.
-
-    >>> asymmetric_top(4)
-    15
-    """
-    return (1 << bits) - 1
+__all__ = ["RULE_SETS", "QuantPlan", "Rule", "SitePlan", "decide"]
 
 
 @dataclass(frozen=True)
@@ -425,51 +348,3 @@ def decide(site: str, rules: Sequence[Rule]) -> Rule | None:
         if names_site(rule.pattern, site):
             found = rule
     return found
-
-
-def names_site(pattern: str, site: str) -> bool:
-    """Whether a wildcard pattern matches a site, or the one that it is a part of.
-
-    >>> names_site("*.conv_shortcut", "up.0.conv_shortcut:1"), names_site("*:0", "up.0.conv_shortcut:1")
-    (True, False)
-    """
-    return any(fnmatch.fnmatchcase(name, pattern) for name in {site, whole_site(site)})
-
-
-def part_site(site: str, number: int) -> str:
-    """The name of a part of a split site, counted from 0.
-
-    >>> part_site("up.0.conv_shortcut", 1)
-    'up.0.conv_shortcut:1'
-    """
-    return f"{site}:{number}"
-
-
-def whole_site(site: str) -> str:
-    """The site that a part belongs to; the site itself if it is whole.
-
-    >>> whole_site("up.0.conv_shortcut:1"), whole_site("conv_in"), whole_site("conv_in:residual")
-    ('up.0.conv_shortcut', 'conv_in', 'conv_in')
-    """
-    return re.sub(r":\d+$", "", main_site(site))
-
-
-def residual_site(site: str) -> str:
-    """The name of the product of a site's binary codes.
-
-    >>> residual_site("up.0.conv1")
-    'up.0.conv1:residual'
-    """
-    return f"{site}{_RESIDUAL}"
-
-
-def main_site(site: str) -> str:
-    """The site whose binary codes a site holds; the site itself if it holds none.
-
-    >>> main_site("up.0.conv1:residual"), main_site("up.0.conv1:0")
-    ('up.0.conv1', 'up.0.conv1:0')
-    """
-    return site.removesuffix(_RESIDUAL)
-
-
-_RESIDUAL = ":residual"

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from hqc.bits import parse_bits
 from hqc.errors import PipelineTextError, PlanError
-from hqc.plan import Rule, names_site, parse_bits
+from hqc.plan import Rule
 from hqc.rotations import ORDERS
+from hqc.site_names import names_site
 from hqc.steps import typed_option
 
 __all__ = ["FLOAT", "SiteRule", "changed", "deciding", "rule_from_data", "rule_to_data"]

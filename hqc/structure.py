@@ -16,9 +16,10 @@ from hqc.attention_checks import ATTENTION_ROLES, attention_problems
 from hqc.bounds import DEQUANTISERS, FAKE_QUANTISERS, QUANTISERS
 from hqc.code_checks import activation_codes_fit, weight_codes_problem
 from hqc.group_checks import group_problem
-from hqc.plan import SitePlan, main_site
+from hqc.plan import SitePlan
 from hqc.program import Program, Stage, aten, is_op
 from hqc.rotations import Rotation
+from hqc.site_names import main_site
 from hqc.sites import output_of, rotation_of, rotation_within, source_of, with_residual
 from hqc.styles.checks import style_problems
 

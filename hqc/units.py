@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from hqc.plan import whole_site
 from hqc.program import BATCH, Program
+from hqc.site_names import whole_site
 
 __all__ = ["Unit", "unit_program", "units_of"]
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hqc.bits import Bits, parse_bits
 from hqc.errors import PlanError
-from hqc.plan import RULE_SETS, Bits, QuantPlan, Rule, SitePlan, decide, parse_bits
+from hqc.plan import RULE_SETS, QuantPlan, Rule, SitePlan, decide
 
 relaxed = settings(deadline=None, derandomize=True, max_examples=100)
 

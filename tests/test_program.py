@@ -113,7 +113,9 @@ def test_the_text_shows_python_functions_and_types() -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["hqc.plan", "hqc.rotations", "hqc.passes.split_digits"])
+@pytest.mark.parametrize(
+    "module", ["hqc.bits", "hqc.plan", "hqc.rotations", "hqc.site_names", "hqc.passes.split_digits"]
+)
 def test_examples_in_docstrings(module: str) -> None:
     outcome = doctest.testmod(importlib.import_module(module))
     assert outcome.attempted > 0

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from hqc.bits import Bits
 from hqc.errors import PlanError
-from hqc.plan import Bits, QuantPlan, Rule
+from hqc.plan import QuantPlan, Rule
 from hqc.site_rules import SiteRule, changed, deciding, rule_from_data, rule_to_data
 
 RULES = (

@@ -17,12 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hqc.bits import HIGHEST_LOOKUP_BITS, activation_range, parse_bits, weight_range
 from hqc.calibration.site_rows import collect_for, require_rows
 from hqc.calibration.weights import mse_weight_scale, source_weight
 from hqc.errors import PlanError
 from hqc.passes.rewriting import layer_inputs
 from hqc.passes.split_digits import digit_limit
-from hqc.plan import HIGHEST_LOOKUP_BITS, activation_range, parse_bits, weight_range
 from hqc.program import Program, Stage
 from hqc.sampling import Work
 from hqc.steps import check_options

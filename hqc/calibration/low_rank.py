@@ -17,11 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hqc.bits import weight_range
 from hqc.calibration.site_rows import collect_for, require_rows
 from hqc.calibration.weights import source_weight, symmetric_weight_scale, with_symmetric_scale
 from hqc.passes.insert_qdq import spanning_range, weight_top
 from hqc.passes.rewriting import layer_inputs
-from hqc.plan import SitePlan, weight_range
+from hqc.plan import SitePlan
 from hqc.program import Program, Stage
 from hqc.sampling import Work
 from hqc.sites import source_of

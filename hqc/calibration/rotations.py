@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from hqc.bits import HIGHEST_ASYMMETRIC_BITS, activation_range, asymmetric_top, weight_range
 from hqc.calibration.searches import activation_search, some_values
 from hqc.calibration.watching import WatchedRun
 from hqc.calibration.weights import mse_weight_scale
@@ -25,7 +26,7 @@ from hqc.passes.insert_qdq import Range
 from hqc.passes.rewriting import channel_axis, layer_inputs
 from hqc.passes.split_digits import digit_limit
 from hqc.pipeline import run_pass
-from hqc.plan import HIGHEST_ASYMMETRIC_BITS, SitePlan, activation_range, asymmetric_top, weight_range
+from hqc.plan import SitePlan
 from hqc.program import Program, Stage
 from hqc.rotations import KINDS, ORDERS, Rotation
 from hqc.sampling import Work, evenly

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hqc.plan import activation_range, asymmetric_top
+from hqc.bits import activation_range, asymmetric_top
 
 __all__ = ["AsymmetricSearch", "Search", "SymmetricSearch", "activation_search", "some_values"]
 

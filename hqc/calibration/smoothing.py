@@ -24,13 +24,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hqc.bits import activation_range, weight_range
 from hqc.calibration.low_rank import gram_of_columns, low_rank
 from hqc.calibration.rotations import quantised_activation
 from hqc.calibration.site_rows import SiteRows, collect_for, require_rows
 from hqc.calibration.weights import symmetric_weight_scale, with_symmetric_scale
 from hqc.passes.insert_smoothing import output_shift
 from hqc.passes.rewriting import layer_inputs
-from hqc.plan import SitePlan, activation_range, weight_range
+from hqc.plan import SitePlan
 from hqc.program import Program, Stage
 from hqc.sampling import Work
 from hqc.sites import source_of

@@ -158,7 +158,7 @@ def _widths(text: str) -> tuple[str, ...]:
     Raises:
         PlanError: for bits that are none.
     """
-    from hqc.plan import parse_bits
+    from hqc.bits import parse_bits
 
     return tuple(dict.fromkeys(str(parse_bits(part)) for part in text.split(",")))
 

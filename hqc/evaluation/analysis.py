@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
+from hqc.bits import Bits, activation_range, parse_bits, weight_range
 from hqc.bounds import Bounds
 from hqc.calibration import mse_weight_scale
 from hqc.errors import EvaluationError, TrainingError
@@ -23,7 +24,7 @@ from hqc.export.reference import evaluate
 from hqc.ops.hadamard import hadamard
 from hqc.passes.insert_qdq import GRID
 from hqc.passes.rewriting import channel_axis
-from hqc.plan import Bits, SitePlan, activation_range, parse_bits, weight_range
+from hqc.plan import SitePlan
 from hqc.program import Program, Stage
 from hqc.rotations import Rotation, block_size
 from hqc.sampling.task import Task

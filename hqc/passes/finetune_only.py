@@ -20,8 +20,8 @@ from torch import fx
 from hqc.errors import PlanError
 from hqc.passes.rewriting import UNPLANNED, layer_inputs
 from hqc.pipeline import Findings
-from hqc.plan import names_site
 from hqc.program import Program, Stage
+from hqc.site_names import names_site
 from hqc.site_rules import deciding
 from hqc.steps import Within, check_options
 

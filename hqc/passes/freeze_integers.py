@@ -26,14 +26,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from hqc.bits import LOWEST_BITS
 from hqc.bounds import Lookups, bounds_of
 from hqc.errors import PassError
 from hqc.ops import table_codes
 from hqc.passes.insert_qdq import residual_step_of
 from hqc.passes.rewriting import Rewriter, layer_inputs, rewrite
 from hqc.pipeline import Findings
-from hqc.plan import LOWEST_BITS, QuantPlan, SitePlan, residual_site
+from hqc.plan import QuantPlan, SitePlan
 from hqc.program import BATCH, Program, Stage, aten, is_op
+from hqc.site_names import residual_site
 from hqc.sites import residual_name
 
 __all__ = ["FreezeIntegers"]

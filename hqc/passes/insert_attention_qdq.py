@@ -18,13 +18,13 @@ from torch import fx
 
 from hqc.attention_plan import AttentionPlan
 from hqc.attentions import WrittenOut, attentions, part_name, written_out
+from hqc.bits import HIGHEST_ASYMMETRIC_BITS, activation_range, parse_bits
 from hqc.errors import PlanError
 from hqc.passes.float_attention import close_attention
 from hqc.passes.insert_qdq import bounds_around, look_up_row
 from hqc.passes.open_attention import NONE
 from hqc.passes.rewriting import Rewriter, rewrite
 from hqc.pipeline import Findings
-from hqc.plan import HIGHEST_ASYMMETRIC_BITS, activation_range, parse_bits
 from hqc.program import BATCH, Program, Stage, aten
 from hqc.steps import Within, check_options
 

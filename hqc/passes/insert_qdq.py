@@ -26,19 +26,19 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, fx
 
-from hqc.errors import PassError, PlanError
-from hqc.ops.grouped import by_group, group_count
-from hqc.passes.rewriting import UNPLANNED, Rewriter, channel_axis, layer_inputs, rewrite
-from hqc.pipeline import Findings
-from hqc.plan import (
+from hqc.bits import (
     HIGHEST_ASYMMETRIC_BITS,
     HIGHEST_LOOKUP_BITS,
     HIGHEST_MIXED_BITS,
-    SitePlan,
     activation_range,
     asymmetric_top,
     weight_range,
 )
+from hqc.errors import PassError, PlanError
+from hqc.ops.grouped import by_group, group_count
+from hqc.passes.rewriting import UNPLANNED, Rewriter, channel_axis, layer_inputs, rewrite
+from hqc.pipeline import Findings
+from hqc.plan import SitePlan
 from hqc.program import BATCH, Program, Stage, aten
 
 __all__ = [

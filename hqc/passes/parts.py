@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor, fx
 
 from hqc.passes.rewriting import Rewriter, layer_inputs
-from hqc.plan import part_site
 from hqc.program import aten
+from hqc.site_names import part_site
 
 __all__ = ["replace_by_parts"]
 

@@ -14,10 +14,11 @@ from typing import ClassVar
 
 from torch import fx
 
+from hqc.bits import parse_bits
 from hqc.errors import PassError, PlanError
 from hqc.passes.rewriting import CONV, LINEAR
 from hqc.pipeline import Findings
-from hqc.plan import RULE_SETS, Rule, SitePlan, decide, parse_bits
+from hqc.plan import RULE_SETS, Rule, SitePlan, decide
 from hqc.program import BATCH, Program, Stage, aten, is_op
 from hqc.site_rules import changed, deciding
 

@@ -20,8 +20,8 @@ from hqc.errors import PassError
 from hqc.passes.parts import replace_by_parts
 from hqc.passes.rewriting import Rewriter, layer_inputs, rewrite
 from hqc.pipeline import Findings
-from hqc.plan import whole_site
 from hqc.program import Program, Stage, aten, is_op
+from hqc.site_names import whole_site
 
 __all__ = ["SplitSigns"]
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
+from hqc.bits import HIGHEST_BITS, parse_bits
 from hqc.errors import PlanError
 from hqc.paths import StrPath
-from hqc.plan import HIGHEST_BITS, QuantPlan, SitePlan, parse_bits
+from hqc.plan import QuantPlan, SitePlan
 from hqc.recipes.files import read_yaml_file
 from hqc.site_rules import FLOAT, SiteRule, rule_from_data, rule_to_data
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from typing_extensions import TypeIs
 
+from hqc.bits import parse_bits
 from hqc.calibration import ChooseRotation
 from hqc.calibration.rotations import free_sites
 from hqc.errors import PassError
 from hqc.pipeline import Procedure, Step, run_pass, run_procedure
-from hqc.plan import QuantPlan, parse_bits
+from hqc.plan import QuantPlan
 from hqc.program import Program, Stage
 from hqc.recipes.recipe import Recipe
 from hqc.recipes.work_folder import Run

@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from hqc.bits import parse_bits
 from hqc.errors import PlanError
-from hqc.plan import parse_bits
 
 __all__ = ["Budget", "Unit", "parse_budget", "shown"]
 

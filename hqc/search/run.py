@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hqc.bits import parse_bits
 from hqc.errors import PassError, PlanError
-from hqc.plan import SitePlan, parse_bits
+from hqc.plan import SitePlan
 from hqc.program import Program, Stage
 from hqc.recipes import Recipe
 from hqc.recipes.plan_file import PlanFile

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
-from hqc.plan import whole_site
+from hqc.site_names import whole_site
 
 __all__ = ["Part", "is_of_text_encoder", "layer_name", "layer_of", "layers_by_name", "split_key"]
 

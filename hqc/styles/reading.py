@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hqc.errors import ArtefactError
-from hqc.plan import whole_site
 from hqc.program import Program
+from hqc.site_names import whole_site
 from hqc.styles.alphas import Factor, factor_rule
 from hqc.styles.keys import Part, is_of_text_encoder, layer_name, layer_of, layers_by_name, split_key
 from hqc.wording import first_words, listed, printable, shortened

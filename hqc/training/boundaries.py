@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from hqc.bits import activation_range, asymmetric_top, weight_range
 from hqc.errors import PlanError
 from hqc.passes.rewriting import Rewriter, rewrite
-from hqc.plan import SitePlan, activation_range, asymmetric_top, weight_range
+from hqc.plan import SitePlan
 from hqc.program import Program, aten
 
 __all__ = ["closed", "opened"]

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
+from hqc.bits import activation_range, asymmetric_top, weight_range
 from hqc.errors import PlanError
 from hqc.ops.straight_through import RoundSte
 from hqc.passes.insert_smoothing import output_shift
 from hqc.passes.rewriting import Rewriter, layer_inputs, rewrite
-from hqc.plan import SitePlan, activation_range, asymmetric_top, weight_range
+from hqc.plan import SitePlan
 from hqc.program import Program, aten
 
 __all__ = ["closed", "opened"]

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import nn
 
 from hqc.errors import PlanError
-from hqc.plan import whole_site
 from hqc.program import Program
+from hqc.site_names import whole_site
 from hqc.steps import check_options
 
 __all__ = ["Group", "optimizer_of", "trainable"]

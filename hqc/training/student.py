@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hqc.bits import asymmetric_top
 from hqc.checkpoint import Checkpoint
 from hqc.errors import ArtefactError
-from hqc.plan import asymmetric_top
 from hqc.program import Program
 from hqc.training.groups import Group, optimizer_of
 from hqc.training.module import training_module

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
+from hqc.bits import Bits
 from hqc.evaluation.analysis import Basis, SiteAnalysis, SiteRow, WeightNumbers
 from hqc.evaluation.analysis_report import Report
 from hqc.evaluation.html_plots import block_of, heat_limit, scales_of
 from hqc.evaluation.html_report import html_report
 from hqc.evaluation.html_style import DRAW_SCRIPT, SORT_SCRIPT
 from hqc.evaluation.sensitivity import Sensitivity
-from hqc.plan import Bits, SitePlan
+from hqc.plan import SitePlan
 
 VOID = {"meta", "wbr", "br", "link", "img"}
 HOSTILE = (

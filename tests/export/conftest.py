@@ -9,11 +9,11 @@ import torch
 from mixed_bits import mixed_channels
 from torch import fx
 
+from hqc.bits import activation_range, asymmetric_top
 from hqc.bounds import FAKE_QUANTISERS
 from hqc.export import ExportReport, export_program
 from hqc.passes import AttachLora, DropSingleKeyAttention, InsertHadamard, InsertQdq, SelectLayers
 from hqc.pipeline import run_pipeline
-from hqc.plan import activation_range, asymmetric_top
 from hqc.program import Program
 
 GRID = (0.0, 300.0, 600.0, 900.0)

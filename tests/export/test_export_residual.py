@@ -13,8 +13,8 @@ from hqc.export.reference import verification_inputs
 from hqc.export.watched import WatchedModel, heard
 from hqc.passes import FreezeIntegers, MergeLora, RotateWeights
 from hqc.pipeline import run_pipeline
-from hqc.plan import main_site, residual_site
 from hqc.program import Program, is_op
+from hqc.site_names import main_site, residual_site
 from hqc.sites import quantised_sites
 from hqc.storage import load_program, save_program
 

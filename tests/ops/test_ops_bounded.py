@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hqc.bits import activation_range, asymmetric_top, weight_range
 from hqc.ops import dequantize, fake_quantize, fake_quantize_bounded, quantize_bounded, round_ste
 from hqc.ops.bounded import FakeQuantizeBounded
 from hqc.ops.straight_through import RoundSte
-from hqc.plan import activation_range, asymmetric_top, weight_range
 
 relaxed = settings(deadline=None, derandomize=True, max_examples=60)
 BITS = range(2, 8)

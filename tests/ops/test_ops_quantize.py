@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hqc.bits import activation_range, weight_range
 from hqc.ops import dequantize, fake_quantize, quantize
-from hqc.plan import activation_range, weight_range
 
 relaxed = settings(deadline=None, derandomize=True, max_examples=60)
 BITS = range(2, 9)

@@ -29,8 +29,8 @@ from hqc.passes import (
     SplitDigits,
 )
 from hqc.pipeline import Pass, run_pass, run_pipeline
-from hqc.plan import whole_site
 from hqc.program import Program, Stage, aten
+from hqc.site_names import whole_site
 from hqc.steps import step_name
 from hqc.text import graph_text
 

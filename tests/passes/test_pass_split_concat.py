@@ -9,8 +9,9 @@ import torch
 from hqc.errors import PassError, PlanError
 from hqc.passes import SelectLayers, SplitConcat
 from hqc.pipeline import run_pass, run_pipeline
-from hqc.plan import Rule, decide, names_site, part_site, whole_site
+from hqc.plan import Rule, decide
 from hqc.program import Program, aten, is_op
+from hqc.site_names import names_site, part_site, whole_site
 from hqc.storage import load_program, save_program
 from hqc.text import graph_text
 

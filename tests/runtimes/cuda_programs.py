@@ -4,10 +4,10 @@ import torch
 from mixed_bits import mixed_channels
 from torch import fx
 
+from hqc.bits import activation_range, asymmetric_top
 from hqc.bounds import FAKE_QUANTISERS
 from hqc.passes import InsertHadamard, InsertQdq, SelectLayers
 from hqc.pipeline import run_pipeline
-from hqc.plan import activation_range, asymmetric_top
 from hqc.program import Program
 
 __all__ = ["GRID", "quantised", "relative"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hqc.bits import asymmetric_top, weight_range
 from hqc.ops.bounded import fake_quantize_bounded, quantize_bounded
 from hqc.ops.fake_quantize import fake_quantize
 from hqc.ops.quantize import quantize
-from hqc.plan import asymmetric_top, weight_range
 from hqc.training.rounding import SoftRounding, annealed, coded, undecided
 
 

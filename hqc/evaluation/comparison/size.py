@@ -5,8 +5,9 @@ from torch import fx
 from hqc.bounds import bounds_of
 from hqc.ops.weight_codes import fits_int4
 from hqc.passes.rewriting import layer_inputs
-from hqc.plan import SitePlan, main_site
+from hqc.plan import SitePlan
 from hqc.program import Program
+from hqc.site_names import main_site
 
 __all__ = ["true_bytes", "weight_bytes"]
 

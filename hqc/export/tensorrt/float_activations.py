@@ -18,8 +18,8 @@ from hqc.errors import ExportError
 from hqc.export.tensorrt.weights import stored_codes
 from hqc.passes.rewriting import LINEAR, Rewriter, rewrite
 from hqc.pipeline import Findings
-from hqc.plan import names_site
 from hqc.program import Program, Stage, is_op
+from hqc.site_names import names_site
 from hqc.sites import QuantisedSite, quantised_sites, rotation_within
 
 __all__ = ["FloatActivations", "bypass_activation_quantisers", "refuse_wide_codes", "weight_only_sites"]

@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from hqc.errors import PlanError
-from hqc.plan import names_site
 from hqc.program import BATCH, Program
+from hqc.site_names import names_site
 from hqc.sites import output_of
 from hqc.training.losses.seen import Seen
 from hqc.training.losses.term import Term, weighed_squares
