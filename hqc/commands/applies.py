@@ -39,6 +39,15 @@ def _planned(parameter: str) -> Rule:
     )
 
 
+def _lowered(parameter: str) -> Rule:
+    found = "is for a program that is lowered, and --target triton takes what was exported before"
+    return Rule(parameter, lambda p: p["target"] != "triton", found)
+
+
+def _served(parameter: str) -> Rule:
+    return Rule(parameter, lambda p: p["target"] == "triton", "is for Triton Inference Server", "Give --target triton.")
+
+
 OF_A_RECIPE = ("recipe", "changes", "bits", "rules", "hadamard", "no_hadamard", "block", "plan_file", "keep_float")
 
 _REPLACES = Rule(
@@ -54,7 +63,11 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule("as_yaml", lambda p: not p["as_json"], "and --json exclude each other", "Give one of them."),
     ),
     "qat": (Rule("epochs", lambda p: p["steps"] is None, "and --steps exclude each other", "Give one of them."),),
-    "export": (Rule("merge_lora", lambda p: bool(p["loras"]), "merges what --lora names, and none is named"),),
+    "export": (
+        *map(_lowered, ("opset", "against", "one_timestep", "functions", "names", "whole", "loras", "merge_lora")),
+        *map(_served, ("max_batch_size", "device")),
+        Rule("merge_lora", lambda p: bool(p["loras"]), "merges what --lora names, and none is named"),
+    ),
     "analyze": (
         Rule("sensitivity_samples", lambda p: p["sensitivity"] is not False, "is for what --no-sensitivity leaves out"),
     ),

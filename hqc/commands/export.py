@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -15,6 +15,7 @@ from hqc.commands.options import (
     json_option,
     output_option,
 )
+from hqc.commands.triton import export_triton, triton_options
 from hqc.stages import doing
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from hqc.export.interface import Names
     from hqc.export.tensorrt.options import Dtype, Plugins, TensorRtOptions
     from hqc.program import Program
+    from hqc.triton_server.repository import Device
 
 __all__ = ["export"]
 
@@ -30,7 +32,11 @@ __all__ = ["export"]
 @click.argument("program", type=click.Path(path_type=Path))
 @output_option
 @click.option(
-    "--target", type=click.Choice(["portable", "onnxruntime", "tensorrt"]), default="onnxruntime", show_default=True
+    "--target",
+    type=click.Choice(["portable", "onnxruntime", "tensorrt", "triton"]),
+    default="onnxruntime",
+    show_default=True,
+    help="triton: PROGRAM is an export, which becomes a model of Triton Inference Server.",
 )
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), help="TensorRT: activations (default: fp16).")
 @click.option(
@@ -72,12 +78,13 @@ __all__ = ["export"]
 @lora_option("onnxruntime, portable: a LoRA beside the products, its scale an input of the model")
 @click.option("--merge-lora", is_flag=True, help="Add --lora to the weights instead: of a PROGRAM that is captured.")
 @engine_options(None)
+@triton_options
 @force_option
 @json_option
 def export(
     program: Path,
     output: Path,
-    target: "Target",
+    target: "Target | Literal['triton']",
     dtype: "Dtype | None",
     plugins: "Plugins | None",
     weight_only: tuple[str, ...],
@@ -91,13 +98,16 @@ def export(
     loras: tuple[str, ...],
     merge_lora: bool,
     engine: EngineArguments | None,
+    max_batch_size: int | None,
+    device: "Device | None",
     force: bool,
     as_json: bool,
 ) -> None:
     """Lower PROGRAM to ONNX for a target, verify it against the fake-quant graph, and write a folder.
 
     With --engine, the model is compiled too, as by `hqc build-engine`. With --pipeline, everything around it is written
-    as ONNX too: decoder, text encoder, classes.
+    as ONNX too: decoder, text encoder, classes. With --target triton, PROGRAM is what was exported before, and -o the
+    folder of the model in a model repository.
     """
     from hqc import console as out
     from hqc.export import export_program
@@ -107,6 +117,9 @@ def export(
     tensorrt = _tensorrt_options(target, dtype, plugins, weight_only, plugin_arch)
     if engine is not None:
         engine.check(target=target, plugins=plugins)
+    if target == "triton":
+        export_triton(program, output, max_batch_size=max_batch_size, device=device, force=force, as_json=as_json)
+        return
     with doing(f"reading {program}"):
         loaded = load_program(program)
     reference = load_program(against) if against is not None else None
