@@ -34,6 +34,7 @@ from hqc.models import digits_path
 from hqc.passes import AttachStyle, MergeStyle
 from hqc.paths import StrPath
 from hqc.pipeline import run_pass
+from hqc.processes import ALONE, Processes
 from hqc.program import InputSpec, Program
 from hqc.recipes import Recipe, find_recipe
 from hqc.recipes.plan_file import PlanFile, plan_asked
@@ -248,6 +249,7 @@ def quantise(
     resume: bool = False,
     restart: bool = False,
     on_update: Callable[[Update], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Program:
     """Runs a recipe's steps on a captured program; with a work folder it can be killed and resumed.
 
@@ -258,6 +260,7 @@ def quantise(
     work_dir: keeps the program after every long step, a JSON-lines log and the last checkpoint; no other run may use it
     meanwhile. resume: continue there, to the same bits as an uninterrupted run. restart: begin anew, and drop the
     unfinished run that is there. on_update: hears of every update of training.
+    processes: `hqc.processes.joined()` of several that train together, each of which calls this; the first writes.
 
     Raises:
         PlanError, PipelineTextError: bits, rules, recipe or settings make no sense. TrainingError: calibration or
@@ -272,9 +275,9 @@ def quantise(
         raise ArtefactError("resume", "no work folder was given", "Give the work folder of the run to continue.")
     if not resume:  # what passes behind long work refuse of this program is said before it
         planned(program, found, Request(bits, tuple(keep_float), rules=asked.rules), calibrated=False)
-    run = Run(Path(work_dir)) if work_dir is not None else None
-    with claimed(run.folder, stays=True) if run is not None else nullcontext():
-        if run is not None and not resume:
+    run = Run(Path(work_dir), writes=processes.first) if work_dir is not None else None
+    with claimed(run.folder, stays=True) if run is not None and processes.first else nullcontext():
+        if run is not None and not resume and processes.first:
             run.check_new(restart=restart)
         if task is None and (forward_loop is None or found.kind == "qat"):
             task = task_of(program)
@@ -292,9 +295,10 @@ def quantise(
                 found.sampler,
                 observe,
                 on_update=_logged(run, on_update),
-                on_validation=None if run is None else run.log,
+                on_validation=None if run is None or not processes.first else run.log,
+                processes=processes,
             ),
-            settings=run_settings(program, found, request, drawn_from),
+            settings=run_settings(program, found, request, drawn_from, processes.count),
             run=run,
             resume=resume,
         )

@@ -31,6 +31,7 @@ from hqc.commands.trace import trace
 from hqc.commands.tune import tune
 from hqc.errors import LONGEST_LINE, HqcError, is_memory_error
 from hqc.output import OutputError, checked_stdout
+from hqc.processes import is_first
 from hqc.stages import reported
 from hqc.wording import first_words, shortened
 
@@ -94,6 +95,8 @@ class _UserError(click.ClickException):
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
+        if not is_first():  # of several processes, all of which are refused alike
+            return
         with suppress(OSError):  # standard error may be full too
             click.echo(f"hqc: {self.format_message()}", err=True)
 

@@ -8,6 +8,7 @@ a new Program.
 """
 
 import copy
+import hashlib
 import math
 import operator
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ import hqc.ops  # noqa: F401  (registers the operators)
 from hqc.plan import QuantPlan
 from hqc.styles.record import Style
 
-__all__ = ["InputSpec", "Origin", "PassRecord", "Program", "Stage", "is_op"]
+__all__ = ["InputSpec", "Origin", "PassRecord", "Program", "Stage", "digest_of", "is_op"]
 
 BATCH = "N"
 INPUT_DTYPES = ("float32", "int64")
@@ -227,6 +228,15 @@ def _put(root: nn.Module, name: str, tensor: Tensor) -> None:
         root.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
     else:
         root.register_buffer(leaf, tensor)
+
+
+def digest_of(program: Program) -> bytes:
+    """Sha256 of what a program computes: its graph, its plan, and the bits of its tensors."""
+    digest = hashlib.sha256(repr((str(program.graph), program.plan)).encode())
+    for name in sorted(program.state):
+        digest.update(name.encode())
+        digest.update(program.state[name].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

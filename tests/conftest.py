@@ -78,6 +78,7 @@ SECONDS: Mapping[str, int] = {
     "runtimes/test_runtimes_cuda_passionsr.py": 20,
     "training/test_training_factors.py": 10,
     "styles/test_styles_reading.py": 20,
+    "training/test_training_processes.py": 25,
     "passes/test_pass_style.py": 12,
     "export/test_export_style.py": 15,
     "test_cli_loras.py": 15,

@@ -36,6 +36,7 @@ from hqc.commands.recipe_options import (
 from hqc.stages import doing
 
 if TYPE_CHECKING:
+    from hqc.processes import Processes
     from hqc.program import Program
     from hqc.recipes import Recipe
     from hqc.recipes.plan_file import PlanFile
@@ -114,9 +115,18 @@ def ptq(program: Path, output: Path, work_dir: Path | None, as_json: bool, **giv
 @force_option
 @json_option
 def qat(program: Path, output: Path, work_dir: Path | None, as_json: bool, **given: Any) -> None:
-    """Quantise PROGRAM and train it against itself: scales and LoRA, merged before export."""
-    job = _job("qat", program, output, given, work_folder(work_dir, output, ".training"))
-    result = _quantised(job)
+    """Quantise PROGRAM and train it against itself: scales and LoRA, merged before export.
+
+    Started by torchrun or accelerate launch as several processes (docs/training.md), it trains on a share of every
+    batch in each; the first writes and prints.
+    """
+    from hqc.processes import joined, quiet_unless_first
+
+    with quiet_unless_first(), joined() as processes:
+        job = _job("qat", program, output, given, work_folder(work_dir, output, ".training"), processes)
+        result = _quantised(job)
+    if not processes.first:
+        return
     run = job.kept
     more = {"updates": job.updates, "last_loss": run.last_loss(), "log": str(run.log_path)} if run is not None else {}
     _say(job, result, more, f"trained {program}", as_json=as_json)
@@ -141,6 +151,7 @@ class _Job:
     kept: "Run | None"
     resume: bool
     restart: bool
+    processes: "Processes"
 
     @property
     def updates(self) -> int:
@@ -151,29 +162,41 @@ class _Job:
         return sum(step.total(work) for step in self.recipe.steps if hasattr(step, "total"))
 
 
-def _job(kind: str, program: Path, output: Path, given: dict[str, Any], work_dir: Path | None) -> _Job:
-    """Checks and loads what both commands take."""
+def _job(
+    kind: str,
+    program: Path,
+    output: Path,
+    given: dict[str, Any],
+    work_dir: Path | None,
+    processes: "Processes | None" = None,
+) -> _Job:
+    """Checks and loads what both commands take. Of several processes the first alone claims what is written."""
     from hqc import api
+    from hqc.processes import ALONE
     from hqc.recipes.work_folder import Run
     from hqc.storage import load_program, pipeline_folder
 
+    processes = processes or ALONE
     force, resume, restart = (given.pop(name) for name in ("force", "resume", "restart"))
-    run = Run(work_dir) if work_dir is not None else None
-    _check_work_folder(run, program, output, resume=resume, restart=restart)
-    check_output(output, program, force=force, may_be_there=resume)
+    run = Run(work_dir, writes=processes.first) if work_dir is not None else None
+    if processes.first:
+        _check_work_folder(run, program, output, resume=resume, restart=restart)
+        check_output(output, program, force=force, may_be_there=resume)
     conditions, images, through = conditions_asked(given), given.pop("images"), given.pop("through")
     recipe = _recipe(kind, given)
     (plan, bits), keep_float = plan_and_bits(given), given.pop("keep_float")
     recipe = recipe.following(plan.rules)
     with doing(f"reading {program}"):
         captured, pipeline = load_program(program), pipeline_folder(program)
-    warn_unless_exportable(captured, program)
+    if processes.first:
+        warn_unless_exportable(captured, program)
     guidance = recipe.sampler.guidance_scale if asked("guidance_scale") else None
     parts = [load_program(one) for one in through]
     once = {"images": images, "through": parts, "timestep": recipe.sampler.timestep}
     task = api.task_of(captured, folder=pipeline, guidance_scale=guidance, **conditions, **once)
     check_sampler(task, {"guidance_scale": recipe.sampler.guidance_scale, "eta": recipe.sampler.eta})
-    return _Job(captured, recipe, bits, plan, keep_float, task, output, pipeline, force, run, resume, restart)
+    more = (output, pipeline, force, run, resume, restart, processes)
+    return _Job(captured, recipe, bits, plan, keep_float, task, *more)
 
 
 def _recipe(kind: str, given: dict[str, Any]) -> "Recipe":
@@ -259,9 +282,11 @@ def _quantised(job: _Job) -> "Program":
                 resume=job.resume,
                 restart=job.restart,
                 on_update=_told(advance),
+                processes=job.processes,
             )
-            _save(job, result)
-    if run is not None:
+            if job.processes.first:
+                _save(job, result)
+    if run is not None and job.processes.first:
         api.finish_run(run.folder)
     return result
 
@@ -302,7 +327,7 @@ def _finished(job: _Job) -> "Program":
         refuse_existing(job.output, force=False)
         raise
     request = Request(job.bits, job.keep_float, rules=job.plan.rules)
-    settings = run_settings(job.captured, job.recipe, request, job.task.drawn_from)
+    settings = run_settings(job.captured, job.recipe, request, job.task.drawn_from, job.processes.count)
     stage = Stage.TRAINED if job.recipe.kind == "qat" else Stage.QUANTISED
     if result.stage != stage or dict(result.plan.training) != settings:
         refuse_existing(job.output, force=False)

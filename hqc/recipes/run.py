@@ -38,7 +38,9 @@ class Request:
     rules: tuple[SiteRule, ...] = ()
 
 
-def run_settings(program: Program, recipe: Recipe, request: Request, conditions: str) -> dict[str, Any]:
+def run_settings(
+    program: Program, recipe: Recipe, request: Request, conditions: str, processes: int = 1
+) -> dict[str, Any]:
     """Everything that decides a run's result, as JSON data. conditions: what they are drawn from."""
     rules = [rule_to_data(rule) for rule in request.rules]
     return {
@@ -51,6 +53,7 @@ def run_settings(program: Program, recipe: Recipe, request: Request, conditions:
         "threads": torch.get_num_threads(),
         "conditions": conditions,
         **({"plan": rules} if rules else {}),
+        **({"processes": processes} if processes > 1 else {}),
     }
 
 
@@ -130,7 +133,7 @@ def run_recipe(
     _check(current, recipe.steps, work)
     done, checkpoint = 0, None
     if run is not None and resume:
-        done, saved, checkpoint = run.load(settings or {})
+        done, saved, checkpoint = work.processes.in_turn(lambda: run.load(settings or {}))
         current = saved or current
     elif run is not None:
         run.begin(settings or {})

@@ -31,10 +31,13 @@ _PROGRAM = re.compile(r"(\d\d)-[a-z_]+\.hqc")
 
 
 class Run:
-    """The work folder of one run of a recipe. Whoever writes into it has claimed it."""
+    """The work folder of one run of a recipe. Whoever writes into it has claimed it.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    writes: False for one of several processes that train together, of which the first writes: nothing is changed.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self.folder, self._writes = folder, writes
         self.settings_path = folder / "run.json"
         self.checkpoint = folder / "checkpoint"
         self.log_path = folder / "log.jsonl"
@@ -113,7 +116,7 @@ class Run:
         self._new = settings
 
     def _write_first(self) -> None:
-        if self._new is None:
+        if self._new is None or not self._writes:
             return
         settings, self._new = self._new, None
         try:
@@ -155,7 +158,8 @@ class Run:
         if checkpoint is not None and checkpoint.of <= done:
             checkpoint = None  # of a step whose result was saved since
         self._step = checkpoint.of if checkpoint else done + 1
-        self._cut_log(checkpoint.step if checkpoint else 0)
+        if self._writes:
+            self._cut_log(checkpoint.step if checkpoint else 0)
         return done, program, checkpoint
 
     def _cut_log(self, updates: int) -> None:
@@ -167,6 +171,8 @@ class Run:
 
     def log(self, update: Update | Validation) -> None:
         """Adds a line to the log of updates, or to that of the validation."""
+        if not self._writes:
+            return
         self._write_first()
         path = self.log_path if isinstance(update, Update) else self.validation_path
         try:
@@ -186,6 +192,8 @@ class Run:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Replaces the checkpoint of the step that runs."""
+        if not self._writes:
+            return
         self._write_first()
         save_checkpoint(replace(checkpoint, of=self._step), self.checkpoint)
 
@@ -195,6 +203,8 @@ class Run:
 
     def keep(self, program: Program, name: str) -> None:
         """Keeps the program after the step that has run; what was needed to go on before it is dropped."""
+        if not self._writes:
+            return
         self._write_first()
         earlier = self._programs()
         save_program(program, self.folder / f"{self._step:02d}-{name}.hqc", force=True)

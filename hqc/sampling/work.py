@@ -7,6 +7,7 @@ import torch
 
 from hqc.checkpoint import Checkpoint
 from hqc.errors import TrainingError
+from hqc.processes import ALONE, Processes
 from hqc.program import Program
 from hqc.sampling.sampler import Sampler
 from hqc.sampling.task import Denoise, Task, called_once, trajectory
@@ -58,7 +59,7 @@ class Work:
     observe: calibrates instead of the sampler. checkpoint: where the step was when it was killed. on_checkpoint,
     on_update, on_validation: hear of its progress. unquantised: the float program as the passes in front of the
     quantisers left it: equal numbers, and the names of nodes and sites that the program of the run has; None: the
-    teacher has them.
+    teacher has them. processes: that train together, of which this is one.
     """
 
     teacher: Program
@@ -70,6 +71,7 @@ class Work:
     on_update: Callable[[Update], None] | None = None
     on_validation: Callable[[Validation], None] | None = None
     unquantised: Program | None = None
+    processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         if self.task is not None:

@@ -11,7 +11,7 @@ Source: HQ-DM's training loop; EfficientDM (arXiv 2310.03270).
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 from hqc.errors import PlanError, TrainingError
 from hqc.group_checks import refuse_training_groups
 from hqc.memory import require_memory, training_bytes
-from hqc.program import Program, Stage
+from hqc.processes import Processes
+from hqc.program import Program, Stage, digest_of
 from hqc.sampling import Update, Work, guided
 from hqc.sampling.image_gain import image_gain
 from hqc.sampling.task import Denoise
@@ -29,6 +30,7 @@ from hqc.steps import check_options, step_name
 from hqc.training.groups import Group, trainable
 from hqc.training.losses import GuidedNoise, Loss, Seen
 from hqc.training.queue import Queues
+from hqc.training.shares import shared, state_rows
 from hqc.training.step_weights import step_weights
 from hqc.training.student import Student
 from hqc.training.taps import Before, Tapped, taps_of
@@ -103,12 +105,18 @@ class Distil:
 
         Raises:
             MemoryShortError: if that does not fit. PlanError: for a loss of a block that there is not.
+            TrainingError: for a batch or losses that cannot be shared among processes.
         """
+        work.processes.rows(self.batch_size)
+        if work.processes.count > 1 and (ordered := [loss for loss in self.losses if loss.in_order]):
+            found = f"sees neighbouring steps of whole batches, and {work.processes.count} processes have shares"
+            raise TrainingError(f"loss {step_name(type(ordered[0]))}", found, "Train in one process.")
         if not self.optional:
             taps_of(self.losses, work.teacher)
+        here = self.batch_size // work.processes.count * work.processes.here
         require_memory(
             f"training on batches of {self.batch_size}",
-            program.size_bytes() + training_bytes(program, self.batch_size * work.halves()),
+            work.processes.here * program.size_bytes() + training_bytes(program, here * work.halves()),
             "Take a smaller --batch-size, close other programs, or take a larger machine",
         )
 
@@ -120,13 +128,16 @@ class Distil:
             PlanError: for scales of groups, which have no gradient.
         """
         refuse_training_groups(program, step_name(type(self)))
-        total, sampler = self.total(work), work.sampler
+        total, sampler, processes = self.total(work), work.sampler, work.processes
+        if processes.count > 1:
+            processes.require_same("the program before training", digest_of(program))
         live = self.opened(program)
         names = trainable(live, self.groups, optional=self.optional)
         if self.optional and not names:
             return program
         taps = taps_of(self.losses, program)
-        student = Student(live, names, self.batch_size * work.halves(), self.ema, taps)
+        share = self.batch_size // processes.count
+        student = Student(live, names, share * work.halves(), self.ema, taps, processes)
         teacher = self._teacher(work, taps)
         before, queues = Before(self.losses), Queues(self.losses)
         weights, gains = self._weights(work, teacher, student.denoise), self._image_gains(work)
@@ -139,24 +150,30 @@ class Distil:
             before.restore(work.checkpoint)
             queues.restore(work.checkpoint)
         held_out = self._held_out(work, teacher)
-        began = time.perf_counter()
-        for state in epochs.states(teacher, student.denoise, first):
+        began, inputs = time.perf_counter(), work.teacher.inputs
+        whole = [shared(denoise, processes, inputs) for denoise in (teacher, student.denoise)]
+        for batch in epochs.states(whole[0], whole[1], first):
+            state = state_rows(batch, processes, inputs)
             found = guided(student.denoise, state.sample, state.time_input, state.conditions, sampler.guidance_scale)
-            if self._walked_ahead and teacher.values:
-                with torch.no_grad():  # its taps are those of the trajectory's last step
+            if (self._walked_ahead or processes.count > 1) and teacher.values:
+                with torch.no_grad():  # its taps are those of the trajectory's last step, or of other rows
                     guided(teacher, state.sample, state.time_input, state.conditions, sampler.guidance_scale)
             weight, earlier = state.weights(weights), before.begin(state.epoch)
             place = state.step % epochs.length
             seen = Seen(found, weight, student.denoise.values, earlier[0])
             near, gain = queues.near(place), state.weights(gains)
             wanted = Seen(state.wanted, weight, teacher.values, earlier[1], near, gain)
-            loss = self._loss(seen, wanted, state.step)
+            loss = self._loss(seen, wanted)
+            update = _update(state, total, found, loss, processes)
+            if not update.loss < float("inf"):  # of all processes, so that all of them say it
+                found_loss = f"the loss is {update.loss}"
+                raise TrainingError(f"training step {update.step}", found_loss, "Lower --lr-lora or the bits' risk.")
             before.add(seen.taps, teacher.values)
             queues.add(teacher.values, place)
             student.learn(loss, self._factor(state.step, total))
             done = state.step + 1
             if work.on_update is not None:
-                work.on_update(_update(state, total, found, loss, time.perf_counter() - began))
+                work.on_update(replace(update, seconds=time.perf_counter() - began))
             if held_out is not None and work.on_validation is not None and done % self.validate_every == 0:
                 work.on_validation(held_out.measure(student.denoise, done))
             if work.on_checkpoint is not None and done % self.checkpoint_every == 0 and done < total:
@@ -212,18 +229,15 @@ class Distil:
             return None
         return HeldOut(work.sampled, work.sampler, teacher, self.batch_size)
 
-    def _loss(self, student: Seen, teacher: Seen, step: int) -> Tensor:
+    def _loss(self, student: Seen, teacher: Seen) -> Tensor:
         first, *more = (loss(student, teacher) for loss in self.losses)
         for one in more:
             first = first + one
-        value = float(first.detach())
-        if not value < float("inf"):
-            raise TrainingError(
-                f"training step {step + 1}", f"the loss is {value}", "Lower --lr-lora or the bits' risk."
-            )
         return first
 
 
-def _update(state: State, total: int, found: Tensor, loss: Tensor, seconds: float) -> Update:
-    error = float((found.detach() - state.wanted).square().sum() / state.wanted.square().sum())
-    return Update(state.step + 1, total, state.epoch, state.timestep, float(loss.detach()), error, seconds)
+def _update(state: State, total: int, found: Tensor, loss: Tensor, processes: Processes) -> Update:
+    """Of the whole batch, before it is made."""
+    error, energy = (found.detach() - state.wanted).square().sum(), state.wanted.square().sum()
+    value, error, energy = processes.summed(torch.stack([loss.detach(), error, energy]))
+    return Update(state.step + 1, total, state.epoch, state.timestep, float(value), float(error / energy), 0.0)

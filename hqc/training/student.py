@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hqc.bits import asymmetric_top
 from hqc.checkpoint import Checkpoint
 from hqc.errors import ArtefactError
+from hqc.processes import ALONE, Processes
 from hqc.program import Program
 from hqc.training.groups import Group, optimizer_of
 from hqc.training.module import training_module
@@ -23,7 +24,8 @@ class Student:
     """Trains the named tensors of a program, which itself stays as it is.
 
     samples: of a call, which decide what is cheaper to rotate. ema: the decay d of the averages a := d·a + (1-d)·p that
-    are the result; 0 keeps none. taps: nodes whose values `denoise` keeps.
+    are the result; 0 keeps none. taps: nodes whose values `denoise` keeps. processes: that learn together, each
+    from its own samples.
     """
 
     def __init__(
@@ -33,8 +35,9 @@ class Student:
         samples: int,
         ema: float = 0.0,
         taps: Mapping[str, str] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self._program, self._ema = program, ema
+        self._program, self._ema, self._processes = program, ema, processes
         module = training_module(program, samples)
         self._parameters = {name: _own_parameter(module, name) for name in names}
         self._scales: list[Tensor] = [self._parameters[name] for name, group in names.items() if group.positive]
@@ -48,6 +51,7 @@ class Student:
         """One update, with every rate times the factor."""
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        self._processes.add_gradients(list(self._parameters.values()))
         for group in self._optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self._optimizer.step()
