@@ -67,7 +67,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert trained
     for name in trained:
         error = float((together.state[name] - alone.state[name]).norm() / alone.state[name].norm())
-        assert error <= 1e-3, name
+        assert error <= 1e-5, name  # sums in another order
     log = [json.loads(line) for line in (tmp_path / "work" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
     assert not (tmp_path / "two.hqc.odd").exists()
