@@ -15,6 +15,7 @@ from hqc.commands.bench import bench
 from hqc.commands.bench_serve import bench_serve
 from hqc.commands.compare import compare
 from hqc.commands.compare_recipes import compare_recipes
+from hqc.commands.deploy import deploy
 from hqc.commands.doctor import doctor
 from hqc.commands.engine import build_engine
 from hqc.commands.explain import explain, inspect
@@ -130,7 +131,7 @@ def main() -> None:
 
 COMMANDS = (
     *(trace, explain, inspect, recipes, search, qr_adaptor, ptq, qat, attach_lora, export, build_engine, tune),
-    *(sample, restore, evaluate, analyze, compare, compare_recipes, bench, serve, bench_serve, doctor),
+    *(sample, restore, evaluate, analyze, compare, compare_recipes, bench, serve, bench_serve, deploy, doctor),
 )
 for command in COMMANDS:
     main.add_command(command)

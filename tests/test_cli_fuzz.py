@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -180,6 +181,7 @@ def no_long_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     with monkeypatch.context() as patch:
         patch.setattr("hqc.serving.server.serve", nothing)
+        patch.setitem(sys.modules, "ray", None)  # where it is installed: no clusters
         patch.setattr("hqc.engines.build.run_builder", nothing)
         patch.setattr("hqc.serving.bench.run.bench_serve", nothing)
         patch.setattr("hqc.evaluation.bench.run._measure", nothing)

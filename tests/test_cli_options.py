@@ -217,6 +217,7 @@ ALWAYS = {
     "bench-serve": "runtime requests steps guidance_scale max_batch seed as_json",
     "serve": "runtime host port allowed_host cors_origin max_images max_batch max_queue batching request_timeout "
     "shutdown_grace",
+    "deploy ray": "runtime replicas cpus gpus host port allowed_host api_key_file max_images max_batch max_queue",
     "doctor": "as_json",
 }
 

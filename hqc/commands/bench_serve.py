@@ -14,21 +14,24 @@ if TYPE_CHECKING:
     from hqc.evaluation.workspace import Workspace
     from hqc.serving.bench.server import Source
 
-__all__ = ["bench_serve"]
+__all__ = ["Between", "bench_serve"]
 
 
-class _Steps(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
-    """One number of steps, or the least and the most: 10-30."""
+class Between(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
+    """One whole number, or the least and the most of them: 10-30."""
 
-    name = "steps"
+    name = "numbers"
+
+    def __init__(self, what: str, most: int) -> None:
+        self._what, self._most = what, most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
         first, _, last = str(value).partition("-")
         last = last or first
-        if not all(part.isascii() and part.isdecimal() and 1 <= int(part) <= 1000 for part in (first, last)):
-            self.fail(f"{value!r} is not a number of steps in 1…1000, or two of them as 10-30", param, ctx)
+        if not all(part.isascii() and part.isdecimal() and 1 <= int(part) <= self._most for part in (first, last)):
+            self.fail(f"{value!r} is not {self._what} in 1…{self._most}, or two of them as 1-3", param, ctx)
         if int(first) > int(last):
             self.fail(f"{value!r} begins above its end", param, ctx)
         return int(first), int(last)
@@ -39,12 +42,14 @@ class _Steps(click.ParamType):  # type: ignore[type-arg]  # generic in newer cli
 @runtime_option
 @click.option("--requests", type=click.IntRange(8, 100_000), default=64, show_default=True, help="Of every figure.")
 @click.option(
-    "--steps", type=_Steps(), default="10-30", show_default=True, help="Denoising steps: each its own number."
+    "--steps",
+    type=Between("a number of steps", 1000),
+    default="10-30",
+    show_default=True,
+    help="Of a request, least and most.",
 )
 @click.option("--guidance-scale", type=click.FloatRange(0, 20), default=1.5, show_default=True)
-@click.option(
-    "--max-batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Images under way at once."
-)
+@click.option("--max-batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Images under way.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Of one call of the runtime.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of the arrivals.")
 @click.option(

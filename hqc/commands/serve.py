@@ -16,10 +16,17 @@ if TYPE_CHECKING:
     from hqc.runtimes import Runtime
     from hqc.serving.app import Served
 
-__all__ = ["serve"]
+__all__ = ["api_key", "api_key_option", "hosts", "serve"]
 
 KEY_VARIABLE = "HQC_API_KEY"
 _LONGEST_KEY_FILE = 4096
+
+
+api_key_option = click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help=f"The key that requests must send; {KEY_VARIABLE} in the environment does the same.",
+)
 
 
 @click.command(cls=Command)
@@ -34,11 +41,7 @@ _LONGEST_KEY_FILE = 4096
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--allowed-host", multiple=True, metavar="NAME", help="A name that the server is called by; may repeat.")
 @click.option("--cors-origin", multiple=True, metavar="URL", help="Pages of this origin may ask; may repeat.")
-@click.option(
-    "--api-key-file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help=f"The key that requests must send; {KEY_VARIABLE} in the environment does the same.",
-)
+@api_key_option
 @click.option("--max-images", type=click.IntRange(1, 64), default=8, show_default=True, help="Images of one request.")
 @click.option(
     "--max-batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Images under way at once."
@@ -94,11 +97,11 @@ def serve(
     it.
     """
     from hqc.serving.app import create_app
-    from hqc.serving.guards import LOOPBACK, Rules
+    from hqc.serving.guards import Rules
     from hqc.serving.limits import Limits
     from hqc.serving.server import serve as run
 
-    rules = Rules(hosts=_hosts(LOOPBACK, host, allowed_host), api_key=_api_key(api_key_file))
+    rules = Rules(hosts=hosts(host, allowed_host), api_key=api_key(api_key_file))
     served = [_served(model, runtime, threads, cache_dir)]
     if against is not None:
         served.append(_other(_served(against, None, threads, cache_dir), served[0]))
@@ -147,14 +150,20 @@ def _other(second: "Served", first: "Served") -> "Served":
     return replace(second, name=f"{second.name}-2") if second.name == first.name else second
 
 
-def _hosts(always: tuple[str, ...], host: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+def hosts(host: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     """Names that the Host header may have: loopback's, the address that is listened on, and those that are allowed."""
+    from hqc.serving.guards import LOOPBACK
+
     own = f"[{host}]" if ":" in host else host
-    return tuple(dict.fromkeys((*always, own, *allowed)))
+    return tuple(dict.fromkeys((*LOOPBACK, own, *allowed)))
 
 
-def _api_key(file: Path | None) -> str | None:
-    """The key of a file or of the environment; None where neither is given."""
+def api_key(file: Path | None) -> str | None:
+    """The key of a file or of the environment; None where neither is given.
+
+    Raises:
+        OptionError: for a file that cannot be read, or holds no key.
+    """
     if file is None:
         key = os.environ.get(KEY_VARIABLE)
         where, do = KEY_VARIABLE, "Set it to a key, or not at all."

@@ -1,0 +1,1 @@
+"""hqc in other people's frameworks; each is imported by itself, and needs its own extra."""
