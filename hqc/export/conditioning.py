@@ -122,7 +122,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def write_tokenizer(tokenizer: Any, source: Path, folder: Path) -> Tensor:
-    """A tokenizer's own files, and tokenizer.json, which does all by itself; some texts as tokens.
+    """A tokenizer's own files, its vocabulary, and tokenizer.json, which does all by itself; some texts as tokens.
 
     Raises:
         ExportError: if it has no such form, or that form gives other tokens.
@@ -141,6 +141,8 @@ def write_tokenizer(tokenizer: Any, source: Path, folder: Path) -> Tensor:
     found.enable_truncation(length)
     found.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
     found.save(str(folder / "tokenizer.json"))
+    if not (folder / "vocab.json").exists():  # what transformers before 5, and so optimum, reads instead
+        found.model.save(str(folder))
     wanted = tokenizer(list(_TEXTS), padding="max_length", max_length=length, truncation=True).input_ids
     alone = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if [alone.encode(text).ids for text in _TEXTS] != wanted:

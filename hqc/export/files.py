@@ -1,8 +1,19 @@
 """What the files of an export are called. Importing this loads nothing heavy."""
 
-__all__ = ["CLASS_LABELS", "CONFIG_FILE", "DATA_FILE", "ENCODED", "INPUT_IDS", "LAST_HIDDEN_STATE", "MODEL_FILE"]
+__all__ = [
+    "CLASS_LABELS",
+    "CONFIG_FILE",
+    "DATA_FILE",
+    "ENCODED",
+    "INPUT_IDS",
+    "LAST_HIDDEN_STATE",
+    "MODEL_FILE",
+    "SCHEDULER_FILE",
+]
 
 MODEL_FILE, DATA_FILE, CONFIG_FILE = "model.onnx", "model.onnx.data", "config.json"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+"""Of a pipeline."""
 
 CLASS_LABELS, ENCODED = "class_labels", "encoder_hidden_states"
 """Input and output of a class embedder."""

@@ -24,7 +24,7 @@ from hqc.capture.sources import trace
 from hqc.errors import ExportError
 from hqc.export.artefact import ExportReport, export_program
 from hqc.export.conditioning import write_class_embedder, write_text_encoder, write_tokenizer
-from hqc.export.files import CONFIG_FILE
+from hqc.export.files import CONFIG_FILE, SCHEDULER_FILE
 from hqc.export.interface import Names
 from hqc.export.prepare import Target
 from hqc.manifests import PIPELINE_KIND, write_manifest
@@ -42,7 +42,6 @@ PIPELINES = ("ClassConditionalLDMPipeline", "UnconditionalLDMPipeline", "StableD
 """What runs without torch."""
 
 _ALONE = "Export the denoiser alone, without --pipeline."
-_SCHEDULER = "scheduler/scheduler_config.json"
 # Parts that check or steer images: an export without them would be another pipeline.
 _MISSED = ("safety_checker", "image_encoder")
 
@@ -88,8 +87,8 @@ def require_pipeline(program: Program, source: Path | None, target: Target) -> d
         raise ExportError(f"pipeline {kind}", f"has a {missed[0]}, which is not exported", do)
     if (autoencoder := (index.get("vae") or [None, None])[1]) != AUTOENCODER:
         raise ExportError(f"pipeline {kind}", f"has a {autoencoder} as its vae; expected {AUTOENCODER}", _ALONE)
-    if not (source / _SCHEDULER).is_file():
-        raise ExportError(str(source), f"has no {_SCHEDULER}", "Check the folder.")
+    if not (source / SCHEDULER_FILE).is_file():
+        raise ExportError(str(source), f"has no {SCHEDULER_FILE}", "Check the folder.")
     return index
 
 
@@ -140,7 +139,7 @@ def export_pipeline(
         with doing("writing what gives the condition"):
             _CONDITIONS[index["_class_name"]](program, pipeline, temporary, opset)
         (temporary / "scheduler").mkdir()
-        shutil.copyfile(pipeline / _SCHEDULER, temporary / _SCHEDULER)
+        shutil.copyfile(pipeline / SCHEDULER_FILE, temporary / SCHEDULER_FILE)
         shutil.copyfile(pipeline / INDEX, temporary / INDEX)
         parts = tuple(sorted(path.name for path in temporary.iterdir() if path.is_dir()))
         fields = {"target": target, "parts": parts, "origin": asdict(program.origin)}

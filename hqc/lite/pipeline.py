@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hqc.configurations import check_configuration, read_configuration
 from hqc.errors import ArtefactError, EvaluationError, HqcError
-from hqc.export.files import CONFIG_FILE
+from hqc.export.files import CONFIG_FILE, DATA_FILE, MODEL_FILE, SCHEDULER_FILE
 from hqc.lite.arrays import Floats
 from hqc.lite.conditions import Classes, Condition, Nothing, Prompts
 from hqc.lite.noise import Noise
@@ -30,6 +30,11 @@ _KINDS: Mapping[str, Kind] = {
     "ClassConditionalLDMPipeline": "class_label",
     "UnconditionalLDMPipeline": "nothing",
     "StableDiffusionPipeline": "prompt",
+}
+_READ: Mapping[Kind, Mapping[str, tuple[str, ...]]] = {
+    "class_label": {"class_embedder": (MODEL_FILE, CONFIG_FILE)},
+    "nothing": {},
+    "prompt": {"text_encoder": (MODEL_FILE,), "tokenizer": ("tokenizer.json",)},
 }
 _OPTIONS: Mapping[Kind, tuple[str, ...]] = {
     "class_label": ("guidance_scale", "eta"),
@@ -75,12 +80,13 @@ class LitePipeline:
             RuntimeMissingError: if onnxruntime, or for prompts tokenizers, is not installed.
         """
         folder = Path(folder)
-        check_manifest(folder, PIPELINE_KIND)
+        listed = check_manifest(folder, PIPELINE_KIND)["files"]
         self.name, self._scheduler = folder.name, scheduler
         kind, pipeline = kind_of_pipeline(folder)
-        self._config = _configuration(folder / "scheduler" / "scheduler_config.json")
+        self._config = _configuration(folder / SCHEDULER_FILE)
         self.most_steps = int(self._config.get("num_train_timesteps", 1000))
         scheduler_class(self._config, scheduler)
+        _require_listed(folder, kind, listed)
         denoiser = next(
             (folder / name for name in ("unet", "transformer") if (folder / name).is_dir()), folder / "unet"
         )
@@ -243,6 +249,21 @@ def _condition(kind: Kind, folder: Path, threads: int | None) -> tuple[Condition
     if kind == "prompt":
         return Prompts(folder / "tokenizer", folder / "text_encoder", threads), 0
     return Nothing(), 0
+
+
+def _require_listed(folder: Path, kind: Kind, listed: Mapping[str, Any]) -> None:
+    """Refuses a file that would be read and whose hash nobody has checked.
+
+    Raises:
+        ArtefactError: naming the first.
+    """
+    whole = (MODEL_FILE, CONFIG_FILE, "manifest.json")
+    parts = {"unet": whole, "transformer": whole, "vae_decoder": whole, **_READ[kind]}
+    there = [name for name in parts if (folder / name).is_dir()]
+    needed = [f"{part}/{name}" for part in (*_READ[kind], "vae_decoder", *there) for name in parts[part]]
+    needed += [f"{part}/{DATA_FILE}" for part in there if (folder / part / DATA_FILE).exists()]
+    if missing := [name for name in ("model_index.json", SCHEDULER_FILE, *needed) if name not in listed]:
+        raise ArtefactError(str(folder), f"lists no {missing[0]}", "Export the pipeline again.")
 
 
 def _of_decoder(config: Mapping[str, Any], folder: Path) -> tuple[float, int, int]:

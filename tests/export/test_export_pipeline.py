@@ -51,6 +51,11 @@ def test_the_command_writes_a_pipeline_and_says_its_parts(captured: Path, tmp_pa
     timestep = next(value for value in graph.input if value.name == "timestep")
     assert [dim.dim_value for dim in timestep.type.tensor_type.shape.dim] == [1]  # as optimum gives it
 
+    with pytest.raises(ArtefactError) as error:
+        load(tmp_path / "x")
+    assert "is an exported pipeline, which runs without torch. Give it to `hqc sample`" in error.value.line
+    assert len(error.value.line) <= 300
+
     again = run("export", captured, "-o", tmp_path / "x", "--pipeline")
     assert again.exit_code == 2
     assert "already exists" in again.stderr
@@ -72,16 +77,6 @@ def test_a_quantised_denoiser_under_hqcs_names(captured: Path, tmp_path: Path) -
     pipe = load(tmp_path / "x" / "unet").session  # the same denoiser, by itself
     assert image.shape == (32, 32)
     assert pipe.name == "onnxruntime"
-
-
-def test_load_says_what_runs_it(captured: Path, tmp_path: Path) -> None:
-    export_pipeline(
-        trace(str(captured.parent / "pipeline")), "portable", tmp_path / "x", pipeline=captured.parent / "pipeline"
-    )
-    with pytest.raises(ArtefactError) as error:
-        load(tmp_path / "x")
-    assert "is an exported pipeline, which runs without torch. Give it to `hqc sample`" in error.value.line
-    assert len(error.value.line) <= 300
 
 
 def edited(source: Path, tmp_path: Path, change: Any) -> Path:

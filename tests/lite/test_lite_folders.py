@@ -49,6 +49,7 @@ def test_every_model_has_a_configuration_and_optimums_names(kind: str, folders: 
 def test_the_text_encoder_has_optimums_names(folders: dict[str, tuple[Path, Path]]) -> None:
     _, folder = folders["prompts"]
     assert ports(folder / "text_encoder") == (["input_ids"], ["last_hidden_state", "pooler_output"])
+    assert {path.name for path in (folder / "tokenizer").iterdir()} >= {"tokenizer.json", "vocab.json", "merges.txt"}
     graph = onnx.load(str(folder / "text_encoder" / "model.onnx")).graph
     assert [dim.dim_param or dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim] == ["N", 5]
     assert json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == 3

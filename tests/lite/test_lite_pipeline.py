@@ -270,6 +270,20 @@ def test_a_damaged_folder_is_refused(folders: dict[str, tuple[Path, Path]], tmp_
         LitePipeline(copy)
 
 
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "scheduler/scheduler_config.json", "unet/model.onnx", "class_embedder/config.json"]
+)
+def test_a_file_that_the_manifest_does_not_list_is_not_read(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path, name: str
+) -> None:
+    copy = changed(folders["classes"][1], tmp_path, "model_index.json", lambda data: None)
+    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["files"][name]
+    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ArtefactError, match=f"lists no {name}"):
+        LitePipeline(copy)
+
+
 def test_without_tokenizers_it_says_what_to_install(
     folders: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
