@@ -44,11 +44,14 @@ MOST_BYTES = 2**30
 GRID = (0.0, 500.0)
 QUANTISE = (InsertHadamard(block=8), InsertQdq(GRID), AttachLora(rank=2))
 REGULAR = (InsertHadamard(16, kind="regular", weights=True), InsertQdq(GRID), AttachLora(rank=2))
+GROUPS = (InsertQdq(activation="dynamic", activation_group=8, weight_group=8),)
 FORMS: dict[str, tuple[Any, ...]] = {
     "captured": (),
     "quantised": (SelectLayers(), *QUANTISE),
     "frozen": (SelectLayers(), *QUANTISE, MergeLora(), FreezeIntegers()),
     "integer": (SelectLayers(), *QUANTISE, MergeLora(), FreezeIntegers(), RotateWeights(), SplitDigits()),
+    "groups": (SelectLayers(), *GROUPS),
+    "frozen groups": (SelectLayers(), *GROUPS, FreezeIntegers()),
     "regular": (SelectLayers(), *REGULAR, MergeLora(), FreezeIntegers(), RotateWeights(), SplitDigits()),
 }
 FILES = ("graph.json", "graph.json", "graph.json", "plan.json", "manifest.json")
