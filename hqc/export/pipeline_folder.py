@@ -73,9 +73,6 @@ def require_pipeline(program: Program, source: Path | None, target: Target) -> d
         raise ExportError("--pipeline", f"has no scales of LoRAs, and {attached[0]} is attached", do)
     if source is None:
         raise ExportError("--pipeline", "the program was not traced from a pipeline", "Trace the pipeline's folder.")
-    if attached := program.attached_styles:
-        found = f"gives its denoiser no scale, and the LoRA {attached[0]} is attached"
-        raise ExportError("--pipeline", found, "Merge it at `hqc trace --lora`, or export the denoiser alone.")
     index = check_pipeline(source)
     kind = str(index["_class_name"])
     if kind not in PIPELINES:
