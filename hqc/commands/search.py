@@ -152,4 +152,7 @@ def _lines(found: "Found") -> dict[str, str]:
     }
     fixed = f", {len(found.fixed)} fixed by the recipe's rules" if found.fixed else ""
     widths = ", ".join(f"{count} × {bits}" for bits, count in found.widths.items())
-    return {"budget": shown(found.budget, found.unit), **errors, "sites": f"{widths}{fixed}"}
+    lines = {"budget": shown(found.budget, found.unit), **errors, "sites": f"{widths}{fixed}"}
+    if mixed.measured > uniform.measured:
+        lines["but"] = f"{uniform.bits} everywhere errs less: errors of single layers do not add up here"
+    return lines

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from test_cli import ok, refused
 
 import hqc
+from hqc.commands.search import _lines
 from hqc.errors import PassError, PlanError
 from hqc.evaluation.comparison.size import true_bytes
 from hqc.evaluation.sensitivity import SensitivityProbe
@@ -53,6 +55,12 @@ def test_the_plan_is_better_than_equal_bits_of_as_many_bytes(found: Found) -> No
     assert found.uniform.bits == "w4a8"
     assert len(found.widths) > 1
     assert found.found.measured == pytest.approx(found.found.predicted, rel=0.5), "errors of single sites add up"
+
+
+def test_a_plan_that_errs_more_than_equal_bits_is_said_to(found: Found) -> None:
+    worse = replace(found, found=replace(found.found, measured=1.5 * found.uniform.measured))
+    assert _lines(worse)["but"] == "w4a8 everywhere errs less: errors of single layers do not add up here"
+    assert "but" not in _lines(found)
 
 
 def test_predicted_is_the_root_of_the_sum_of_squares(found: Found) -> None:
