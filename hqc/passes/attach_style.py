@@ -53,8 +53,9 @@ class AttachStyle:
         if any(spec.name == name for spec in program.inputs):
             raise PassError("attach_style", f"the program has an input {name} already", "Give another name: NAME=FILE.")
         lora = read_lora(self.file, program)
+        changed = set(lora.sites())
         for site, layer in program.sites():
-            if site in lora.sites() and (reason := _unfit(layer)):
+            if site in changed and (reason := _unfit(layer)):
                 raise PassError(f"attach_style at {site}", reason, "Merge the LoRA at `hqc trace --lora` instead.")
         return Findings(lora.sites(), misses_of(lora))
 

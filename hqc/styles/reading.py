@@ -5,8 +5,9 @@ layer's own kernel to `rank` channels and `up` a 1×1; LoCon's `mid` between two
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,16 @@ class LoraFile:
 
     def sites(self) -> tuple[str, ...]:
         """The program's sites that it changes, in the graph's order."""
-        return tuple(site for site in self.shapes if layer_name(site) in self.layers)
+        changed = {site for layer in self.layers for site in self._sites_of[layer]}
+        return tuple(site for site in self.shapes if site in changed)
+
+    @cached_property
+    def _sites_of(self) -> Mapping[str, Sequence[str]]:
+        """The sites of every layer."""
+        found: dict[str, list[str]] = {}
+        for site in self.shapes:
+            found.setdefault(layer_name(site), []).append(site)
+        return found
 
     @property
     def rank(self) -> int:
@@ -75,7 +85,7 @@ class LoraFile:
         Raises:
             ArtefactError: for numbers that are not finite.
         """
-        keys, sites = self.layers[layer], [site for site in self.shapes if layer_name(site) == layer]
+        keys, sites = self.layers[layer], self._sites_of[layer]
         with _opened(self.path) as file:
             found = {part: self._tensor(file, key) for part, key in keys.items()}
         up, down = found["up"].flatten(1), found["down"]
