@@ -14,6 +14,7 @@ Factor = Callable[[str, int, float | None], float]
 """Of a layer, its rank and its own alpha where the file holds one."""
 
 _LARGEST_JSON = 2**20
+_LARGEST_ALPHA = 1e9
 _AGAIN = "Save it again from the library that trained it."
 
 
@@ -31,7 +32,7 @@ def factor_rule(path: Path, metadata: Mapping[str, str]) -> Factor:
         raise ArtefactError(str(path), "is a DoRA: it also scales the norms of the weights", "Give a plain LoRA.")
     common, own = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
     numbers = [*([] if common is None else [common]), *(own.values() if isinstance(own, dict) else [None])]
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+    if not all(type(number) in (int, float) and abs(number) < _LARGEST_ALPHA for number in numbers):
         raise ArtefactError(str(path), "has settings whose alpha is no number", _AGAIN)
     rooted = bool(settings.get("use_rslora"))
 

@@ -137,6 +137,8 @@ def test_settings_that_ask_for_more_are_refused(captured: Captured, tmp_path: Pa
     for settings, said in (
         ({"use_dora": True}, "is a DoRA"),
         ({"lora_alpha": "much"}, "whose alpha is no number"),
+        ({"lora_alpha": 10**400}, "whose alpha is no number"),
+        ({"alpha_pattern": {"conv": float("nan")}}, "whose alpha is no number"),
         ({"alpha_pattern": [1]}, "whose alpha is no number"),
     ):
         metadata = {"lora_adapter_metadata": json.dumps({"lora_alpha": 1, **settings})}
