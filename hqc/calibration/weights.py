@@ -102,18 +102,20 @@ def quantised_weight(program: Program, quantiser: fx.Node, weight: Tensor) -> Te
 def searched_range(weight: Tensor, top: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
     """Scale and whole zero point per output channel [O] of least Σ(Q(W_o) - W_o)² over shares of its span and 0.
 
-    Shares are even in (0.2, 1], one candidate is the whole span. Both ends shrink alike, so that the zero point is that
-    of `spanning_range`; top: of the codes, a number or [O].
+    Shares are even in (0.2, 1], one candidate is the whole span; in large layers not all are tried, see
+    `mse_weight_scale`. Both ends shrink alike, so that the zero point is that of `spanning_range`; top: of the codes, a
+    number or [O].
     """
     flat = weight.flatten(1).to(torch.float32)
     whole, zero = spanning_range(weight, top)
-    best, least = whole.clone(), torch.full_like(whole, torch.inf)
-    for share in torch.linspace(1.0, 0.2, candidates + 1)[:-1]:
-        scale = whole * share
-        error = (torch.ops.hqc.fake_quantize_bounded(flat, scale, -zero, top - zero) - flat).square().sum(1)
-        better = error < least
-        best[better], least[better] = scale[better], error[better]
-    return best, zero
+    low, high = (-zero).unsqueeze(1), (top - zero).unsqueeze(1)
+    ratios = torch.linspace(0.2, 1.0, candidates + 1)[1:]
+    step = _coarse(flat, float(top.max()) / 2, candidates)
+    parts = [
+        _best_scale(flat[rows], whole[rows], low[rows], high[rows], ratios, step)
+        for rows in torch.split(torch.arange(len(flat)), _rows_at_once(flat))
+    ]
+    return torch.where(flat.any(1), torch.cat(parts), whole) if parts else whole, zero
 
 
 @torch.no_grad()
@@ -143,27 +145,38 @@ def mse_weight_scale(weight: Tensor, qmin: int, qmax: int, candidates: int = 80)
     it exactly.
     """
     flat = weight.flatten(1).to(torch.float32)
-    # Some rows at a time: every candidate goes over them again, in the cache.
-    rows = max(1, _CACHED_VALUES // flat.shape[1])
-    step = 8 if flat.numel() > _LARGE_LAYER and qmax <= 7 and candidates > 8 else 1
+    absmax = flat.abs().amax(1) if len(flat) else flat.new_zeros(0)
+    base = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
     ratios = torch.linspace(0.2, 1.2, candidates + 1)[1:] if candidates > 1 else torch.ones(1)
-    parts = [_best_scale(part, qmin, qmax, ratios, step) for part in torch.split(flat, rows)]
-    return torch.cat(parts) if parts else flat.new_ones(0)
+    step, rows = _coarse(flat, qmax, candidates), _rows_at_once(flat)
+    pairs = zip(torch.split(flat, rows), torch.split(base, rows), strict=True)
+    parts = [_best_scale(part, own, qmin, qmax, ratios, step) for part, own in pairs]
+    return torch.where(absmax > 0, torch.cat(parts), torch.ones_like(absmax)) if parts else base
 
 
 _CACHED_VALUES = 2**20
 _LARGE_LAYER = 2**20
 
 
-def _best_scale(flat: Tensor, qmin: int, qmax: int, ratios: Tensor, step: int) -> Tensor:
-    absmax = flat.abs().amax(1)
-    base = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
+def _rows_at_once(flat: Tensor) -> int:
+    """Some at a time: every candidate goes over them again, in the cache."""
+    return max(1, _CACHED_VALUES // max(1, flat.shape[1]))
+
+
+def _coarse(flat: Tensor, top: float, candidates: int) -> int:
+    """How far apart the candidates are that are tried first; top: of codes of a range with both signs."""
+    return 8 if flat.numel() > _LARGE_LAYER and top < 8 and candidates > 8 else 1
+
+
+def _best_scale(flat: Tensor, base: Tensor, low: int | Tensor, high: int | Tensor, ratios: Tensor, step: int) -> Tensor:
+    """Of the ratios of the base [R] that with the least error for each row; low, high: codes, numbers or [R, 1]."""
     best = torch.zeros(len(flat), dtype=torch.int64)
     best_error = torch.full_like(base, torch.inf)
 
     def attempt(index: Tensor) -> None:
         scale = (base * ratios[index]).unsqueeze(1)
-        error = (flat * scale.reciprocal()).round_().clamp_(qmin, qmax).mul_(scale).sub_(flat).square_().sum(1)
+        levels = (flat * scale.reciprocal()).round_()
+        error = levels.clamp_(low, high).mul_(scale).sub_(flat).square_().sum(1)  # type: ignore[arg-type]
         better = error < best_error
         best[better], best_error[better] = index[better], error[better]
 
@@ -173,4 +186,4 @@ def _best_scale(flat: Tensor, qmin: int, qmax: int, ratios: Tensor, step: int) -
         middle = best.clone()
         attempt((middle - step).clamp_min(0))
         attempt((middle + step).clamp_max(len(ratios) - 1))
-    return torch.where(absmax > 0, base * ratios[best], torch.ones_like(absmax))
+    return base * ratios[best]

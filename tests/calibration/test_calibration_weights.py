@@ -49,3 +49,20 @@ def test_it_is_asked_for(captured: Callable[[str], Program]) -> None:
         changed = not torch.equal(span.state["conv.weight_scale"], search.state["conv.weight_scale"])
         assert changed == (kind != "residual"), "codes beside were chosen for the range that there is"
         assert torch.equal(span.state["conv.weight_zero"], search.state["conv.weight_zero"])
+
+
+def test_in_a_large_layer_the_coarse_search_is_near_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(40, 100, generator=torch.Generator().manual_seed(2)) ** 3
+    top = torch.tensor(15.0)
+
+    def error(scale: torch.Tensor, zero: torch.Tensor) -> float:
+        found = torch.ops.hqc.fake_quantize_bounded(weight, scale, -zero, top - zero)
+        return float((found - weight).square().sum())
+
+    whole = error(*searched_range(weight, top, 80))
+    monkeypatch.setattr("hqc.calibration.weights._LARGE_LAYER", 1000)
+    monkeypatch.setattr("hqc.calibration.weights._CACHED_VALUES", 1000)
+    coarse = error(*searched_range(weight, top, 80))
+    span = error(*spanning_range(weight, top))
+    assert whole <= coarse < whole + 0.02 * (span - whole)
+    assert searched_range(torch.zeros(0, 5), top, 80)[0].shape == (0,)
