@@ -193,7 +193,7 @@ class LitePipeline:
         shape = (1, *self._latents)
         guidance = drawing.guidance_scale if self.needs.guides and drawing.guidance_scale > 1 else None
         condition = self._conditions(drawing, guided=guidance is not None)
-        previews = preview_steps(drawing.num_inference_steps, drawing.previews) if drawing.see is not None else []
+        previews = preview_steps(len(scheduler.timesteps), drawing.previews) if drawing.see is not None else []
         x = noise.normal(shape) * scheduler.init_noise_sigma
         for i, timestep in enumerate(scheduler.timesteps):
             output = yield _call(scheduler.scaled(x, i), timestep, condition, rows=1 if guidance is None else 2)

@@ -34,8 +34,8 @@ class DpmSolver:
         even = spaced(settings, steps, _last(settings), ends=True).round()
         check_timesteps(even, settings)
         replaced = settings.use_karras_sigmas or settings.use_exponential_sigmas
-        ends = np.linspace(settings.num_train_timesteps - 1, 0, len(even))  # of all of training, unlike Euler's
-        ratios, timesteps = levels(settings, ends if replaced else even)
+        ends = np.array([settings.num_train_timesteps - 1, 0], np.float64)  # of all of training, unlike Euler's
+        ratios, timesteps = levels(settings, ends if replaced else even, steps)
         if settings.use_karras_sigmas and settings.beta_schedule != "squaredcos_cap_v2":
             timesteps = timesteps.round()
         alphas: Floats = np.reciprocal(np.sqrt(np.square(ratios) + _ONE))

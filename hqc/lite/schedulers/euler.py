@@ -28,7 +28,7 @@ class Euler:
         # diffusers rounds evenly spaced timesteps to float32 before it looks their levels up.
         even = spaced(settings, steps).astype(np.float32)
         check_timesteps(even, settings)
-        sigmas, timesteps = levels(settings, even.astype(np.float64))
+        sigmas, timesteps = levels(settings, even.astype(np.float64), steps)
         return cls(timesteps.astype(np.float32), sigmas, settings)
 
     @property

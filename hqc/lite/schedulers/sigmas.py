@@ -13,12 +13,15 @@ __all__ = ["levels"]
 _KARRAS_RHO = 7.0
 
 
-def levels(settings: Settings, timesteps: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+def levels(
+    settings: Settings, timesteps: NDArray[np.float64], steps: int
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """σ of every step and of the end, and the timesteps, which Karras' and exponential levels replace.
 
-    timesteps: those that the configuration spaces out.
+    timesteps: those that the configuration spaces out; rounding may make them one more than the steps asked for, which
+    the other levels never are.
     """
-    known, steps = sigmas_of(settings), len(timesteps)
+    known = sigmas_of(settings)
     if settings.use_karras_sigmas or settings.use_exponential_sigmas:
         # Those that end them are of all of training in DPM-Solver, and of the steps in Euler: the caller's timesteps.
         largest, least = np.interp(timesteps[[0, -1]], np.arange(len(known)), known)
