@@ -10,8 +10,8 @@ import click
 from hqc.commands.applies import asked as typed
 from hqc.commands.applies import option_name
 from hqc.commands.options import options
-from hqc.commands.without_torch import is_exported_pipeline
 from hqc.errors import EvaluationError, OptionError
+from hqc.lite.opening import is_exported_pipeline
 
 if TYPE_CHECKING:
     from hqc.evaluation.sampling import Samples

@@ -114,7 +114,7 @@ def bench_serve(
         Console(width=max(200, out.console.width)).print(serve_table(result), soft_wrap=True)
 
 
-def _source(model: str, runtime: str | None, threads: int | None, space: "Workspace") -> "tuple[Source, str]":
+def _source(model: str, runtime: Any, threads: int | None, space: "Workspace") -> "tuple[Source, str]":
     """What is served, and the runtime's name."""
     from hqc.serving.bench.server import Source
 
@@ -131,8 +131,11 @@ def _source(model: str, runtime: str | None, threads: int | None, space: "Worksp
 def _runtime_of(model: str, runtime: str | None) -> str:
     """The runtime that `hqc serve` would take; refuses what it would refuse, before a server is started."""
     from hqc.evaluation.needs import call_kind
+    from hqc.lite.opening import RUNTIME, is_exported_pipeline
     from hqc.runtimes.model import describe, fitting_runtime
 
+    if is_exported_pipeline(model):
+        return RUNTIME
     found = describe(model)
     call_kind(found.pipeline, found.conditions)
     chosen = runtime or fitting_runtime(model)

@@ -61,12 +61,14 @@ def deploy_ray(
     """
     from hqc.evaluation.needs import call_kind
     from hqc.integrations.ray import Resources, application, started
+    from hqc.lite.opening import is_exported_pipeline
     from hqc.runtimes.model import describe
     from hqc.serving.guards import Rules
     from hqc.serving.limits import Limits
 
-    found = describe(model)
-    call_kind(found.pipeline, found.conditions)  # before a cluster is started
+    if not is_exported_pipeline(model):
+        found = describe(model)
+        call_kind(found.pipeline, found.conditions)  # before a cluster is started
     rules = Rules(hosts=hosts(host, allowed_host), api_key=api_key(api_key_file))
     limits = Limits(max_images=max_images, max_batch=max_batch, max_queue=max_queue)
     app = application(

@@ -16,8 +16,8 @@ from hqc.commands.options import (
     runtime_option,
     sampler_options,
 )
-from hqc.commands.without_torch import is_exported_pipeline, open_pipeline
 from hqc.errors import ComparisonError, EvaluationError, OptionError
+from hqc.lite.opening import is_exported_pipeline, open_pipeline
 
 if TYPE_CHECKING:
     from hqc.evaluation.protocol import Pictures

@@ -9,7 +9,6 @@ import click
 
 from hqc.commands.applies import Command, check_runtime
 from hqc.commands.options import runtime_option
-from hqc.commands.without_torch import RUNTIME, is_exported_pipeline, open_pipeline
 from hqc.errors import OptionError
 
 if TYPE_CHECKING:
@@ -99,12 +98,14 @@ def serve(
     from hqc.serving.app import create_app
     from hqc.serving.guards import Rules
     from hqc.serving.limits import Limits
+    from hqc.serving.opening import opened
     from hqc.serving.server import serve as run
 
     rules = Rules(hosts=hosts(host, allowed_host), api_key=api_key(api_key_file))
-    served = [_served(model, runtime, threads, cache_dir)]
+    served = [opened(model, runtime, threads=threads, cache=cache_dir)]
+    check_runtime(served[0].runtime)
     if against is not None:
-        served.append(_other(_served(against, None, threads, cache_dir), served[0]))
+        served.append(_other(opened(against, threads=threads, cache=cache_dir), served[0]))
     limits = Limits(
         max_images=max_images,
         max_batch=max_batch,
@@ -114,28 +115,6 @@ def serve(
     )
     app = create_app(served, limits=limits, rules=rules, policy=batching, cors_origins=cors_origin)
     run(app, host=host, port=port, limits=limits)
-
-
-def _served(model: str, runtime: "Runtime | None", threads: int | None, cache_dir: Path | None) -> "Served":
-    from hqc.serving.app import Served
-
-    if is_exported_pipeline(model):
-        if cache_dir is not None:
-            raise OptionError(
-                "--cache-dir", f"{model} is an exported pipeline, which keeps nothing there", "Leave it out."
-            )
-        pipe = open_pipeline(model, runtime, threads)
-        return Served(pipe, pipe.name, RUNTIME)
-    from hqc.evaluation.needs import call_kind
-    from hqc.runtimes import load
-    from hqc.runtimes.model import describe
-    from hqc.serving.pipelines import PipelineBackend
-
-    found = describe(model)
-    call_kind(found.pipeline, found.conditions)  # before the weights are read
-    loaded = load(model, runtime=runtime, threads=threads, cache=cache_dir)
-    check_runtime(loaded.runtime)
-    return Served(PipelineBackend(loaded.pipeline()), loaded.name, loaded.runtime)
 
 
 def _other(second: "Served", first: "Served") -> "Served":

@@ -22,6 +22,8 @@ from hqc.serving.limits import Limits
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from hqc.runtimes import Runtime
+
 try:
     from ray import serve
 except ModuleNotFoundError as error:
@@ -43,7 +45,7 @@ class Resources:
 def application(
     model: str,
     *,
-    runtime: str | None = None,
+    runtime: "Runtime | None" = None,
     replicas: tuple[int, int] = (1, 1),
     resources: Resources | None = None,
     limits: Limits | None = None,
@@ -122,18 +124,15 @@ def _scaling(replicas: tuple[int, int], max_batch: int) -> dict[str, Any]:
 
 
 def _builder(
-    model: str, runtime: str | None, resources: Resources, limits: Limits, rules: Rules
+    model: str, runtime: "Runtime | None", resources: Resources, limits: Limits, rules: Rules
 ) -> "Callable[[], FastAPI]":
     """What builds the application in a replica; it is sent there whole."""
 
     def build() -> "FastAPI":
-        from hqc.runtimes import load
-        from hqc.serving.app import Served, create_app
-        from hqc.serving.pipelines import PipelineBackend
+        from hqc.serving.app import create_app
+        from hqc.serving.opening import opened
 
-        own = {"threads": resources.cpus} if runtime in (None, "onnxruntime") else {}
-        loaded = load(model, runtime=runtime, **own)  # type: ignore[arg-type]
-        served = Served(PipelineBackend(loaded.pipeline()), loaded.name, loaded.runtime)
-        return create_app([served], limits=limits, rules=rules)
+        threads = resources.cpus if runtime in (None, "onnxruntime") else None
+        return create_app([opened(model, runtime, threads=threads)], limits=limits, rules=rules)
 
     return build

@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hqc.errors import EvaluationError, HqcError
 from hqc.serving.backend import Backend
 from hqc.serving.engine import Policy
+
+if TYPE_CHECKING:
+    from hqc.runtimes import Runtime
 
 __all__ = ["Source", "serving"]
 
@@ -26,22 +30,22 @@ class Source:
     """
 
     model: str
-    runtime: str | None = None
+    runtime: "Runtime | None" = None
     program: Path | None = None
     threads: int | None = None
 
     def backend(self) -> Backend:
         """Loaded."""
-        from hqc.runtimes import load
-        from hqc.serving.pipelines import PipelineBackend
-
-        loaded = load(self.model, runtime=self.runtime, threads=self.threads)  # type: ignore[arg-type]
         if self.program is None:
-            return PipelineBackend(loaded.pipeline())
+            from hqc.serving.opening import opened
+
+            return opened(self.model, self.runtime, threads=self.threads).backend
+        from hqc.runtimes import load
         from hqc.sampling.sources import synthetic_task
         from hqc.serving.latents import LatentBackend
         from hqc.storage import load_program
 
+        loaded = load(self.model, runtime=self.runtime, threads=self.threads)
         return LatentBackend(loaded.session, synthetic_task(load_program(self.program)))
 
 

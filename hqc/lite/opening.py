@@ -1,4 +1,4 @@
-"""Exported pipelines on the command line: whatever is done with one is done without torch."""
+"""Exported pipelines by their folder: whatever is done with one is done without torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
