@@ -58,6 +58,7 @@ SECONDS: Mapping[str, int] = {
     "lite/test_lite_schedulers.py": 15,
     "export/test_export_pipeline.py": 25,
     "triton_server/test_triton_server.py": 20,
+    "integrations/test_integrations_diffusers.py": 45,
     "calibration/test_calibration_lora_start.py": 5,
     "export/test_export_residual.py": 12,
     "export/test_export_groups.py": 12,

@@ -40,8 +40,8 @@ def _planned(parameter: str) -> Rule:
 
 
 def _lowered(parameter: str) -> Rule:
-    found = "is for a program that is lowered, and --target triton takes what was exported before"
-    return Rule(parameter, lambda p: p["target"] != "triton", found)
+    found = "is for ONNX files that are lowered from a program, and --target triton and diffusers lower none"
+    return Rule(parameter, lambda p: p["target"] not in ("triton", "diffusers"), found)
 
 
 def _served(parameter: str) -> Rule:
@@ -64,7 +64,12 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     ),
     "qat": (Rule("epochs", lambda p: p["steps"] is None, "and --steps exclude each other", "Give one of them."),),
     "export": (
-        *map(_lowered, ("opset", "against", "one_timestep", "functions", "names", "whole", "loras", "merge_lora")),
+        *map(_lowered, ("opset", "one_timestep", "functions", "names", "whole", "loras", "merge_lora")),
+        Rule(
+            "against",
+            lambda p: p["target"] != "triton",
+            "is for a program, and --target triton takes what was exported",
+        ),
         *map(_served, ("max_batch_size", "device")),
         Rule("merge_lora", lambda p: bool(p["loras"]), "merges what --lora names, and none is named"),
     ),

@@ -33,10 +33,11 @@ __all__ = ["export"]
 @output_option
 @click.option(
     "--target",
-    type=click.Choice(["portable", "onnxruntime", "tensorrt", "triton"]),
+    type=click.Choice(["portable", "onnxruntime", "tensorrt", "triton", "diffusers"]),
     default="onnxruntime",
     show_default=True,
-    help="triton: PROGRAM is an export, which becomes a model of Triton Inference Server.",
+    help="triton: PROGRAM is an export, which becomes a model of Triton Inference Server. diffusers: no ONNX, but a "
+    "folder that from_pretrained loads.",
 )
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), help="TensorRT: activations (default: fp16).")
 @click.option(
@@ -84,7 +85,7 @@ __all__ = ["export"]
 def export(
     program: Path,
     output: Path,
-    target: "Target | Literal['triton']",
+    target: "Target | Literal['triton', 'diffusers']",
     dtype: "Dtype | None",
     plugins: "Plugins | None",
     weight_only: tuple[str, ...],
@@ -107,7 +108,7 @@ def export(
 
     With --engine, the model is compiled too, as by `hqc build-engine`. With --pipeline, everything around it is written
     as ONNX too: decoder, text encoder, classes. With --target triton, PROGRAM is what was exported before, and -o the
-    folder of the model in a model repository.
+    folder of the model in a model repository; with --target diffusers, -o is a denoiser's folder.
     """
     from hqc import console as out
     from hqc.export import export_program
@@ -123,6 +124,9 @@ def export(
     with doing(f"reading {program}"):
         loaded = load_program(program)
     reference = load_program(against) if against is not None else None
+    if target == "diffusers":
+        _export_diffusers(loaded, output, reference, force=force, as_json=as_json)
+        return
     loaded = with_export_loras(loaded, loras, merged=merge_lora)
     if reference is not None:
         reference = with_loras(reference, loras, merged=merge_lora, say=False)
@@ -161,6 +165,20 @@ def export(
         )
     elif engines is not None:
         click.echo(f"built {engines}")
+
+
+def _export_diffusers(
+    program: "Program", output: Path, reference: "Program | None", *, force: bool, as_json: bool
+) -> None:
+    """Writes a denoiser for diffusers, and prints what was written."""
+    from hqc import console as out
+    from hqc.integrations.diffusers import export_diffusers
+
+    report = export_diffusers(program, output, force=force, float_program=reference)
+    if as_json:
+        out.print_json({"export": str(output), "target": "diffusers", **report.to_dict()})
+    else:
+        click.echo(f"exported {report}")
 
 
 def _export_pipeline(

@@ -38,7 +38,16 @@ from hqc.running import run_module
 from hqc.sites import watched_sites
 from hqc.wording import first_words, listed
 
-__all__ = ["LARGE_MODEL", "NetworkCheck", "Verification", "check_onnx", "file_output", "verify_export"]
+__all__ = [
+    "LARGE_MODEL",
+    "NetworkCheck",
+    "Verification",
+    "check_network",
+    "check_onnx",
+    "file_output",
+    "network_problems",
+    "verify_export",
+]
 
 LARGE_MODEL = 2**28
 """Bytes of weights beyond which verification spares memory: fewer samples, plugins' bodies as they are written."""
@@ -146,8 +155,8 @@ def verify_export(
             sites, problems = check_sites(watched, taps, reference, feeds)
             codes, seen = _all_codes(watched, taps, feeds)
         problems += check_weights(model, taps, reference)
-    network = _check_network(output, seen, codes, reference, float_program, args)
-    problems += _network_problems(network, reference, rounding)
+    network = check_network(output, seen, codes, reference, float_program, args)
+    problems += network_problems(network, reference, rounding)
     if problems:
         raise ExportError(
             "export verification", "; ".join(problems[:5]), "Nothing was written. Report a bug.", lists=True
@@ -177,7 +186,7 @@ def file_output(model: Path, reference: Program, batch: int, *, optimised: bool 
 
 
 @torch.no_grad()
-def _check_network(
+def check_network(
     output: Tensor,
     watched: Tensor,
     codes: Mapping[str, Tensor],
@@ -185,7 +194,7 @@ def _check_network(
     float_program: Program | None,
     args: Sequence[Tensor],
 ) -> NetworkCheck:
-    """output: of the file; watched: of the copy that returned the codes."""
+    """Holds an output against the reference's. output: of the file; watched: of the copy that returned the codes."""
     forced_run = ForcedRun(reference, codes)
     forced = forced_run.run(*args)
     free = run_module(reference.module(), *args)
@@ -243,8 +252,8 @@ def _all_codes(
     return codes, output
 
 
-def _network_problems(check: NetworkCheck, reference: Program, rounding: float) -> list[str]:
-    """`not <=` so that NaN counts as a failure."""
+def network_problems(check: NetworkCheck, reference: Program, rounding: float) -> list[str]:
+    """What is out of bounds; rounding: see `verify_export`. `not <=` so that NaN counts as a failure."""
     problems, forced = [], max(FORCED_BOUND, ROUNDINGS * rounding)
     largest = max((site.bounds.largest for site in watched_sites(reference)), default=0)
     boundary = FORCED_BOUNDARY + LEVEL_ROUNDINGS * rounding * largest
