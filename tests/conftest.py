@@ -72,6 +72,7 @@ SECONDS: Mapping[str, int] = {
     "passes/test_pass_lora_taps.py": 3,
     "engines/test_engines_ldm4.py": 15,
     "runtimes/test_runtimes_unet.py": 15,
+    "runtimes/test_runtimes_pipelines.py": 25,
     "test_gpu_contest.py": 15,
     "models/test_training_script.py": 12,
     "test_restoration.py": 25,

@@ -33,7 +33,9 @@ def as_unet(session: Session, unet_config: Mapping[str, Any], *, timesteps: Sequ
 class SessionUNet(nn.Module):
     """Calls a session with diffusers' conventions. It has no parameters: the weights belong to the session.
 
-    `.to(device)` says where inputs and outputs live, for a pipeline that asks; the session stays where it is.
+    `.to(device)` and `.to(dtype)` say where inputs and outputs live and of what type they are, for a pipeline that
+    asks; the session stays where it is and computes as it does. Threads may share a session, each with a drop-in of
+    its own.
     """
 
     _placed: Tensor
@@ -83,8 +85,8 @@ class SessionUNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the session computes in."""
-        return torch.float32
+        """Of inputs and outputs, as pipelines make them; the session computes in its own."""
+        return self._placed.dtype
 
     @property
     def device(self) -> torch.device:
@@ -123,9 +125,7 @@ class SessionUNet(nn.Module):
         result = self.session(sample, timestep, **given).to(sample.device, sample.dtype)
         if not return_dict:
             return (result,)
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-
-        return UNet2DConditionOutput(sample=result)
+        return _output_type(self._kind)(sample=result)
 
     def _note_range(self, timestep: Tensor | float) -> None:
         if self._range is None:
@@ -140,6 +140,15 @@ class SessionUNet(nn.Module):
                 high,
             )
             self._range = None
+
+
+def _output_type(kind: str) -> Any:
+    """What diffusers' own denoiser of a class returns; a UNet's without one."""
+    from diffusers.models import modeling_outputs, unets
+
+    if kind.endswith("Transformer2DModel"):
+        return modeling_outputs.Transformer2DModelOutput
+    return unets.unet_2d.UNet2DOutput if kind == "UNet2DModel" else unets.unet_2d_condition.UNet2DConditionOutput
 
 
 _PIXART_ENLARGEMENT = 8

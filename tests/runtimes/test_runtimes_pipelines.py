@@ -1,6 +1,7 @@
 """hqc's denoiser in diffusers' own pipelines: the same latents as with the module that it was captured from."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from denoisers import captured_denoiser, denoiser
 from torch import Tensor, nn
 
+from hqc.capture.families import call_arguments
 from hqc.errors import EvaluationError
 from hqc.export import export_program
 from hqc.runtimes import load
@@ -184,6 +186,54 @@ def test_drop_in(name: str, runtime: str, tmp_path) -> None:
     # Two steps of float32 rounding.
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
     assert wanted.norm() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["sd21", "sdxl", "pixart_512", "sd3", "flux"])
+def test_a_pipeline_in_half_precision(name: str, dtype: torch.dtype, tmp_path) -> None:
+    """`pipe.to(dtype)` reaches the drop-in, which says so to the pipeline; the session goes on in its own type."""
+    pipe, call = PIPELINES[name](denoiser(name))
+    wanted = _latents(pipe, call)
+    save_program(captured_denoiser(name), tmp_path / "x")
+    part = "transformer" if hasattr(pipe, "transformer") else "unet"
+    setattr(pipe, part, load(tmp_path / "x").as_denoiser())
+    pipe.to(dtype)
+    assert getattr(pipe, part).dtype == dtype
+    if name == "sdxl":
+        pipe.text_encoder_2.dtype = dtype  # a stand-in, which has no weights to cast
+    half = {key: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for key, v in call.items()}
+    found = _latents(pipe, half)
+    assert found.dtype == dtype
+    # Two steps of 7 or 10 bits of mantissa in the latents.
+    assert (found.float() - wanted).norm() <= (0.05 if dtype == torch.bfloat16 else 0.01) * wanted.norm()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "labelled", "dit", "sd3"])
+def test_it_returns_what_the_module_returns(name: str, tmp_path) -> None:
+    model, program = denoiser(name), captured_denoiser(name)
+    save_program(program, tmp_path / "x")
+    unet = load(tmp_path / "x").as_denoiser()
+    named = dict(zip((s.name for s in program.inputs), program.example_inputs(2), strict=True))
+    call = call_arguments(type(model).__name__, named)
+    with torch.no_grad():
+        for return_dict in (True, False):
+            wanted, found = (one(**call, return_dict=return_dict) for one in (model, unet))
+            assert type(found) is type(wanted)
+            assert torch.allclose(found[0], wanted[0], rtol=1e-3, atol=1e-4)
+        assert torch.equal(unet(**call).sample, unet(**call, return_dict=False)[0])
+
+
+def test_threads_share_a_session(tmp_path) -> None:
+    """ONNX Runtime runs one session from several threads; each has a drop-in of its own."""
+    program = captured_denoiser("sd15")
+    export_program(program, "onnxruntime", tmp_path / "x", verify_batch=1)
+    model = load(tmp_path / "x", threads=1)
+    inputs = [program.example_inputs(2, seed) for seed in range(8)]
+    alone = [model.as_denoiser()(*args).sample for args in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda args: model.as_denoiser()(*args).sample, inputs * 4))
+    assert all(torch.equal(one, alone[i % len(alone)]) for i, one in enumerate(found))
+    assert model.as_denoiser().session is model.session
 
 
 def test_a_pipeline_of_another_size_is_refused(tmp_path) -> None:
