@@ -201,6 +201,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if kind == PIPELINE_KIND:
         do = "Give it to `hqc sample` or `hqc serve`, or its unet/ folder, which is an export like any other."
         raise ArtefactError(str(folder), "is an exported pipeline, which runs without torch", do)
+    if kind in _ELSEWHERE:
+        what, do = _ELSEWHERE[kind]
+        raise ArtefactError(str(folder), f"is {what}", do)
     if kind not in (PROGRAM_KIND, EXPORT_KIND):
         raise ArtefactError(str(folder), f"holds {kind!r}", f"Give a folder that hqc wrote, or `{DIGITS}`.")
     return dict(manifest)
@@ -299,6 +302,16 @@ _DO = {
     EXPORT_KIND: "Leave the runtime out, or give the program folder that it was exported from.",
     DIGITS: "Trace it with `hqc trace digits`, then export that.",
 }
+
+
+_ELSEWHERE = {
+    "hqc-diffusers": (
+        "a denoiser for diffusers",
+        "Load it with from_pretrained after `import hqc.integrations.diffusers`, or give the program.",
+    ),
+    "hqc-triton": ("a model for Triton Inference Server", "Give the export that it was made from."),
+}
+"""Kinds of artefacts that others load, and what to do."""
 
 
 def _size(folder: Path, names: tuple[str, ...] | list[str]) -> int:

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_cli import ok
 from torch import Tensor, nn
 
+import hqc.runtimes
 from hqc.capture.diffusers_models import Denoiser
 from hqc.errors import ArtefactError, EvaluationError, ExportError
 from hqc.export.reference import verification_inputs
 from hqc.integrations.diffusers import HqcConfig, HqcQuantizer, export_diffusers
+from hqc.integrations.diffusers.config import SiteForm
 from hqc.integrations.diffusers.modules import HqcConv2d, HqcLayer, HqcLinear
 from hqc.manifests import check_manifest
 from hqc.passes import InsertQdq, InsertSmoothing, SelectLayers
@@ -156,6 +158,11 @@ def test_a_layer_alone_has_no_timestep(program: Program, written: Path) -> None:
         layer(torch.zeros(1, layer.shape[-1]))
 
 
+def test_hqc_itself_says_who_loads_it(written: Path) -> None:
+    with pytest.raises(ArtefactError, match=r"is a denoiser for diffusers\. Load it with from_pretrained"):
+        hqc.runtimes.load(written)
+
+
 def test_the_manifest_lists_every_file(written: Path) -> None:
     assert set(check_manifest(written, "hqc-diffusers")["files"]) == {"config.json", "plan.json", WEIGHTS}
 
@@ -275,6 +282,19 @@ def test_a_hostile_folder_is_refused_in_a_line(kind: str, written: Path, tmp_pat
         load(folder)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize(("channels", "code", "fits"), [(2**17, 127, True), (2**18, 127, False), (2**18, 1, True)])
+def test_sums_past_int32_are_refused(channels: int, code: int, fits: bool) -> None:
+    layer = HqcLinear(SiteForm("int8", low=-127, high=127), (1, channels), 1, bias=False)
+    layer.weight_codes.fill_(code)
+    layer.weight_scale.fill_(1.0)
+    layer.activation_scale.fill_(1.0)
+    if fits:
+        layer.check("wide")
+    else:
+        with pytest.raises(ArtefactError, match=r"layer wide: has accumulators that may reach \d+, past int32"):
+            layer.check("wide")
 
 
 def test_other_methods_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

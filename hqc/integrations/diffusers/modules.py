@@ -6,6 +6,7 @@ On a GPU they run hqc's Triton kernels, elsewhere the same in plain torch, exact
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -75,7 +76,7 @@ def _timestep_of(denoiser: nn.Module, arguments: tuple[Any, ...], options: dict[
     Raises:
         EvaluationError: if it gives none.
     """
-    bound = inspect.signature(denoiser.forward).bind_partial(*arguments, **options).arguments
+    bound = inspect.signature(type(denoiser).forward).bind_partial(denoiser, *arguments, **options).arguments
     if bound.get("timestep") is None:
         raise EvaluationError("timestep", "is missing, and the scales depend on it", "Give it.")
     return bound["timestep"]
@@ -161,7 +162,8 @@ class HqcLayer(_Exact):
         values = weight_values(self.weight, self.shape[-1])
         if self.form.rotation > 1 and int(values.abs().max()) > 127:
             return "has packed codes that leave int8 when they are rotated"
-        if self.weight_high is not None:
+        terms = math.prod(self.shape[1:])
+        if self.weight_high is not None or terms * 128 * 128 >= _INT32_LIMIT:
             reach = int(values.abs().to(torch.int64).flatten(1).sum(1).max()) * 128
             if reach >= _INT32_LIMIT:
                 return f"has accumulators that may reach {reach}, past int32"
