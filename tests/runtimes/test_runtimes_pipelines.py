@@ -153,6 +153,7 @@ def _flux(model: nn.Module) -> tuple[Any, dict[str, Any]]:
 
 
 PIPELINES = {
+    "sd15": _stable_diffusion,
     "sd21": _stable_diffusion,
     "sdxl": _stable_diffusion_xl,
     "dit": _dit,
