@@ -741,9 +741,10 @@ def test_version_and_help() -> None:
     assert ok("--version").stdout == "hqc, version 0.1.0\n"
     text = ok("--help").stdout
     commands = [line.split()[0] for line in text.partition("Commands:\n")[2].splitlines()]
-    models = ["sample", "eval", "analyze", "compare", "compare-recipes", "bench", "serve"]
+    models = ["sample", "restore", "eval", "analyze", "compare", "compare-recipes"]
+    models += ["bench", "serve", "bench-serve", "deploy"]
     made = ["trace", "explain", "inspect", "recipes", "search", "qr-adaptor"]
-    made += ["ptq", "qat", "export", "build-engine", "tune"]
+    made += ["ptq", "qat", "attach-lora", "export", "build-engine", "tune"]
     assert commands == [*made, *models, "doctor"]
     for command in commands:
         assert ok(command, "-h").stdout.startswith(f"Usage: main {command}")

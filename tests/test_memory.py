@@ -162,7 +162,7 @@ def test_quantising_says_what_it_needs_before_it_starts(
 
     program = captured("cross_attention")
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    monkeypatch.setattr("hqc.recipes.run.run_pass", None)  # nothing has begun
+    monkeypatch.setattr("hqc.recipes.run._one", None)  # nothing has begun
     with pytest.raises(MemoryShortError, match=r"calibrating on 16 images: needs about .* Take fewer calibration"):
         api.ptq(program, task=synthetic_task(program))
 
@@ -178,7 +178,7 @@ def test_training_says_what_it_needs_before_it_starts(
     assert 4 * program.size_bytes() < one < two < 2 * one
     assert activation_bytes(program.graph, 8) < training_bytes(program, 8)
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    monkeypatch.setattr("hqc.recipes.run.run_pass", None)  # nothing has begun
+    monkeypatch.setattr("hqc.recipes.run._one", None)  # nothing has begun
     settings = {"distil.batch_size": 3, "calibrate_activations.samples": 1}
     with pytest.raises(MemoryShortError, match=r"training on batches of 3: needs about .* Take a smaller --batch-size"):
         api.qat(program, "hq-dm", task=synthetic_task(program), settings=settings)

@@ -67,7 +67,7 @@ def test_lists_and_whole_numbers_are_taken() -> None:
 HOSTILE = {
     "__import__('os').system('true')": "is not name(option=value)",
     "__import__('os')": "is not name(option=value)",
-    "eval(x=1)": "unknown step 'eval'; there are drop_single_key_attention, open_attention",
+    "eval(x=1)": "unknown step 'eval'; there are merge_style, drop_single_key_attention, open_attention",
     "merge_lora": "is not name(option=value)",
     "merge_lora()()": "is not name(option=value)",
     "hqc.merge_lora()": "is not name(option=value)",

@@ -300,10 +300,9 @@ def _serve(model: Path, kind: str) -> None:
     from fastapi.testclient import TestClient
 
     from hqc.serving.app import create_app
-    from hqc.serving.limits import Limits
+    from hqc.serving.opening import opened
 
-    app = create_app(load(model).pipeline(), model_name="m", limits=Limits())
-    with TestClient(app) as client:
+    with TestClient(create_app([opened(str(model))]), base_url="http://localhost") as client:
 
         def answer(**body: object) -> tuple[int, dict[str, Any]]:
             response = client.post("/v1/images/generations", json={"num_inference_steps": 2, **body})
@@ -319,7 +318,7 @@ def _serve(model: Path, kind: str) -> None:
             status, body = answer(prompt="a church")
             assert (status, len(body["data"])) == (200, 1)
             assert body["data"][0]["revised_prompt"] == "a sample of an unconditional model: no prompt was used"
-            assert answer(class_label=3)[0] == 422
+            assert answer(class_label=3)[0] == 400
 
 
 def _images(model: Path, kind: str) -> Tensor:
