@@ -38,6 +38,9 @@ types: install ## mypy, strict
 tests: install ## pytest, a file at a time on two cores, the long ones first
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+test-all: install lint types ## the same with further cases of what those test
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'long or not long'
+
 figures: install ## measure again what the README shows (two to three hours on two cores)
 	test -d work/figures/digits.hqc || $(BIN)/hqc trace digits -o work/figures/digits.hqc
 	$(MAKE) -j 2 figures-w4a4 figures-w4a3

@@ -323,7 +323,10 @@ def test_timesteps_outside_the_calibrated_range_are_noted_once(
 
 @pytest.mark.parametrize(
     ("name", "options", "runtime"),
-    [("integer", ("--threads", "1"), "onnxruntime"), ("trained", ("--runtime", "torch"), "torch")],
+    [
+        ("integer", ("--threads", "1"), "onnxruntime"),
+        pytest.param("trained", ("--runtime", "torch"), "torch", marks=pytest.mark.long),
+    ],
 )
 def test_serve(made: SimpleNamespace, name: str, options: tuple[str, ...], runtime: str) -> None:
     folder = getattr(made, name)

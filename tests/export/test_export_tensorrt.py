@@ -116,7 +116,10 @@ def test_weight_only_sites_keep_the_rotation_of_their_weight(build, rotation) ->
     assert program.plan["left"].weight_rotated is ROTATIONS[rotation].weights
 
 
-@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(name, marks=pytest.mark.long) if name in ("seamless", "odd_sides") else name for name in SHAPES],
+)
 def test_sizes_edges_and_attention_of_other_shapes(build, model) -> None:
     program, _, report = build(model, "w4a4", dtype="fp16")
     check(report, program)
@@ -127,7 +130,7 @@ def test_sizes_edges_and_attention_of_other_shapes(build, model) -> None:
     ("model", "options"),
     [
         ("cross_attention", {"dtype": "fp16"}),
-        ("unconditional", {"dtype": "fp32", "plugins": "qdp"}),
+        pytest.param("unconditional", {"dtype": "fp32", "plugins": "qdp"}, marks=pytest.mark.long),
         ("without_attention", {"dtype": "bf16"}),
     ],
 )
@@ -357,7 +360,7 @@ def test_digits(tmp_path) -> None:
     import hqc
 
     program = hqc.trace("digits")
-    few = {"sampler.num_inference_steps": 5, "calibrate_activations.samples": 8}
+    few = {"sampler.num_inference_steps": 2, "calibrate_activations.samples": 2}
     student = hqc.ptq(program, "rtn", "w4a4", hadamard=True, settings=few)
     plain, plugged = (
         hqc.export_program(

@@ -14,10 +14,12 @@ import pytest
 from chromium import Browser, Tab, find_chromium, started
 from fake_backend import SIZE, FakeBackend
 from PIL import Image
+from served_app import served
 
 from hqc.needs import Needs
 from hqc.serving.engine import Steps
 from hqc.serving.guards import Rules
+from hqc.serving.limits import Limits
 
 DRAWN = "document.getElementById('status').textContent.startsWith('Drawn')"
 PROMPT = Needs("StableDiffusionPipeline", "prompt", 0, frozenset({"guidance_scale", "negative_prompt"}), (SIZE, SIZE))
@@ -446,10 +448,6 @@ def test_the_reference_lists_every_route_and_its_example_runs(
 
 
 def test_a_server_that_has_ended(browser: Browser) -> None:
-    from conftest import served
-
-    from hqc.serving.limits import Limits
-
     with served(FakeBackend(), Limits()) as client:
         tab = browser.open(f"{client.base_url}/")
         tab.wait_for("!document.getElementById('draw').disabled")

@@ -32,7 +32,7 @@ pytestmark = [
 ]
 PROMPTS = ("a cat", "b")
 TRACED: dict[str, dict[str, Any]] = {"flux": {"condition_length": TOKENS, "latent_size": 8}}
-KINDS = ("ddpm", "dit", "sd15", "sdxl", "flux")
+KINDS = ("ddpm", "sd15", "flux", *(pytest.param(name, marks=pytest.mark.long) for name in ("dit", "sdxl")))
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_previews_end_in_the_image(digits: Any) -> None:
     np.testing.assert_array_equal(image, plain)  # to look at it does not change it
 
 
-@pytest.mark.parametrize("name", ["ddpm", "sd15", "sdxl", "flux"])
+@pytest.mark.parametrize("name", ["ddpm", "sd15", pytest.param("sdxl", marks=pytest.mark.long), "flux"])
 def test_decoding_is_that_of_the_pipeline(name: str, pipes: Any) -> None:
     pipe = pipes(name)
     needs = needs_of(pipe)

@@ -38,7 +38,7 @@ def test_every_answer_is_as_described(api: Any) -> None:
 def _try(operation: Any, mode: Any) -> None:
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
-        max_examples=60,
+        max_examples=30,
         deadline=None,
         derandomize=True,
         database=None,
