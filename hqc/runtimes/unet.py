@@ -14,7 +14,7 @@ from hqc.capture.families import plain_arguments
 from hqc.errors import EvaluationError
 from hqc.program import InputSpec
 from hqc.runtimes.base import Session
-from hqc.styles.record import SCALE_INPUT, scale_input
+from hqc.styles.record import attached_names, scale_input
 
 __all__ = ["SessionUNet", "as_unet"]
 
@@ -68,7 +68,7 @@ class SessionUNet(nn.Module):
         Raises:
             EvaluationError: for a LoRA that the denoiser does not have.
         """
-        known = [spec.name.removeprefix(SCALE_INPUT) for spec in self.inputs if spec.name.startswith(SCALE_INPUT)]
+        known = attached_names(spec.name for spec in self.inputs)
         if unknown := [name for name in scales if name not in known]:
             found = f"is not attached; there are {', '.join(known)}" if known else "is not attached, and none is"
             raise EvaluationError(

@@ -24,6 +24,7 @@ __all__ = [
     "noise_only",
     "require_steps",
     "trajectory",
+    "why_not_steps",
 ]
 
 Denoise = Callable[..., Tensor]
@@ -73,6 +74,15 @@ def require_steps(scheduler: Any, steps: int) -> None:
             tried.step(noise, tried.timesteps[0], x)
     except Exception as error:  # as above
         raise _refused_steps(scheduler, steps, error) from error
+
+
+def why_not_steps(scheduler: Any, steps: int) -> str | None:
+    """What `require_steps` says of a number of steps, and what to do; None where it is taken."""
+    try:
+        require_steps(scheduler, steps)
+    except TrainingError as error:
+        return f"{error.found}. {error.do}"
+    return None
 
 
 def _set_timesteps(scheduler: Any, steps: int) -> None:

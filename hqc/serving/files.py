@@ -7,9 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["in_base64", "media_type"]
-
-media_type = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+__all__ = ["in_base64"]
 
 
 def in_base64(pixels: NDArray[np.uint8], output_format: str, output_compression: int) -> str:

@@ -2,7 +2,6 @@
 
 import hmac
 import json
-import logging
 import re
 import secrets
 from collections.abc import Sequence
@@ -13,8 +12,6 @@ from hqc.serving.errors import ApiError
 from hqc.serving.schemas import ErrorBody, ErrorResponse
 
 __all__ = ["LOOPBACK", "Guards", "Rules", "error_body"]
-
-log = logging.getLogger(__name__)
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 ANY = "*"

@@ -9,10 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hqc.errors import TrainingError
 from hqc.needs import Needs
 from hqc.runtimes.base import Session
-from hqc.sampling.task import Task, advance, guided, initial_sample, require_steps, scaled_input, start
+from hqc.sampling.task import Task, advance, guided, initial_sample, scaled_input, start, why_not_steps
 from hqc.serving.backend import Drawing
 from hqc.serving.engine import Call, Steps
 from hqc.serving.rendezvous import PipelineSteps, Rendezvous, together
@@ -43,11 +42,7 @@ class LatentBackend:
 
     def check_steps(self, num_inference_steps: int, scheduler: str | None) -> str | None:
         """See `Backend`."""
-        try:
-            require_steps(self._task.new_scheduler(), num_inference_steps)
-        except TrainingError as error:
-            return f"{error.found}. {error.do}"
-        return None
+        return why_not_steps(self._task.new_scheduler(), num_inference_steps)
 
     def denoise(self, calls: Sequence[Call]) -> Sequence[Tensor]:
         """See `Backend`."""

@@ -11,19 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hqc.errors import TrainingError
 from hqc.evaluation.images import pixels_of
 from hqc.evaluation.needs import denoiser_of, needs_of
 from hqc.evaluation.previews import can_preview, decoded, predicted, watch_steps
 from hqc.evaluation.sampling import SamplingPipeline, asked_options, call_options, call_pipeline, check_finite
 from hqc.quiet import quiet_libraries
+from hqc.runtimes.base import Session
 from hqc.runtimes.unet import SessionUNet
-from hqc.sampling.task import require_steps
+from hqc.sampling.task import why_not_steps
 from hqc.serving.backend import Drawing, preview_steps
 from hqc.serving.engine import Call, Steps
 from hqc.serving.rendezvous import PipelineSteps, Rendezvous, together
 from hqc.serving.schedulers import scheduler_names, scheduler_of
-from hqc.styles.record import SCALE_INPUT
+from hqc.styles.record import attached_names
 
 __all__ = ["PipelineBackend"]
 
@@ -38,9 +38,10 @@ class PipelineBackend:
         self._pipe: Any = pipe
         self.needs = needs_of(pipe)
         denoiser = denoiser_of(pipe)
-        self._session = denoiser.session if isinstance(denoiser, SessionUNet) else None
+        self._session: Session | None = None
         if isinstance(denoiser, SessionUNet):
-            denoiser.session = Rendezvous(denoiser.session)
+            self._session = denoiser.session
+            denoiser.session = Rendezvous(self._session)
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
         if hasattr(self._pipe, "encode_prompt"):
@@ -54,8 +55,7 @@ class PipelineBackend:
     @property
     def loras(self) -> tuple[str, ...]:
         """Names of LoRAs that are attached to the denoiser."""
-        inputs = getattr(denoiser_of(self._pipe), "inputs", ())
-        return tuple(spec.name.removeprefix(SCALE_INPUT) for spec in inputs if spec.name.startswith(SCALE_INPUT))
+        return attached_names(spec.name for spec in getattr(denoiser_of(self._pipe), "inputs", ()))
 
     @property
     def previews(self) -> bool:
@@ -76,11 +76,7 @@ class PipelineBackend:
 
     def check_steps(self, num_inference_steps: int, scheduler: str | None) -> str | None:
         """Why a scheduler does not take so many steps; None if it does."""
-        try:
-            require_steps(scheduler_of(self._pipe.scheduler, scheduler), num_inference_steps)
-        except TrainingError as error:
-            return f"{error.found}. {error.do}"
-        return None
+        return why_not_steps(scheduler_of(self._pipe.scheduler, scheduler), num_inference_steps)
 
     def denoise(self, calls: Sequence[Call]) -> Sequence[Tensor]:
         """The engine's `Denoise`."""

@@ -1,11 +1,11 @@
 """What a program says of a LoRA that it has: merged into its weights, or beside them with a scale as an input."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["SCALE_INPUT", "Style", "scale_input"]
+__all__ = ["SCALE_INPUT", "Style", "attached_names", "scale_input"]
 
 SCALE_INPUT = "lora_scale_"
 """What the name of an input that holds a LoRA's scale begins with."""
@@ -18,6 +18,15 @@ def scale_input(name: str) -> str:
     'lora_scale_pixel_art'
     """
     return f"{SCALE_INPUT}{name}"
+
+
+def attached_names(inputs: Iterable[str]) -> tuple[str, ...]:
+    """The LoRAs whose scales are among these inputs, in their order.
+
+    >>> attached_names(["sample", "lora_scale_pixel_art"])
+    ('pixel_art',)
+    """
+    return tuple(name.removeprefix(SCALE_INPUT) for name in inputs if name.startswith(SCALE_INPUT))
 
 
 @dataclass(frozen=True)
