@@ -154,7 +154,7 @@ def make_models(put: Put, models: Path | None, work: Path) -> None:
         models = work / "outlines"
         prepare(models, MODEL)
     from hqc.evaluation.bench.outline import read_outline
-    from hqc.runtimes.cuda.forms import stored_form
+    from hqc.runtimes.integer.forms import stored_form
     from hqc.storage import save_program
 
     save_program(read_outline(models / "float"), work / "float.hqc", force=True)

@@ -116,7 +116,7 @@ def traced(call: Callable[[], Any], calls: int) -> list[dict[str, Any]]:
 
 
 def profile_session(session: Any, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Of a session of `hqc.runtimes.cuda`, on inputs that lie on the GPU."""
+    """Of a session of `hqc.runtimes.integer.cuda`, on inputs that lie on the GPU."""
     from hqc.evaluation.bench.gpu_timing import spin_up
 
     traced(lambda: torch.zeros(1, device="cuda"), 1)  # the tracer is there before the graph is captured
@@ -138,10 +138,10 @@ SESSIONS = ("torch-cuda", "torch-fp16-cudagraph", "torch-fp16-compile")
 
 def open_session(program: Any, runtime: str, *, weights: str = "int8") -> Any:
     """A session by the runtime's name in `hqc bench`."""
-    from hqc.runtimes.cuda.session import CudaSession, HalfSession
+    from hqc.runtimes.integer.cuda.session import CudaSession, HalfSession
 
     if runtime == "torch-fp16-compile":
-        from hqc.runtimes.cuda.compiled import CompiledHalfSession
+        from hqc.runtimes.integer.cuda.compiled import CompiledHalfSession
 
         return CompiledHalfSession(program)
     return CudaSession(program, weights=weights) if runtime == "torch-cuda" else HalfSession(program)

@@ -32,7 +32,7 @@ def of_program(folder: Path, batches: Sequence[int]) -> list[KernelJob]:
     """Launches of the program's session."""
     from hqc.kernels.cards import card_of
     from hqc.kernels.tuning import load_tuning, use
-    from hqc.runtimes.cuda.session import CudaSession
+    from hqc.runtimes.integer.cuda.session import CudaSession
     from hqc.storage import load_program
 
     program = load_program(folder)

@@ -11,7 +11,7 @@ from hqc.commands.options import claim, json_option, program_argument
 
 if TYPE_CHECKING:
     from hqc.kernels.measuring import TuningReport
-    from hqc.runtimes.cuda.session import Precision, Weights
+    from hqc.runtimes.integer.cuda.session import Precision, Weights
 
 __all__ = ["tune"]
 
@@ -64,8 +64,8 @@ def tune(
     """
     from hqc import console as out
     from hqc.kernels.tuned import refuse_foreign_table
-    from hqc.runtimes.cuda.session import require_gpu
-    from hqc.runtimes.cuda.tune import tune_program
+    from hqc.runtimes.integer.cuda.session import require_gpu
+    from hqc.runtimes.integer.cuda.tune import tune_program
     from hqc.storage import load_program
 
     require_gpu()

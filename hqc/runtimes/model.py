@@ -215,7 +215,7 @@ def _open_program(folder: Path, options: _OrtOptions) -> Model:
 
 
 def _open_program_on_gpu(folder: Path, options: _OrtOptions) -> Model:
-    from hqc.runtimes.cuda.session import CudaSession, require_gpu
+    from hqc.runtimes.integer.cuda.session import CudaSession, require_gpu
 
     require_gpu()  # before the weights are read
     program = load_program(folder)

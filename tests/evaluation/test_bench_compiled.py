@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from hqc.errors import RuntimeMissingError
-from hqc.runtimes.cuda import compiled as compiling
-from hqc.runtimes.cuda.build import BuildOptions, float_module
-from hqc.runtimes.cuda.compiled import CompiledHalfSession, compiled, require_torch_compile
-from hqc.runtimes.cuda.graphs import Captured, GraphCache
+from hqc.runtimes.integer.build import BuildOptions, float_module
+from hqc.runtimes.integer.cuda import compiled as compiling
+from hqc.runtimes.integer.cuda.compiled import CompiledHalfSession, compiled, require_torch_compile
+from hqc.runtimes.integer.cuda.graphs import Captured, GraphCache
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 

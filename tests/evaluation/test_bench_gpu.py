@@ -27,7 +27,7 @@ from hqc.export import export_program
 from hqc.passes import InsertHadamard, InsertQdq, SelectLayers
 from hqc.pipeline import run_pipeline
 from hqc.program import Stage
-from hqc.runtimes.cuda.session import require_cuda
+from hqc.runtimes.integer.cuda.session import require_cuda
 from hqc.storage import load_program, save_program
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -265,7 +265,7 @@ for absent in sys.argv[1].split(","):
 import hqc.cli
 import hqc.commands.bench
 import hqc.evaluation.bench.run, hqc.evaluation.bench.table, hqc.evaluation.bench.worker
-import hqc.runtimes.model, hqc.runtimes.cuda.session, hqc.runtimes.cuda.reference
+import hqc.runtimes.model, hqc.runtimes.integer.cuda.session, hqc.runtimes.integer.reference
 from hqc.cli import main
 main(sys.argv[2:], standalone_mode=False)
 """

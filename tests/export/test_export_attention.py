@@ -19,8 +19,8 @@ from hqc.export.surveys import survey
 from hqc.passes import FloatAttention, InsertQdq, SelectLayers
 from hqc.pipeline import run_pass, run_pipeline
 from hqc.program import Program
-from hqc.runtimes.cuda.build import BuildOptions, integer_module
-from hqc.runtimes.cuda.kernel_set import reference_kernels
+from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.kernel_set import reference_kernels
 
 GRID = (0.0, 500.0, 999.0)
 ONE = "1 with 0 of 2 products of integers; 1 of floats: query and key are float; 1 of floats: value is float"

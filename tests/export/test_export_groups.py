@@ -38,7 +38,7 @@ from hqc.pipeline import Pass, run_pass, run_pipeline, run_procedure
 from hqc.plan import QuantPlan
 from hqc.program import Program, is_op
 from hqc.recipes import find_recipe
-from hqc.runtimes.cuda.forms import integer_form
+from hqc.runtimes.integer.forms import integer_form
 from hqc.sampling import Sampler, Work, synthetic_task
 from hqc.storage import load_program, save_program
 from hqc.structure import site_problems

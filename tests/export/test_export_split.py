@@ -14,9 +14,9 @@ from hqc.passes import InsertHadamard, InsertQdq, SelectLayers, SplitConcat
 from hqc.pipeline import run_pipeline
 from hqc.program import Program
 from hqc.runtimes import load
-from hqc.runtimes.cuda.build import BuildOptions, integer_module
-from hqc.runtimes.cuda.forms import integer_form
-from hqc.runtimes.cuda.kernel_set import reference_kernels
+from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.forms import integer_form
+from hqc.runtimes.integer.kernel_set import reference_kernels
 
 GRID = (0.0, 300.0, 600.0, 900.0)
 PARTS = ("conv_shortcut:0", "conv_shortcut:1", "fuse:0", "fuse:1", "fuse:2")

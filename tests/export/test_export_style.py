@@ -14,7 +14,7 @@ from hqc.errors import EvaluationError, ExportError, RuntimeMissingError
 from hqc.export import export_program
 from hqc.export.reference import verification_inputs
 from hqc.program import Program
-from hqc.runtimes.cuda.forms import integer_form
+from hqc.runtimes.integer.forms import integer_form
 from hqc.runtimes.ort_runtime import OrtSession
 from hqc.runtimes.torch_runtime import TorchSession
 from hqc.runtimes.unet import as_unet

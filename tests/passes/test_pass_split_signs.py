@@ -17,9 +17,9 @@ from hqc.export import export_program
 from hqc.passes import InsertQdq, SelectLayers, SplitConcat, SplitSigns
 from hqc.pipeline import run_pass, run_pipeline
 from hqc.program import InputSpec, Origin, Program
-from hqc.runtimes.cuda.build import BuildOptions, integer_module
-from hqc.runtimes.cuda.forms import integer_form
-from hqc.runtimes.cuda.kernel_set import reference_kernels
+from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.forms import integer_form
+from hqc.runtimes.integer.kernel_set import reference_kernels
 from hqc.text import graph_text
 
 Captured = Callable[[str], Program]

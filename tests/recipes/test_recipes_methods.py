@@ -21,7 +21,7 @@ from hqc.program import Program, Stage
 from hqc.recipes import RECIPES, Recipe
 from hqc.recipes.known import STEPS
 from hqc.recipes.run import Request, planned
-from hqc.runtimes.cuda.forms import integer_form
+from hqc.runtimes.integer.forms import integer_form
 from hqc.sampling import Update
 from hqc.sites import watched_sites
 from hqc.storage import load_program, save_program

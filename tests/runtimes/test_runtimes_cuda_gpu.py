@@ -6,16 +6,17 @@ from importlib.util import find_spec
 import pytest
 import torch
 from cuda_driver import Launch, architecture
-from cuda_programs import quantised, relative
+from integer_programs import quantised, relative
 from torch import Tensor
 
 from hqc import kernels
 from hqc.kernels import Epilogue, Weight, channels_last, pack_weight, packed_weight_fits
 from hqc.ops import digit
 from hqc.runtimes import as_unet, load
-from hqc.runtimes.cuda import CudaSession, reference
-from hqc.runtimes.cuda.forms import integer_form
-from hqc.runtimes.cuda.session import HalfSession
+from hqc.runtimes.integer import reference
+from hqc.runtimes.integer.cuda import CudaSession
+from hqc.runtimes.integer.cuda.session import HalfSession
+from hqc.runtimes.integer.forms import integer_form
 from hqc.storage import save_program
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from cuda_programs import quantised
+from integer_programs import quantised
 
 from hqc.cli import main
 from hqc.commands.asking import Asked
@@ -19,11 +19,11 @@ from hqc.pipeline import run_pipeline
 from hqc.program import InputSpec, Program, copy_graph
 from hqc.runtimes import as_unet, load
 from hqc.runtimes.base import inputs_on
-from hqc.runtimes.cuda import CudaSession, session
-from hqc.runtimes.cuda.build import BuildOptions, integer_module
-from hqc.runtimes.cuda.forms import integer_form
-from hqc.runtimes.cuda.graphs import Captured, GraphCache
-from hqc.runtimes.cuda.kernel_set import reference_kernels
+from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.cuda import CudaSession, session
+from hqc.runtimes.integer.cuda.graphs import Captured, GraphCache
+from hqc.runtimes.integer.forms import integer_form
+from hqc.runtimes.integer.kernel_set import reference_kernels
 from hqc.storage import save_program
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

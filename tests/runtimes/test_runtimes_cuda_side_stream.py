@@ -4,17 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_programs import quantised
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integer_programs import quantised
 from torch import fx, nn
 
 from hqc.program import aten, is_op
-from hqc.runtimes.cuda import side_stream
-from hqc.runtimes.cuda.build import BuildOptions, integer_module
-from hqc.runtimes.cuda.kernel_set import reference_kernels
-from hqc.runtimes.cuda.scales import look_up
-from hqc.runtimes.cuda.side_stream import add_side_stream
+from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.cuda import side_stream
+from hqc.runtimes.integer.cuda.side_stream import add_side_stream
+from hqc.runtimes.integer.kernel_set import reference_kernels
+from hqc.runtimes.integer.scales import look_up
 
 CPU = torch.device("cpu")
 

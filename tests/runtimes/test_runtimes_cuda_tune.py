@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 from click.testing import CliRunner, Result
-from cuda_programs import quantised
+from integer_programs import quantised
 from pretended_card import pretended_card
 
 from hqc.capture import trace
@@ -22,11 +22,11 @@ from hqc.kernels.products import ProductTile
 from hqc.kernels.tuned import read_table
 from hqc.kernels.tuning import load_tuning
 from hqc.program import Program
-from hqc.runtimes.cuda import CudaSession
-from hqc.runtimes.cuda import tune as module
-from hqc.runtimes.cuda.build import BuildOptions
-from hqc.runtimes.cuda.kernel_set import triton_kernels
-from hqc.runtimes.cuda.tune import products_of, tune_program
+from hqc.runtimes.integer.build import BuildOptions
+from hqc.runtimes.integer.cuda import CudaSession
+from hqc.runtimes.integer.cuda import tune as module
+from hqc.runtimes.integer.cuda.tune import products_of, tune_program
+from hqc.runtimes.integer.kernel_set import triton_kernels
 from hqc.storage import save_program
 
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def with_a_made_up_timer(without_a_card: None, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "cuda_timer", timer)
     monkeypatch.setattr(module, "require_gpu", lambda: None)
-    monkeypatch.setattr("hqc.runtimes.cuda.session.require_gpu", lambda: None)
+    monkeypatch.setattr("hqc.runtimes.integer.cuda.session.require_gpu", lambda: None)
     monkeypatch.setattr("torch.cuda.device", device)
     monkeypatch.setattr(module, "DEVICE", "cpu")
 

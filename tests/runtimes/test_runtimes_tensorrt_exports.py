@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_programs import quantised
+from integer_programs import quantised
 
 from hqc.engines.builders import RTX, TRT
 from hqc.errors import RuntimeMissingError

@@ -292,7 +292,7 @@ def _lowered(program: Path, space: Workspace, runtime: str) -> Path:
 
 
 def _store(program: Path, target: Path) -> None:
-    from hqc.runtimes.cuda.forms import stored_form
+    from hqc.runtimes.integer.forms import stored_form
 
     save_program(stored_form(load_program(program)), target, force=True)
 

@@ -121,7 +121,7 @@ _OURS = {"onnxruntime": "the export in ONNX Runtime", "torch-cuda": "int8 kernel
 
 def _require_gpu() -> None:
     """Before long work: whether this machine runs the kernels at all."""
-    from hqc.runtimes.cuda.session import require_gpu
+    from hqc.runtimes.integer.cuda.session import require_gpu
 
     require_gpu()
 

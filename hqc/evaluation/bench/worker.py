@@ -107,15 +107,15 @@ def _torch(threads: int) -> Callable[[Path, Arrays], Loaded]:
 def _cuda(
     session_class: str, module: str = "session", **options: Any
 ) -> Callable[[int], Callable[[Path, Arrays], Loaded]]:
-    """A Program folder in a session of a module of `hqc.runtimes.cuda`, inputs and outputs on the GPU."""
+    """A Program folder in a session of a module of `hqc.runtimes.integer.cuda`, inputs and outputs on the GPU."""
 
     def prepare(threads: int) -> Callable[[Path, Arrays], Loaded]:
         import torch
 
-        from hqc.runtimes.cuda.session import require_cuda
+        from hqc.runtimes.integer.cuda.session import require_cuda
         from hqc.storage import load_program
 
-        sessions = importlib.import_module(f"hqc.runtimes.cuda.{module}")
+        sessions = importlib.import_module(f"hqc.runtimes.integer.cuda.{module}")
         torch.set_num_threads(threads)
         require_cuda()
 

@@ -18,8 +18,8 @@ from hqc.errors import ArtefactError, EvaluationError
 from hqc.integrations.diffusers.config import SiteForm
 from hqc.kernels import Epilogue, Weight
 from hqc.ops import nearest_timestep
-from hqc.runtimes.cuda.kernel_set import Kernels, reference_kernels, triton_kernels
-from hqc.runtimes.cuda.reference import weight_values
+from hqc.runtimes.integer.kernel_set import Kernels, reference_kernels, triton_kernels
+from hqc.runtimes.integer.reference import weight_values
 
 __all__ = ["HqcConv2d", "HqcLayer", "HqcLinear", "TimestepGrid", "current_rows", "integer_layer"]
 

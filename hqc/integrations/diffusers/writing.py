@@ -36,8 +36,8 @@ from hqc.passes import PASSES
 from hqc.paths import StrPath
 from hqc.program import Program, Stage, is_op
 from hqc.quiet import quiet_libraries
-from hqc.runtimes.cuda.forms import integer_form, site_rotation
-from hqc.runtimes.cuda.weights import site_weight, weight_form
+from hqc.runtimes.integer.forms import integer_form, site_rotation
+from hqc.runtimes.integer.weights import site_weight, weight_form
 from hqc.sites import QuantisedSite, quantised_sites
 from hqc.stages import doing
 

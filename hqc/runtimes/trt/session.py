@@ -23,7 +23,7 @@ from hqc.plan import QuantPlan
 from hqc.plugins import register
 from hqc.program import InputSpec
 from hqc.runtimes.base import inputs_on
-from hqc.runtimes.cuda.graphs import Captured, GraphCache, capture_cuda_graph
+from hqc.runtimes.integer.cuda.graphs import Captured, GraphCache, capture_cuda_graph
 from hqc.runtimes.trt.engine import Engine
 from hqc.runtimes.trt.plans import ELSEWHERE, NAME, TARGET, PlanOptions, find_gpu, find_plan, needs_plugins
 from hqc.runtimes.unet import SessionUNet, as_unet

@@ -11,7 +11,7 @@ from torch import Tensor
 from hqc.kernels import Epilogue, Quantiser, Weight, int_conv2d, int_conv2d_statistics, int_gemm, int_gemm_statistics
 from hqc.kernels import launch as launchers
 from hqc.kernels.products import ProductTile
-from hqc.runtimes.cuda import reference
+from hqc.runtimes.integer import reference
 
 SINGLE = torch.float32
 

@@ -24,7 +24,7 @@ from hqc.kernels import (
 )
 from hqc.kernels import launch as launchers
 from hqc.kernels.products import ProductTile
-from hqc.runtimes.cuda import reference
+from hqc.runtimes.integer import reference
 
 RANGES = ((0, 15), (-15, 0), (-6, 9))
 SAMPLES = len(RANGES)

@@ -10,8 +10,8 @@ from typing import ClassVar
 from torch import fx
 
 from hqc.program import aten, is_op
-from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, name_of, only_reader
-from hqc.runtimes.cuda.layers import IntegerConv2d, IntegerLayer
+from hqc.runtimes.integer.fusions.fusion import Found, Match, Placed, name_of, only_reader
+from hqc.runtimes.integer.layers import IntegerConv2d, IntegerLayer
 
 __all__ = ["TakeInShift"]
 

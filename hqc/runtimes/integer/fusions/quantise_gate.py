@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from hqc.program import aten, is_op
-from hqc.runtimes.cuda.fusions.codes_from_products import WIDEST_BLOCK
-from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, calls_of, name_of, only_reader
-from hqc.runtimes.cuda.layers import GateQuantise, IntegerLinear, Quantise
+from hqc.runtimes.integer.fusions.codes_from_products import WIDEST_BLOCK
+from hqc.runtimes.integer.fusions.fusion import Found, Match, Placed, calls_of, name_of, only_reader
+from hqc.runtimes.integer.layers import GateQuantise, IntegerLinear, Quantise
 
 __all__ = ["GateInProduct", "QuantiseGate"]
 

@@ -6,21 +6,21 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from cuda_programs import quantised, relative
 from denoisers import captured_denoiser
 from fusion_models import MODELS, model
+from integer_programs import quantised, relative
 from torch import fx
 from torch.nn import functional
 
 from hqc.ops import hadamard
 from hqc.passes import InsertHadamard
 from hqc.program import Program, aten, is_op
-from hqc.runtimes.cuda.build import BuildOptions, integer_module
-from hqc.runtimes.cuda.forms import integer_form
-from hqc.runtimes.cuda.fusions import FUSIONS, wide_attention
-from hqc.runtimes.cuda.fusions.wide_attention import WideAttention
-from hqc.runtimes.cuda.kernel_set import reference_kernels
-from hqc.runtimes.cuda.layers import Codes, GroupNormQuantise, IntegerLayer, KernelCall, LayerNormQuantise, Quantise
+from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.forms import integer_form
+from hqc.runtimes.integer.fusions import FUSIONS, wide_attention
+from hqc.runtimes.integer.fusions.wide_attention import WideAttention
+from hqc.runtimes.integer.kernel_set import reference_kernels
+from hqc.runtimes.integer.layers import Codes, GroupNormQuantise, IntegerLayer, KernelCall, LayerNormQuantise, Quantise
 
 CPU = torch.device("cpu")
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import zoo
-from cuda_programs import GRID, quantised, relative
+from integer_programs import GRID, quantised, relative
 
-from hqc.runtimes.cuda.build import BuildOptions, integer_module
-from hqc.runtimes.cuda.forms import integer_form
-from hqc.runtimes.cuda.kernel_set import reference_kernels
-from hqc.runtimes.cuda.layers import Codes, IntegerLayer, IntegerLinear, Quantise
+from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.forms import integer_form
+from hqc.runtimes.integer.kernel_set import reference_kernels
+from hqc.runtimes.integer.layers import Codes, IntegerLayer, IntegerLinear, Quantise
 
 CPU = torch.device("cpu")
 

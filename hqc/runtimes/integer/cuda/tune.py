@@ -15,10 +15,10 @@ from hqc.kernels.precompile import instead_of_launching
 from hqc.kernels.timing import cuda_timer
 from hqc.kernels.tuning import tuning_file
 from hqc.program import Program
-from hqc.runtimes.cuda.build import BuildOptions, integer_module
-from hqc.runtimes.cuda.forms import require_quantised
-from hqc.runtimes.cuda.kernel_set import Kernels, triton_kernels
-from hqc.runtimes.cuda.session import Precision, Weights, _dtype, require_gpu
+from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.cuda.session import Precision, Weights, _dtype, require_gpu
+from hqc.runtimes.integer.forms import require_quantised
+from hqc.runtimes.integer.kernel_set import Kernels, triton_kernels
 
 __all__ = ["products_of", "tune_program"]
 

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from cuda_programs import GRID, quantised, relative
+from integer_programs import GRID, quantised, relative
 
 from hqc.export.reference import without_quantisers
 from hqc.passes import AttachBranch, InsertHadamard, InsertQdq, InsertSmoothing, SelectLayers
 from hqc.pipeline import run_pipeline
 from hqc.program import Program
-from hqc.runtimes.cuda.build import BuildOptions, integer_module
-from hqc.runtimes.cuda.forms import integer_form
-from hqc.runtimes.cuda.kernel_set import reference_kernels
-from hqc.runtimes.cuda.layers import IntegerLayer
+from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.forms import integer_form
+from hqc.runtimes.integer.kernel_set import reference_kernels
+from hqc.runtimes.integer.layers import IntegerLayer
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from torch import fx, nn
 
 from hqc.passes.rewriting import Rewriter
 from hqc.program import is_op
-from hqc.runtimes.cuda.kernel_set import Kernels
-from hqc.runtimes.cuda.layers import Codes, IntegerLayer, KernelCall, Quantise
+from hqc.runtimes.integer.kernel_set import Kernels
+from hqc.runtimes.integer.layers import Codes, IntegerLayer, KernelCall, Quantise
 
 __all__ = ["Found", "Fusion", "Match", "Placed", "calls_of", "is_reshape", "name_of", "only_reader", "readers"]
 

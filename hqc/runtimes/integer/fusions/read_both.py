@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import fx
 
 from hqc.program import aten, is_op
-from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, name_of, readers
-from hqc.runtimes.cuda.layers import GroupNormQuantise, Quantise
+from hqc.runtimes.integer.fusions.fusion import Found, Match, Placed, name_of, readers
+from hqc.runtimes.integer.layers import GroupNormQuantise, Quantise
 
 __all__ = ["ReadBoth"]
 

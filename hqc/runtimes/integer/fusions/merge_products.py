@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from hqc.program import aten
-from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, calls_of, name_of
-from hqc.runtimes.cuda.layers import IntegerLayer, IntegerLinear
+from hqc.runtimes.integer.fusions.fusion import Found, Match, Placed, calls_of, name_of
+from hqc.runtimes.integer.layers import IntegerLayer, IntegerLinear
 
 __all__ = ["MergeProducts"]
 

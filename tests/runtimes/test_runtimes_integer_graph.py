@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from cuda_programs import GRID, quantised, relative
+from integer_programs import GRID, quantised, relative
 from torch import fx
 
 from hqc.capture import trace
 from hqc.export.prepare import prepare
 from hqc.program import aten, is_op
-from hqc.runtimes.cuda.build import BuildOptions, float_module, integer_module
-from hqc.runtimes.cuda.forms import integer_form
-from hqc.runtimes.cuda.kernel_set import reference_kernels
-from hqc.runtimes.cuda.layers import Codes, IntegerConv2d, IntegerLayer, IntegerLinear, Quantise
-from hqc.runtimes.cuda.scales import look_up
-from hqc.runtimes.cuda.tidy import tidied
+from hqc.runtimes.integer.build import BuildOptions, float_module, integer_module
+from hqc.runtimes.integer.forms import integer_form
+from hqc.runtimes.integer.kernel_set import reference_kernels
+from hqc.runtimes.integer.layers import Codes, IntegerConv2d, IntegerLayer, IntegerLinear, Quantise
+from hqc.runtimes.integer.scales import look_up
+from hqc.runtimes.integer.tidy import tidied
 
 CPU = torch.device("cpu")
 BITS = ("w4a4", "w8a8")
@@ -302,11 +302,11 @@ sys.path[:0] = sys.argv[1:]
 warnings.simplefilter("ignore")
 import torch, zoo
 torch.set_num_threads(1)
-from cuda_programs import quantised
+from integer_programs import quantised
 from fusion_models import model
 from hqc.capture import trace
-from hqc.runtimes.cuda.build import BuildOptions, integer_module
-from hqc.runtimes.cuda.kernel_set import reference_kernels, triton_kernels
+from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.kernel_set import reference_kernels, triton_kernels
 FUSED = (
     "three_products", "upsampled", "shift_of_image", "shift_of_tokens", "norm_read_by_two", "norm_kept",
     "norm_before_float", "skip", "rows_normed_and_kept", "gated", "activated", "gate_of_floats", "chain",

@@ -16,13 +16,13 @@ from torch import fx, nn
 
 from hqc.passes.rewriting import Rewriter, rewrite
 from hqc.program import Program, aten, is_op
-from hqc.runtimes.cuda.forms import site_input, site_rotation
-from hqc.runtimes.cuda.fusions import Placed
-from hqc.runtimes.cuda.fusions.fusion import only_reader
-from hqc.runtimes.cuda.kernel_set import Kernels
-from hqc.runtimes.cuda.layers import Codes, IntegerConv2d, IntegerLinear, Quantise
-from hqc.runtimes.cuda.scales import ScaleBanks, scale_banks
-from hqc.runtimes.cuda.weights import site_weight
+from hqc.runtimes.integer.forms import site_input, site_rotation
+from hqc.runtimes.integer.fusions import Placed
+from hqc.runtimes.integer.fusions.fusion import only_reader
+from hqc.runtimes.integer.kernel_set import Kernels
+from hqc.runtimes.integer.layers import Codes, IntegerConv2d, IntegerLinear, Quantise
+from hqc.runtimes.integer.scales import ScaleBanks, scale_banks
+from hqc.runtimes.integer.weights import site_weight
 from hqc.sites import QuantisedSite, quantised_sites
 
 __all__ = ["drop_dead", "place_kernels"]

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from hqc.passes.rewriting import Rewriter
 from hqc.program import aten, is_op
-from hqc.runtimes.cuda.layers import IntegerLayer, KernelCall
+from hqc.runtimes.integer.layers import IntegerLayer, KernelCall
 
 __all__ = ["set_precision"]
 

@@ -7,23 +7,23 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from cuda_programs import quantised
 from fusion_models import model
+from integer_programs import quantised
 from torch import fx
 
 from hqc.program import aten, is_op
-from hqc.runtimes.cuda.build import BuildOptions, integer_module
-from hqc.runtimes.cuda.forms import integer_form
-from hqc.runtimes.cuda.fusions import FUSIONS, Placed, fuse
-from hqc.runtimes.cuda.fusions.codes_from_products import CodesFromProducts
-from hqc.runtimes.cuda.fusions.quantise_beside import QuantiseBeside
-from hqc.runtimes.cuda.fusions.quantise_gate import GateInProduct
-from hqc.runtimes.cuda.fusions.quantise_norm import QuantiseGroupNorm, QuantiseLayerNorm
-from hqc.runtimes.cuda.fusions.sink_upsample import SinkUpsample
-from hqc.runtimes.cuda.kernel_set import reference_kernels
-from hqc.runtimes.cuda.layers import GateQuantise, IntegerConv2d, Quantise
-from hqc.runtimes.cuda.place import place_kernels
-from hqc.runtimes.cuda.tidy import tidied
+from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.forms import integer_form
+from hqc.runtimes.integer.fusions import FUSIONS, Placed, fuse
+from hqc.runtimes.integer.fusions.codes_from_products import CodesFromProducts
+from hqc.runtimes.integer.fusions.quantise_beside import QuantiseBeside
+from hqc.runtimes.integer.fusions.quantise_gate import GateInProduct
+from hqc.runtimes.integer.fusions.quantise_norm import QuantiseGroupNorm, QuantiseLayerNorm
+from hqc.runtimes.integer.fusions.sink_upsample import SinkUpsample
+from hqc.runtimes.integer.kernel_set import reference_kernels
+from hqc.runtimes.integer.layers import GateQuantise, IntegerConv2d, Quantise
+from hqc.runtimes.integer.place import place_kernels
+from hqc.runtimes.integer.tidy import tidied
 
 CPU = torch.device("cpu")
 

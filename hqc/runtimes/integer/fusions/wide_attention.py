@@ -17,10 +17,10 @@ from torch.nn import functional
 from hqc.kernels import Quantiser
 from hqc.kernels.guards import row_pitch
 from hqc.program import aten, is_op
-from hqc.runtimes.cuda.fusions.codes_from_products import WIDEST_BLOCK
-from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, is_reshape, name_of, only_reader
-from hqc.runtimes.cuda.kernel_set import Kernels
-from hqc.runtimes.cuda.layers import Codes, KernelCall, Quantise
+from hqc.runtimes.integer.fusions.codes_from_products import WIDEST_BLOCK
+from hqc.runtimes.integer.fusions.fusion import Found, Match, Placed, is_reshape, name_of, only_reader
+from hqc.runtimes.integer.kernel_set import Kernels
+from hqc.runtimes.integer.layers import Codes, KernelCall, Quantise
 
 __all__ = ["TakeWideAttention", "WideAttention"]
 

@@ -17,11 +17,11 @@ from hqc.kernels.guards import require_triton
 from hqc.kernels.tuning import load_tuning, use
 from hqc.program import InputSpec, Program
 from hqc.runtimes.base import inputs_on
-from hqc.runtimes.cuda.build import BuildOptions, float_module, integer_module
-from hqc.runtimes.cuda.forms import NAME, require_quantised
-from hqc.runtimes.cuda.graphs import Captured, GraphCache, Module, capture_cuda_graph
-from hqc.runtimes.cuda.kernel_set import triton_kernels
-from hqc.runtimes.cuda.report import BuildReport
+from hqc.runtimes.integer.build import BuildOptions, float_module, integer_module
+from hqc.runtimes.integer.cuda.graphs import Captured, GraphCache, Module, capture_cuda_graph
+from hqc.runtimes.integer.forms import NAME, require_quantised
+from hqc.runtimes.integer.kernel_set import triton_kernels
+from hqc.runtimes.integer.report import BuildReport
 from hqc.wording import first_words
 
 __all__ = ["CudaSession", "HalfSession", "Precision", "Weights", "require_cuda", "require_gpu"]

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from hqc.runtimes.cuda.fusions import FusionRecord
-from hqc.runtimes.cuda.layers import IntegerLayer
-from hqc.runtimes.cuda.weights import weight_form
+from hqc.runtimes.integer.fusions import FusionRecord
+from hqc.runtimes.integer.layers import IntegerLayer
+from hqc.runtimes.integer.weights import weight_form
 
 __all__ = ["BuildReport", "build_report"]
 

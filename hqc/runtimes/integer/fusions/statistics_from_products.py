@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, calls_of, name_of
-from hqc.runtimes.cuda.layers import GroupNormQuantise, IntegerConv2d
+from hqc.runtimes.integer.fusions.fusion import Found, Match, Placed, calls_of, name_of
+from hqc.runtimes.integer.layers import GroupNormQuantise, IntegerConv2d
 
 __all__ = ["StatisticsFromProducts"]
 

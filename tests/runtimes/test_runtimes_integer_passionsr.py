@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_programs import relative
+from integer_programs import relative
 from tiny_pipeline import save_tiny_pipeline
 
 import hqc
 from hqc import api
 from hqc.program import Program
-from hqc.runtimes.cuda.build import BuildOptions, integer_module
-from hqc.runtimes.cuda.forms import integer_form
-from hqc.runtimes.cuda.kernel_set import reference_kernels
+from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.forms import integer_form
+from hqc.runtimes.integer.kernel_set import reference_kernels
 
 FEW = {
     "smooth.samples": 2,

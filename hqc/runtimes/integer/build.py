@@ -9,14 +9,14 @@ from torch import Tensor, fx, nn
 from hqc.export.attention_notes import attention_note
 from hqc.passes.rewriting import Rewriter
 from hqc.program import Program, aten, is_op
-from hqc.runtimes.cuda.forms import integer_form
-from hqc.runtimes.cuda.fusions import fuse
-from hqc.runtimes.cuda.kernel_set import Kernels
-from hqc.runtimes.cuda.place import drop_dead, place_kernels
-from hqc.runtimes.cuda.precision import set_precision
-from hqc.runtimes.cuda.report import build_report
-from hqc.runtimes.cuda.side_stream import add_side_stream
-from hqc.runtimes.cuda.tidy import tidied
+from hqc.runtimes.integer.cuda.side_stream import add_side_stream
+from hqc.runtimes.integer.forms import integer_form
+from hqc.runtimes.integer.fusions import fuse
+from hqc.runtimes.integer.kernel_set import Kernels
+from hqc.runtimes.integer.place import drop_dead, place_kernels
+from hqc.runtimes.integer.precision import set_precision
+from hqc.runtimes.integer.report import build_report
+from hqc.runtimes.integer.tidy import tidied
 
 __all__ = ["BuildOptions", "float_module", "integer_module"]
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from hqc.errors import RuntimeMissingError
 from hqc.program import Program
-from hqc.runtimes.cuda.build import BuildOptions, float_module
-from hqc.runtimes.cuda.session import Precision, _dtype, _GraphSession, require_cuda
+from hqc.runtimes.integer.build import BuildOptions, float_module
+from hqc.runtimes.integer.cuda.session import Precision, _dtype, _GraphSession, require_cuda
 
 __all__ = ["COMPILERS", "CompiledHalfSession", "compiled", "require_torch_compile"]
 

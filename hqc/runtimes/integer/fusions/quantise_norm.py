@@ -15,8 +15,8 @@ from torch import fx
 
 from hqc.kernels import GroupNorm, LayerNorm
 from hqc.program import aten, is_op
-from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, name_of, only_reader, readers
-from hqc.runtimes.cuda.layers import GroupNormQuantise, LayerNormQuantise, Quantise
+from hqc.runtimes.integer.fusions.fusion import Found, Match, Placed, name_of, only_reader, readers
+from hqc.runtimes.integer.layers import GroupNormQuantise, LayerNormQuantise, Quantise
 
 __all__ = ["QuantiseGroupNorm", "QuantiseLayerNorm"]
 

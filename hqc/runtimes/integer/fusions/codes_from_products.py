@@ -11,8 +11,8 @@ from typing import ClassVar
 from torch import fx
 
 from hqc.program import aten, is_op
-from hqc.runtimes.cuda.fusions.fusion import Found, Match, Placed, calls_of, is_reshape, name_of, only_reader
-from hqc.runtimes.cuda.layers import IntegerConv2d, Quantise
+from hqc.runtimes.integer.fusions.fusion import Found, Match, Placed, calls_of, is_reshape, name_of, only_reader
+from hqc.runtimes.integer.layers import IntegerConv2d, Quantise
 
 __all__ = ["WIDEST_BLOCK", "CodesFromProducts"]
 

@@ -6,17 +6,17 @@ Each has `find`, which gives matches and misses with reasons, and `apply`, which
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hqc.runtimes.cuda.fusions.codes_from_products import CodesFromProducts
-from hqc.runtimes.cuda.fusions.fusion import Fusion, Placed
-from hqc.runtimes.cuda.fusions.merge_products import MergeProducts
-from hqc.runtimes.cuda.fusions.quantise_beside import QuantiseBeside
-from hqc.runtimes.cuda.fusions.quantise_gate import GateInProduct, QuantiseGate
-from hqc.runtimes.cuda.fusions.quantise_norm import QuantiseGroupNorm, QuantiseLayerNorm
-from hqc.runtimes.cuda.fusions.read_both import ReadBoth
-from hqc.runtimes.cuda.fusions.sink_upsample import SinkUpsample
-from hqc.runtimes.cuda.fusions.statistics_from_products import StatisticsFromProducts
-from hqc.runtimes.cuda.fusions.take_in_shift import TakeInShift
-from hqc.runtimes.cuda.fusions.wide_attention import TakeWideAttention
+from hqc.runtimes.integer.fusions.codes_from_products import CodesFromProducts
+from hqc.runtimes.integer.fusions.fusion import Fusion, Placed
+from hqc.runtimes.integer.fusions.merge_products import MergeProducts
+from hqc.runtimes.integer.fusions.quantise_beside import QuantiseBeside
+from hqc.runtimes.integer.fusions.quantise_gate import GateInProduct, QuantiseGate
+from hqc.runtimes.integer.fusions.quantise_norm import QuantiseGroupNorm, QuantiseLayerNorm
+from hqc.runtimes.integer.fusions.read_both import ReadBoth
+from hqc.runtimes.integer.fusions.sink_upsample import SinkUpsample
+from hqc.runtimes.integer.fusions.statistics_from_products import StatisticsFromProducts
+from hqc.runtimes.integer.fusions.take_in_shift import TakeInShift
+from hqc.runtimes.integer.fusions.wide_attention import TakeWideAttention
 
 __all__ = ["FUSIONS", "FusionRecord", "Placed", "fuse"]
 

@@ -36,7 +36,7 @@ def triton_kernels() -> Kernels:
 
 def reference_kernels() -> Kernels:
     """The same in plain torch, on any device."""
-    from hqc.runtimes.cuda import reference
+    from hqc.runtimes.integer import reference
 
     return _of("torch", reference)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hqc.kernels import Epilogue, GroupNorm, LayerNorm, Quantiser, Weight
 from hqc.kernels.guards import row_pitch
-from hqc.runtimes.cuda.kernel_set import Kernels
+from hqc.runtimes.integer.kernel_set import Kernels
 
 __all__ = [
     "Codes",
