@@ -41,6 +41,7 @@ class _BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic in newe
     "--against",
     metavar="PEERS",
     help="Comma-separated: onnxruntime-fp32 (default), onnxruntime-int8 (its own quantize_static), torch, "
+    "torch-compile (inductor, needs a C++ compiler), openvino-int8 (nncf.quantize, needs hqc[openvino]), "
     "torch-fp16-compile and torch-fp16-cudagraph (default on a GPU: both).",
 )
 @click.option(

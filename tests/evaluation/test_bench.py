@@ -25,6 +25,7 @@ from hqc.evaluation.bench.contender import Contender
 from hqc.evaluation.bench.models import Quantisation
 from hqc.evaluation.bench.peers import Built, Peer
 from hqc.evaluation.bench.run import Timing, bench, median_milliseconds
+from hqc.evaluation.bench.toolkits import ONNXRUNTIME, run_tool
 from hqc.evaluation.workspace import Workspace
 from hqc.export import export_program
 from hqc.program import InputSpec, Program
@@ -323,7 +324,7 @@ def test_onnxruntimes_tool_that_fails_says_why(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     np.savez(tmp_path / "c.npz", **{"0.sample": np.zeros(1, np.float32)})
     with pytest.raises(EvaluationError, match=r"quantize_static failed: .*Error"):
-        peers_module._run_tool(tmp_path / "bad.onnx", tmp_path / "c.npz", tmp_path, "full")
+        run_tool(ONNXRUNTIME, tmp_path / "bad.onnx", tmp_path / "c.npz", tmp_path, "full")
 
 
 def test_a_process_that_dies_is_an_error_with_its_signal(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from rich.console import Console
 
 from hqc.errors import ArtefactError, EvaluationError, RuntimeMissingError
 from hqc.evaluation.bench import worker
+from hqc.evaluation.bench.batches import read_batches, write_batches
 from hqc.evaluation.bench.chart import chart_bytes, chart_figure, save_chart
 from hqc.evaluation.bench.contender import Loaded
 from hqc.evaluation.bench.machine import describe_machine, has_vnni, isa_flags, machine_line
 from hqc.evaluation.bench.memory import peak_resident_bytes, resident_bytes
-from hqc.evaluation.bench.ort_int8 import read_batches, write_batches
 from hqc.evaluation.bench.peers import PEERS, find_peers
 from hqc.evaluation.bench.result import BenchResult, Figures, Spread, spread
 from hqc.evaluation.bench.rounds import take_turns
@@ -307,7 +307,8 @@ def test_peers_by_name() -> None:
         find_peers("torch,tensorflow")
     with pytest.raises(EvaluationError, match="names no peer"):
         find_peers(" , ")
-    assert set(PEERS) == {"onnxruntime-fp32", "onnxruntime-int8", "torch", "torch-fp16-compile", "torch-fp16-cudagraph"}
+    on_gpu = {"torch-fp16-compile", "torch-fp16-cudagraph"}
+    assert set(PEERS) == {"onnxruntime-fp32", "onnxruntime-int8", "torch", "torch-compile", "openvino-int8"} | on_gpu
 
 
 def test_calibration_batches_come_back_in_order(tmp_path: Path) -> None:

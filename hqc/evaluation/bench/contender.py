@@ -31,11 +31,15 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What loading took: seconds, and the process's resident bytes before (imports only) and after."""
+    """What loading took: seconds, and the process's resident bytes before (imports only) and after.
+
+    notes: what the runtime says of how it runs the model.
+    """
 
     load_seconds: float
     runtime_resident_bytes: int
     loaded_resident_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,11 @@ class Contender:
             EvaluationError: if the runtime refuses it.
         """
         request = {"runtime": self.runtime, "model": str(self.model), "inputs": str(inputs), "threads": threads}
-        return Loaded(**self._ask("load", **request))
+        answer = self._ask("load", **request)
+        return Loaded(**{**answer, "notes": tuple(answer["notes"])})
 
     def prepare(self) -> float:
-        """What is done once before anything is timed: on a GPU compiling and capturing; its seconds.
+        """What is done once before anything is timed: compiling and capturing; its seconds.
 
         Raises:
             EvaluationError: if it fails.

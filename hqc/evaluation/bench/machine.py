@@ -21,7 +21,7 @@ ISA = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", 
 
 SMI_SECONDS = 10
 
-PACKAGES = ("hqc", "torch", "triton", "onnxruntime", "numpy")
+PACKAGES = ("hqc", "torch", "triton", "onnxruntime", "openvino", "nncf", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:

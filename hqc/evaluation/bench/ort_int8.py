@@ -9,35 +9,16 @@ activations, MinMax calibration; seven-bit weights (`reduce_range`) where u8 x s
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from hqc.evaluation.bench.batches import Batch, read_batches
 from hqc.export.ort_session import import_onnxruntime
 
-__all__ = ["main", "read_batches", "write_batches"]
+__all__ = ["main"]
 
 EXTERNAL_BYTES = 10**9
 """Above this the tool is told to keep weights beside the models that it writes on the way."""
-
-Batch = dict[str, NDArray[np.float32]]
-
-
-def write_batches(path: Path, batches: list[Batch]) -> None:
-    """Calibration batches as one .npz: `0.sample`, `0.timestep`, `1.sample`, …"""
-    np.savez(path, **{f"{i}.{name}": array for i, batch in enumerate(batches) for name, array in batch.items()})  # type: ignore[arg-type]
-
-
-def read_batches(path: Path) -> Iterator[Batch]:
-    """What `write_batches` wrote, in order."""
-    with np.load(path, allow_pickle=False) as stored:
-        count = 1 + max(int(key.partition(".")[0]) for key in stored.files)
-        for i in range(count):
-            prefix = f"{i}."
-            yield {key.removeprefix(prefix): stored[key] for key in stored.files if key.startswith(prefix)}
 
 
 def quantise(model: Path, calibration: Path, target: Path, *, reduce_range: bool) -> list[str]:

@@ -17,8 +17,8 @@ DEFINITIONS: Mapping[str, str] = {
     "speedup_spread": "10th and 90th percentile of the same ratios",
     "milliseconds": "wall time of one denoiser call, equal inputs for all: median, 10th and 90th percentile, every run",
     "size_bytes": "files that the runtime reads: graph and weights",
-    "load_seconds": "opening the model from disk, the runtime imported before, the file cache as it is; on a GPU with "
-    "the first calls, which compile and capture",
+    "load_seconds": "opening the model from disk, the runtime imported before, the file cache as it is; with "
+    "the first calls where these compile or capture, what a compiler keeps of earlier runs included",
     "resident_bytes": "resident set of the contender's own process after the timed runs, runtime included",
     "runtime_resident_bytes": "the same after the runtime's import, before the model",
     "loaded_resident_bytes": "the same after loading, before the first run",

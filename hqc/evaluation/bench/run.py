@@ -17,7 +17,7 @@ from hqc.errors import ArtefactError, EvaluationError, HqcError
 from hqc.evaluation.bench.contender import Contender, Loaded
 from hqc.evaluation.bench.machine import describe_gpu, describe_machine
 from hqc.evaluation.bench.models import Models, Quantisation, find_models, inputs_of
-from hqc.evaluation.bench.peers import HQC, ON_GPU, PEERS, Built, compared, size_bytes
+from hqc.evaluation.bench.peers import COMPILING, HQC, ON_GPU, PEERS, Built, compared, size_bytes
 from hqc.evaluation.bench.result import BenchResult, Figures, spread
 from hqc.evaluation.bench.rounds import PAUSE_SECONDS, Rounds, take_turns
 from hqc.evaluation.workspace import Workspace
@@ -61,11 +61,14 @@ def bench(
     runtime: what runs the quantised model: onnxruntime, or torch-cuda.
 
     Raises:
-        HqcError: the model cannot be made or run. A peer that cannot is listed in the result instead.
+        HqcError: the model cannot be made or run, or what a peer needs is not installed. A peer that fails
+            otherwise is listed in the result instead.
     """
     quantisation, timing = quantisation or Quantisation(), timing or Timing()
     if runtime != "onnxruntime":
         _require_gpu()
+    for name in against:
+        PEERS[name].require()
     models = find_models(model, float_model, quantisation, space, runtime)
     built, failed = _build_peers(against, models.float_program, quantisation, space)
     with tempfile.TemporaryDirectory(dir=space.folder) as scratch:
@@ -204,8 +207,8 @@ def _measure(
         loaded, reference, failed = load(contenders, float_program, inputs, timing, space)
         for name in loaded:
             try:
-                # On a GPU the first calls compile and capture, up to a minute or two: that is a line of its own.
-                with space.stage(f"first calls of {name}") if built[name].runtime in ON_GPU else nullcontext():
+                # First calls may compile and capture, up to a minute or two: that is a line of its own.
+                with space.stage(f"first calls of {name}") if built[name].runtime in COMPILING else nullcontext():
                     first = contenders[name].prepare()
                 error = _error(contenders[name], reference, inputs.with_name("output.npy"))
                 whole = replace(loaded[name], load_seconds=loaded[name].load_seconds + first)
@@ -288,7 +291,7 @@ def _figures(name: str, built: Built, ready: _Ready, rounds: Rounds) -> Figures:
         resident_bytes=memory.resident_bytes,
         peak_resident_bytes=memory.peak_resident_bytes,
         error_to_float=ready.error,
-        notes=built.notes,
+        notes=built.notes + ready.loaded.notes,
         device_bytes=memory.device_bytes,
     )
 

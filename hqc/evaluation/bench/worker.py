@@ -3,8 +3,8 @@
 One JSON object a line on standard input, one answer a line on standard output:
 
     {"do": "load", "runtime": "onnxruntime", "model": PATH, "inputs": FILE.npz, "threads": 2}
-        -> {"load_seconds": …, "runtime_resident_bytes": …, "loaded_resident_bytes": …}
-    {"do": "prepare"}                -> {"seconds": …}       first calls on a GPU, which compile and capture
+        -> {"load_seconds": …, "runtime_resident_bytes": …, "loaded_resident_bytes": …, "notes": […]}
+    {"do": "prepare"}                -> {"seconds": …}       first calls, where these compile or capture
     {"do": "run"}                    -> {"milliseconds": …}
     {"do": "output", "file": PATH}   -> {}                   the output of one more run, as .npy
     {"do": "memory"}                 -> {"resident_bytes": …, "peak_resident_bytes": …, "device_bytes": …}
@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,13 +43,14 @@ GPU_RUN_SECONDS = 0.2
 class Loaded:
     """A loaded model: its output on the CPU, the milliseconds of one call, the bytes that it takes of a GPU.
 
-    prepare: once, before anything is timed.
+    prepare: once, before anything is timed. notes: what a reader of its figures should know.
     """
 
     output: Call
     milliseconds: Callable[[], float]
     device_bytes: Callable[[], int] = lambda: 0
     prepare: Callable[[], None] = lambda: None
+    notes: tuple[str, ...] = ()
 
 
 def on_cpu(call: Call) -> Loaded:
@@ -100,6 +101,43 @@ def _torch(threads: int) -> Callable[[Path, Arrays], Loaded]:
         session = TorchSession(load_program(model))
         tensors = [torch.from_numpy(inputs[spec.name]) for spec in session.inputs]
         return on_cpu(lambda: session(*tensors).numpy())
+
+    return load
+
+
+def _torch_compile(threads: int) -> Callable[[Path, Arrays], Loaded]:
+    """A Program folder compiled by inductor at the first call, for the inputs' sizes."""
+    import torch
+
+    from hqc.evaluation.bench.torch_compile import CompiledSession
+    from hqc.storage import load_program
+
+    torch.set_num_threads(threads)
+
+    def load(model: Path, inputs: Arrays) -> Loaded:
+        session = CompiledSession(load_program(model))
+        tensors = [torch.from_numpy(inputs[spec.name]) for spec in session.inputs]
+        timed = on_cpu(lambda: session(*tensors).numpy())
+        return replace(timed, prepare=lambda: session.compile(*tensors))
+
+    return load
+
+
+def _openvino(threads: int) -> Callable[[Path, Arrays], Loaded]:
+    """OpenVINO's CPU device with its own choices, for the inputs' sizes."""
+    import openvino
+
+    def load(model: Path, inputs: Arrays) -> Loaded:
+        core = openvino.Core()
+        network = core.read_model(model)
+        feeds = {port.any_name: inputs[port.any_name] for port in network.inputs}
+        network.reshape({name: list(array.shape) for name, array in feeds.items()})
+        compiled = core.compile_model(network, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+        del network
+        request, output = compiled.create_infer_request(), compiled.output(0)
+        precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        notes = () if precision == "f32" else (f"what is not int8 runs in {precision}, OpenVINO's choice on this CPU",)
+        return replace(on_cpu(lambda: request.infer(feeds)[output]), notes=notes)
 
     return load
 
@@ -181,7 +219,9 @@ def _on_gpu(call: Callable[[], Any]) -> Loaded:
 
 RUNTIMES: Mapping[str, Callable[[int], Callable[[Path, Arrays], Loaded]]] = {
     "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
     "torch": _torch,
+    "torch-compile": _torch_compile,
     "torch-cuda": _cuda("CudaSession"),
     "torch-cuda-int4": _cuda("CudaSession", weights="int4"),
     "torch-fp16-compile": _cuda("CompiledHalfSession", "compiled"),
@@ -231,6 +271,7 @@ class Worker:
             "load_seconds": seconds,
             "runtime_resident_bytes": before,
             "loaded_resident_bytes": resident_bytes(),
+            "notes": list(self._loaded.notes),
         }
 
 
