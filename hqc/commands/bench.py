@@ -46,10 +46,10 @@ class _BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic in newe
 )
 @click.option(
     "--runtime",
-    type=click.Choice(["onnxruntime", "torch-cuda"]),
+    type=click.Choice(["onnxruntime", "torch-int8", "torch-cuda"]),
     default="onnxruntime",
     show_default=True,
-    help="What runs the quantised model; torch-cuda: int8 kernels on an NVIDIA GPU.",
+    help="What runs the quantised model; torch-int8: integer products by oneDNN; torch-cuda: int8 kernels on a GPU.",
 )
 @click.option("--float", "float_model", metavar="FLOAT", help="Float side of a quantised MODEL (default: its source).")
 @click.option("--bits", help="wNaM, N and M in 2…8, for a float MODEL (default: w4a4).")

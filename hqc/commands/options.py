@@ -183,7 +183,7 @@ sampler_options = options(
 )
 runtime_option = click.option(
     "--runtime",
-    type=click.Choice(["torch", "torch-cuda", "onnxruntime", "tensorrt"]),
+    type=click.Choice(["torch", "torch-int8", "torch-cuda", "onnxruntime", "tensorrt"]),
     help="Default: what fits (Program: torch; export for TensorRT, on its GPU: tensorrt; else onnxruntime).",
 )
 calib_size_option = click.option(

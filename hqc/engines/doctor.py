@@ -78,6 +78,7 @@ def _abilities(e: Environment) -> Iterator[Ability]:
     yield _ability("build", "engine rtx", _rtx(e), note=f"without a GPU: {', '.join(RTX_ARCHS)}")
     yield _ability("build", "engine trt", [*_trt(e), *_gpu(e)], note="on the card that it is for")
     yield _ability("run", "torch", _needs(e, "torch"), note="the CPU")
+    yield _ability("run", "torch-int8", _needs(e, "torch"), note="the CPU, a quantised program in int8 by oneDNN")
     yield _ability("run", "onnxruntime", _needs(e, "onnxruntime"), note="the CPU")
     yield _ability("run", "torch on CUDA", [*_torch_cuda(e), *_needs(e, "triton"), *_gpu(e)])
     yield _ability("run", "engine rtx", [*_rtx(e), *_gpu(e), *_rtx_card(e)])

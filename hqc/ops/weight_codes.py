@@ -31,8 +31,10 @@ def pack_int4(codes: Tensor) -> Tensor:
 @torch.library.custom_op("hqc::unpack_int4", mutates_args=())
 def unpack_int4(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """int8 codes of the given shape from `pack_int4`'s bytes: packed uint8 [⌈n/2⌉] -> int8 shape."""
-    nibbles = torch.stack([packed & 0xF, packed >> 4], 1).reshape(-1)[: math.prod(shape)].to(torch.int8)
-    return torch.where(nibbles > 7, nibbles - 16, nibbles).reshape(list(shape))
+    # The sign is the highest bit of a nibble: shifted to the top of a byte and back.
+    signed = packed.view(torch.int8)
+    nibbles = torch.stack([(signed << 4) >> 4, signed >> 4], 1)
+    return nibbles.reshape(-1)[: math.prod(shape)].reshape(list(shape))
 
 
 @unpack_int4.register_fake

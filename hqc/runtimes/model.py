@@ -39,7 +39,7 @@ __all__ = [
     "pipeline_around",
 ]
 
-Runtime = Literal["torch", "torch-cuda", "onnxruntime", "tensorrt"]
+Runtime = Literal["torch", "torch-int8", "torch-cuda", "onnxruntime", "tensorrt"]
 DIGITS = "digits"
 PROGRAM_KIND = "hqc-program"
 
@@ -134,10 +134,11 @@ def load(
 ) -> Model:
     """Loads a Program folder (torch), an export folder (onnxruntime, tensorrt), or `digits`, the bundled float model.
 
-    runtime: None picks the one that fits; torch-cuda runs a quantised Program in int8 on a GPU; tensorrt runs the
-    engine of an export for TensorRT, building it once if there is none for the GPU, and is picked for such an export
-    where it can run. threads: of one onnxruntime call. cache: a folder of models as onnxruntime has optimised them for
-    this machine, with which a large export opens several times as fast the next time; for tensorrt, of built engines.
+    runtime: None picks the one that fits; torch-int8 runs a quantised Program in int8 on the CPU, torch-cuda on a GPU;
+    tensorrt runs the engine of an export for TensorRT, building it once if there is none for the GPU, and is picked for
+    such an export where it can run. threads: of one onnxruntime call. cache: a folder of models as onnxruntime has
+    optimised them for this machine, with which a large export opens several times as fast the next time; for tensorrt,
+    of built engines; for torch-int8, of what is compiled for this CPU.
 
     Raises:
         ArtefactError: if the path is no artefact, or one that is damaged.
@@ -214,6 +215,15 @@ def _open_program(folder: Path, options: _OrtOptions) -> Model:
     return _program_model(folder, program, TorchSession(program))
 
 
+def _open_program_in_int8(folder: Path, options: _OrtOptions) -> Model:
+    from hqc.runtimes.integer.cpu.operators import require_operators
+    from hqc.runtimes.integer.cpu.session import CpuSession
+
+    require_operators()  # before the weights are read
+    program = load_program(folder)
+    return _program_model(folder, program, CpuSession(program, cache=options.cache))
+
+
 def _open_program_on_gpu(folder: Path, options: _OrtOptions) -> Model:
     from hqc.runtimes.integer.cuda.session import CudaSession, require_gpu
 
@@ -287,13 +297,13 @@ def _open_digits(path: Path, options: _OrtOptions) -> Model:
 
 
 _OPENERS: Mapping[str, Mapping[str, Callable[[Path, _OrtOptions], Model]]] = {
-    PROGRAM_KIND: {"torch": _open_program, "torch-cuda": _open_program_on_gpu},
+    PROGRAM_KIND: {"torch": _open_program, "torch-int8": _open_program_in_int8, "torch-cuda": _open_program_on_gpu},
     EXPORT_KIND: {"onnxruntime": _open_export, "tensorrt": _open_engine},
     DIGITS: {"torch": _open_digits},
 }
 """What runs each kind; see `_fitting` for what is taken where none is named."""
 _WHAT = {
-    PROGRAM_KIND: "a program: torch and torch-cuda run those",
+    PROGRAM_KIND: "a program: torch, torch-int8 and torch-cuda run those",
     EXPORT_KIND: "an ONNX export: onnxruntime runs those, tensorrt those for TensorRT",
     DIGITS: "the bundled float model: only torch runs it",
 }

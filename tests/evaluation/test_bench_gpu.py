@@ -118,7 +118,7 @@ def test_peers_stand_from_the_fastest_on_and_loading_is_a_stage(
             return Memory(1, 1, 1)
 
     monkeypatch.setattr(run, "Contender", Worker)
-    monkeypatch.setattr(run, "_require_gpu", lambda: None)
+    monkeypatch.setattr(run, "_require_machine", lambda runtime: None)
     monkeypatch.setattr(run, "describe_gpu", lambda: {"gpu": "Some Card", "cuda": "13.0"})
     space = Workspace(stored.root / "work")
     against = ("torch-fp16-cudagraph", "torch-fp16-compile")

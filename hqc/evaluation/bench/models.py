@@ -55,8 +55,8 @@ class Quantisation:
 
 @dataclass(frozen=True)
 class Models:
-    """What is timed: the export (a Program for torch-cuda), the captured program of the same denoiser, and what both
-    were calibrated on.
+    """What is timed: the export (a Program for torch-int8 and torch-cuda), the captured program of the same denoiser,
+    and what both were calibrated on.
     """
 
     export: Path
@@ -288,13 +288,13 @@ def _lowered(program: Path, space: Workspace, runtime: str) -> Path:
     if runtime == "onnxruntime":
         return _exported(program, space)
     depends = {"program": content(program), "runtime": runtime}
-    return space.make("integer.hqc", PROGRAM_KIND, depends, lambda target: _store(program, target))
+    return space.make("integer.hqc", PROGRAM_KIND, depends, lambda target: _store(program, target, runtime))
 
 
-def _store(program: Path, target: Path) -> None:
+def _store(program: Path, target: Path, runtime: str) -> None:
     from hqc.runtimes.integer.forms import stored_form
 
-    save_program(stored_form(load_program(program)), target, force=True)
+    save_program(stored_form(load_program(program), runtime), target, force=True)
 
 
 def _exported(program: Path, space: Workspace) -> Path:

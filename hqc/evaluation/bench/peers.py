@@ -58,7 +58,7 @@ class Peer:
 
 
 def compared(folder: Path, runtime: str = "onnxruntime") -> Built:
-    """The compared model itself: an export for onnxruntime, a Program for torch-cuda."""
+    """The compared model itself: an export for onnxruntime, a Program for torch-int8 and torch-cuda."""
     return Built(runtime, folder / MODEL_FILE if runtime == "onnxruntime" else folder)
 
 
@@ -151,6 +151,7 @@ PEERS: Mapping[str, Peer] = {
 
 USUAL_PEERS: Mapping[str, str] = {
     "onnxruntime": "onnxruntime-fp32",
+    "torch-int8": "onnxruntime-fp32",
     "torch-cuda": "torch-fp16-compile,torch-fp16-cudagraph",
 }
 """What a runtime is compared with unless peers are named: the strongest there are."""

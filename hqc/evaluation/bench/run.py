@@ -58,15 +58,14 @@ def bench(
 ) -> BenchResult:
     """Times `model` against the named peers; see the package's first lines and `models` for what it may be.
 
-    runtime: what runs the quantised model: onnxruntime, or torch-cuda.
+    runtime: what runs the quantised model: onnxruntime, torch-int8, or torch-cuda.
 
     Raises:
         HqcError: the model cannot be made or run, or what a peer needs is not installed. A peer that fails
             otherwise is listed in the result instead.
     """
     quantisation, timing = quantisation or Quantisation(), timing or Timing()
-    if runtime != "onnxruntime":
-        _require_gpu()
+    _require_machine(runtime)
     for name in against:
         PEERS[name].require()
     models = find_models(model, float_model, quantisation, space, runtime)
@@ -86,7 +85,7 @@ def bench(
             "calibration": _calibration(models, quantisation),
             "runtime": runtime,
         },
-        machine=describe_machine() | ({} if runtime == "onnxruntime" else describe_gpu()),
+        machine=describe_machine() | (describe_gpu() if runtime in ON_GPU else {}),
         stages=tuple(space.done),
         ours=figures.pop(HQC),
         peers=dict(sorted(figures.items(), key=lambda item: spread(item[1].milliseconds).median)),
@@ -119,14 +118,23 @@ def median_milliseconds(artefacts: Mapping[str, Path], *, timing: Timing) -> dic
     return {name: spread(times).median for name, times in rounds.milliseconds.items()}
 
 
-_OURS = {"onnxruntime": "the export in ONNX Runtime", "torch-cuda": "int8 kernels on a GPU, float16 around them"}
+_OURS = {
+    "onnxruntime": "the export in ONNX Runtime",
+    "torch-int8": "integer products by oneDNN in PyTorch",
+    "torch-cuda": "int8 kernels on a GPU, float16 around them",
+}
 
 
-def _require_gpu() -> None:
+def _require_machine(runtime: str) -> None:
     """Before long work: whether this machine runs the kernels at all."""
-    from hqc.runtimes.integer.cuda.session import require_gpu
+    if runtime == "torch-int8":
+        from hqc.runtimes.integer.cpu.operators import require_operators
 
-    require_gpu()
+        require_operators()
+    elif runtime in ON_GPU:
+        from hqc.runtimes.integer.cuda.session import require_gpu
+
+        require_gpu()
 
 
 def _calibration(models: Models, quantisation: Quantisation) -> str:

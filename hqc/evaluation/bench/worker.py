@@ -142,6 +142,27 @@ def _openvino(threads: int) -> Callable[[Path, Arrays], Loaded]:
     return load
 
 
+def _torch_int8(threads: int) -> Callable[[Path, Arrays], Loaded]:
+    """A Program folder in integer products on the CPU; what is compiled for it is there before the clock starts."""
+    import torch
+
+    from hqc.runtimes.integer.cpu.kernels import cpu_kernels
+    from hqc.runtimes.integer.cpu.operators import require_operators
+    from hqc.runtimes.integer.cpu.session import CpuSession
+    from hqc.storage import load_program
+
+    torch.set_num_threads(threads)
+    require_operators()
+    cpu_kernels()
+
+    def load(model: Path, inputs: Arrays) -> Loaded:
+        session = CpuSession(load_program(model))
+        tensors = [torch.from_numpy(inputs[spec.name]) for spec in session.inputs]
+        return on_cpu(lambda: session(*tensors).numpy())
+
+    return load
+
+
 def _cuda(
     session_class: str, module: str = "session", **options: Any
 ) -> Callable[[int], Callable[[Path, Arrays], Loaded]]:
@@ -222,6 +243,7 @@ RUNTIMES: Mapping[str, Callable[[int], Callable[[Path, Arrays], Loaded]]] = {
     "openvino": _openvino,
     "torch": _torch,
     "torch-compile": _torch_compile,
+    "torch-int8": _torch_int8,
     "torch-cuda": _cuda("CudaSession"),
     "torch-cuda-int4": _cuda("CudaSession", weights="int4"),
     "torch-fp16-compile": _cuda("CompiledHalfSession", "compiled"),

@@ -13,6 +13,7 @@ from hqc.runtimes.integer.cuda.side_stream import add_side_stream
 from hqc.runtimes.integer.forms import integer_form
 from hqc.runtimes.integer.fusions import fuse
 from hqc.runtimes.integer.kernel_set import Kernels
+from hqc.runtimes.integer.layers import IntegerLayer
 from hqc.runtimes.integer.place import drop_dead, place_kernels
 from hqc.runtimes.integer.precision import set_precision
 from hqc.runtimes.integer.report import build_report
@@ -26,7 +27,7 @@ class BuildOptions:
     """Where the module lives and what its float part runs in.
 
     pack: four-bit weights stay packed where they may. fuse: kernels take in what stands before and after them.
-    side_stream: what does not depend on the image runs on a stream beside it.
+    side_stream: what does not depend on the image runs on a stream beside it. runtime: whose name refusals give.
     """
 
     device: torch.device
@@ -34,6 +35,7 @@ class BuildOptions:
     pack: bool = False
     fuse: bool = True
     side_stream: bool = True
+    runtime: str = "torch-cuda"
 
 
 @torch.no_grad()
@@ -43,10 +45,15 @@ def integer_module(program: Program, kernels: Kernels, options: BuildOptions) ->
     Raises:
         RuntimeMissingError: for a float program. ExportError: for a site that the kernels cannot run.
     """
-    placed = place_kernels(tidied(integer_form(program)), kernels, device=options.device, pack=options.pack)
+    placed = place_kernels(
+        tidied(integer_form(program, options.runtime)), kernels, device=options.device, pack=options.pack
+    )
     records = fuse(placed) if options.fuse else ()
+    drop_dead(placed.edit.graph)
+    called = [placed.modules[name] for name in _called(placed.edit.graph)]
+    report = replace(build_report(called, records), attention=attention_note(program, options.runtime))
     module = _module(placed.edit, placed.modules, options, side=options.side_stream)
-    module.meta["report"] = replace(build_report(module, records), attention=attention_note(program, "torch-cuda"))
+    module.meta["report"] = report
     return module
 
 
@@ -69,15 +76,22 @@ def _module(
     if side:
         add_side_stream(edit.graph, modules, edit.program.inputs[0].name, options.device)
     root = nn.Module()
-    called = {str(node.target) for node in edit.graph.nodes if node.op == "call_module"}
-    for name in called:
-        root.add_module(name, modules[name])
+    for name in _called(edit.graph):
+        module = modules.pop(name)
+        if isinstance(module, IntegerLayer):
+            module.pack()
+        root.add_module(name, module)
     convolutions = _convolution_weights(edit.graph)
     for i, node in enumerate([n for n in edit.graph.nodes if n.op == "get_attr"]):
         name = f"tensor_{i}"
         root.register_buffer(name, _on_device(edit.state[str(node.target)], node in convolutions, options.device))
         node.target = name
     return fx.GraphModule(root.to(options.device), edit.graph, "IntegerModule").eval()
+
+
+def _called(graph: fx.Graph) -> list[str]:
+    """The names of the modules that a graph calls, each once."""
+    return list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"))
 
 
 def _fold(edit: Rewriter) -> None:

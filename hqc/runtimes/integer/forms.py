@@ -12,50 +12,55 @@ from hqc.program import Program, Stage, is_op
 from hqc.rotations import Rotation
 from hqc.sites import QuantisedSite, quantised_sites, rotation_of
 
-__all__ = ["NAME", "integer_form", "require_quantised", "site_input", "site_rotation", "stored_form"]
+__all__ = ["integer_form", "require_quantised", "site_input", "site_rotation", "stored_form"]
 
-NAME = "runtime torch-cuda"
+_CUDA = "torch-cuda"
 ops = torch.ops.hqc
 _PRODUCTS = (ops.int_linear.default, ops.int_conv2d.default)
 
 
-def require_quantised(stage: str) -> None:
+def require_quantised(stage: str, runtime: str = _CUDA) -> None:
     """Refuses a float program.
+
+    runtime: whose name the refusal gives, here and below.
 
     Raises:
         RuntimeMissingError: naming its stage.
     """
     if stage == Stage.CAPTURED:
         raise RuntimeMissingError(
-            NAME, "runs integer products and the program is not quantised", "Quantise it with `hqc ptq` or `hqc qat`."
+            f"runtime {runtime}",
+            "runs integer products and the program is not quantised",
+            "Quantise it with `hqc ptq` or `hqc qat`.",
         )
 
 
-def integer_form(program: Program) -> Program:
+def integer_form(program: Program, runtime: str = _CUDA) -> Program:
     """The program after the passes that it still needs, its sites checked against what the kernels take.
 
     Raises:
         RuntimeMissingError: for a float program. ExportError: for a site that the kernels cannot run.
     """
-    require_quantised(program.stage)
-    refuse_groups(program, NAME)
+    name = f"runtime {runtime}"
+    require_quantised(program.stage, runtime)
+    refuse_groups(program, name)
     if attached := program.attached_styles:
         found = f"has no inputs for LoRAs, and {attached[0]} is attached"
-        raise RuntimeMissingError(NAME, found, "Merge it at `hqc trace --lora`, or use runtime torch or an export.")
-    integer = run_pipeline(with_float_attention(program), _missing_passes(program))
+        raise RuntimeMissingError(name, found, "Merge it at `hqc trace --lora`, or use runtime torch or an export.")
+    integer = run_pipeline(with_float_attention(program), _missing_passes(program, name))
     _require_products(integer)
     for site in quantised_sites(integer):
         _require_int8(site)
     return integer
 
 
-def stored_form(program: Program) -> Program:
-    """`integer_form` with codes of at most four bits packed: a program as small on disk as it is on the GPU.
+def stored_form(program: Program, runtime: str = _CUDA) -> Program:
+    """`integer_form` with codes of at most four bits packed: a program as small on disk as a GPU holds it.
 
     Raises:
         RuntimeMissingError, ExportError: see `integer_form`.
     """
-    return run_pipeline(integer_form(program), [PackInt4()])
+    return run_pipeline(integer_form(program, runtime), [PackInt4()])
 
 
 def site_rotation(site: QuantisedSite) -> Rotation:
@@ -70,13 +75,13 @@ def site_input(site: QuantisedSite) -> fx.Node:
     return before.args[0] if is_op(before, ops.hadamard.default) else before  # type: ignore[return-value, union-attr]
 
 
-def _missing_passes(program: Program) -> list[Pass]:
+def _missing_passes(program: Program, name: str) -> list[Pass]:
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
     passes: list[Pass] = [] if program.stage == Stage.INTEGER else [MergeLora(), FreezeIntegers()]
     if targets & set(_PRODUCTS):
         return passes
     if ops.unpack_int4.default in targets:
-        raise ExportError(NAME, "the program is packed but not rotated", "Take it before pack_int4.")
+        raise ExportError(name, "the program is packed but not rotated", "Take it before pack_int4.")
     return [*passes, RotateWeights()]
 
 

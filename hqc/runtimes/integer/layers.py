@@ -6,7 +6,7 @@ weight is not channels-last) is read as it lies: the plain quantiser transposes 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,22 @@ __all__ = [
     "IntegerLinear",
     "KernelCall",
     "LayerNormQuantise",
+    "Packed",
     "Quantise",
 ]
+
+
+class Packed(Protocol):
+    """A product that holds its weight in the kernels' own form, as a sum of `terms` products."""
+
+    @property
+    def terms(self) -> int:
+        """How many products are added."""
+        ...
+
+    def __call__(self, codes: Tensor, scale: Tensor, epilogue: Epilogue, upsample: int = 1) -> Tensor:
+        """As `hqc.kernels.int_gemm` and `int_conv2d`."""
+        ...
 
 
 class Codes(nn.Module):
@@ -181,19 +195,24 @@ class GateQuantise(KernelCall):
 
 
 class IntegerLayer(KernelCall):
-    """A product of codes with a weight, rescaled, then what the graph had next: see `hqc.kernels.Epilogue`."""
+    """A product of codes with a weight, rescaled, then what the graph had next: see `hqc.kernels.Epilogue`.
+
+    reach: the largest code that it is given. window: of a convolution.
+    """
 
     activations = ()
+    window: Mapping[str, Sequence[int]] | None = None
 
     codes: Tensor
     weight_scale: Tensor
     high: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, kernels: Kernels, weight: Weight, bias: Tensor | None, *, silu: bool) -> None:
+    def __init__(self, kernels: Kernels, weight: Weight, bias: Tensor | None, *, silu: bool, reach: int = 127) -> None:
         super().__init__(kernels)
-        self.silu, self.dtype = silu, torch.float32
+        self.silu, self.dtype, self.reach = silu, torch.float32, reach
         self.gate, self.quantised, self.statistics = "none", None, False
+        self.packed: Packed | None = None
         self.set_weight(weight, bias)
 
     gate: str
@@ -212,6 +231,13 @@ class IntegerLayer(KernelCall):
     def weight(self) -> Weight:
         """As the kernels take it."""
         return Weight(self.codes, self.weight_scale, self.high, self.high_factor, self.rotation, self.regular)
+
+    def pack(self) -> None:
+        """From now on the product is the kernels' own, where they have one; its weight is held once."""
+        if self.kernels.pack is None:
+            return
+        self.packed = self.kernels.pack(self.weight, self.reach, self.window)
+        self.codes, self.high = self.codes.new_empty(0), None
 
     def _epilogue(self, residual: Tensor | None, shift: Tensor | None, inverse_scale: Tensor | None) -> Epilogue:
         quantiser = None
@@ -242,6 +268,8 @@ class IntegerLinear(IntegerLayer):
     ) -> Any:
         """scale fp32 [N]; residual of y's shape and dtype; shift [N, O]; inverse_scale fp32 [N] of the codes of y."""
         rest = None if residual is None else residual.contiguous()
+        if self.packed is not None:
+            return self.packed(codes, scale, self._epilogue(rest, shift, inverse_scale))
         run = self.kernels.int_gemm_statistics if self.statistics else self.kernels.int_gemm
         return run(codes, self.weight, scale, self._epilogue(rest, shift, inverse_scale))
 
@@ -257,9 +285,10 @@ class IntegerConv2d(IntegerLayer):
         *,
         silu: bool,
         window: Mapping[str, Sequence[int]],
+        reach: int = 127,
     ) -> None:
         """window: stride, padding and dilation as (height, width)."""
-        super().__init__(kernels, weight, bias, silu=silu)
+        super().__init__(kernels, weight, bias, silu=silu, reach=reach)
         self.window: dict[str, Any] = {name: tuple(pair) for name, pair in window.items()}
         self.upsample = 1
 
@@ -274,6 +303,8 @@ class IntegerConv2d(IntegerLayer):
         """scale fp32 [N]; residual of y's shape and dtype; shift [N, O]; inverse_scale fp32 [N] of the codes of y."""
         rest = None if residual is None else residual.permute(0, 2, 3, 1).contiguous()
         epilogue, window = self._epilogue(rest, shift, inverse_scale), {**self.window, "upsample": self.upsample}
+        if self.packed is not None:
+            return self.packed(codes, scale, epilogue, self.upsample).permute(0, 3, 1, 2)
         if self.statistics:
             y, statistics = self.kernels.int_conv2d_statistics(codes, self.weight, scale, epilogue, **window)
             return y.permute(0, 3, 1, 2), statistics

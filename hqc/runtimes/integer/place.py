@@ -110,10 +110,10 @@ def _layer_maker(program: Program, site: QuantisedSite, kernels: Kernels, device
 
     def make(silu: bool) -> nn.Module:
         if not _is_image(site):
-            return IntegerLinear(kernels, weight, bias, silu=silu)
+            return IntegerLinear(kernels, weight, bias, silu=silu, reach=site.bounds.largest)
         _, _, stride, padding, dilation, _ = site.products[0].node.args
         window: Any = {"stride": stride, "padding": padding, "dilation": dilation}
-        return IntegerConv2d(kernels, weight, bias, silu=silu, window=window)
+        return IntegerConv2d(kernels, weight, bias, silu=silu, window=window, reach=site.bounds.largest)
 
     return make
 

@@ -29,7 +29,7 @@ __all__ = [
     "wide_attention",
 ]
 
-_EXACT = torch.float64
+EXACT = torch.float64
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "silu": functional.silu,
@@ -117,7 +117,7 @@ def wide_attention(
 
 def int_gemm(codes: Tensor, weight: Weight, scale: Tensor, epilogue: Epilogue = Epilogue()) -> Tensor:  # noqa: B008  (frozen)
     """y = acc·weight.scale[o]·scale[n] + bias[o] + shift[n, o] + residual, SiLU, gate, codes; see `hqc.kernels`."""
-    acc = functional.linear(codes.to(_EXACT), weight_values(weight, codes.shape[-1]).to(_EXACT))
+    acc = functional.linear(codes.to(EXACT), weight_values(weight, codes.shape[-1]).to(EXACT))
     return _finished(acc, weight, scale, epilogue)
 
 
@@ -145,8 +145,8 @@ def int_conv2d(
 ) -> Tensor:
     """As `int_gemm` for codes [N, H, W, C] and a weight [O, kh, kw, C]; see `hqc.kernels`."""
     values = weight_values(weight, codes.shape[-1]).permute(0, 3, 1, 2)
-    image = codes.repeat_interleave(upsample, 1).repeat_interleave(upsample, 2).permute(0, 3, 1, 2).to(_EXACT)
-    acc = functional.conv2d(image, values.to(_EXACT), None, list(stride), list(padding), list(dilation))
+    image = codes.repeat_interleave(upsample, 1).repeat_interleave(upsample, 2).permute(0, 3, 1, 2).to(EXACT)
+    acc = functional.conv2d(image, values.to(EXACT), None, list(stride), list(padding), list(dilation))
     return _finished(acc.permute(0, 2, 3, 1), weight, scale, epilogue)
 
 

@@ -1,7 +1,7 @@
-"""What a session on a GPU made of a program: fusions with their misses, weights by form, where tiles come from."""
+"""What a session made of a program: fusions with their misses, weights by form, where its kernels come from."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ __all__ = ["BuildReport", "build_report"]
 class BuildReport:
     """fusions in their order; weights: form -> number of products; weight_bytes of all products on the device.
 
-    tiles: where the tiles of products come from, in one line. attention: how quantised attention runs.
+    tiles: on a GPU where the tiles of products come from, in one line; on a CPU how passes and products run.
+    attention: how quantised attention runs.
     """
 
     fusions: tuple[FusionRecord, ...]
@@ -44,9 +45,9 @@ class BuildReport:
         return "\n".join([*lines, *([self.tiles] if self.tiles else [])])
 
 
-def build_report(module: nn.Module, fusions: Sequence[FusionRecord]) -> BuildReport:
-    """The report of a built module."""
-    layers = [m for m in module.modules() if isinstance(m, IntegerLayer)]
+def build_report(modules: Iterable[nn.Module], fusions: Sequence[FusionRecord]) -> BuildReport:
+    """The report of the modules that a graph calls, before their weights are packed."""
+    layers = [m for m in modules if isinstance(m, IntegerLayer)]
     tensors = [t for layer in layers for t in (layer.codes, layer.high) if t is not None]
     forms = Counter(weight_form(layer.weight) for layer in layers)
     return BuildReport(tuple(fusions), dict(forms), sum(t.numel() * t.element_size() for t in tensors))

@@ -19,13 +19,14 @@ from hqc.program import InputSpec, Program
 from hqc.runtimes.base import inputs_on
 from hqc.runtimes.integer.build import BuildOptions, float_module, integer_module
 from hqc.runtimes.integer.cuda.graphs import Captured, GraphCache, Module, capture_cuda_graph
-from hqc.runtimes.integer.forms import NAME, require_quantised
+from hqc.runtimes.integer.forms import require_quantised
 from hqc.runtimes.integer.kernel_set import triton_kernels
 from hqc.runtimes.integer.report import BuildReport
 from hqc.wording import first_words
 
 __all__ = ["CudaSession", "HalfSession", "Precision", "Weights", "require_cuda", "require_gpu"]
 
+NAME = "runtime torch-cuda"
 Precision = Literal["fp16", "bf16", "fp32"]
 Weights = Literal["int8", "int4"]
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

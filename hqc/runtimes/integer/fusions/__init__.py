@@ -46,9 +46,9 @@ class FusionRecord:
 
 
 def fuse(placed: Placed, fusions: Sequence[Fusion] = FUSIONS) -> tuple[FusionRecord, ...]:
-    """Runs fusions on a placed graph, in place."""
+    """Runs fusions on a placed graph, in place, but those that its kernels leave out."""
     records = []
-    for fusion in fusions:
+    for fusion in (f for f in fusions if f.name not in placed.kernels.leaves_out):
         found = fusion.find(placed)
         for match in found.matches:
             fusion.apply(placed, match)

@@ -1,0 +1,125 @@
+"""`passes.cpp` compiled once for this machine, and kept.
+
+    CACHE/passes-KEY.so      key = sha256(source, compiler and version, options, instruction sets)
+
+That takes a second or two. Without a compiler there is a reason instead of a library, and plain torch runs instead.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from hqc.runtimes.ort_cache import instruction_sets
+from hqc.stages import doing
+
+__all__ = ["COMPILERS", "Library", "compiled_passes", "native_cache"]
+
+COMPILERS = ("g++", "c++", "clang++")
+"""What is looked for, unless CXX names another."""
+SOURCE = Path(__file__).with_name("passes.cpp")
+OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
+_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Library:
+    """The compiled passes; None with the reason in `said` where there are none."""
+
+    functions: ctypes.CDLL | None
+    said: str
+
+
+def native_cache() -> Path:
+    """`$XDG_CACHE_HOME/hqc/native`, or `~/.cache/hqc/native`."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "hqc" / "native"
+
+
+@lru_cache(maxsize=8)
+def compiled_passes(cache: Path | None = None, compiler: str | None = None) -> Library:
+    """The passes of this machine, compiled on the first call; kept in `cache`.
+
+    compiler: None takes CXX's, else the first of `COMPILERS` that is there.
+    """
+    found = _compiler(compiler)
+    if found is None:
+        return Library(None, _no_compiler(compiler))
+    folder = native_cache() if cache is None else cache
+    try:
+        version = _run([found, "--version"]).splitlines()[0]
+        with _usable(folder) as usable:
+            library, kept = _library(found, version, usable)
+            functions = ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        return Library(None, f"{Path(found).name} could not compile them ({_reason(error)})")
+    return Library(functions, f"compiled by {version}{', kept from before' if kept else ''}")
+
+
+def _compiler(named: str | None) -> str | None:
+    wanted = named or os.environ.get("CXX")
+    found = (shutil.which(name) for name in ([wanted] if wanted else COMPILERS))
+    return next((path for path in found if path), None)
+
+
+def _no_compiler(named: str | None) -> str:
+    wanted = named or os.environ.get("CXX")
+    return f"CXX names {wanted}, which is not there" if wanted else f"there is none of {', '.join(COMPILERS)}"
+
+
+@contextmanager
+def _usable(folder: Path) -> Iterator[Path]:
+    """The cache folder if it is this user's alone, else a temporary one: code is loaded from no one else's."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        own = _is_own(folder) and os.access(folder, os.W_OK)
+    except OSError:
+        own = False
+    if own:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="hqc-native-") as temporary:  # a loaded library stays mapped
+        yield Path(temporary)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a path belongs to this user, and nobody else may write it."""
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _library(compiler: str, version: str, folder: Path) -> tuple[Path, bool]:
+    """(the library's file, whether it was there before)."""
+    about = [SOURCE.read_bytes(), version.encode(), " ".join(OPTIONS).encode(), instruction_sets().encode()]
+    key = hashlib.sha256(b"\0".join(about)).hexdigest()[:32]
+    library = folder / f"passes-{key}.so"
+    if library.exists() and _is_own(library):
+        return library, True
+    with doing("compiling passes for this CPU"), tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+        part, whole = Path(scratch) / "passes.o", Path(scratch) / "passes.so"
+        _run([compiler, *OPTIONS, "-c", str(SOURCE), "-o", str(part)])
+        # Linked without OpenMP: its functions are those of the library that torch has loaded, with the same threads.
+        _run([compiler, "-shared", str(part), "-o", str(whole)])
+        whole.chmod(0o700)
+        whole.replace(library)
+    return library, False
+
+
+def _run(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]
+        raise OSError(lines[0][:120])
+    return done.stdout
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -1,0 +1,141 @@
+"""The `torch-int8` runtime as a whole: every small model, by its name, through `load` and the command line."""
+
+import json
+
+import pytest
+import torch
+import zoo
+from click.testing import CliRunner
+from fusion_models import model
+from integer_programs import quantised, relative
+
+from hqc.cli import main
+from hqc.commands.asking import Asked
+from hqc.errors import RuntimeMissingError
+from hqc.program import Program
+from hqc.runtimes import load
+from hqc.runtimes.integer.cpu import CpuSession, kernels, session
+from hqc.runtimes.integer.cpu.compiler import Library, compiled_passes
+from hqc.runtimes.integer.forms import integer_form
+from hqc.runtimes.integer.layers import IntegerLayer
+from hqc.storage import save_program
+
+FUSED = ("three_products", "upsampled", "shift_of_image", "norm_kept", "skip", "gated", "one_wide_head")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("native")
+
+
+def opened(program: Program, cache, batch: int = 3) -> tuple[torch.Tensor, CpuSession]:
+    """The output of a batch of mixed timesteps, and the session."""
+    found = CpuSession(program, cache=cache)
+    return found(*program.example_inputs(batch, seed=7)), found
+
+
+def check(original: Program, program: Program, cache) -> None:
+    """What the integer program computes, of mixed timesteps and of one.
+
+    A value on a rounding boundary may flip by a step, and in a random network that goes on to the output: of six
+    samples four have no such value, and none is further away than quantisation is.
+    """
+    inputs = program.example_inputs(3, seed=7)
+    run, reference, errors = CpuSession(program, cache=cache), integer_form(program).module(), []
+    for timesteps in (inputs[1], torch.full_like(inputs[1], 310)):
+        given = (inputs[0], timesteps, *inputs[2:])
+        found, wanted = run(*given), reference(*given)
+        assert relative(found, wanted) <= relative(wanted, original.module()(*given))
+        errors += [relative(a, b) for a, b in zip(found, wanted, strict=True)]
+    assert sorted(errors)[3] <= 1e-5
+
+
+MODELS = (*((name, "w4a4") for name in zoo.ZOO), *((name, "w8a8") for name in ("geometry", "odd_channels")))
+
+
+@pytest.mark.parametrize(("name", "bits"), MODELS)
+def test_it_computes_what_the_integer_program_computes(captured, cache, name: str, bits: str) -> None:
+    check(captured(name), quantised(captured(name), bits), cache)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_every_fusion(cache, name: str) -> None:
+    check(model(name), quantised(model(name), "w4a4"), cache)
+
+
+@pytest.mark.parametrize("kind", ["asymmetric", "mixed", "residual"])
+def test_other_ranges_and_weights(captured, cache, kind: str) -> None:
+    program = quantised(captured("cross_attention"), "w4a4", kind=kind)
+    check(captured("cross_attention"), program, cache)
+
+
+def test_split_products_compute_the_same(captured, cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without VNNI: weights in halves where their products could leave int16."""
+    program = quantised(captured("two_sites"), "w8a8")
+    plain, _ = opened(program, cache)
+    monkeypatch.setattr("hqc.runtimes.integer.cpu.operators.adds_in_int16", lambda: True)
+    split, run = opened(program, cache)
+    assert relative(split, plain) <= 1e-5
+    assert {m.packed.terms for m in run._module.modules() if isinstance(m, IntegerLayer)} == {2}
+
+
+def test_without_a_compiler_the_plain_passes_run_and_the_report_says_so(
+    captured, cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = quantised(captured("cross_attention"), "w4a4")
+    native, first = opened(program, cache)
+    monkeypatch.setattr(kernels, "compiled_passes", lambda cache: Library(None, "there is none of g++"))
+    plain, second = opened(program, cache)
+    assert second.report.text().splitlines()[-1].endswith("passes: plain torch: there is none of g++")
+    if compiled_passes(cache).functions is None:
+        pytest.skip(compiled_passes(cache).said)
+    assert "passes: compiled by" in first.report.text()
+    assert relative(plain, native) <= 1e-3
+
+
+def test_weights_are_held_once_and_the_report_counts_them(captured, cache) -> None:
+    _, run = opened(quantised(captured("cross_attention"), "w4a4"), cache)
+    layers = [m for m in run._module.modules() if isinstance(m, IntegerLayer)]
+    assert all(layer.codes.numel() == 0 and layer.high is None for layer in layers)
+    assert sum(run.report.weights.values()) == len(layers)
+    assert run.report.weight_bytes > 0
+    left_out = {"codes_from_products", "gate_in_product", "statistics_from_products", "take_wide_attention"}
+    assert not left_out & {record.name for record in run.report.fusions}
+
+
+def test_by_its_name_and_on_the_command_line(captured, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = quantised(captured("two_sites"), "w4a4")
+    save_program(program, tmp_path / "q.hqc")
+    found = load(tmp_path / "q.hqc", runtime="torch-int8", cache=tmp_path / "cache")
+    assert found.runtime == "torch-int8"
+    sample, timestep = program.example_inputs(2, seed=1)
+    wanted = load(tmp_path / "q.hqc").session(sample, timestep)
+    assert relative(found.as_unet()(sample, timestep).sample, wanted) <= 1e-5
+    monkeypatch.setattr(Asked, "check_kind", lambda self, model: None)  # the model has no pipeline, which comes first
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    said = CliRunner().invoke(main, ["sample", str(tmp_path / "q.hqc"), "--runtime", "torch-int8"])
+    assert said.exit_code == 2
+    assert "runtime torch-int8: this torch was built without oneDNN" in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+def test_what_cannot_run_there(captured, cache) -> None:
+    with pytest.raises(RuntimeMissingError, match=r"runtime torch-int8: .*not quantised.*hqc ptq"):
+        CpuSession(captured("two_sites"), cache=cache)
+    with pytest.raises(RuntimeMissingError, match="runtime torch-int8: cannot run"):
+        load("digits", runtime="torch-int8")
+
+
+def test_sessions_run_from_several_threads(captured, cache) -> None:
+    """What `hqc serve` does; a session holds nothing of a call."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    program = quantised(captured("without_attention"), "w4a4")
+    run = CpuSession(program, cache=cache)
+    batches = [program.example_inputs(2, seed=seed) for seed in range(4)]
+    wanted = [run(*inputs) for inputs in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda inputs: run(*inputs), batches * 2))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted * 2, strict=True))
+    assert session.CpuSession is CpuSession
+    assert json.dumps(run.report.to_dict())
