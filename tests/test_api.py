@@ -28,13 +28,13 @@ SETTINGS = {"distil.updates": 5, "distil.batch_size": 2, "distil.checkpoint_ever
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline.save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+def folder() -> Path:
+    return tiny_pipeline.saved_pipeline("classes")
 
 
 @pytest.fixture(scope="module")
-def program(folder: Path) -> Program:
-    return hqc.trace(str(folder))
+def program() -> Program:
+    return tiny_pipeline.traced_pipeline("classes")
 
 
 def small(name: str) -> Recipe:

@@ -6,9 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny_pipeline
 import zoo
 from click.testing import CliRunner, Result
+from tiny_pipeline import saved_pipeline, traced_pipeline
 
 from hqc.capture import trace
 from hqc.cli import main
@@ -44,9 +44,8 @@ def refused(folder: Path, *arguments: object) -> str:
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A captured and a quantised program, an export, and a program of another model."""
     work = tmp_path_factory.mktemp("analyze")
-    source = tiny_pipeline.save_tiny_pipeline(work / "pipeline")
     program, rotated = work / "program.hqc", work / "rotated.hqc"
-    ok("trace", source, "-o", program)
+    save_program(traced_pipeline("classes"), program, pipeline=saved_pipeline("classes"))
     ok("ptq", program, "-o", rotated, *FEW, "--hadamard")
     integer, other = work / "integer", work / "other.hqc"
     ok("export", rotated, "-o", integer)

@@ -5,20 +5,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny_pipeline
 import torch
 from lora_files import layers_of, merged_by_hand, save_lora, tensors
 from test_cli import hqc, ok, refused
+from tiny_pipeline import saved_pipeline, traced_pipeline
 
-from hqc.capture import trace
 from hqc.storage import load_program, save_program
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     work = tmp_path_factory.mktemp("loras")
-    source = tiny_pipeline.save_tiny_pipeline(work / "pipeline")
-    program = trace(str(source))
+    source, program = saved_pipeline("classes"), traced_pipeline("classes")
     save_program(program, work / "captured.hqc", pipeline=source)
     ok("ptq", work / "captured.hqc", "-o", work / "quantised.hqc", "--n-steps", 2, "--calib-size", 1)
     layers = layers_of(program)

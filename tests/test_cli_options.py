@@ -5,12 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny_pipeline
 import torch
 from click import Group, Option
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from test_cli import ok, refused
+from tiny_pipeline import saved_pipeline, traced_pipeline
 
 from hqc.capture import trace
 from hqc.cli import main
@@ -244,9 +244,9 @@ def misused(command: str, option: Option) -> bool:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     work = tmp_path_factory.mktemp("options")
-    source = tiny_pipeline.save_tiny_pipeline(work / "pipeline")
+    source = saved_pipeline("classes")
     captured, quantised, plain = (work / f"{name}.hqc" for name in ("captured", "quantised", "plain"))
-    save_program(trace(str(source)), captured, pipeline=source)
+    save_program(traced_pipeline("classes"), captured, pipeline=source)
     ok("ptq", captured, "-o", quantised, *QUICK.split())
     torch.manual_seed(5)
     unet = UNet2DModel(

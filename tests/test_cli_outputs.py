@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_pipeline
 from click.testing import CliRunner, Result
+from tiny_pipeline import save_tiny_pipeline, traced_pipeline
 
 import hqc.cli
 from hqc.claims import claimed
-from hqc.storage import load_program
+from hqc.storage import load_program, save_program
 
 ROOT = Path(hqc.cli.__file__).parents[1]
 STEPS = ("--n-steps", "2")
@@ -52,8 +52,8 @@ def names(folder: Path) -> list[str]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A pipeline, its program and an export of that."""
     work = tmp_path_factory.mktemp("outputs")
-    source = tiny_pipeline.save_tiny_pipeline(work / "pipeline")
-    ok("trace", source, "-o", work / "float.hqc")
+    source = save_tiny_pipeline(work / "pipeline")
+    save_program(traced_pipeline("classes"), work / "float.hqc", pipeline=source)
     ok("export", work / "float.hqc", "-o", work / "float")
     return SimpleNamespace(work=work, source=source, program=work / "float.hqc", export=work / "float")
 

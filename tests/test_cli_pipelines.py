@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner, Result
 from denoisers import denoiser
-from image_pipelines import save_image_pipeline
 from PIL import Image
-from text_pipelines import save_text_pipeline
+from tiny_pipeline import saved_pipeline, traced_pipeline
 
 from hqc.cli import main
+from hqc.storage import save_program
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -44,10 +44,9 @@ def refused(folder: Path, *arguments: object) -> str:
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A program of each kind, and a quantised export of the text model."""
     work = tmp_path_factory.mktemp("pipelines")
-    for name in ("ddpm", "dit"):
-        ok("trace", save_image_pipeline(name, work / name), "-o", work / f"{name}.hqc")
-    for name in ("sd15", "upscale"):
-        ok("trace", save_text_pipeline(name, work / name), "-o", work / f"{name}.hqc")
+    ok("trace", saved_pipeline("ddpm"), "-o", work / "ddpm.hqc")
+    for name in ("dit", "sd15", "upscale"):
+        save_program(traced_pipeline(name), work / f"{name}.hqc", pipeline=saved_pipeline(name))
     denoiser("sd15").save_pretrained(work / "alone")
     ok("trace", work / "alone", "-o", work / "alone.hqc")
     ok("ptq", work / "sd15.hqc", "--synthetic", "--calib-size", "2", *FEW, "-o", work / "rtn.hqc")

@@ -5,14 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import text_pipelines
-import tiny_pipeline
 from click.testing import CliRunner, Result
 from denoisers import denoiser
+from tiny_pipeline import saved_pipeline, traced_pipeline
 
 from hqc.capture.architectures import ARCHITECTURES, Architecture
 from hqc.cli import main
-from hqc.storage import load_program
+from hqc.storage import load_program, save_program
 
 FEW = ("--n-steps", "2", "--calib-size", "2")
 NOISE = "noise and random conditions, not real ones"
@@ -43,10 +42,9 @@ def said(result: Result) -> str:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     work = tmp_path_factory.mktemp("prompts")
-    folder = text_pipelines.save_text_pipeline("sd15", work / "text")
-    assert hqc("trace", folder, "-o", work / "text.hqc").exit_code == 0
-    classes = tiny_pipeline.save_tiny_pipeline(work / "classes")
-    assert hqc("trace", classes, "-o", work / "classes.hqc").exit_code == 0
+    folder = saved_pipeline("sd15")
+    save_program(traced_pipeline("sd15"), work / "text.hqc", pipeline=folder)
+    save_program(traced_pipeline("classes"), work / "classes.hqc", pipeline=saved_pipeline("classes"))
     prompts = work / "prompts.txt"
     prompts.write_text("a cat\nb\n", encoding="utf-8")
     return SimpleNamespace(text=work / "text.hqc", classes=work / "classes.hqc", prompts=prompts, folder=folder)

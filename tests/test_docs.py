@@ -172,8 +172,9 @@ def test_the_page_about_recipes(inside: Path) -> None:
     (method,) = _blocks(page, "python")
     short = {"distil.updates": 2, "distil.batch_size": 1, "calibrate_activations.samples": 1}
     settings = {**short, "sampler.num_inference_steps": 2}
-    program = hqc.trace(str(tiny_pipeline.save_tiny_pipeline(inside / "tiny")))
-    trained = hqc.qat(program, _run_python(method)["SCALES_ONLY"], "w4a4", settings=settings)
+    trained = hqc.qat(
+        tiny_pipeline.traced_pipeline("classes"), _run_python(method)["SCALES_ONLY"], "w4a4", settings=settings
+    )
     assert trained.plan.recipe == "scales-only"
     hqc.export_program(trained, "onnxruntime", inside / "exported")
 

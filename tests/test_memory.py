@@ -184,11 +184,9 @@ def test_training_says_what_it_needs_before_it_starts(
         api.qat(program, "hq-dm", task=synthetic_task(program), settings=settings)
 
 
-def test_the_estimate_of_training_covers_what_was_measured() -> None:
+def test_the_estimate_of_training_covers_what_was_measured(captured: Callable[[str], Program]) -> None:
     """Resident memory above the start of `hqc qat digits.hqc`, batches of 4, 16 and 48 with guidance."""
-    import hqc
-
-    program = hqc.trace("digits")
+    program = captured("digits")
     for rows, measured in ((8, 94e6), (32, 180e6), (96, 442e6)):
         assert measured < training_bytes(program, rows) < 1.3 * measured
 

@@ -22,7 +22,7 @@ qat p.hqc -o trained.hqc --n-steps 2 --calib-size 1 --steps 1 --batch-size 1
 export q.hqc -o integer
 export q.hqc -o portable --target portable
 export q.hqc -o tensorrt --target tensorrt
-sample integer -o s.png --n-steps 2 --per-class 1 --labels 1
+sample integer -o s.png --compare-with trained.hqc --n-steps 2 --per-class 1 --labels 1
 compare p.hqc q.hqc --n-steps 2 --timesteps 1 --batch-size 1
 analyze p.hqc -o r.html --n-steps 2 --calib-size 1 --no-sensitivity
 doctor

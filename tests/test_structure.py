@@ -35,10 +35,14 @@ PASSES = (
 )
 
 
-OF_OTHER_RANGES = [(model, ranges) for ranges in ("asymmetric", "mixed") for model in (*PLAIN, "cross_attention")]
+STAGES = (InsertQdq, MergeLora, PackInt4)
+"""After which the calls of a whole UNet are checked; those of small models are after every pass."""
+OF_OTHER_RANGES = [(model, ranges) for ranges in ("asymmetric", "mixed") for model in PLAIN]
 
 
-@pytest.mark.parametrize(("model", "ranges"), [*((model, "symmetric") for model in ZOO), *OF_OTHER_RANGES])
+@pytest.mark.parametrize(
+    ("model", "ranges"), [*((model, "symmetric") for model in ZOO), *OF_OTHER_RANGES, ("cross_attention", "mixed")]
+)
 def test_what_the_passes_make_is_right(model: str, ranges: str, captured: Callable[[str], Program]) -> None:
     program = captured(model)
     for one in PASSES:
@@ -46,7 +50,8 @@ def test_what_the_passes_make_is_right(model: str, ranges: str, captured: Callab
         one = replace(one, activation=activation, weight=ranges) if isinstance(one, InsertQdq) else one
         program = run_pass(program, one)
         assert site_problems(program) == []
-        check_calls(program)
+        if model in PLAIN or isinstance(one, STAGES):
+            check_calls(program)
 
 
 @pytest.fixture(scope="session")

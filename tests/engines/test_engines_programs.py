@@ -9,7 +9,6 @@ import pytest
 import zoo
 from engine_programs import ARCHS, quantised
 
-from hqc.capture import trace
 from hqc.engines import EngineReport, build_engines
 from hqc.export import export_program
 from hqc.export.tensorrt.options import TensorRtOptions
@@ -115,10 +114,12 @@ def test_one_timestep_a_call(captured: Callable[[str], Program], tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_whole_bundled_model_for_the_newest_architecture(tmp_path: Path) -> None:
+def test_the_whole_bundled_model_for_the_newest_architecture(
+    captured: Callable[[str], Program], tmp_path: Path
+) -> None:
     """All are built for blocks of LDM-4, and one of them for every other model here."""
     archs = (ARCHS[-1],)
-    report = build(quantised(trace("digits"), "w4a4"), tmp_path / "x", archs)
+    report = build(quantised(captured("digits"), "w4a4"), tmp_path / "x", archs)
     forms = check(report)
     assert sum(forms.values()) == 97  # every convolution and linear layer of the UNet
     assert [engine.record.arch for engine in report.engines] == list(archs)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_pipeline
 from click.testing import CliRunner
+from tiny_pipeline import saved_pipeline, traced_pipeline
 
 from hqc.capture import trace
 from hqc.capture.architectures import ARCHITECTURES, Architecture
@@ -69,11 +69,10 @@ def test_an_unknown_architecture_is_one_line(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_each_source_is_calibrated_on(captured: Callable[[str], Program], tmp_path: Path) -> None:
-    folder = tiny_pipeline.save_tiny_pipeline(tmp_path / "pipeline")
     programs = {
         "arch": (trace("arch:tiny"), None),
         "module": (captured("cross_attention"), None),
-        "pipeline": (trace(str(folder)), folder),
+        "pipeline": (traced_pipeline("classes"), saved_pipeline("classes")),
     }
     found = {}
     for name, (program, pipeline) in programs.items():

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_pipeline
 from click.testing import CliRunner, Result
+from tiny_pipeline import saved_pipeline, traced_pipeline
 
-from hqc.capture import trace
 from hqc.cli import main
 from hqc.errors import ExportError, TrainingError
 from hqc.evaluation.comparison import cells
@@ -49,8 +48,7 @@ LEARNT_COST = 1 * 2 * 2 + 4 * 4 * 2  # calibration; 4 updates of one image with 
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A program in its folder, and two recipes."""
     work = tmp_path_factory.mktemp("compare-recipes")
-    source = tiny_pipeline.save_tiny_pipeline(work / "pipeline")
-    save_program(trace(str(source)), work / "tiny.hqc", pipeline=source)
+    save_program(traced_pipeline("classes"), work / "tiny.hqc", pipeline=saved_pipeline("classes"))
     (work / "quick.yaml").write_text(PTQ)
     (work / "learnt.yaml").write_text(QAT)
     return SimpleNamespace(work=work, program=work / "tiny.hqc", quick=work / "quick.yaml", learnt=work / "learnt.yaml")

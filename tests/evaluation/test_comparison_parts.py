@@ -7,12 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_pipeline
 import torch
+from tiny_pipeline import saved_pipeline, traced_pipeline
 
 from hqc import api
 from hqc.calibration import activations, site_rows
-from hqc.capture import trace
 from hqc.errors import ArtefactError, PlanError
 from hqc.evaluation.comparison.budget import Budgets, Scaled, default_budget, iterates, scaled
 from hqc.evaluation.comparison.cells import _seconds, seeded
@@ -43,11 +42,10 @@ SAMPLER = {"num_inference_steps": 2, "guidance_scale": 1.5, "eta": 0.0}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def made() -> SimpleNamespace:
     """The tiny pipeline's program and its task."""
-    source = tiny_pipeline.save_tiny_pipeline(tmp_path_factory.mktemp("comparison") / "pipeline")
-    program = trace(str(source))
-    return SimpleNamespace(program=program, task=api.task_of(program, folder=source))
+    program = traced_pipeline("classes")
+    return SimpleNamespace(program=program, task=api.task_of(program, folder=saved_pipeline("classes")))
 
 
 def trained(epochs: int = 2, guidance: float = 1.5) -> Recipe:

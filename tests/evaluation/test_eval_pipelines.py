@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from captured_pipelines import captured_pipelines
-from denoisers import TOKENS
-from image_pipelines import IMAGE_PIPELINES
 from text_pipelines import text_pipeline
+from tiny_pipeline import IMAGE_PIPELINES
 from torch import Tensor
 
 from hqc.errors import EvaluationError
@@ -26,16 +25,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning"),
 ]
 PROMPTS = ("a cat", "b")
-TRACED: dict[str, dict[str, Any]] = {
-    "sd3": {"condition_length": TOKENS + 4},
-    "pixart": {"condition_length": TOKENS},
-    "flux": {"condition_length": TOKENS, "latent_size": 8},
-}
 
 
 @pytest.fixture(scope="module")
 def pipes(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return captured_pipelines(tmp_path_factory, TRACED)
+    return captured_pipelines(tmp_path_factory)
 
 
 def drawn(pipe: Any, labels: list[int], seeds: list[int], batch_size: int = 2, **options: Any) -> Samples:

@@ -24,12 +24,19 @@ def quantised_denoiser(name: str) -> Program:
     return api.ptq(program, "rtn", "w4a4", hadamard=True, task=task, settings=SHORT)
 
 
-# A portable file of a UNet takes long to verify; sdxl and labelled stand for the other UNets there.
-PORTABLE = ("sdxl", "labelled", *TRANSFORMERS)
+# A portable file of a UNet takes long to verify; labelled stands for the other UNets there, besides those of the zoo.
+PORTABLE = ("labelled", *TRANSFORMERS)
+# sd15 and inpainting are the zoo's cross_attention at other widths, pixart_512 is pixart without sizes.
+ALIKE = ("sd15", "inpainting", "pixart_512")
 
 
 @pytest.mark.parametrize(
-    ("target", "name"), [*(("portable", name) for name in PORTABLE), *(("onnxruntime", name) for name in DENOISERS)]
+    ("target", "name"),
+    [
+        *(("portable", name) for name in PORTABLE),
+        pytest.param("portable", "sdxl", marks=pytest.mark.long),
+        *(pytest.param("onnxruntime", n, marks=pytest.mark.long if n in ALIKE else ()) for n in DENOISERS),
+    ],
 )
 def test_exported(target: str, name: str, tmp_path) -> None:
     program = quantised_denoiser(name)

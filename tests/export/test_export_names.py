@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import tiny_pipeline
 import torch
 from denoisers import DENOISERS, captured_denoiser, source_of
+from tiny_pipeline import saved_pipeline, traced_pipeline
 
-from hqc.capture import trace
 from hqc.errors import ArtefactError, ExportError
 from hqc.evaluation.bench.worker import RUNTIMES
 from hqc.evaluation.export_errors import compare_export
@@ -147,8 +146,7 @@ def test_bench_feeds_it(exported, tmp_path: Path) -> None:
 
 def test_a_pipeline_draws_the_same_images(tmp_path: Path) -> None:
     """What `sample`, `eval` and `serve` call."""
-    pipeline = tiny_pipeline.save_tiny_pipeline(tmp_path / "pipeline")
-    program, images = trace(str(pipeline)), []
+    pipeline, program, images = saved_pipeline("classes"), traced_pipeline("classes"), []
     for names in ("hqc", "optimum"):
         export_program(program, "onnxruntime", tmp_path / names, names=names, pipeline=pipeline)
         pipe = load(tmp_path / names).pipeline()

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from text_pipelines import save_text_pipeline
-from tiny_pipeline import save_tiny_pipeline
+from tiny_pipeline import saved_pipeline, traced_pipeline
 
 from hqc.capture import trace
 from hqc.cli import main
@@ -25,14 +25,14 @@ from hqc.storage import save_program
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline") / "pipeline")
+def source() -> Path:
+    return saved_pipeline("classes")
 
 
 @pytest.fixture(scope="module")
-def captured(source: Path) -> Path:
-    folder = source.parent / "tiny.hqc"
-    save_program(trace(str(source)), folder, pipeline=source)
+def captured(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny.hqc"
+    save_program(traced_pipeline("classes"), folder, pipeline=source)
     return folder
 
 
@@ -93,7 +93,7 @@ def edited(source: Path, tmp_path: Path, change: Any) -> Path:
 
 
 def test_what_cannot_be_exported_whole(source: Path, tmp_path: Path) -> None:
-    program = trace(str(source))
+    program = traced_pipeline("classes")
     with pytest.raises(ExportError, match="--pipeline: is not for target tensorrt"):
         require_pipeline(program, source, "tensorrt")
     with pytest.raises(ExportError, match="--pipeline: the program was not traced from a pipeline"):
@@ -129,8 +129,7 @@ def test_pipelines_of_other_classes_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_safety_checker_is_not_left_out_silently(tmp_path: Path) -> None:
-    source = save_text_pipeline("sd15", tmp_path)
-    program = trace(str(source))
+    source, program = saved_pipeline("sd15"), traced_pipeline("sd15")
     checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     checked = edited(source, tmp_path, lambda index: index.update(safety_checker=checker))
     with pytest.raises(ExportError) as error:

@@ -102,8 +102,16 @@ def test_hadamard_quantize_stays_in_registers(rotation: dict[str, int], arch: st
     assert "shfl.sync.bfly" in compiled.ptx
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("variant", FUSED, ids=lambda variant: variant.name)
+LONG = pytest.mark.long
+# Each on two architectures in turns, which meets each of them with every kernel; the others by `make test-all`.
+AROUND = [
+    pytest.param(variant, arch, marks=() if (turn - place) % (len(ARCHITECTURES) // 2) == 0 else LONG)
+    for turn, variant in enumerate(FUSED)
+    for place, arch in enumerate(ARCHITECTURES)
+]
+
+
+@pytest.mark.parametrize(("variant", "arch"), AROUND, ids=lambda value: getattr(value, "name", value))
 def test_kernels_with_what_stands_around_them(variant: Variant, arch: str) -> None:
     """Nothing is spilled, integer products are still the int8 instruction, and the others have none."""
     compiled = variant.compile(arch)

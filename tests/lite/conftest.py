@@ -3,11 +3,16 @@
 from pathlib import Path
 
 import pytest
-from exported_pipelines import SOURCES, exported
+from tiny_pipeline import saved_pipeline, traced_pipeline
+
+from hqc.export.pipeline_folder import export_pipeline
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """(source, export) by what a pipeline is asked with; nothing in them is to be changed."""
-    work = tmp_path_factory.mktemp("exported")
-    return {name: exported(name, work / name) for name in SOURCES}
+    work, found = tmp_path_factory.mktemp("exported"), {}
+    for kind, name in {"classes": "classes", "prompts": "sd15", "nothing": "nothing"}.items():
+        found[kind] = saved_pipeline(name), work / kind
+        export_pipeline(traced_pipeline(name), "portable", work / kind, pipeline=saved_pipeline(name))
+    return found

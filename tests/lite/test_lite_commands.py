@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from tiny_pipeline import traced_pipeline
 
 import hqc
 from hqc.cli import main
 from hqc.lite import LitePipeline
+from hqc.storage import save_program
 
 RUNNER = [sys.executable, str(Path(__file__).with_name("draw_without_torch.py"))]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(hqc.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -97,10 +99,7 @@ def test_a_grid_is_drawn_without_torch_as_with_it(folders: dict[str, tuple[Path,
         timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    from hqc.capture import trace
-    from hqc.storage import save_program
-
-    save_program(trace(str(source)), tmp_path / "classes", pipeline=source)
+    save_program(traced_pipeline("classes"), tmp_path / "classes", pipeline=source)
     found = CliRunner().invoke(main, ["sample", str(tmp_path / "classes"), "-o", str(tmp_path / "torch.png"), *options])
     assert found.exit_code == 0, found.output
     lite, torch = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("lite", "torch"))

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_pipeline
 import torch
+from tiny_pipeline import traced_pipeline
 from torch import nn
 
 import hqc
@@ -46,8 +46,8 @@ def short(**more: object) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    return hqc.trace(str(tiny_pipeline.save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")))
+def program() -> Program:
+    return traced_pipeline("classes")
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,8 @@ def test_at_most_the_share_of_the_parameters_learns(program: Program, stages: tu
         planned(program, short(**{"finetune_only.share": 1e-4}), Request("w4a4"), calibrated=False)
 
 
-def test_the_recipe_keeps_to_seven_percent_of_a_usual_model() -> None:
-    digits = hqc.trace("digits")
+def test_the_recipe_keeps_to_seven_percent_of_a_usual_model(captured: Callable[[str], Program]) -> None:
+    digits = captured("digits")
     plan = planned(digits, RECIPES["quest"], Request("w4a4"), calibrated=False)
     tensors = [plan.state[name] for name in learning(plan, (*TIME, *ATTENTION))]
     total = sum(tensor.numel() for tensor in digits.state.values() if tensor.is_floating_point())

@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-from hqc.capture import trace
 from hqc.errors import ArtefactError, EvaluationError
 from hqc.export import export_program
 from hqc.models import digits_path
@@ -22,8 +21,8 @@ SCHEDULERS = {
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return trace("digits")
+def digits(captured):
+    return captured("digits")
 
 
 @pytest.fixture(scope="module")

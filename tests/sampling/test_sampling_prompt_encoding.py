@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from denoisers import TOKENS
-from text_pipelines import MORE_PIPELINES, save_text_pipeline, text_pipeline
+from text_pipelines import MORE_PIPELINES, text_pipeline
+from tiny_pipeline import traced_pipeline
 from torch import Tensor, nn
 
 import hqc
@@ -18,11 +19,6 @@ from hqc.sampling.task import denoiser, trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 GUIDANCE = 3.0
-TRACED: dict[str, dict[str, Any]] = {
-    "sd3": {"condition_length": TOKENS + 4},
-    "pixart": {"condition_length": TOKENS},
-    "flux": {"condition_length": TOKENS, "latent_size": 8},
-}
 CALLED: dict[str, dict[str, Any]] = {
     "lcm": {},
     "upscale": {"image": torch.zeros(1, 3, 8, 8)},
@@ -33,12 +29,8 @@ CALLED: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Program]:
-    found = {}
-    for name in MORE_PIPELINES:
-        folder = save_text_pipeline(name, tmp_path_factory.mktemp(name))
-        found[name] = hqc.trace(folder, **TRACED.get(name, {}))
-    return found
+def programs() -> dict[str, Program]:
+    return {name: traced_pipeline(name) for name in MORE_PIPELINES}
 
 
 def given_by_diffusers(name: str, work: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_pipeline
 import torch
 from denoisers import TOKENS, captured_denoiser, denoiser
 from diffusers import DDIMScheduler
@@ -247,11 +248,8 @@ def test_a_program_without_pipeline_is_refused() -> None:
         api.task_of(captured_denoiser("sd15"), prompts=PROMPTS)
 
 
-def test_a_pipeline_without_text_encoder_is_refused(tmp_path: Path) -> None:
-    import tiny_pipeline
-
-    folder = tiny_pipeline.save_tiny_pipeline(tmp_path / "classes")
-    program = trace(str(folder))
+def test_a_pipeline_without_text_encoder_is_refused() -> None:
+    program = tiny_pipeline.traced_pipeline("classes")
     with pytest.raises(TrainingError, match="the ClassConditionalLDMPipeline has no text encoder"):
         api.task_of(program, prompts=PROMPTS)
     with pytest.raises(TrainingError, match="ClassConditionalLDMPipeline: has no text encoder"):

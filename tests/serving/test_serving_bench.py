@@ -1,6 +1,7 @@
 """bench-serve: arrivals, what is made of the answers, and a whole run with servers of its own."""
 
 import json
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served_app import served
 
-import hqc
 from hqc.cli import main
 from hqc.errors import EvaluationError
+from hqc.program import Program
 from hqc.sampling.sources import synthetic_task
 from hqc.serving.backend import Drawing
 from hqc.serving.bench.load import Answer, arrivals, offered, saturated
@@ -72,8 +73,8 @@ def test_clients_against_a_server(start: Any) -> None:
         offered(port, arrivals(100.0, 1, (2, 2), {"class_label": 11}, 0), seen.append)
 
 
-def test_latents_of_a_program_without_a_pipeline() -> None:
-    program = hqc.trace("digits")
+def test_latents_of_a_program_without_a_pipeline(captured: Callable[[str], Program]) -> None:
+    program = captured("digits")
     backend = LatentBackend(_session(program), synthetic_task(program))
     assert (backend.needs.kind, backend.needs.size) == ("nothing", (8, 8))
     assert backend.check_steps(5, None) is None

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from captured_pipelines import captured_pipelines
-from denoisers import TOKENS
 from lora_files import layers_of, save_lora, tensors
 
 import hqc
@@ -19,7 +18,7 @@ from hqc.evaluation.images import pixels_of
 from hqc.evaluation.needs import denoiser_of, needs_of
 from hqc.evaluation.previews import decoded
 from hqc.evaluation.sampling import sample_images
-from hqc.program import BATCH, InputSpec
+from hqc.program import BATCH, InputSpec, Program
 from hqc.runtimes.unet import SessionUNet
 from hqc.serving.backend import Drawing, preview_steps
 from hqc.serving.engine import Call, Engine
@@ -31,21 +30,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning"),
 ]
 PROMPTS = ("a cat", "b")
-TRACED: dict[str, dict[str, Any]] = {"flux": {"condition_length": TOKENS, "latent_size": 8}}
 KINDS = ("ddpm", "sd15", "flux", *(pytest.param(name, marks=pytest.mark.long) for name in ("dit", "sdxl")))
 
 
 @pytest.fixture(scope="module")
 def pipes(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return captured_pipelines(tmp_path_factory, TRACED)
+    return captured_pipelines(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def digits(captured: Callable[[str], Program], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`digits` on integer kernels, by scales of two timesteps."""
     folder = tmp_path_factory.mktemp("digits") / "onnx"
     few = {"calibrate_activations.samples": 2, "sampler.num_inference_steps": 2}
-    program = hqc.ptq(hqc.trace("digits"), "rtn", "w4a4", hadamard=True, settings=few)
+    program = hqc.ptq(captured("digits"), "rtn", "w4a4", hadamard=True, settings=few)
     hqc.export_program(program, "onnxruntime", folder)
     return hqc.load(folder, threads=1).pipeline()
 
@@ -161,9 +159,9 @@ def test_a_scheduler_that_draws_without_a_generator_is_the_images_own(pipes: Any
     assert bool((torch.get_rng_state() == before).all())
 
 
-def test_styles_of_requests_share_calls(digits: Any, tmp_path: Path) -> None:
+def test_styles_of_requests_share_calls(captured: Callable[[str], Program], tmp_path: Path) -> None:
     """Every image has the scales that it asks for, and is equal to the bit to drawing it alone."""
-    program = hqc.trace("digits")
+    program = captured("digits")
     file = save_lora(tmp_path / "ink.safetensors", tensors(layers_of(program, seed=1), "bare"))
     few = {"calibrate_activations.samples": 2, "sampler.num_inference_steps": 2}
     quantised = hqc.attach_loras(hqc.ptq(program, "rtn", "w4a4", settings=few), [f"ink={file}"])

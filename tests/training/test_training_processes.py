@@ -11,10 +11,9 @@ from pathlib import Path
 
 import process_of_two
 import pytest
-import tiny_pipeline
 import torch
+from tiny_pipeline import saved_pipeline, traced_pipeline
 
-from hqc.capture import trace
 from hqc.errors import TrainingError
 from hqc.processes import ALONE, Processes, is_first, joined
 from hqc.program import InputSpec
@@ -43,9 +42,8 @@ def free_ports(count: int) -> list[str]:
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     """By gloo, from the command line and from Python, there cut after three updates and resumed."""
-    source = tiny_pipeline.save_tiny_pipeline(tmp_path / "pipeline")
     program = tmp_path / "captured.hqc"
-    save_program(trace(str(source)), program, pipeline=source)
+    save_program(traced_pipeline("classes"), program, pipeline=saved_pipeline("classes"))
     arguments = [str(program), str(tmp_path / "two.hqc"), str(tmp_path / "work"), *free_ports(3)]
     started = []
     for rank in range(2):

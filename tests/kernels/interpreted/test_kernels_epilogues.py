@@ -90,8 +90,14 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pro
     return chosen
 
 
-@pytest.mark.parametrize("what", EPILOGUES)
-@pytest.mark.parametrize(("samples", "rows"), [(2, 16), (3, 5), (2, 1)])
+ROWS = [(2, 16), (3, 5), (2, 1)]
+
+
+# Every epilogue on whole tiles and on tiles over several samples, of which there are two kinds in turns.
+@pytest.mark.parametrize(
+    ("what", "samples", "rows"),
+    [(what, *rows) for turn, what in enumerate(EPILOGUES) for rows in (ROWS[0], ROWS[1 + turn % 2])],
+)
 def test_gemm(what: str, samples: int, rows: int, tile: ProductTile, device: str) -> None:
     """16 rows are one tile of one sample; 5 and 1 make tiles over several."""
     codes, weight, scale = codes_of(samples, rows, 416), weight_of(64, 416), torch.linspace(0.5, 2.0, samples)
@@ -111,8 +117,10 @@ def test_codes_of_a_regular_rotation(block: int, tile: ProductTile, device: str)
     assert not torch.equal(wanted, reference.int_gemm(codes, weight, scale, sylvester))
 
 
-@pytest.mark.parametrize("what", ["shift", "residual, codes"])
-@pytest.mark.parametrize(("height", "upsample"), [(4, 1), (4, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("what", "height", "upsample"),
+    [("shift", 4, 1), ("residual, codes", 4, 1), ("residual, codes", 4, 2), ("shift", 2, 3)],
+)
 def test_convolution(what: str, height: int, upsample: int, tile: ProductTile, device: str) -> None:
     codes, weight, scale = codes_of(2, height, 2, 48), weight_of(40, 3, 3, 48), torch.tensor([0.5, 2.0])
     window = {"stride": (1, 1), "padding": (1, 1), "upsample": upsample}
