@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from contenders_here import run_here
 from test_gpu_check import Put
 
 from hqc.errors import EvaluationError
@@ -43,6 +44,7 @@ def test_all_are_prepared_then_timed_in_turns(contest: ModuleType, monkeypatch, 
     runtimes = {contest.HQC: "torch", contest.PACKED: "no-runtime", contest.COMPILED: "torch", contest.PLAIN: "torch"}
     monkeypatch.setattr(contest, "RUNTIMES", runtimes)
     monkeypatch.setattr(contest, "RUNS", 2)
+    run_here(monkeypatch, "gpu_contest")
     warm = [sys.executable, "-c", "print('kernels are there')"]
     put = Put()
     failed = contest.run(contest.Contest(*pair, (2, 1), warm, dict(os.environ)), put, tmp_path, 60.0)

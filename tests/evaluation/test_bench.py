@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from contenders_here import run_here
 from diffusers import UNet2DModel
 from PIL import Image
 
@@ -53,6 +54,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     )
     assert result.exit_code == 0, result.stderr
     return SimpleNamespace(work=work, said=json.loads(result.stdout), stderr=result.stderr)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contenders in this process: those of `done` are processes."""
+    run_here(monkeypatch)
 
 
 # ---- one command ---------------------------------------------------------------------------------------------------
@@ -145,6 +152,7 @@ def test_the_chart_is_a_picture(done: SimpleNamespace) -> None:
         assert image.width > image.height > 300
 
 
+@pytest.mark.usefixtures("here")
 def test_a_second_bench_takes_what_is_there(done: SimpleNamespace) -> None:
     """The module has to be traced to be known; its program is the same, and so is all that follows."""
     result = hqc("bench", SOURCE, "--work-dir", done.work / "w", *QUICK, "--chart", done.work / "chart.svg")
@@ -158,6 +166,7 @@ def test_a_second_bench_takes_what_is_there(done: SimpleNamespace) -> None:
 # ---- artefacts as models -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("here")
 def test_an_export_is_taken_as_it_is_and_its_source_traced_for_the_peers(done: SimpleNamespace, tmp_path: Path) -> None:
     export, before = tmp_path / "export", None
     shutil.copytree(done.work / "w" / "integer", export)
@@ -177,6 +186,7 @@ def test_an_export_is_taken_as_it_is_and_its_source_traced_for_the_peers(done: S
     assert said["quantisation"].startswith("w4a4")
 
 
+@pytest.mark.usefixtures("here")
 def test_a_quantised_program_is_exported(done: SimpleNamespace, tmp_path: Path) -> None:
     work = done.work / "w"
     result = bench(
@@ -201,6 +211,7 @@ def test_a_float_side_with_other_inputs_is_refused(
     assert "takes other inputs" in result.stderr
 
 
+@pytest.mark.usefixtures("here")
 def test_the_float_side_is_traced_at_the_size_of_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "unet"
     UNet2DModel(
@@ -234,6 +245,7 @@ def test_what_the_target_does_not_take_is_refused_before_calibration(tmp_path: P
     assert not (tmp_path / "w" / "quantised.hqc").exists()
 
 
+@pytest.mark.usefixtures("here")
 def test_a_captured_program_is_quantised_without_rotation_on_request(done: SimpleNamespace, tmp_path: Path) -> None:
     result = bench(
         str(done.work / "w" / "float.hqc"),
@@ -284,6 +296,7 @@ def test_an_export_whose_manifest_leaves_the_model_out_is_refused(done: SimpleNa
 # ---- failures ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("here")
 def test_a_peer_that_fails_is_reported_and_the_others_run(
     done: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +355,7 @@ def test_a_contender_that_is_left_ends() -> None:
     assert process.returncode is not None
 
 
+@pytest.mark.usefixtures("here")
 def test_median_milliseconds_of_artefacts(done: SimpleNamespace) -> None:
     work = done.work / "w"
     times = median_milliseconds({"float": work / "float.hqc", "integer": work / "integer"}, timing=TIMING)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from contenders_here import run_here
 from tiny_pipeline import saved_pipeline, traced_pipeline
 
 from hqc.capture import trace
@@ -35,7 +36,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hqc.capture.architectures.ARCHITECTURES", {**ARCHITECTURES, "tiny": TINY})
 
 
-def test_one_command_from_a_name_to_the_figures(tmp_path: Path) -> None:
+def test_one_command_from_a_name_to_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(monkeypatch)
     command = ("bench", "arch:tiny", "--bits", "W4A4", "--against", "onnxruntime-fp32", "--json")
     more = ("--runs", "2", "--warm-up", "1", "--threads", "1", "--n-steps", "2", "--calib-size", "2")
     done = CliRunner(catch_exceptions=False).invoke(main, [*command, *more, "--work-dir", str(tmp_path / "w")])
@@ -71,7 +73,7 @@ def test_an_unknown_architecture_is_one_line(tmp_path: Path, monkeypatch: pytest
 def test_what_each_source_is_calibrated_on(captured: Callable[[str], Program], tmp_path: Path) -> None:
     programs = {
         "arch": (trace("arch:tiny"), None),
-        "module": (captured("cross_attention"), None),
+        "module": (captured("two_sites"), None),
         "pipeline": (traced_pipeline("classes"), saved_pipeline("classes")),
     }
     found = {}

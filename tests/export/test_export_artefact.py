@@ -32,9 +32,9 @@ def test_manifest_and_plan(exported) -> None:
 @pytest.mark.parametrize("target", ["portable", "onnxruntime"])
 def test_external_data(exported, quantised, captured, tmp_path, target) -> None:
     """Weights beside the model, named relative to it; the same results from another place on disk."""
-    _, plain, _ = exported("cross_attention", "w4a4", target)
-    program = quantised("cross_attention", "w4a4")
-    export_program(program, target, tmp_path / "a", external_data_bytes=0, float_program=captured("cross_attention"))
+    _, plain, _ = exported("wide_channels", "w4a4", target)
+    program = quantised("wide_channels", "w4a4")
+    export_program(program, target, tmp_path / "a", external_data_bytes=0, float_program=captured("wide_channels"))
     moved = (tmp_path / "a").rename(tmp_path / "b")
     proto = onnx.load(str(moved / "model.onnx"), load_external_data=False)
     places = {e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"}

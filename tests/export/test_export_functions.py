@@ -25,7 +25,7 @@ def relative(found, wanted) -> float:
 
 
 @pytest.mark.parametrize(
-    ("model", "ranges"), [("cross_attention", "symmetric"), ("geometry", "symmetric"), ("geometry", "asymmetric")]
+    ("model", "ranges"), [("shared_input", "symmetric"), ("geometry", "symmetric"), ("geometry", "asymmetric")]
 )
 def test_the_function_equals_the_constant(exported, tmp_path, model, ranges) -> None:
     program, folder, _ = exported(model, "w4a4", "portable", ranges=ranges)

@@ -312,11 +312,13 @@ FUSED = (
     "norm_before_float", "skip", "rows_normed_and_kept", "gated", "activated", "gate_of_floats", "chain",
     "one_wide_head", "two_wide_heads",
 )
+DTYPES = (torch.float32, torch.float16)
 models = [(name, trace(zoo.ZOO[name]()), bits) for name, bits in (("two_sites", "w4a4"), ("geometry", "w8a8"))]
-for name, captured, bits in [*models, *((name, model(name), "w4a4") for name in FUSED)]:
+for turn, (name, captured, bits) in enumerate([*models, *((name, model(name), "w4a4") for name in FUSED)]):
     program = quantised(captured, bits)
     inputs = program.example_inputs(2, seed=7)
-    for dtype in (torch.float32, torch.float16):
+    # Both types where half precision decides, of the other fusions one in turns.
+    for dtype in DTYPES if turn < 2 or name.endswith("_heads") else (DTYPES[turn % 2],):
         options = BuildOptions(torch.device("cpu"), dtype)
         found, wanted = (integer_module(program, k(), options)(*inputs) for k in (triton_kernels, reference_kernels))
         print(name, bits, dtype, float((found - wanted).norm() / wanted.norm()), float(wanted.std()))
@@ -338,7 +340,7 @@ def test_the_same_graph_over_interpreted_kernels() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 2 * (2 + 15)
+    assert len(lines) == 2 * (2 + 2) + 13
     for name, _, dtype, error, spread in lines:
         # Integer sums are exact; the epilogue's additions are in the same order: at most a last bit of the output.
         # Attention's probabilities are rounded to half precision by the kernel alone, which may move a code by a step.
