@@ -1,7 +1,6 @@
 """`hqc export --pipeline`: what is written for the targets, what is refused."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,9 +139,8 @@ def test_a_safety_checker_is_not_left_out_silently(tmp_path: Path) -> None:
 
 
 def test_a_condition_of_another_length_is_refused(tmp_path: Path) -> None:
-    source, program = saved_pipeline("sd15"), traced_pipeline("sd15")
-    shapes = {"condition": ("N", 4, 32)}
-    program = program.evolve(inputs=tuple(replace(s, shape=shapes.get(s.name, s.shape)) for s in program.inputs))
+    source = saved_pipeline("sd15")
+    program = trace(str(source), condition_length=4)
     with pytest.raises(
         ExportError, match=r"denoiser: takes a condition \['N', 4, 32\]; the text encoder gives \['N', 5, 32\]"
     ):

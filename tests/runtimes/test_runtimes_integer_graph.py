@@ -318,7 +318,7 @@ for turn, (name, captured, bits) in enumerate([*models, *((name, model(name), "w
     program = quantised(captured, bits)
     inputs = program.example_inputs(2, seed=7)
     # Both types where half precision decides, of the other fusions one in turns.
-    for dtype in DTYPES if turn < 2 or name.endswith("_heads") else (DTYPES[turn % 2],):
+    for dtype in DTYPES if turn < 2 or "wide_head" in name else (DTYPES[turn % 2],):
         options = BuildOptions(torch.device("cpu"), dtype)
         found, wanted = (integer_module(program, k(), options)(*inputs) for k in (triton_kernels, reference_kernels))
         print(name, bits, dtype, float((found - wanted).norm() / wanted.norm()), float(wanted.std()))
