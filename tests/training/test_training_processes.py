@@ -71,7 +71,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert not (tmp_path / "two.hqc.odd").exists()
     assert load_program(tmp_path / "two.hqc").plan.training["processes"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("captured.hqc", "pipeline", "two.hqc", "two.hqc.training", "work", "work.hqc")
+        *("captured.hqc", "two.hqc", "two.hqc.training", "work", "work.hqc")
     ]
 
 
