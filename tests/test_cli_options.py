@@ -268,7 +268,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     )
     halves = {part: work / f"{part}.hqc" for part in ("encoder", "decoder")}
     for part, path in halves.items():
-        save_program(trace(source, part=f"vae-{part}"), path)  # type: ignore[arg-type]
+        save_program(traced_pipeline("classes", f"vae-{part}"), path)
     images = work / "images"
     images.mkdir()
     Image.new("L", (8, 8)).save(images / "grey.png")

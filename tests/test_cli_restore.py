@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from test_cli import ok
 from test_cli import refused as refused_in
-from text_pipelines import save_text_pipeline
-from tiny_pipeline import save_tiny_pipeline
+from tiny_pipeline import saved_pipeline, traced_pipeline
 
 import hqc
 from hqc.errors import EvaluationError
@@ -41,9 +40,8 @@ def save_images(folder: Path, count: int = 3) -> Path:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("restore")
-    pipeline = save_tiny_pipeline(folder / "pipeline")
     for part in PARTS:
-        save_program(hqc.trace(pipeline, part=part), folder / f"{part}.hqc", pipeline=pipeline)
+        save_program(traced_pipeline("classes", part), folder / f"{part}.hqc", pipeline=saved_pipeline("classes"))
     return SimpleNamespace(paths=[folder / f"{part}.hqc" for part in PARTS], images=save_images(folder / "low"))
 
 
@@ -117,10 +115,9 @@ def test_a_result_that_is_not_finite_is_not_written(restorer: Restorer, tmp_path
 
 
 def test_text_conditional_denoisers_take_the_empty_prompt_or_another(tmp_path: Path) -> None:
-    pipeline = save_text_pipeline("sd15", tmp_path)
     parts = [tmp_path / f"{part}.hqc" for part in PARTS]
     for part, path in zip(PARTS, parts, strict=True):
-        save_program(hqc.trace(pipeline, part=part), path, pipeline=pipeline)
+        save_program(traced_pipeline("sd15", part), path, pipeline=saved_pipeline("sd15"))
     encoder, denoiser, decoder = (hqc.load(path) for path in parts)
     restorer = Restorer(encoder, denoiser, decoder)
     empty, same, other = (conditions_asked(restorer, prompt=text)(2) for text in (None, "", "a red house"))

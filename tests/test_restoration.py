@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipeline import save_tiny_pipeline, tiny_pipeline
+from tiny_pipeline import saved_pipeline, tiny_pipeline, traced_pipeline
 from torch import Tensor
 
 import hqc
@@ -33,11 +33,6 @@ FEW = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("restoring") / "pipeline")
-
-
-@pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(4)
     for number in range(3):
@@ -48,8 +43,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def parts(folder: Path) -> dict[str, Program]:
-    return {part: hqc.trace(folder, part=part) for part in PARTS}
+def parts() -> dict[str, Program]:
+    return {part: traced_pipeline("classes", part) for part in PARTS}
 
 
 def _task(parts: dict[str, Program], part: str, images: Path, *through: Program) -> hqc.Task:
@@ -167,13 +162,15 @@ def test_every_part_has_static_scales(quantised: dict[str, Program]) -> None:
 
 
 def test_three_exports_are_one_pipeline(
-    folder: Path, parts: dict[str, Program], quantised: dict[str, Program], tmp_path: Path
+    parts: dict[str, Program], quantised: dict[str, Program], tmp_path: Path
 ) -> None:
     """In integers by ONNX Runtime they give what the programs give in torch."""
     x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(8)) * 2 - 1
     condition = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(9))
     for part, program in quantised.items():
-        hqc.export_program(program, "onnxruntime", tmp_path / part, float_program=parts[part], pipeline=folder)
+        hqc.export_program(
+            program, "onnxruntime", tmp_path / part, float_program=parts[part], pipeline=saved_pipeline("classes")
+        )
     exports = [hqc.load(tmp_path / part) for part in PARTS]
     found = Restorer(exports[0], exports[1], exports[2], TIMESTEP)(x, condition)
 

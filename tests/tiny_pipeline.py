@@ -185,7 +185,14 @@ def saved_pipeline(name: str) -> Path:
     return save_pipeline(name, folder)
 
 
+def traced_pipeline(name: str, part: str = "denoiser") -> Program:
+    """The denoiser of `saved_pipeline`, or a half of its autoencoder, captured once a process.
+
+    Never change it in place.
+    """
+    return _traced(name, part)
+
+
 @cache
-def traced_pipeline(name: str) -> Program:
-    """The denoiser of `saved_pipeline`, captured once a process; never change it in place."""
-    return trace(str(saved_pipeline(name)), **_TRACED.get(name, {}))
+def _traced(name: str, part: Any) -> Program:
+    return trace(str(saved_pipeline(name)), part=part, **_TRACED.get(name, {}))

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from hqc.capture.architectures import ARCHITECTURE, from_architecture
 from hqc.capture.autoencoders import Part, from_autoencoder
@@ -23,7 +24,7 @@ from hqc.program import Program
 from hqc.sizes import LatentSize, as_size, sides
 from hqc.stages import doing
 
-__all__ = ["Source", "find_source", "trace"]
+__all__ = ["Source", "SourceOptions", "find_source", "trace"]
 
 CHECKPOINTS = (".ckpt", ".safetensors")
 _SOURCES = (
@@ -32,35 +33,27 @@ _SOURCES = (
 )
 
 
-def trace(
-    source: StrPath | Source,
-    *,
-    condition_length: int | None = None,
-    latent_size: LatentSize | None = None,
-    config: StrPath | None = None,
-    outliers: bool = False,
-    revision: str | None = None,
-    weights: Weights | None = None,
-    variant: str | None = None,
-    part: Part = "denoiser",
-) -> Program:
+class SourceOptions(TypedDict, total=False):
+    """The keywords of `find_source`, which says what they mean."""
+
+    condition_length: int | None
+    latent_size: LatentSize | None
+    config: StrPath | None
+    outliers: bool
+    revision: str | None
+    weights: Weights | None
+    variant: str | None
+    part: Part
+
+
+def trace(source: StrPath | Source, **options: Unpack[SourceOptions]) -> Program:
     """Captures a source into a Program; `source` and the options as `find_source` takes them, or a `Source`.
 
     Raises:
         CaptureError: if the source is unknown or cannot be captured.
     """
     if not isinstance(source, Source):
-        source = find_source(
-            source,
-            condition_length=condition_length,
-            latent_size=latent_size,
-            config=config,
-            outliers=outliers,
-            revision=revision,
-            weights=weights,
-            variant=variant,
-            part=part,
-        )
+        source = find_source(source, **options)
     with doing(f"capturing {source.origin.source or 'the module'}"):
         program = fold_grids(capture_module(source.module, source.inputs, source.origin, prefix=source.prefix))
     return _without_prefix(program, source.prefix) if source.prefix else program

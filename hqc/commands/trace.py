@@ -1,7 +1,7 @@
 """The command that captures: trace."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
@@ -18,9 +18,7 @@ from hqc.commands.options import (
 from hqc.stages import doing
 
 if TYPE_CHECKING:
-    from hqc.capture.autoencoders import Part
-    from hqc.capture.averages import Weights
-    from hqc.sizes import LatentSize
+    from hqc.capture.sources import SourceOptions
 
 __all__ = ["trace"]
 
@@ -58,17 +56,10 @@ __all__ = ["trace"]
 def trace(
     source: str,
     output: Path,
-    condition_length: int | None,
-    latent_size: "LatentSize | None",
-    config: Path | None,
-    weights: "Weights | None",
-    variant: str | None,
-    revision: str | None,
-    part: "Part",
-    outliers: bool,
     loras: tuple[str, ...],
     force: bool,
     as_json: bool,
+    **options: "Unpack[SourceOptions]",
 ) -> None:
     """Capture SOURCE into a Program.
 
@@ -89,17 +80,7 @@ def trace(
     for asked_for in parse_loras(loras):  # before long work
         check_file(Path(asked_for.file))
     start = time.perf_counter()
-    found = find_source(
-        source,
-        condition_length=condition_length,
-        latent_size=latent_size,
-        config=config,
-        outliers=outliers,
-        revision=revision,
-        weights=weights,
-        variant=variant,
-        part=part,
-    )
+    found = find_source(source, **options)
     program = with_loras(capture(found), loras, merged=True)
     with doing(f"writing {output}"):
         save_program(program, output, force=force, pipeline=found.pipeline, variant=found.notes.get("variant"))

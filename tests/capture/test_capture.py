@@ -1,5 +1,6 @@
 """Modules into programs: equal at every batch, stable site names, and clear refusals."""
 
+import inspect
 import json
 import re
 import sys
@@ -14,6 +15,8 @@ from torch.nn import functional
 from zoo import ZOO
 
 from hqc.capture import Source, capture_module, find_source, trace
+from hqc.capture.sources import SourceOptions
+from hqc.cli import main
 from hqc.errors import CaptureError
 from hqc.program import InputSpec, Origin, Program, Stage
 from hqc.text import graph_text
@@ -539,3 +542,13 @@ def test_a_source_is_taken_as_it_is() -> None:
 
     program = trace(Source(Net(), SPECS, Origin(source="mine", revision="7")))
     assert (program.origin.source, program.origin.revision) == ("mine", "7")
+
+
+def test_the_options_of_a_source_are_named_in_one_place() -> None:
+    """Of `find_source`, `trace` and the command."""
+    taken = [p.name for p in inspect.signature(find_source).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert list(SourceOptions.__annotations__) == taken
+    given = {parameter.name for parameter in main.commands["trace"].params}
+    assert given - set(taken) == {"source", "output", "loras", "force", "as_json"}
+    with pytest.raises(TypeError, match="wieghts"):
+        trace("digits", wieghts="raw")  # type: ignore[call-arg]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from tiny_pipeline import save_tiny_pipeline, tiny_pipeline
+from tiny_pipeline import saved_pipeline, tiny_pipeline, traced_pipeline
 
 import hqc
 from hqc.api import task_of
@@ -19,13 +19,13 @@ QUICK = {"calibrate_activations.samples": 2, "calibrate_activations.candidates":
 
 
 @pytest.fixture(scope="module")
-def halves(folder: Path) -> dict[str, hqc.Program]:
-    return {part: hqc.trace(folder, part=part) for part in ("vae-encoder", "vae-decoder")}
+def halves() -> dict[str, hqc.Program]:
+    return {part: traced_pipeline("classes", part) for part in ("vae-encoder", "vae-decoder")}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline") / "tiny")
+def folder() -> Path:
+    return saved_pipeline("classes")
 
 
 def _quantised(program: hqc.Program, bits: str = "w8a8") -> hqc.Program:

@@ -99,7 +99,7 @@ def test_what_cannot_be_exported_whole(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="--pipeline: the program was not traced from a pipeline"):
         require_pipeline(program, None, "portable")
     with pytest.raises(ExportError, match="takes a denoiser; the program is a half of an autoencoder"):
-        require_pipeline(trace(str(source), part="vae-decoder"), source, "portable")
+        require_pipeline(traced_pipeline("classes", "vae-decoder"), source, "portable")
     with_lora = program.evolve(styles=(SimpleNamespace(name="ink", merged=False),))
     with pytest.raises(ExportError, match="--pipeline: has no scales of LoRAs, and ink is attached"):
         require_pipeline(with_lora, source, "portable")

@@ -1,11 +1,9 @@
 """What `passionsr` quantises in the GPU runtime's graph, its kernels in plain torch: shifted sites, no timestep."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from integer_programs import relative
-from tiny_pipeline import save_tiny_pipeline
+from tiny_pipeline import traced_pipeline
 
 import hqc
 from hqc import api
@@ -26,19 +24,14 @@ FEW = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("passionsr") / "pipeline")
-
-
-def _quantised(folder: Path, part: str, bits: str) -> Program:
-    program = hqc.trace(folder, part=part)
+def _quantised(part: str, bits: str) -> Program:
+    program = traced_pipeline("classes", part)
     return hqc.qat(program, "passionsr", bits, task=api.task_of(program, synthetic=True), settings=FEW)
 
 
 @pytest.mark.parametrize(("part", "bits"), [("denoiser", "w6a6"), ("vae-decoder", "w8a8"), ("vae-encoder", "w6a6")])
-def test_it_computes_what_the_integer_program_computes(folder: Path, part: str, bits: str) -> None:
-    program = _quantised(folder, part, bits)
+def test_it_computes_what_the_integer_program_computes(part: str, bits: str) -> None:
+    program = _quantised(part, bits)
     inputs = program.example_inputs(3, seed=7)
     reference = integer_form(program).module()(*inputs)
     for fuse in (False, True):
