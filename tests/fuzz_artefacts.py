@@ -78,10 +78,10 @@ def make_artefacts(work: Path) -> SimpleNamespace:
     plain = _unconditional(work / "ddpm")
     (work / "mine.py").write_text(MODULE, encoding="utf-8")
     captured = {
-        "labelled": (trace(str(digits)), digits),
+        "labelled": (tiny_pipeline.traced_pipeline("classes"), digits),
         "plain": (trace(str(plain)), plain),
-        "text": (trace(denoisers.source_of("sd15")), None),
-        "patches": (trace(denoisers.source_of("dit")), None),
+        "text": (denoisers.captured_denoiser("sd15"), None),
+        "patches": (denoisers.captured_denoiser("dit"), None),
         "module": (trace(zoo.ZOO["two_sites"]()), None),
     }
     programs, exports = [], []

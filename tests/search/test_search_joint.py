@@ -135,7 +135,7 @@ def adapted(program: Program, budget: str, folder: Path | None = None, recipe: s
 
 
 def test_a_plan_of_bits_and_ranks(captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = captured("cross_attention")
+    program = captured("without_attention")
     found = adapted(program, "60%", tmp_path / "w")
     assert 1 <= len(found.trained) <= 3
     assert found.best.measured == min(one.measured for one in found.trained)
@@ -163,7 +163,7 @@ def test_a_plan_of_bits_and_ranks(captured: Captured, tmp_path: Path, monkeypatc
 )
 def test_refusals(captured: Captured, budget: str, recipe: str, said: str) -> None:
     with pytest.raises(HqcError) as caught:
-        adapted(captured("cross_attention"), budget, recipe=recipe)
+        adapted(captured("without_attention"), budget, recipe=recipe)
     assert caught.value.line.startswith(said)
 
 
@@ -175,7 +175,7 @@ def test_without_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command(captured: Captured, tmp_path: Path) -> None:
     source, plan, chart = tmp_path / "p.hqc", tmp_path / "plan.yaml", tmp_path / "chart.svg"
-    save_program(captured("cross_attention"), source)
+    save_program(captured("without_attention"), source)
     few = "--synthetic --n-steps 2 --calib-size 1 --samples 1 --timesteps 1 --candidates w3a8,w8a8 --ranks 2,4"
     options = [*few.split(), "--trials", "20", "--population", "10", "--trainings", "1", "--set", "distil.batch_size=1"]
     said = refused(tmp_path, "qr-adaptor", source, "--budget", "50%", "-o", plan, *options, "--chart", "x.pdf")

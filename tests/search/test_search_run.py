@@ -40,7 +40,7 @@ def searched(program: Program, budget: str, **more: Any) -> Found:
 
 @pytest.fixture(scope="module")
 def program(captured: Captured) -> Program:
-    return captured("cross_attention")
+    return captured("without_attention")
 
 
 @pytest.fixture(scope="module")
