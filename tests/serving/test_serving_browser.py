@@ -415,6 +415,61 @@ def test_contrast_names_and_width_of_the_reference(start: Any, visit: Any) -> No
     check_names(tab)
 
 
+def test_focus_buttons_and_progress_where_the_system_gives_the_colours(start: Any, visit: Any) -> None:
+    """Measured on the picture: grounds and shadows of the page's own are not painted then."""
+    backend = Stepped()
+    tab = visit(start(backend=backend))
+    tab.media(forced_colors="active", prefers_reduced_motion="reduce")
+    tab.write("#seed", "x")
+    tab.click("#draw")
+    tab.wait_for("document.getElementById('error').textContent")
+    edges = "(name) => getComputedStyle(document.getElementById(name)).borderTopWidth"
+    assert tab.evaluate(f"({edges})('seed')") != tab.evaluate(f"({edges})('num_inference_steps')")
+    tab.write("#seed", "1")
+    tab.write("#num_inference_steps", "2")
+    tab.click("#draw")
+    backend.allowed.release()
+    tab.wait_for("document.getElementById('progress').value === 0.5")
+    tab.evaluate("document.getElementById('draw').focus()")
+    tab.press("Tab")
+    assert focused(tab) == "cancel"
+    # Along the middle of the bar: what is done, what is not; its rim against the page above.
+    done, left = (colour_at(tab, "progress", x, 0.5) for x in (0.25, 0.75))
+    assert contrast(done, left) >= 3
+    assert contrast(colour_at(tab, "progress", 0.75, 0, 0.5), colour_at(tab, "progress", 0.75, 0, -4)) >= 3
+    for button in ("draw", "cancel"):
+        assert contrast(colour_at(tab, button, 0.5, 0, 0.5), colour_at(tab, button, 0.5, 0, -1)) >= 3, button
+    assert contrast(colour_at(tab, "cancel", 0.5, 0, -3.5), colour_at(tab, "cancel", 0.5, 0, -1)) >= 3  # the focus
+    assert tab.evaluate("getComputedStyle(document.getElementById('draw')).color") != tab.evaluate(
+        "getComputedStyle(document.getElementById('cancel')).color"
+    )
+    backend.allowed.release(10)
+
+
+def colour_at(tab: Tab, name: str, x: float, y: float, below: float = 0) -> tuple[int, ...]:
+    """What is painted at shares of the width and height of an element, some pixels below that."""
+    script = """(name) => {
+        const element = document.getElementById(name);
+        element.scrollIntoView({ block: "center" });
+        const box = element.getBoundingClientRect();
+        return [box.x, box.y, box.width, box.height];
+    }"""
+    left, top, width, height = tab.evaluate(f"({script})({name!r})")
+    with Image.open(io.BytesIO(tab.screenshot())) as picture:
+        found = picture.convert("RGB").getpixel((int(left + x * width), int(top + y * height + below)))
+    assert isinstance(found, tuple)
+    return found
+
+
+def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    def light(colour: tuple[int, ...]) -> float:
+        parts = [v / 255 / 12.92 if v / 255 <= 0.04045 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in colour]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    dark, bright = sorted((light(one), light(other)))
+    return (bright + 0.05) / (dark + 0.05)
+
+
 def test_the_reference_lists_every_route_and_its_example_runs(
     start: Any, visit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
