@@ -42,6 +42,7 @@ class _BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic in newe
     metavar="PEERS",
     help="Comma-separated: onnxruntime-fp32 (default), onnxruntime-int8 (its own quantize_static), torch, "
     "torch-compile (inductor, needs a C++ compiler), openvino-int8 (nncf.quantize, needs hqc[openvino]), "
+    "hqc-onnxruntime (with --runtime torch-int8: the same program exported), "
     "torch-fp16-compile and torch-fp16-cudagraph (default on a GPU: both).",
 )
 @click.option(

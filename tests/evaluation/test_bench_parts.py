@@ -308,7 +308,8 @@ def test_peers_by_name() -> None:
     with pytest.raises(EvaluationError, match="names no peer"):
         find_peers(" , ")
     on_gpu = {"torch-fp16-compile", "torch-fp16-cudagraph"}
-    assert set(PEERS) == {"onnxruntime-fp32", "onnxruntime-int8", "torch", "torch-compile", "openvino-int8"} | on_gpu
+    on_cpu = {"onnxruntime-fp32", "onnxruntime-int8", "torch", "torch-compile", "openvino-int8", "hqc-onnxruntime"}
+    assert set(PEERS) == on_cpu | on_gpu
 
 
 def test_calibration_batches_come_back_in_order(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,10 @@ import torch
 from click.testing import CliRunner
 
 from hqc.cli import main
-from hqc.errors import RuntimeMissingError
+from hqc.errors import EvaluationError, RuntimeMissingError
 from hqc.evaluation.bench import requirements, worker
 from hqc.evaluation.bench.batches import read_batches
-from hqc.evaluation.bench.models import Quantisation
+from hqc.evaluation.bench.models import Quantisation, find_models
 from hqc.evaluation.bench.peers import PEERS, Built, size_bytes
 from hqc.evaluation.bench.requirements import require_cpp_compiler, require_openvino
 from hqc.evaluation.bench.run import Timing, bench
@@ -24,7 +25,7 @@ from hqc.evaluation.bench.toolkits import NNCF, ONNXRUNTIME, quantised_by
 from hqc.evaluation.bench.torch_compile import CompiledSession
 from hqc.evaluation.workspace import Workspace
 from hqc.program import Program
-from hqc.storage import save_program
+from hqc.storage import load_program, save_program
 
 MISSING = [name for name in ("openvino", "nncf") if importlib.util.find_spec(name) is None]
 WITH_NNCF = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}; pip install 'hqc[openvino]'")
@@ -204,6 +205,23 @@ def test_openvino_runs_what_nncf_quantised(captured: Captured, tmp_path: Path) -
     assert figures.resident_bytes > figures.loaded.runtime_resident_bytes > 0
     precise = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string() == "f32"
     assert any("OpenVINO's choice" in note for note in figures.notes) is not precise
+
+
+def test_the_same_program_in_the_other_runtime(captured: Captured, tmp_path: Path) -> None:
+    """One export, of the program that is timed; where an export is timed there is none."""
+    save_program(captured("cross_attention"), tmp_path / "float.hqc")
+    wanted, space = Quantisation(calib_size=1, n_steps=2), Workspace(tmp_path / "w")
+    models = find_models(str(tmp_path / "float.hqc"), None, wanted, space, "torch-int8")
+    built = PEERS["hqc-onnxruntime"].build(models, wanted, space)
+    assert (built.runtime, built.model) == ("onnxruntime", tmp_path / "w" / "integer" / "model.onnx")
+    assert load_program(tmp_path / "w" / "quantised.hqc").plan.bits == "w4a4"
+    manifest = json.loads((built.model.parent / "manifest.json").read_text())
+    assert manifest["origin"]["source"] == "cross_attention"
+    for quantised in (None, models.quantised):
+        with pytest.raises(EvaluationError, match="is what is timed already"):
+            PEERS["hqc-onnxruntime"].build(
+                replace(models, export=built.model.parent, quantised=quantised), wanted, space
+            )
 
 
 def test_every_peer_says_what_it_is_and_most_need_nothing() -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hqc.recipes import Recipe
     from hqc.sampling import Task
 
-__all__ = ["Models", "Quantisation", "calibration_of", "find_models", "inputs_of", "recipe_of"]
+__all__ = ["Models", "Quantisation", "calibration_of", "exported", "find_models", "inputs_of", "recipe_of"]
 
 PROGRAM_KIND = "hqc-program"
 DEFAULT_BITS = "w4a4"
@@ -65,6 +65,7 @@ class Models:
     bits: str
     recipe: str
     calibrated_on: str  # the conditions that the calibration drew; "" where nothing was calibrated here
+    quantised: Path | None = None  # the quantised program; nothing where MODEL is an export
 
 
 def find_models(
@@ -135,7 +136,7 @@ def _from_float(captured: Path, wanted: Quantisation, space: Workspace, runtime:
     inputs = _inputs(check_manifest(captured, PROGRAM_KIND), captured)
     calibration = json.loads((quantised / "plan.json").read_text(encoding="utf-8"))["training"]["calibrated_on"]
     recipe = "rtn + Hadamard" if wanted.hadamard else "rtn"
-    return Models(_lowered(quantised, space, runtime), captured, inputs, bits, recipe, calibration)
+    return Models(_lowered(quantised, space, runtime), captured, inputs, bits, recipe, calibration, quantised)
 
 
 def _from_quantised(
@@ -146,7 +147,7 @@ def _from_quantised(
     plan, inputs, source = program.plan, program.inputs, program.origin.source
     del program
     captured = _float_side(str(folder), float_model, source, inputs, space)
-    return Models(_lowered(folder, space, runtime), captured, inputs, plan.bits, plan.recipe, "")
+    return Models(_lowered(folder, space, runtime), captured, inputs, plan.bits, plan.recipe, "", folder)
 
 
 def _from_export(folder: Path, float_model: str | None, wanted: Quantisation, space: Workspace) -> Models:
@@ -286,7 +287,7 @@ def calibration_of(program: Program, folder: Path) -> "tuple[Task, str]":
 def _lowered(program: Path, space: Workspace, runtime: str) -> Path:
     """What the runtime runs."""
     if runtime == "onnxruntime":
-        return _exported(program, space)
+        return exported(program, space)
     depends = {"program": content(program), "runtime": runtime}
     return space.make("integer.hqc", PROGRAM_KIND, depends, lambda target: _store(program, target, runtime))
 
@@ -297,7 +298,8 @@ def _store(program: Path, target: Path, runtime: str) -> None:
     save_program(stored_form(load_program(program), runtime), target, force=True)
 
 
-def _exported(program: Path, space: Workspace) -> Path:
+def exported(program: Path, space: Workspace) -> Path:
+    """The export of a quantised program for ONNX Runtime, one timestep a call."""
     depends = {"program": content(program), "one_timestep": True}
     return space.make("integer", EXPORT_KIND, depends, lambda target: _export(program, target))
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hqc.errors import EvaluationError
-from hqc.evaluation.bench.models import Quantisation
+from hqc.evaluation.bench.models import Models, Quantisation, exported
 from hqc.evaluation.bench.requirements import require_cpp_compiler, require_openvino
 from hqc.evaluation.bench.toolkits import NNCF, ONNXRUNTIME, quantised_by
 from hqc.evaluation.workspace import Workspace, content
-from hqc.export import EXPORT_KIND, export_program
+from hqc.export import EXPORT_KIND, Target, export_program
 from hqc.export.model import MODEL_FILE
 from hqc.storage import load_program
 
@@ -47,13 +47,13 @@ class Built:
 
 @dataclass(frozen=True)
 class Peer:
-    """build(float program's folder, calibration, workspace) writes the peer's model; `what` says what it is.
+    """build(models, calibration, workspace) writes the peer's model; `what` says what it is.
 
     require: raises where this machine cannot have it, before long work starts.
     """
 
     what: str
-    build: Callable[[Path, Quantisation, Workspace], Built]
+    build: Callable[[Models, Quantisation, Workspace], Built]
     require: Callable[[], None] = lambda: None
 
 
@@ -87,46 +87,54 @@ def size_bytes(built: Built) -> int:
     return sum(path.stat().st_size for path in names if path.is_file())
 
 
-def _torch(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
-    return Built("torch", captured)
+def _torch(models: Models, wanted: Quantisation, space: Workspace) -> Built:
+    return Built("torch", models.float_program)
 
 
-def _half_on_gpu(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
-    return Built("torch-fp16-cudagraph", captured)
+def _half_on_gpu(models: Models, wanted: Quantisation, space: Workspace) -> Built:
+    return Built("torch-fp16-cudagraph", models.float_program)
 
 
-def _compiled_on_gpu(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
-    return Built("torch-fp16-compile", captured)
+def _compiled_on_gpu(models: Models, wanted: Quantisation, space: Workspace) -> Built:
+    return Built("torch-fp16-compile", models.float_program)
 
 
-def _onnxruntime_fp32(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
-    def build(target: Path) -> None:
-        export_program(load_program(captured), "onnxruntime", target, force=True, verify_batch=2)
-
-    return Built(
-        "onnxruntime", space.make("onnxruntime-fp32", EXPORT_KIND, {"program": content(captured)}, build) / MODEL_FILE
-    )
+def _onnxruntime_fp32(models: Models, wanted: Quantisation, space: Workspace) -> Built:
+    return Built("onnxruntime", _float_export(models.float_program, "onnxruntime", space))
 
 
-def _onnxruntime_int8(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
-    plain = _onnxruntime_fp32(captured, wanted, space)
-    model, notes = quantised_by(ONNXRUNTIME, plain.model, captured, wanted, space)
+def _float_export(program: Path, target: Target, space: Workspace) -> Path:
+    """The float program's file for a target."""
+
+    def build(folder: Path) -> None:
+        export_program(load_program(program), target, folder, force=True, verify_batch=2)
+
+    return space.make(f"{target}-fp32", EXPORT_KIND, {"program": content(program)}, build) / MODEL_FILE
+
+
+def _onnxruntime_int8(models: Models, wanted: Quantisation, space: Workspace) -> Built:
+    plain = _float_export(models.float_program, "onnxruntime", space)
+    model, notes = quantised_by(ONNXRUNTIME, plain, models.float_program, wanted, space)
     return Built("onnxruntime", model, notes)
 
 
-def _openvino_int8(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
+def _openvino_int8(models: Models, wanted: Quantisation, space: Workspace) -> Built:
     """From the target `portable`, whose standard operators OpenVINO reads."""
-
-    def build(target: Path) -> None:
-        export_program(load_program(captured), "portable", target, force=True, verify_batch=2)
-
-    plain = space.make("portable-fp32", EXPORT_KIND, {"program": content(captured)}, build) / MODEL_FILE
-    model, notes = quantised_by(NNCF, plain, captured, wanted, space)
+    plain = _float_export(models.float_program, "portable", space)
+    model, notes = quantised_by(NNCF, plain, models.float_program, wanted, space)
     return Built("openvino", model, notes)
 
 
-def _torch_compile(captured: Path, wanted: Quantisation, space: Workspace) -> Built:
-    return Built("torch-compile", captured)
+def _hqc_onnxruntime(models: Models, wanted: Quantisation, space: Workspace) -> Built:
+    """The compared program in the other runtime of CPUs."""
+    if models.quantised is None or (models.export / MODEL_FILE).is_file():
+        found = "an export in ONNX Runtime is what is timed already"
+        raise EvaluationError("peer hqc-onnxruntime", found, "Give --runtime torch-int8, or leave the peer out.")
+    return Built("onnxruntime", exported(models.quantised, space) / MODEL_FILE)
+
+
+def _torch_compile(models: Models, wanted: Quantisation, space: Workspace) -> Built:
+    return Built("torch-compile", models.float_program)
 
 
 PEERS: Mapping[str, Peer] = {
@@ -139,6 +147,7 @@ PEERS: Mapping[str, Peer] = {
         require_cpp_compiler,
     ),
     "openvino-int8": Peer("NNCF's post-training quantisation (u8 x s8) in OpenVINO", _openvino_int8, require_openvino),
+    "hqc-onnxruntime": Peer("the same quantised program, exported to ONNX Runtime", _hqc_onnxruntime),
     "torch-fp16-compile": Peer(
         "the float program on a GPU in float16, channels-last, torch.compile, one CUDA graph a batch size",
         _compiled_on_gpu,

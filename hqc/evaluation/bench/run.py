@@ -69,7 +69,7 @@ def bench(
     for name in against:
         PEERS[name].require()
     models = find_models(model, float_model, quantisation, space, runtime)
-    built, failed = _build_peers(against, models.float_program, quantisation, space)
+    built, failed = _build_peers(against, models, quantisation, space)
     with tempfile.TemporaryDirectory(dir=space.folder) as scratch:
         inputs = Path(scratch) / "inputs.npz"
         write_inputs(models.inputs, timing, first_timestep(models.export), inputs)
@@ -145,13 +145,13 @@ def _calibration(models: Models, quantisation: Quantisation) -> str:
 
 
 def _build_peers(
-    against: Sequence[str], captured: Path, quantisation: Quantisation, space: Workspace
+    against: Sequence[str], models: Models, quantisation: Quantisation, space: Workspace
 ) -> tuple[dict[str, Built], dict[str, str]]:
     built: dict[str, Built] = {}
     failed: dict[str, str] = {}
     for name in against:
         try:
-            built[name] = PEERS[name].build(captured, quantisation, space)
+            built[name] = PEERS[name].build(models, quantisation, space)
         except HqcError as error:
             failed[name] = error.found
         except Exception as error:  # a peer's tool may raise anything: its row says so, the others go on
