@@ -413,8 +413,10 @@ def test_resuming_nothing(made: SimpleNamespace, tmp_path: Path) -> None:
 # ---- refusals: options ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", ["w9a4", "w4", "4a4", "w4a1", "w4a4x", ""])
-@pytest.mark.parametrize("command", ["ptq", "qat", "explain"])
+@pytest.mark.parametrize(
+    ("command", "bits"),
+    [*(("explain", bits) for bits in ("w9a4", "w4", "4a4", "w4a1", "w4a4x", "")), ("ptq", "w4a1"), ("qat", "w4a4x")],
+)
 def test_unknown_bits(made: SimpleNamespace, tmp_path: Path, command: str, bits: str) -> None:
     output = () if command == "explain" else ("-o", tmp_path / "x.hqc")
     said = refused(tmp_path, command, made.program, *output, "--bits", bits)

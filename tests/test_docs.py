@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,11 +102,22 @@ def _commands(block: str) -> list[list[str]]:
     return [line for line in words if line and line[0] == "hqc"]
 
 
-def _run_commands(block: str) -> None:
-    """As a user would type them, in the current folder."""
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first line of several pages makes, made once."""
+    folder = tmp_path_factory.mktemp("docs") / "digits.hqc"
+    _run_commands(f"hqc trace digits -o {folder}")
+    return folder
+
+
+def _run_commands(block: str, digits: Path | None = None) -> None:
+    """As a user would type them, in the current folder; what is there of `hqc trace digits` is copied."""
     commands = _commands(block)
     assert commands
     for command in commands:
+        if digits is not None and command[:-1] == ["hqc", "trace", "digits", "-o"]:
+            shutil.copytree(digits, command[-1])
+            continue
         done = CliRunner(catch_exceptions=False).invoke(main, command[1:])
         assert done.exit_code == 0, f"{shlex.join(command)}\n{done.stderr}"
 
@@ -141,12 +153,12 @@ def test_commands_that_are_shown_are_ones_that_there_are(page: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run(inside: Path) -> None:
+def test_the_commands_of_the_readme_run(inside: Path, digits: Path) -> None:
     """Marked blocks, in their order, in one folder."""
     blocks = _blocks((ROOT / "README.md").read_text(encoding="utf-8"), "bash")
     assert blocks, f"README.md has no ```bash block under {MARK}"
     for block in blocks:
-        _run_commands(block)
+        _run_commands(block, digits)
 
 
 @pytest.mark.slow
@@ -161,13 +173,13 @@ def test_the_python_of_the_readme_runs(inside: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_about_recipes(inside: Path) -> None:
+def test_the_page_about_recipes(inside: Path, digits: Path) -> None:
     """Its file through the command line, and its method as a recipe of the package: trained and exported."""
     page = (ROOT / "docs" / "add-a-recipe.md").read_text(encoding="utf-8")
     (recipe,) = _blocks(page, "yaml", "<!-- file: mine.yaml -->")
     (inside / "mine.yaml").write_text(recipe, encoding="utf-8")
     (commands,) = _blocks(page, "bash")
-    _run_commands(commands)
+    _run_commands(commands, digits)
     assert {plan.block for plan in hqc.load_program(inside / "mine.hqc").plan.sites} >= {64}
     (method,) = _blocks(page, "python")
     short = {"distil.updates": 2, "distil.batch_size": 1, "calibrate_activations.samples": 1}

@@ -11,13 +11,12 @@ import tiny_pipeline
 
 COMMANDS = """
 trace pipeline -o p.hqc
-trace pipeline/unet -o unet.hqc
 trace words/pipeline -o text.hqc
 explain p.hqc
 inspect p.hqc --no-graph
 ptq p.hqc -o q.hqc --n-steps 2 --calib-size 1 --hadamard
 ptq text.hqc -o t.hqc --prompts prompts.txt --n-steps 2 --calib-size 1
-ptq unet.hqc -o u.hqc --synthetic --n-steps 2 --calib-size 1
+ptq text.hqc -o u.hqc --synthetic --n-steps 2 --calib-size 1
 qat p.hqc -o trained.hqc --n-steps 2 --calib-size 1 --steps 1 --batch-size 1
 export q.hqc -o integer
 export q.hqc -o portable --target portable
