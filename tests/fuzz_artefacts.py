@@ -6,9 +6,7 @@ from types import SimpleNamespace
 
 import denoisers
 import tiny_pipeline
-import torch
 import zoo
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from hqc import api
 from hqc.capture import trace
@@ -50,20 +48,6 @@ def integers():
 """
 
 
-def _unconditional(folder: Path) -> Path:
-    torch.manual_seed(5)
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(16,),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
-    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100)).save_pretrained(folder)
-    return folder
-
-
 def _quantised(program: Program, recipe: str, pipeline: Path | None, *, bits: str = "w4a4") -> Program:
     found = api.recipe_of(recipe, {"sampler.num_inference_steps": 2, "calibrate_activations.samples": 1})
     if found.kind == "qat":
@@ -75,11 +59,11 @@ def _quantised(program: Program, recipe: str, pipeline: Path | None, *, bits: st
 def make_artefacts(work: Path) -> SimpleNamespace:
     """Folders by kind: `sources` for trace, `programs` at every stage, `exports` for every target, `others`."""
     digits = tiny_pipeline.save_tiny_pipeline(work / "pipeline")
-    plain = _unconditional(work / "ddpm")
+    plain = shutil.copytree(tiny_pipeline.saved_pipeline("ddpm"), work / "ddpm")
     (work / "mine.py").write_text(MODULE, encoding="utf-8")
     captured = {
         "labelled": (tiny_pipeline.traced_pipeline("classes"), digits),
-        "plain": (trace(str(plain)), plain),
+        "plain": (tiny_pipeline.traced_pipeline("ddpm"), plain),
         "text": (denoisers.captured_denoiser("sd15"), None),
         "patches": (denoisers.captured_denoiser("dit"), None),
         "module": (trace(zoo.ZOO["two_sites"]()), None),

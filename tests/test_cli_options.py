@@ -5,14 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from click import Group, Option
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from test_cli import ok, refused
 from tiny_pipeline import saved_pipeline, traced_pipeline
 
-from hqc.capture import trace
 from hqc.cli import main
 from hqc.commands.applies import RULES
 from hqc.storage import load_program, save_program
@@ -248,17 +245,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     captured, quantised, plain = (work / f"{name}.hqc" for name in ("captured", "quantised", "plain"))
     save_program(traced_pipeline("classes"), captured, pipeline=source)
     ok("ptq", captured, "-o", quantised, *QUICK.split())
-    torch.manual_seed(5)
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(16,),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
-    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100)).save_pretrained(work / "ddpm")
-    save_program(trace(str(work / "ddpm")), plain, pipeline=work / "ddpm")
+    save_program(traced_pipeline("ddpm"), plain, pipeline=saved_pipeline("ddpm"))
     words = work / "words.txt"
     words.write_text("a cat\n")
     (work / "mine.py").write_text(

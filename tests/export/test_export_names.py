@@ -126,7 +126,7 @@ def test_an_export_of_an_earlier_version_has_hqcs_names() -> None:
 
 
 def test_compare_measures_the_inputs_of_sites_too(exported, tmp_path: Path) -> None:
-    program, folder, _ = exported("cross_attention", "w4a4", "onnxruntime")
+    program, folder, _ = exported("single_key", "w4a4", "onnxruntime")
     export_program(program, "onnxruntime", tmp_path / "x", names="optimum")
     before = (tmp_path / "x" / "model.onnx").read_bytes()
     args = verification_inputs(program, 2)
@@ -137,7 +137,7 @@ def test_compare_measures_the_inputs_of_sites_too(exported, tmp_path: Path) -> N
 
 
 def test_bench_feeds_it(exported, tmp_path: Path) -> None:
-    program, folder, _ = exported("cross_attention", "w4a4", "onnxruntime")
+    program, folder, _ = exported("single_key", "w4a4", "onnxruntime")
     export_program(program, "onnxruntime", tmp_path / "x", names="optimum")
     feeds = {s.name: a.numpy() for s, a in zip(program.inputs, verification_inputs(program, 2), strict=True)}
     loaded = [RUNTIMES["onnxruntime"](1)(place / "model.onnx", feeds) for place in (folder, tmp_path / "x")]
