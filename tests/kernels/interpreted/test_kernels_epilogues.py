@@ -131,10 +131,13 @@ def test_convolution(what: str, height: int, upsample: int, tile: ProductTile, d
     assert_same(found, wanted)
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(8, torch.float16), (5, torch.float32)])
-def test_statistics_are_those_of_the_output(size: int, dtype: torch.dtype, tile: ProductTile, device: str) -> None:
+@pytest.mark.parametrize(("samples", "size", "dtype"), [(1, 8, torch.float16), (2, 5, torch.float32)])
+def test_statistics_are_those_of_the_output(
+    samples: int, size: int, dtype: torch.dtype, tile: ProductTile, device: str
+) -> None:
     """64 pixels are whole tiles and come from the epilogue, 25 are not and take a pass of their own."""
-    codes, weight, scale = codes_of(2, size, size, 32), weight_of(40, 3, 3, 32), torch.tensor([0.5, 2.0])
+    codes, weight = codes_of(samples, size, size, 32), weight_of(40, 3, 3, 32)
+    scale = torch.tensor([0.5, 2.0])[:samples]
     arguments = (codes.to(device), weight_on(device, weight), scale.to(device), Epilogue(dtype=dtype))
     y, statistics = int_conv2d_statistics(*arguments, padding=(1, 1))
     assert torch.equal(y, int_conv2d(*arguments, padding=(1, 1)))
