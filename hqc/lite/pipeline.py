@@ -21,7 +21,8 @@ from hqc.needs import Kind, Needs
 from hqc.paths import StrPath
 from hqc.pipeline_parts import read_index
 from hqc.serving.backend import Drawing, preview_steps
-from hqc.serving.engine import Call
+from hqc.serving.split import Split
+from hqc.serving.tickets import Call, Task
 
 __all__ = ["LitePipeline", "kind_of_pipeline"]
 
@@ -93,7 +94,7 @@ class LitePipeline:
         self._latents = shape_of(part_manifest(denoiser), "sample", denoiser)
         vae = _configuration(folder / "vae_decoder" / CONFIG_FILE)
         self._scale, channels, enlarged = _of_decoder(vae, folder)
-        self._denoiser = open_part(denoiser, threads)
+        self._denoiser, self._split = open_part(denoiser, threads), Split()
         self._decoder = open_part(folder / "vae_decoder", threads)
         self._condition, classes = _condition(kind, folder, threads)
         size = (self._latents[2] * enlarged, self._latents[1] * enlarged)
@@ -161,20 +162,21 @@ class LitePipeline:
                 calls = {}
                 for i, steps in list(under_way.items()):
                     try:
-                        calls[i] = steps.send(outputs[i])
+                        calls[i] = _next_call(steps, outputs[i])
                     except StopIteration as end:
                         images[i] = end.value
                         del under_way[i]
                 outputs = dict(zip(calls, self.denoise(list(calls.values())), strict=True)) if calls else {}
             yield from (images[i] for i in sorted(images))
 
-    def denoise(self, calls: Sequence[Call]) -> list[Floats]:
-        """The denoiser's outputs of several calls, made in one."""
-        names = calls[0].inputs.keys()
-        output = self._denoiser(**{name: np.concatenate([call.inputs[name] for call in calls]) for name in names})
-        return np.split(output, np.cumsum([call.rows for call in calls])[:-1])
+    def denoise(self, calls: Sequence[Call], at_once: int = 1) -> list[Floats]:
+        """The denoiser's outputs of several calls, made in one, or in so many side by side."""
+        names, rows = calls[0].inputs.keys(), [call.rows for call in calls]
+        joined = {name: np.concatenate([call.inputs[name] for call in calls]) for name in names}
+        output = np.concatenate(self._split(self._denoiser, joined, names, sum(rows), at_once))
+        return np.split(output, np.cumsum(rows)[:-1])
 
-    def begin(self, drawing: Drawing) -> Generator[Call, Floats, Pixels]:
+    def begin(self, drawing: Drawing) -> Generator[Call | Task, Floats, Pixels]:
         """One image as steps: yields what the denoiser is to be called with, is sent its output, returns the pixels.
 
         As diffusers' pipelines do, it gives eta to a scheduler that has one.
@@ -188,7 +190,7 @@ class LitePipeline:
         scheduler = new_scheduler(self._config, drawing.num_inference_steps, name=name, eta=eta)
         return self._steps(drawing, scheduler)
 
-    def _steps(self, drawing: Drawing, scheduler: Scheduler) -> Generator[Call, Floats, Pixels]:
+    def _steps(self, drawing: Drawing, scheduler: Scheduler) -> Generator[Call | Task, Floats, Pixels]:
         noise, before = Noise(drawing.seed), None
         shape = (1, *self._latents)
         guidance = drawing.guidance_scale if self.needs.guides and drawing.guidance_scale > 1 else None
@@ -203,8 +205,8 @@ class LitePipeline:
             drawn = noise.normal(shape) if scheduler.draws_noise else None
             x, before = scheduler.step(output, i, x, drawn, before)
             if drawing.see is not None and i + 1 in previews:
-                drawing.see(previews.index(i + 1), self._pixels(before))
-        return self._pixels(x)
+                drawing.see(previews.index(i + 1), (yield from self._pixels(before)))
+        return (yield from self._pixels(x))
 
     def _conditions(self, drawing: Drawing, *, guided: bool) -> Floats | None:
         """What every call of the denoiser is told; with guidance what it leads away from first."""
@@ -212,9 +214,9 @@ class LitePipeline:
         away = self._condition.away(drawing.negative_prompt) if guided else None
         return found if away is None or found is None else np.concatenate([away, found])
 
-    def _pixels(self, latents: Floats) -> Pixels:
+    def _pixels(self, latents: Floats) -> Generator[Task, Floats, Pixels]:
         """What the decoder makes of latents: round(255·clamp(x/2 + 1/2, 0, 1))."""
-        decoded = self._decoder(sample=latents / np.float32(self._scale))[0]
+        decoded = (yield Task(lambda: self._decoder(sample=latents / np.float32(self._scale))))[0]
         if not np.isfinite(decoded).all():
             raise EvaluationError(self.name, "gives an image that is not finite", "Compare it with the float model.")
         image = np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0, 1)
@@ -229,6 +231,13 @@ class LitePipeline:
             raise EvaluationError(self.name, f"takes {takes[self.needs.kind]}", "Ask it for what it takes.")
         if not 0 <= drawing.eta <= 1:
             raise EvaluationError(f"eta {drawing.eta:g}", "expected 0 to 1", "Correct it.")
+
+
+def _next_call(steps: Generator[Call | Task, Floats, Pixels], output: Any) -> Call:
+    """What an image asks of the denoiser next; its tasks are run at once."""
+    while isinstance(wanted := steps.send(output), Task):
+        output = wanted.run()
+    return wanted
 
 
 def _call(sample: Floats, timestep: Any, condition: Floats | None, *, rows: int) -> Call:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hqc.needs import Needs
-from hqc.serving.engine import Call, Steps
+from hqc.serving.tickets import Call, Steps
 
 __all__ = ["Backend", "Drawing", "See", "preview_steps"]
 
@@ -68,7 +68,7 @@ class Backend(Protocol):
     def check_steps(self, num_inference_steps: int, scheduler: str | None) -> str | None:
         """Why a scheduler does not take so many steps; None if it does."""
 
-    def denoise(self, calls: Sequence[Call]) -> Sequence[Any]:
+    def denoise(self, calls: Sequence[Call], at_once: int = 1) -> Sequence[Any]:
         """The engine's `Denoise`."""
 
     def begin(self, drawing: Drawing) -> Steps:

@@ -1,11 +1,13 @@
 """Continuous batching: images at steps of their own share one call of the denoiser.
 
 An image is a generator. It yields what the denoiser is to be called with, is sent its output, and returns the image.
-The engine's thread admits images, collects what they yield, runs it in one call, and hands every image its rows:
+The engine's thread admits images, collects what they yield, has it run in one call a lane, and hands every image its
+rows:
 
     queue ──admit──▶ active images ──yield──▶ [Call, Call, …] ──denoise──▶ outputs ──send──▶ next step, or the image
 
-Nothing here knows what a denoiser is, so that torch need not be there.
+With several lanes the images of one take their steps while the other lanes' calls run. Nothing here knows what a
+denoiser is, so that torch need not be there.
 """
 
 import logging
@@ -13,15 +15,17 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable, Sequence
+from concurrent.futures import InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from hqc.serving.errors import Busy, Cancelled, Stopped, TimeUp
+from hqc.serving.lanes import Lanes, Run, shares
+from hqc.serving.tickets import Begin, Call, Denoise, Observer, Steps, Task, Ticket
 
-__all__ = ["Begin", "Call", "Denoise", "Engine", "Observer", "Policy", "Steps", "Ticket"]
+__all__ = ["Engine", "Policy"]
 
 log = logging.getLogger(__name__)
 
@@ -31,83 +35,23 @@ Policy = Literal["continuous", "static", "single"]
 MAX_RETRY_S = 600
 
 
-@dataclass(frozen=True)
-class Call:
-    """What one image wants the denoiser to be called with: arrays by name, those of a sample with `rows` rows."""
-
-    inputs: Mapping[str, Any]
-    rows: int
-
-
-Steps = Generator[Call, Any, Any]
-"""One image under way."""
-
-Begin = Callable[[], Steps]
-"""Makes the generator of one image; called in the engine's thread."""
-
-Denoise = Callable[[Sequence[Call]], Sequence[Any]]
-"""Outputs of several calls, each with its call's rows, made in as few calls of the denoiser as can be."""
-
-
-class Observer(Protocol):
-    """Is told what the engine does, in its thread; must be quick."""
-
-    def step(self, images: int, rows: int, seconds: float) -> None:
-        """One call of the denoiser."""
-
-    def ended(self, ticket: "Ticket", error: BaseException | None) -> None:
-        """A request is done: its images are there, or it failed with `error`, or was left (`Cancelled`)."""
-
-
-class Ticket:
-    """A request under way: its images, and how far they are.
-
-    Args:
-        begins: one an image.
-        deadline: in seconds of `time.monotonic`, after which it fails with `TimeUp`.
-    """
-
-    def __init__(self, begins: Sequence[Begin], deadline: float = math.inf) -> None:
-        self.begins, self.deadline = tuple(begins), deadline
-        self.result: Future[list[Any]] = Future()
-        self.queued_at = time.monotonic()
-        self.started_at: float | None = None
-        self.ended_at: float | None = None
-        self._left = threading.Event()
-        self._images: list[Any] = [None] * len(self.begins)
-        self._missing = len(self.begins)
-
-    def cancel(self) -> None:
-        """Its images leave at the next step, or are never begun. May be called from any thread, at any time."""
-        self._left.set()
-
-    @property
-    def queue_s(self) -> float:
-        """Seconds before the first image was begun."""
-        until = self.started_at or self.ended_at or time.monotonic()
-        return until - self.queued_at
-
-    @property
-    def run_s(self) -> float:
-        """Seconds from there to the end."""
-        return 0.0 if self.started_at is None else (self.ended_at or time.monotonic()) - self.started_at
-
-
-@dataclass
+@dataclass(eq=False)
 class _Image:
-    """One image that has begun: whose it is, and the call that it waits for."""
+    """One image that has begun: whose it is, what it waits for, and whether a lane runs that."""
 
     ticket: Ticket
     index: int
     steps: Steps
-    call: Call
+    wants: Call | Task | None = None
+    running: bool = False
 
 
 class Engine:
     """Runs images in a thread of its own until `close`.
 
     Args:
-        denoise: runs the calls of all active images.
+        denoise: runs the calls of active images; with several lanes in threads of their own, side by side.
+        lanes: how many of its calls run side by side.
         max_batch: images under way at once.
         max_queue: requests that may wait; the next one is refused.
         policy: when waiting images are admitted.
@@ -119,13 +63,15 @@ class Engine:
         self,
         denoise: Denoise,
         *,
+        lanes: int = 1,
         max_batch: int = 8,
         max_queue: int = 64,
         policy: Policy = "continuous",
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
         observer: Observer | None = None,
     ) -> None:
-        self._denoise, self._around, self._observer = denoise, around, observer
+        self._around, self._observer = around, observer
+        self._lanes: Lanes[_Image] = Lanes(denoise, lanes, self._notify)
         self._room = 1 if policy == "single" else max_batch
         self._max_queue, self._policy = max_queue, policy
         self._waiting: deque[tuple[Ticket, int]] = deque()
@@ -199,6 +145,8 @@ class Engine:
             self._closing = 0.0
             for ticket in {ticket for ticket, _ in self._waiting} | {image.ticket for image in self._active}:
                 self._fail(ticket, error)
+        finally:
+            self._lanes.close()
 
     def _turn(self) -> bool:
         """Admits, steps and retires once; whether there may be more to do."""
@@ -208,22 +156,39 @@ class Engine:
             return False
         for ticket, index in self._admitted():
             self._begin(ticket, index)
-        if self._active:
-            self._step()
+        self._start()
+        for run in self._lanes.ended():
+            self._step(run)
         return True
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _wait_for_work(self) -> None:
         with self._changed:
-            while not self._active and not self._waiting and self._closing is None:
+            while not (
+                self._lanes.has_ended
+                or (self._lanes.free and self._ready())
+                or (self._waiting and self._places())
+                or (self._closing is not None and not self._active)
+            ):
                 self._changed.wait()
+
+    def _ready(self) -> list[_Image]:
+        """Images that no lane runs."""
+        return [image for image in self._active if not image.running]
+
+    def _places(self) -> int:
+        """How many images may be admitted now."""
+        if self._closing is not None or (self._policy != "continuous" and self._active):
+            return 0
+        return self._room - len(self._active)
 
     def _admitted(self) -> list[tuple[Ticket, int]]:
         """What is taken out of the line now: in its order, while there is room."""
         with self._changed:
-            if self._closing is not None or (self._policy != "continuous" and self._active):
-                return []
-            count = min(len(self._waiting), self._room - len(self._active))
-            return [self._waiting.popleft() for _ in range(count)]
+            return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._places()))]
 
     def _begin(self, ticket: Ticket, index: int) -> None:
         if ticket.ended_at is not None:
@@ -231,49 +196,57 @@ class Engine:
         if ticket.started_at is None:
             ticket.started_at = time.monotonic()
         try:
-            steps = ticket.begins[index]()
+            image = _Image(ticket, index, ticket.begins[index]())
         except Exception as error:  # of this image alone
             self._fail(ticket, error)
             return
-        if (image := self._advanced(ticket, index, steps, None)) is not None:
-            self._active.append(image)
+        self._active.append(image)
+        self._go_on(image, None)
 
-    def _step(self) -> None:
-        """One call of the denoiser for all active images, and on with each of them."""
-        start = time.perf_counter()
-        outputs = self._outputs([image.call for image in self._active])
-        if self._observer is not None:
-            rows = sum(image.call.rows for image in self._active)
-            self._observer.step(len(self._active), rows, time.perf_counter() - start)
-        kept = []
-        for image, output in zip(self._active, outputs, strict=True):
-            if image.ticket.ended_at is not None:  # another image of the request has failed
-                _close(image.steps)
-            elif (after := self._advanced(image.ticket, image.index, image.steps, output)) is not None:
-                kept.append(after)
-        self._active = kept
+    def _start(self) -> None:
+        """Gives free lanes what images wait for: a task each, or their share of the calls."""
+        lanes, active = self._lanes, len(self._active)
+        for image in self._ready():
+            if isinstance(image.wants, Task) and lanes.free:
+                image.running = True
+                lanes.start([image], image.wants)
+        called = [image for image in self._ready() if isinstance(image.wants, Call)]
+        for share in shares(called, active, lanes.free, lanes.count):
+            for image in share:
+                image.running = True
+            calls = [image.wants for image in share if isinstance(image.wants, Call)]
+            lanes.start(share, calls, max(1, lanes.count // active))
 
-    def _outputs(self, calls: Sequence[Call]) -> Sequence[Any]:
-        """An output for every call; where the call for all of them fails, each by itself, so that one fails alone."""
+    def _step(self, run: Run[_Image]) -> None:
+        """What a lane has run, and on with each of its images."""
+        if self._observer is not None and run.rows:
+            self._observer.step(len(run.items), run.rows, run.seconds)
+        for image, output in zip(run.items, run.outputs, strict=True):
+            image.running = False
+            if image.ticket.ended_at is None:
+                self._go_on(image, output)
+        self._leave()
+
+    def _go_on(self, image: _Image, output: Any) -> None:
+        """One step of an image; it is no longer active if that was its last.
+
+        output: of the denoiser, why there is none, or None at the start.
+        """
         try:
-            return self._denoise(calls)
-        except Exception as error:
-            if len(calls) == 1:
-                return [error]
-            log.warning("a call for %d images failed (%s): each is run by itself", len(calls), error)
-            return [self._outputs([call])[0] for call in calls]
-
-    def _advanced(self, ticket: Ticket, index: int, steps: Steps, output: Any) -> _Image | None:
-        """An image after one step: None if that was its last. output: of the denoiser, or why there is none."""
-        try:
-            call = steps.throw(output) if isinstance(output, Exception) else steps.send(output)
+            steps = image.steps
+            image.wants = steps.throw(output) if isinstance(output, Exception) else steps.send(output)
+            return
         except StopIteration as end:
-            self._done(ticket, index, end.value)
+            self._done(image.ticket, image.index, end.value)
         except Exception as error:  # of this image alone
-            self._fail(ticket, error)
-        else:
-            return _Image(ticket, index, steps, call)
-        return None
+            self._fail(image.ticket, error)
+        self._active.remove(image)
+
+    def _leave(self) -> None:
+        """Drops active images whose request has ended: it failed, or was left."""
+        for image in [image for image in self._active if image.ticket.ended_at is not None]:
+            _close(image.steps)
+            self._active.remove(image)
 
     def _done(self, ticket: Ticket, index: int, image: Any) -> None:
         ticket._images[index] = image
@@ -314,11 +287,7 @@ class Engine:
                 self._fail(ticket, Stopped())
         with self._changed:
             self._waiting = deque(entry for entry in self._waiting if entry[0].ended_at is None)
-            kept = [image for image in self._active if image.ticket.ended_at is None]
-        for image in self._active:
-            if image.ticket.ended_at is not None:
-                _close(image.steps)
-        self._active = kept
+        self._leave()
 
     # ---- the line ----------------------------------------------------------------------------------------------------
 

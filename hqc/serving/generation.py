@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from hqc.errors import HqcError
 from hqc.serving.backend import Backend
-from hqc.serving.engine import Engine, Ticket
+from hqc.serving.engine import Engine
 from hqc.serving.errors import ApiError, Busy, Stopped, TimeUp
 from hqc.serving.files import in_base64
 from hqc.serving.guards import error_body
@@ -23,6 +23,7 @@ from hqc.serving.metrics import EngineMetrics
 from hqc.serving.offer import Offer
 from hqc.serving.requests import GenerationRequest
 from hqc.serving.schemas import GenerationResponse, ImageDatum, Metrics, Usage
+from hqc.serving.tickets import Ticket
 
 __all__ = ["NEVER_AGAIN", "Generations", "Left", "body_of"]
 

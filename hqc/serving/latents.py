@@ -13,8 +13,9 @@ from hqc.needs import Needs
 from hqc.runtimes.base import Session
 from hqc.sampling.task import Task, advance, guided, initial_sample, scaled_input, start, why_not_steps
 from hqc.serving.backend import Drawing
-from hqc.serving.engine import Call, Steps
 from hqc.serving.rendezvous import PipelineSteps, Rendezvous, together
+from hqc.serving.split import Split
+from hqc.serving.tickets import Call, Steps
 
 __all__ = ["LatentBackend"]
 
@@ -28,7 +29,7 @@ class LatentBackend:
     most_steps = 1000
 
     def __init__(self, session: Session, task: Task) -> None:
-        self._session, self._task = session, task
+        self._session, self._task, self._split = session, task, Split()
         self._meeting = Rendezvous(session)
         height, width = (*task.latent_shape[1:], 1)[:2]
         self.needs = Needs("latents", "nothing", 0, frozenset({"guidance_scale"}), (int(width), int(height)))
@@ -44,9 +45,9 @@ class LatentBackend:
         """See `Backend`."""
         return why_not_steps(self._task.new_scheduler(), num_inference_steps)
 
-    def denoise(self, calls: Sequence[Call]) -> Sequence[Tensor]:
+    def denoise(self, calls: Sequence[Call], at_once: int = 1) -> Sequence[Tensor]:
         """See `Backend`."""
-        return together(self._session, calls)
+        return together(self._session, calls, self._split, at_once)
 
     def begin(self, drawing: Drawing) -> Steps:
         """See `Backend`."""

@@ -7,8 +7,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from hqc.serving.engine import Engine, Ticket
+from hqc.serving.engine import Engine
 from hqc.serving.errors import Cancelled, Stopped, TimeUp
+from hqc.serving.tickets import Ticket
 
 __all__ = ["CONTENT_TYPE", "EngineMetrics", "ServerMetrics"]
 

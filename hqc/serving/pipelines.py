@@ -20,9 +20,10 @@ from hqc.runtimes.base import Session
 from hqc.runtimes.unet import SessionUNet
 from hqc.sampling.task import why_not_steps
 from hqc.serving.backend import Drawing, preview_steps
-from hqc.serving.engine import Call, Steps
-from hqc.serving.rendezvous import PipelineSteps, Rendezvous, together
+from hqc.serving.rendezvous import PipelineSteps, Rendezvous, apart, together
 from hqc.serving.schedulers import scheduler_names, scheduler_of
+from hqc.serving.split import Split
+from hqc.serving.tickets import Call, Steps
 from hqc.styles.record import attached_names
 
 __all__ = ["PipelineBackend"]
@@ -36,6 +37,7 @@ class PipelineBackend:
 
     def __init__(self, pipe: SamplingPipeline) -> None:
         self._pipe: Any = pipe
+        self._split = Split()
         self.needs = needs_of(pipe)
         denoiser = denoiser_of(pipe)
         self._session: Session | None = None
@@ -45,7 +47,10 @@ class PipelineBackend:
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
         if hasattr(self._pipe, "encode_prompt"):
-            self._pipe.encode_prompt = _remembering(self._pipe.encode_prompt)
+            self._pipe.encode_prompt = _remembering(apart(self._pipe.encode_prompt))
+        for name in ("vae", "vqvae"):
+            if (decoder := getattr(pipe, name, None)) is not None:
+                decoder.decode = apart(decoder.decode)
 
     @property
     def schedulers(self) -> tuple[str, ...]:
@@ -78,10 +83,10 @@ class PipelineBackend:
         """Why a scheduler does not take so many steps; None if it does."""
         return why_not_steps(scheduler_of(self._pipe.scheduler, scheduler), num_inference_steps)
 
-    def denoise(self, calls: Sequence[Call]) -> Sequence[Tensor]:
+    def denoise(self, calls: Sequence[Call], at_once: int = 1) -> Sequence[Tensor]:
         """The engine's `Denoise`."""
         assert self._session is not None  # a plain module makes no calls
-        return together(self._session, calls)
+        return together(self._session, calls, self._split, at_once)
 
     def begin(self, drawing: Drawing) -> Steps:
         """One image as steps: pixels [H, W] or [H, W, 3] in the end.

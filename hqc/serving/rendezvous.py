@@ -1,7 +1,8 @@
 """Any diffusers pipeline as steps of the engine: its call stops wherever it calls the denoiser.
 
 Every image runs the pipeline's own call in a greenlet. In place of the denoiser's session there is a `Rendezvous`,
-which hands what it is called with to the engine and waits for its rows of the output. So every scheduler, guidance and
+which hands what it is called with to the engine and waits for its rows of the output; decoders and text encoders are
+handed to it whole, as tasks (`apart`). So every scheduler, guidance and
 prompt is diffusers' own, and only the denoiser's rows are shared.
 """
 
@@ -14,14 +15,15 @@ from torch import Tensor
 from hqc.errors import RuntimeMissingError
 from hqc.program import InputSpec
 from hqc.runtimes.base import Session, named_inputs
-from hqc.serving.engine import Call
+from hqc.serving.split import Split
+from hqc.serving.tickets import Call, Task
 
 try:
     from greenlet import getcurrent, greenlet
 except ModuleNotFoundError as error:
     raise RuntimeMissingError("hqc serve", "greenlet is not installed", "pip install 'hqc[serve]'") from error
 
-__all__ = ["PipelineSteps", "Rendezvous", "together"]
+__all__ = ["PipelineSteps", "Rendezvous", "apart", "together"]
 
 
 class Rendezvous:
@@ -52,7 +54,23 @@ class Rendezvous:
         return output
 
 
-class PipelineSteps(Generator[Call, Any, Any]):
+def apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which an image's greenlet has the engine run by itself, beside the calls of other images."""
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        with torch.inference_mode():  # it is a thread's own
+            return function(*arguments, **options)
+
+    def handed_on(*arguments: Any, **options: Any) -> Any:
+        engine = getcurrent().parent
+        if engine is None:
+            return function(*arguments, **options)
+        return engine.switch(Task(lambda: run(*arguments, **options)))
+
+    return handed_on
+
+
+class PipelineSteps(Generator[Call | Task, Any, Any]):
     """One image: `draw` runs up to its next call of a `Rendezvous` at every step, and its result is the image.
 
     torch's global generator is the image's own while it runs, seeded with `seed`: what a scheduler draws without being
@@ -63,12 +81,12 @@ class PipelineSteps(Generator[Call, Any, Any]):
         self._greenlet = greenlet(draw)
         self._random = torch.Generator().manual_seed(seed).get_state()
 
-    def send(self, value: Any) -> Call:
-        """On with the denoiser's output, None at the start; StopIteration has the image."""
-        return self._on(self._greenlet.switch, *(() if value is None else (value,)))
+    def send(self, value: Any) -> Call | Task:
+        """On with what was asked for, None at the start; StopIteration has the image."""
+        return self._on(self._greenlet.switch, *((value,) if self._greenlet else ()))
 
-    def throw(self, error: Any, *_: Any) -> Call:
-        """On with a failure of the denoiser."""
+    def throw(self, error: Any, *_: Any) -> Call | Task:
+        """On with a failure of what was asked for."""
         return self._on(self._greenlet.throw, error)
 
     def close(self) -> None:
@@ -76,11 +94,11 @@ class PipelineSteps(Generator[Call, Any, Any]):
         if self._greenlet:  # begun and not ended
             self._on_random(self._greenlet.throw)
 
-    def _on(self, go: Callable[..., Any], *values: Any) -> Call:
+    def _on(self, go: Callable[..., Any], *values: Any) -> Call | Task:
         found = self._on_random(go, *values)
         if self._greenlet.dead:
             raise StopIteration(found)
-        assert isinstance(found, Call)
+        assert isinstance(found, Call | Task)
         return found
 
     def _on_random(self, go: Callable[..., Any], *values: Any) -> Any:
@@ -93,21 +111,29 @@ class PipelineSteps(Generator[Call, Any, Any]):
             torch.set_rng_state(outside)
 
 
-def together(session: Session, calls: Sequence[Call]) -> list[Tensor]:
+def together(session: Session, calls: Sequence[Call], split: Split, at_once: int = 1) -> list[Tensor]:
     """The outputs of several calls: one call of the session for all that share what has no batch axis.
 
     Rows stand behind one another in the order of the calls. Inputs without a batch axis (Flux's image ids) are one for
-    all rows of a call, so that images which differ in them, as in their size, are called in groups.
+    all rows of a call, so that images which differ in them, as in their size, are called in groups. at_once: so many
+    calls of the session side by side, each with a part of the rows.
     """
+
+    def run(**inputs: Tensor) -> Tensor:
+        with torch.inference_mode():  # it is a thread's own
+            return session(**inputs)
+
+    batched = {spec.name for spec in session.inputs if spec.batched}
     outputs: dict[int, Tensor] = {}
     for group in _groups(session.inputs, calls):
         members = [calls[index].inputs for index in group]
         joined = {
-            spec.name: torch.cat([inputs[spec.name] for inputs in members]) if spec.batched else members[0][spec.name]
-            for spec in session.inputs
+            name: torch.cat([inputs[name] for inputs in members]) if name in batched else members[0][name]
+            for name in (spec.name for spec in session.inputs)
         }
-        rows = torch.split(session(**joined), [calls[index].rows for index in group])
-        outputs.update(zip(group, rows, strict=True))
+        rows = [calls[index].rows for index in group]
+        found = torch.cat(split(run, joined, batched, sum(rows), at_once))
+        outputs.update(zip(group, torch.split(found, rows), strict=True))
     return [outputs[index] for index in range(len(calls))]
 
 

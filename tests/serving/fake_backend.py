@@ -9,7 +9,7 @@ import numpy as np
 
 from hqc.needs import Needs
 from hqc.serving.backend import Drawing, preview_steps
-from hqc.serving.engine import Call, Steps
+from hqc.serving.tickets import Call, Steps
 
 SIZE = 16
 
@@ -45,7 +45,7 @@ class FakeBackend:
             return "euler cannot take them (too few). Give more steps."
         return None
 
-    def denoise(self, calls: Sequence[Call]) -> list[Any]:
+    def denoise(self, calls: Sequence[Call], at_once: int = 1) -> list[Any]:
         self.batches.append(len(calls))
         self.entered.release()
         if self.gate is not None:

@@ -17,9 +17,9 @@ from PIL import Image
 from served_app import served
 
 from hqc.needs import Needs
-from hqc.serving.engine import Steps
 from hqc.serving.guards import Rules
 from hqc.serving.limits import Limits
+from hqc.serving.tickets import Steps
 
 DRAWN = "document.getElementById('status').textContent.startsWith('Drawn')"
 PROMPT = Needs("StableDiffusionPipeline", "prompt", 0, frozenset({"guidance_scale", "negative_prompt"}), (SIZE, SIZE))

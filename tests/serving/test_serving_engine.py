@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hqc.serving.engine import Begin, Call, Engine, Policy, Steps, Ticket
+from hqc.serving.engine import Engine, Policy
 from hqc.serving.errors import Busy, Stopped, TimeUp
+from hqc.serving.tickets import Begin, Call, Steps, Ticket
 
 WAIT_S = 20
 
@@ -24,7 +25,7 @@ class Denoiser:
         self.gate: threading.Event | None = None
         self.entered = threading.Semaphore(0)
 
-    def __call__(self, calls: Sequence[Call]) -> list[Any]:
+    def __call__(self, calls: Sequence[Call], at_once: int = 1) -> list[Any]:
         self.batches.append([float(call.inputs["t"]) for call in calls])
         self.entered.release()
         if self.gate is not None:

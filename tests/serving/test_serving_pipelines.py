@@ -21,9 +21,11 @@ from hqc.evaluation.sampling import sample_images
 from hqc.program import BATCH, InputSpec, Program
 from hqc.runtimes.unet import SessionUNet
 from hqc.serving.backend import Drawing, preview_steps
-from hqc.serving.engine import Call, Engine
+from hqc.serving.engine import Engine
 from hqc.serving.pipelines import PipelineBackend
 from hqc.serving.rendezvous import PipelineSteps, together
+from hqc.serving.split import Split
+from hqc.serving.tickets import Call
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -260,7 +262,7 @@ def test_inputs_without_a_batch_axis_part_the_calls() -> None:
         return Call({"sample": sample, "timestep": torch.ones(rows), "ids": torch.tensor(ids)}, rows)
 
     session = Session()
-    found = together(session, [call(1, 2, [0, 0]), call(2, 1, [0, 5]), call(3, 1, [0, 0])])  # type: ignore[arg-type]
+    found = together(session, [call(1, 2, [0, 0]), call(2, 1, [0, 5]), call(3, 1, [0, 0])], Split())  # type: ignore[arg-type]
     assert session.calls == [(3, [0, 0]), (1, [0, 5])]
     assert [each.flatten().tolist() for each in found] == [[2, 2], [8], [4]]
 
