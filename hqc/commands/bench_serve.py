@@ -8,6 +8,7 @@ import click
 from hqc.commands.applies import Command, check_runtime
 from hqc.commands.bench import bench_workspace
 from hqc.commands.options import check_output_file, force_option, json_option, runtime_option
+from hqc.commands.serve import lanes_option, threads_option
 from hqc.errors import OptionError
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Between(click.ParamType):  # type: ignore[type-arg]  # generic in newer cl
 )
 @click.option("--guidance-scale", type=click.FloatRange(0, 20), default=1.5, show_default=True)
 @click.option("--max-batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Images under way.")
-@click.option("--threads", type=click.IntRange(1, 256), help="Of one call of the runtime.")
+@threads_option
+@lanes_option
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of the arrivals.")
 @click.option(
     "--work-dir",
@@ -68,6 +70,7 @@ def bench_serve(
     guidance_scale: float,
     max_batch: int,
     threads: int | None,
+    lanes: int | None,
     seed: int,
     work_dir: Path | None,
     chart: Path | None,
@@ -97,7 +100,7 @@ def bench_serve(
         out.progress("requests", requests * figures) as advance,
         bench_workspace(work_dir, force, lambda stage: advance(0, stage)) as space,
     ):
-        source, name = _source(model, runtime, threads, space)
+        source, name = _source(model, runtime, threads, lanes, space)
         before: list[str] = []
 
         def told(what: str, done: int) -> None:
@@ -114,18 +117,24 @@ def bench_serve(
         Console(width=max(200, out.console.width)).print(serve_table(result), soft_wrap=True)
 
 
-def _source(model: str, runtime: Any, threads: int | None, space: "Workspace") -> "tuple[Source, str]":
+def _source(
+    model: str, runtime: Any, threads: int | None, lanes: int | None, space: "Workspace"
+) -> "tuple[Source, str]":
     """What is served, and the runtime's name."""
     from hqc.serving.bench.server import Source
+    from hqc.serving.opening import divided
 
     if not model.startswith("arch:"):
-        return Source(model, runtime, None, threads), _runtime_of(model, runtime)
+        name = _runtime_of(model, runtime)
+        lanes, threads = divided(name, lanes, threads)
+        return Source(model, runtime, None, threads, lanes), name
     if runtime not in (None, "onnxruntime"):
         raise OptionError(f"--runtime {runtime}", f"{model} is exported for onnxruntime", "Leave it out.")
     from hqc.evaluation.bench.models import Quantisation, find_models
 
-    made = find_models(model, None, Quantisation(), space)
-    return Source(str(made.export), "onnxruntime", made.float_program, threads), "onnxruntime"
+    made = find_models(model, None, Quantisation(), space, one_timestep=False)
+    lanes, threads = divided("onnxruntime", lanes, threads)
+    return Source(str(made.export), "onnxruntime", made.float_program, threads, lanes), "onnxruntime"
 
 
 def _runtime_of(model: str, runtime: str | None) -> str:

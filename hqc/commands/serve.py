@@ -27,6 +27,16 @@ api_key_option = click.option(
     help=f"The key that requests must send; {KEY_VARIABLE} in the environment does the same.",
 )
 
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 256), help="Of one call of the denoiser (default: the runtime's own choice)."
+)
+lanes_option = click.option(
+    "--lanes",
+    type=click.IntRange(1, 64),
+    help="Calls of the denoiser side by side, each for a part of the images (default: 2 on onnxruntime where --threads "
+    "is not given, else 1).",
+)
+
 
 @click.command(cls=Command)
 @click.argument("model")
@@ -63,7 +73,8 @@ api_key_option = click.option(
     show_default=True,
     help="Seconds that what runs may go on after a signal.",
 )
-@click.option("--threads", type=click.IntRange(1, 256), help="Of the runtime.")
+@threads_option
+@lanes_option
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path, file_okay=False),
@@ -86,6 +97,7 @@ def serve(
     request_timeout: float,
     shutdown_grace: float,
     threads: int | None,
+    lanes: int | None,
     cache_dir: Path | None,
 ) -> None:
     """Serve MODEL over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, and a page at /.
@@ -102,7 +114,7 @@ def serve(
     from hqc.serving.server import serve as run
 
     rules = Rules(hosts=hosts(host, allowed_host), api_key=api_key(api_key_file))
-    served = [opened(model, runtime, threads=threads, cache=cache_dir)]
+    served = [opened(model, runtime, threads=threads, lanes=lanes, cache=cache_dir)]
     check_runtime(served[0].runtime)
     if against is not None:
         served.append(_other(opened(against, threads=threads, cache=cache_dir), served[0]))

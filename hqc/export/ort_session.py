@@ -12,7 +12,7 @@ from hqc.errors import ArtefactError, EvaluationError, RuntimeMissingError
 from hqc.memory import resident_bytes, return_free_memory
 from hqc.wording import first_words
 
-__all__ = ["TENSORRT_PRODUCER", "import_onnxruntime", "open_session", "run_session"]
+__all__ = ["TENSORRT_PRODUCER", "import_onnxruntime", "open_session", "run_session", "takes_one_timestep"]
 
 TENSORRT_PRODUCER = "hqc tensorrt"
 """The producer in a file for TensorRT."""
@@ -101,6 +101,11 @@ def _is_for_tensorrt(model: Path) -> bool:
     return False
 
 
+def takes_one_timestep(session: Any) -> bool:
+    """Whether every call is for one timestep."""
+    return any(value.name == "timestep" and list(value.shape) == [1] for value in session.get_inputs())
+
+
 def run_session(session: Any, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
     """The named outputs; a model that takes one timestep a call is called once for every timestep of the batch.
 
@@ -118,8 +123,7 @@ def run_session(session: Any, names: Sequence[str], feeds: Mapping[str, Any]) ->
                 "onnxruntime", f"cannot run the model ({first_words(error)})", f"Check the inputs; {what}."
             ) from error
 
-    one = any(value.name == "timestep" and list(value.shape) == [1] for value in session.get_inputs())
-    if not one or times is None:
+    if times is None or not takes_one_timestep(session):
         return run(feeds)
     groups = [np.flatnonzero(times == t) for t in np.unique(times)]
     parts = []

@@ -130,9 +130,11 @@ def _builder(
 
     def build() -> "FastAPI":
         from hqc.serving.app import create_app
-        from hqc.serving.opening import opened
+        from hqc.serving.opening import divided, opened
 
-        threads = resources.cpus if runtime in (None, "onnxruntime") else None
-        return create_app([opened(model, runtime, threads=threads)], limits=limits, rules=rules)
+        lanes = threads = None
+        if runtime in (None, "onnxruntime"):
+            lanes, threads = divided("onnxruntime", cores=resources.cpus)
+        return create_app([opened(model, runtime, threads=threads, lanes=lanes)], limits=limits, rules=rules)
 
     return build

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from hqc.kernels.compile import cache_kernel
-from hqc.kernels.precompile import available_cores
+from hqc.machine import available_cores
 from hqc.memory import available_bytes
 
 __all__ = ["Compilation", "compiled_ahead", "main"]

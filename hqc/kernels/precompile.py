@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from hqc.machine import available_cores
 from hqc.memory import available_bytes
 
-__all__ = ["Compilers", "KernelJob", "answer", "available_cores", "compile_job", "compilers", "instead_of_launching"]
+__all__ = ["Compilers", "KernelJob", "answer", "compile_job", "compilers", "instead_of_launching"]
 
 _BYTES = 1 << 30
 """Memory that a compiling process is given."""
@@ -110,11 +111,6 @@ def answer(begun: "Future[str]") -> str:
         return begun.result()
     except BrokenProcessPool:
         return ""
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

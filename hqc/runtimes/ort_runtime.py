@@ -9,7 +9,7 @@ from hqc.errors import ArtefactError, RuntimeMissingError
 from hqc.export.artefact import EXPORT_KIND
 from hqc.export.interface import interface_of
 from hqc.export.model import MODEL_FILE
-from hqc.export.ort_session import open_session, run_session
+from hqc.export.ort_session import open_session, run_session, takes_one_timestep
 from hqc.paths import StrPath
 from hqc.program import InputSpec
 from hqc.runtimes.base import named_inputs
@@ -53,6 +53,7 @@ class OrtSession:
         if cache is not None:
             model, optimisation = optimised_model(folder, manifest["files"], Path(cache)), "disabled"
         self._session = open_session(model, threads=threads, optimisation=optimisation)
+        self.one_timestep = takes_one_timestep(self._session)
 
     def __call__(
         self, sample: Tensor, timestep: Tensor | float | None = None, *conditions: Tensor | None, **named: Tensor | None

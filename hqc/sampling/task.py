@@ -1,5 +1,6 @@
 """What is sampled while calibrating and training: scheduler, latents, conditions; and how guidance combines."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from hqc.running import run_module
 from hqc.sampling.one_call import OneCall
 
 __all__ = [
+    "TORCH_GENERATOR",
     "Condition",
     "Conditions",
     "Denoise",
@@ -26,6 +28,9 @@ __all__ = [
     "trajectory",
     "why_not_steps",
 ]
+
+TORCH_GENERATOR = threading.Lock()
+"""Is held while torch's global generator is in a state that is not the process's own."""
 
 Denoise = Callable[..., Tensor]
 """(sample [N, …], timestep [N], *conditions in the order of the program's inputs) -> noise [N, …].
@@ -67,7 +72,7 @@ def require_steps(scheduler: Any, steps: int) -> None:
     learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
     noise = torch.zeros(1, 2, 8, 8) if learned else x
     try:
-        with torch.random.fork_rng(devices=[]):
+        with TORCH_GENERATOR, torch.random.fork_rng(devices=[]):
             tried.set_timesteps(steps, **shift)
             if hasattr(tried, "scale_model_input"):
                 tried.scale_model_input(x, tried.timesteps[0])

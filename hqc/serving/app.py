@@ -59,11 +59,15 @@ _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 @dataclass(frozen=True)
 class Served:
-    """One model that is served: what draws, how it is called in answers, and what its denoiser runs on."""
+    """One model that is served: what draws, how it is called in answers, and what its denoiser runs on.
+
+    lanes: calls of the denoiser side by side.
+    """
 
     backend: Backend
     name: str
     runtime: str
+    lanes: int = 1
 
 
 def create_app(
@@ -120,6 +124,7 @@ def _generations(served: Served, limits: Limits, policy: Policy, metrics: Server
     limits = replace(limits, max_steps=min(limits.max_steps, backend.most_steps))
     engine = Engine(
         backend.denoise,
+        lanes=served.lanes,
         max_batch=limits.max_batch,
         max_queue=limits.max_queue,
         policy=policy,
@@ -146,7 +151,7 @@ def _add_generations(app: FastAPI, models: Mapping[str, Generations], limits: Li
         try:
             asked = request_from_body(await body_of(request, limits))
             model = models.get(asked.model or "", first)
-            job = model.job(asked)
+            job = await model.job(asked)
             if not job.stream:
                 return await model.answer(request, job)
             events = await model.events(job)

@@ -65,14 +65,16 @@ class Generations:
     model: str
     runtime: str
 
-    def job(self, asked: GenerationRequest) -> Job:
+    async def job(self, asked: GenerationRequest) -> Job:
         """What a request asks this model for.
 
         Raises:
             ApiError: 400 for what is wrong with it.
         """
         job = job_of(asked, self.offer)
-        if (refusal := self.backend.check_steps(job.num_inference_steps, job.scheduler)) is not None:
+        # In a thread: it may wait for a step of an image.
+        refusal = await asyncio.to_thread(self.backend.check_steps, job.num_inference_steps, job.scheduler)
+        if refusal is not None:
             message = f"num_inference_steps: {job.num_inference_steps}, {refusal}"
             raise ApiError(400, message, param="num_inference_steps", code="invalid_value")
         return job

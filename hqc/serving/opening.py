@@ -1,38 +1,84 @@
 """Whatever `hqc serve` takes, as what a server draws with; an exported pipeline without torch in the process."""
 
+import logging
 from typing import TYPE_CHECKING
 
 from hqc.errors import OptionError
 from hqc.lite.opening import RUNTIME, is_exported_pipeline, open_pipeline
+from hqc.machine import available_cores
 from hqc.paths import StrPath
 from hqc.serving.app import Served
 
 if TYPE_CHECKING:
     from hqc.runtimes import Runtime
 
-__all__ = ["opened"]
+__all__ = ["divided", "opened"]
+
+log = logging.getLogger(__name__)
+
+_SIDE_BY_SIDE = frozenset({RUNTIME})
+_LANES = 2  # more are smaller shares of the batch: each row costs more
+_FOR_SEVERAL = "Export it without --one-timestep to serve it."
 
 
 def opened(
-    model: str, runtime: "Runtime | None" = None, *, threads: int | None = None, cache: StrPath | None = None
+    model: str,
+    runtime: "Runtime | None" = None,
+    *,
+    threads: int | None = None,
+    lanes: int | None = None,
+    cache: StrPath | None = None,
 ) -> Served:
     """An exported pipeline, or an export, a program or `digits` in the pipeline around it; see `hqc.load`.
 
+    threads: of one call of the denoiser. lanes: calls side by side; where neither is given, ONNX Runtime has two lanes,
+    and torch as many threads as a call of them.
+
     Raises:
-        OptionError: for a cache of an exported pipeline. HqcError: what cannot be opened, or not be asked for images.
+        OptionError: for a cache of an exported pipeline, or several lanes of a runtime that takes one call at a time.
+        HqcError: what cannot be opened, or not be asked for images.
     """
     if is_exported_pipeline(model):
+        lanes, threads = divided(RUNTIME, lanes, threads)
         if cache is not None:
             kept = f"{model} is an exported pipeline, which keeps nothing there"
             raise OptionError("--cache-dir", kept, "Leave it out.")
         pipe = open_pipeline(model, runtime, threads)
-        return Served(pipe, pipe.name, RUNTIME)
+        return Served(pipe, pipe.name, RUNTIME, lanes)
     from hqc.evaluation.needs import call_kind
     from hqc.runtimes import load
-    from hqc.runtimes.model import describe
+    from hqc.runtimes.model import describe, fitting_runtime
     from hqc.serving.pipelines import PipelineBackend
 
     found = describe(model)
     call_kind(found.pipeline, found.conditions)  # before the weights are read
+    lanes, threads = divided(runtime or fitting_runtime(model), lanes, threads)
     loaded = load(model, runtime=runtime, threads=threads, cache=cache)
-    return Served(PipelineBackend(loaded.pipeline()), loaded.name, loaded.runtime)
+    if lanes > 1:
+        import torch
+
+        torch.set_num_threads(threads or 1)  # decoders run in lanes too
+    if getattr(loaded.session, "one_timestep", False):
+        log.warning("%s takes one timestep a call: images at different steps share none. %s", model, _FOR_SEVERAL)
+    return Served(PipelineBackend(loaded.pipeline()), loaded.name, loaded.runtime, lanes)
+
+
+def divided(
+    runtime: str, lanes: int | None = None, threads: int | None = None, cores: int | None = None
+) -> tuple[int, int | None]:
+    """Calls of the denoiser side by side, and the threads of one, where only some of it is asked for.
+
+    cores: that they may use; None is all that the process may.
+
+    Threads of a session are one pool for all lanes, whose own threads work as well: a core each with
+    cores - lanes + 1.
+
+    Raises:
+        OptionError: for several lanes of a runtime that takes one call at a time.
+    """
+    cores = cores or available_cores()
+    if lanes is None:
+        lanes = min(_LANES, cores) if runtime in _SIDE_BY_SIDE and threads is None else 1
+    if lanes > 1 and runtime not in _SIDE_BY_SIDE:
+        raise OptionError(f"--lanes {lanes}", f"runtime {runtime} takes one call at a time", "Leave it out.")
+    return lanes, max(1, cores - lanes + 1) if threads is None and lanes > 1 else threads

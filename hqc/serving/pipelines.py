@@ -1,9 +1,11 @@
 """A diffusers pipeline behind the engine: what it can be asked for, and every image as steps."""
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ __all__ = ["PipelineBackend"]
 
 MAX_STEPS = 1000  # of a scheduler that names none
 _PROMPTS = 64  # whose encodings are kept
+_REMEMBERED = 512  # numbers of steps that were tried
 
 
 class PipelineBackend:
@@ -38,6 +41,9 @@ class PipelineBackend:
     def __init__(self, pipe: SamplingPipeline) -> None:
         self._pipe: Any = pipe
         self._split = Split()
+        self._why_not = lru_cache(_REMEMBERED)(
+            lambda steps, scheduler: why_not_steps(scheduler_of(self._pipe.scheduler, scheduler), steps)
+        )
         self.needs = needs_of(pipe)
         denoiser = denoiser_of(pipe)
         self._session: Session | None = None
@@ -47,9 +53,10 @@ class PipelineBackend:
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
         if hasattr(self._pipe, "encode_prompt"):
-            self._pipe.encode_prompt = _remembering(apart(self._pipe.encode_prompt))
+            self._pipe.encode_prompt = apart(_remembering(self._pipe.encode_prompt))
         for name in ("vae", "vqvae"):
-            if (decoder := getattr(pipe, name, None)) is not None:
+            decoder: Any = getattr(pipe, name, None)
+            if hasattr(decoder, "decode"):
                 decoder.decode = apart(decoder.decode)
 
     @property
@@ -81,7 +88,7 @@ class PipelineBackend:
 
     def check_steps(self, num_inference_steps: int, scheduler: str | None) -> str | None:
         """Why a scheduler does not take so many steps; None if it does."""
-        return why_not_steps(scheduler_of(self._pipe.scheduler, scheduler), num_inference_steps)
+        return self._why_not(num_inference_steps, scheduler)
 
     def denoise(self, calls: Sequence[Call], at_once: int = 1) -> Sequence[Tensor]:
         """The engine's `Denoise`."""
@@ -135,17 +142,19 @@ def _style(pipe: Any, scales: tuple[tuple[str, float], ...]) -> None:
 def _remembering(encode: Callable[..., Any]) -> Callable[..., Any]:
     """A pipeline's `encode_prompt` that encodes the same words once: for the images of a request, and for the next."""
     kept: OrderedDict[str, Any] = OrderedDict()
+    lock = threading.Lock()  # lanes may ask at once
 
     def encoded(*arguments: Any, **options: Any) -> Any:
         given = [*arguments, *options.values()]
         if any(isinstance(value, Tensor) for value in given):
             return encode(*arguments, **options)
         key = repr((arguments, sorted(options.items())))
-        if key not in kept:
-            kept[key] = encode(*arguments, **options)
-            if len(kept) > _PROMPTS:
-                kept.popitem(last=False)
-        kept.move_to_end(key)
-        return kept[key]
+        with lock:
+            if key not in kept:
+                kept[key] = encode(*arguments, **options)
+                if len(kept) > _PROMPTS:
+                    kept.popitem(last=False)
+            kept.move_to_end(key)
+            return kept[key]
 
     return encoded

@@ -15,6 +15,7 @@ from torch import Tensor
 from hqc.errors import RuntimeMissingError
 from hqc.program import InputSpec
 from hqc.runtimes.base import Session, named_inputs
+from hqc.sampling.task import TORCH_GENERATOR
 from hqc.serving.split import Split
 from hqc.serving.tickets import Call, Task
 
@@ -102,13 +103,14 @@ class PipelineSteps(Generator[Call | Task, Any, Any]):
         return found
 
     def _on_random(self, go: Callable[..., Any], *values: Any) -> Any:
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self._random)
-        try:
-            return go(*values)
-        finally:
-            self._random = torch.get_rng_state()
-            torch.set_rng_state(outside)
+        with TORCH_GENERATOR:
+            outside = torch.get_rng_state()
+            torch.set_rng_state(self._random)
+            try:
+                return go(*values)
+            finally:
+                self._random = torch.get_rng_state()
+                torch.set_rng_state(outside)
 
 
 def together(session: Session, calls: Sequence[Call], split: Split, at_once: int = 1) -> list[Tensor]:

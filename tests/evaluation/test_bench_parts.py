@@ -29,7 +29,7 @@ from hqc.evaluation.bench.rounds import take_turns
 from hqc.evaluation.bench.table import bench_table
 from hqc.evaluation.drawing import check_chart
 from hqc.evaluation.workspace import Stage, Workspace
-from hqc.kernels.precompile import available_cores
+from hqc.machine import available_cores
 from hqc.storage import atomic_folder, write_manifest
 
 # ---- turns ---------------------------------------------------------------------------------------------------------

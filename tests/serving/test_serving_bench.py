@@ -104,7 +104,7 @@ def _session(program: Any) -> Any:
 def measured() -> ServeBench:
     loads = {0.5: Latency(0.5, 1.0, 0.2, 1.0), 1.3: Latency(1.0, 3.0, None, 2.0)}
     policies = {"continuous": Measured(4.0, loads), "static": Measured(3.5, loads), "single": Measured(2.0, loads)}
-    return ServeBench("m", "onnxruntime", Protocol(shares=(0.5, 1.3)), {0.5: 1.0, 1.3: 2.6}, policies, 2)
+    return ServeBench("m", "onnxruntime", Protocol(shares=(0.5, 1.3)), {0.5: 1.0, 1.3: 2.6}, policies, 1, 2)
 
 
 def test_table_and_chart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +116,7 @@ def test_table_and_chart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "0.50 / 1.00 / 0.20" in text
     assert "1.00 / 3.00 / –" in text
     assert "1.00, 2.60 requests/s" in text
+    assert "m, onnxruntime, 2 lanes of 1 thread; batch of 8 images" in text
     save_serve_chart(tmp_path / "x.svg", measured())
     assert "4.00  (2.00×)" in (tmp_path / "x.svg").read_text()
     assert measured().to_dict()["policies"]["static"]["against_single"] == 1.75

@@ -12,7 +12,7 @@ import pytest
 
 from hqc.serving.engine import Engine, Policy
 from hqc.serving.errors import Busy, Stopped, TimeUp
-from hqc.serving.tickets import Begin, Call, Steps, Ticket
+from hqc.serving.tickets import Begin, Call, Steps, Task, Ticket
 
 WAIT_S = 20
 
@@ -22,11 +22,13 @@ class Denoiser:
 
     def __init__(self) -> None:
         self.batches: list[list[float]] = []
+        self.at_once: list[int] = []
         self.gate: threading.Event | None = None
         self.entered = threading.Semaphore(0)
 
     def __call__(self, calls: Sequence[Call], at_once: int = 1) -> list[Any]:
         self.batches.append([float(call.inputs["t"]) for call in calls])
+        self.at_once.append(at_once)
         self.entered.release()
         if self.gate is not None:
             assert self.gate.wait(WAIT_S)
@@ -90,12 +92,13 @@ def held(denoiser: Denoiser, engine: Engine, *begins: Begin) -> Ticket:
     return ticket
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(5))
 def test_images_are_equal_to_the_bit_whatever_is_beside_them(
-    seed: int, engine: Callable[..., Engine], denoiser: Denoiser
+    seed: int, lanes: int, engine: Callable[..., Engine], denoiser: Denoiser
 ) -> None:
     rng = random.Random(seed)
-    running = engine(max_batch=rng.randint(2, 5), max_queue=100)
+    running = engine(max_batch=lanes * rng.randint(2, 5), max_queue=100, lanes=lanes)
     asked = [image(n, rng.randint(1, 9), rng.choice([1, 2])) for n in range(20)]
     tickets: list[tuple[Begin, Ticket]] = []
     for begin in asked:
@@ -141,6 +144,101 @@ def test_policies_admit_while_there_is_room_or_into_an_empty_batch_or_alone(
     for ticket in (first, *others):
         ticket.result.result(WAIT_S)
     assert [len(batch) for batch in denoiser.batches] == sizes
+
+
+def test_lanes_run_their_shares_side_by_side(engine: Callable[..., Engine], denoiser: Denoiser) -> None:
+    denoiser.gate = threading.Event()
+    begins = [image(n, 2) for n in range(5)]
+    ticket = engine(max_batch=8, lanes=2).submit(begins)
+    for _ in range(2):  # the second call runs while the first one waits at the gate
+        assert denoiser.entered.acquire(timeout=WAIT_S)
+    assert sorted(map(len, denoiser.batches)) == [2, 3]
+    denoiser.gate.set()
+    for begin, found in zip(begins, ticket.result.result(WAIT_S), strict=True):
+        np.testing.assert_array_equal(found, alone(begin))
+    assert denoiser.at_once[:2] == [1, 1]
+
+
+def test_an_image_alone_may_have_all_lanes(engine: Callable[..., Engine], denoiser: Denoiser) -> None:
+    engine(lanes=3).submit([image(0, 2)]).result.result(WAIT_S)
+    assert denoiser.at_once == [3, 3]
+
+
+def test_an_image_joins_while_a_lane_runs(engine: Callable[..., Engine], denoiser: Denoiser) -> None:
+    running = engine(max_batch=2, lanes=2)
+    held(denoiser, running, image(0, 1))
+    running.submit([image(1, 1)])
+    assert denoiser.entered.acquire(timeout=WAIT_S)
+    assert denoiser.batches == [[0.0], [1.0]]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_tasks_have_results_and_failures_of_their_own(lanes: int, engine: Callable[..., Engine]) -> None:
+    def asking() -> Steps:
+        found = yield Task(lambda: 7)
+        assert (yield Task(lambda: None)) is None
+        with pytest.raises(KeyError):
+            yield Task(lambda: {}["none"])
+        return found
+
+    def failing() -> Steps:
+        yield Task(lambda: 1 // 0)
+
+    running = engine(lanes=lanes)
+    broken, good = running.submit([failing]), running.submit([asking])
+    assert good.result.result(WAIT_S) == [7]
+    with pytest.raises(ZeroDivisionError):
+        broken.result.result(WAIT_S)
+
+
+def test_a_task_holds_up_nobody(engine: Callable[..., Engine]) -> None:
+    gate, begun = threading.Event(), threading.Event()
+
+    def decode() -> bool:
+        begun.set()
+        return gate.wait(WAIT_S)
+
+    def decoding() -> Steps:
+        return (yield Task(decode))
+
+    running = engine(lanes=2)
+    slow = running.submit([decoding])
+    assert begun.wait(WAIT_S)
+    np.testing.assert_array_equal(running.submit([image(1, 5)]).result.result(WAIT_S)[0], alone(image(1, 5)))
+    assert not slow.result.done()
+    gate.set()
+    assert slow.result.result(WAIT_S) == [True]
+
+
+def test_what_is_left_while_a_lane_runs_it_ends_there(engine: Callable[..., Engine], denoiser: Denoiser) -> None:
+    running = engine(max_batch=2, lanes=2)
+    first = held(denoiser, running, image(0, 9))
+    other = running.submit([image(1, 2)])
+    assert denoiser.entered.acquire(timeout=WAIT_S)
+    first.cancel()
+    assert denoiser.gate is not None
+    denoiser.gate.set()
+    np.testing.assert_array_equal(other.result.result(WAIT_S)[0], alone(image(1, 2)))
+    with pytest.raises(CancelledError):
+        first.result.result(WAIT_S)
+    running.close()
+    assert not any(8.0 in batch for batch in denoiser.batches)  # it was not drawn to its end
+
+
+@pytest.mark.parametrize("grace_s", [0.0, WAIT_S])
+def test_lanes_end_with_the_engine(grace_s: float, engine: Callable[..., Engine], denoiser: Denoiser) -> None:
+    running = engine(lanes=2)
+    ticket = held(denoiser, running, image(0, 3), image(1, 3), image(2, 3))
+    running.drain(grace_s)
+    assert denoiser.gate is not None
+    denoiser.gate.set()
+    running.close(grace_s)
+    if grace_s:
+        assert len(ticket.result.result(WAIT_S)) == 3
+    else:
+        with pytest.raises(Stopped):
+            ticket.result.result(WAIT_S)
+    assert not any(thread.name.startswith("hqc-lane") for thread in threading.enumerate())
 
 
 def test_an_image_that_fails_fails_its_request_alone(engine: Callable[..., Engine], denoiser: Denoiser) -> None:

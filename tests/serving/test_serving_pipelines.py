@@ -2,6 +2,7 @@
 
 import copy
 import random
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,9 +63,13 @@ class Watching:
     def ended(self, *_: Any) -> None: ...
 
 
-def drawn(backend: PipelineBackend, drawings: Sequence[Drawing], max_batch: int = 4) -> tuple[list[Any], list[int]]:
+def drawn(
+    backend: PipelineBackend, drawings: Sequence[Drawing], max_batch: int = 4, lanes: int = 1
+) -> tuple[list[Any], list[int]]:
     watching = Watching()
-    engine = Engine(backend.denoise, max_batch=max_batch, max_queue=99, around=backend.around, observer=watching)
+    engine = Engine(
+        backend.denoise, lanes=lanes, max_batch=max_batch, max_queue=99, around=backend.around, observer=watching
+    )
     try:
         tickets = [engine.submit([lambda d=drawing: backend.begin(d)]) for drawing in drawings]  # type: ignore[misc]
         return [ticket.result.result(60)[0] for ticket in tickets], watching.batches
@@ -124,14 +129,43 @@ def test_integer_kernels_draw_the_same_bits_in_any_mix(seed: int, digits: Any) -
     together, batches = drawn(backend, wanted, max_batch=8)
     assert max(ones) == 1
     assert max(batches) == 8
-    for one, other in zip(alone, together, strict=True):
-        np.testing.assert_array_equal(one, other)
+    beside, shared = drawn(backend, wanted, max_batch=8, lanes=2)
+    assert max(shared) == 4
+    for one, *others in zip(alone, together, beside, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(one, other)
 
 
 def test_engine_and_pipeline_draw_the_same_bits(digits: Any) -> None:
     wanted = Drawing(7, None, "", 11, 4, 1.5)
     (image,), _ = drawn(PipelineBackend(copy.copy(digits)), [wanted])
     np.testing.assert_array_equal(image, sampled(digits, wanted))
+
+
+def test_steps_are_tried_while_no_image_has_torchs_generator(digits: Any) -> None:
+    """Requests are checked in threads of the server, while the engine's gives the generator to its images in turns."""
+    backend, inside, checked = PipelineBackend(copy.copy(digits)), threading.Event(), threading.Event()
+    left = []
+
+    def draw() -> None:
+        inside.set()
+        left.append(checked.wait(0.3))
+        left.append(torch.rand(1))
+
+    def check() -> None:
+        assert inside.wait(20)
+        assert backend.check_steps(4, "heun") is None
+        checked.set()
+
+    beside = threading.Thread(target=check)
+    beside.start()
+    with pytest.raises(StopIteration):
+        PipelineSteps(draw, 5).send(None)
+    beside.join()
+    assert left == [False, torch.rand(1, generator=torch.Generator().manual_seed(5))]
+    before = torch.get_rng_state()
+    assert all(backend.check_steps(steps, "heun") is None for steps in (4, 5))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_scheduler_that_draws_without_a_generator_is_the_images_own(pipes: Any) -> None:

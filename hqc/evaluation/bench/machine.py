@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from hqc.kernels.precompile import available_cores
+from hqc.machine import available_cores
 
 __all__ = ["describe_gpu", "describe_machine", "has_vnni", "isa_flags", "machine_line"]
 

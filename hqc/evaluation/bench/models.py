@@ -68,16 +68,33 @@ class Models:
     quantised: Path | None = None  # the quantised program; nothing where MODEL is an export
 
 
+@dataclass(frozen=True)
+class _Form:
+    """What runs the quantised model, and whether an export for it takes one timestep a call."""
+
+    runtime: str
+    one_timestep: bool
+
+
 def find_models(
-    model: str, float_model: str | None, wanted: Quantisation, space: Workspace, runtime: str = "onnxruntime"
+    model: str,
+    float_model: str | None,
+    wanted: Quantisation,
+    space: Workspace,
+    runtime: str = "onnxruntime",
+    *,
+    one_timestep: bool = True,
 ) -> Models:
     """Makes what is missing, one stage after the other, in `space`; nothing stays in memory.
+
+    one_timestep: of an export that is made. Samplers give every sample of a call one, as the benchmark does.
 
     Raises:
         HqcError: whatever capture, calibration or export says; the float side is missing or does not fit.
     """
     folder = Path(model)
     kind = _kind(folder)
+    form = _Form(runtime, one_timestep)
     if kind == EXPORT_KIND and runtime != "onnxruntime":
         raise RuntimeMissingError(
             f"runtime {runtime}", f"cannot run {model}, an ONNX export", "Give the program that it was exported from."
@@ -85,11 +102,11 @@ def find_models(
     if kind == EXPORT_KIND:
         return _from_export(folder, float_model, wanted, space)
     if kind == PROGRAM_KIND and check_manifest(folder, kind)["stage"] != Stage.CAPTURED:
-        return _from_quantised(folder, float_model, wanted, space, runtime)
+        return _from_quantised(folder, float_model, wanted, space, form)
     if float_model is not None:
         raise ComparisonError(f"--float {float_model}", f"{model} is the float model itself", "Leave --float out.")
     captured = folder if kind == PROGRAM_KIND else _traced(model, space)
-    return _from_float(captured, wanted, space, runtime)
+    return _from_float(captured, wanted, space, form)
 
 
 def inputs_of(artefact: Path) -> tuple[InputSpec, ...]:
@@ -120,7 +137,7 @@ def _kind(folder: Path) -> str | None:
 # ---- the three kinds -----------------------------------------------------------------------------------------------
 
 
-def _from_float(captured: Path, wanted: Quantisation, space: Workspace, runtime: str) -> Models:
+def _from_float(captured: Path, wanted: Quantisation, space: Workspace, form: _Form) -> Models:
     bits = (wanted.bits or DEFAULT_BITS).lower()
     settings = {
         "bits": bits,
@@ -131,23 +148,23 @@ def _from_float(captured: Path, wanted: Quantisation, space: Workspace, runtime:
     }
     depends = {"program": content(captured), **settings}
     quantised = space.make(
-        "quantised.hqc", PROGRAM_KIND, depends, lambda target: _quantise(captured, bits, wanted, target, runtime)
+        "quantised.hqc", PROGRAM_KIND, depends, lambda target: _quantise(captured, bits, wanted, target, form.runtime)
     )
     inputs = _inputs(check_manifest(captured, PROGRAM_KIND), captured)
     calibration = json.loads((quantised / "plan.json").read_text(encoding="utf-8"))["training"]["calibrated_on"]
     recipe = "rtn + Hadamard" if wanted.hadamard else "rtn"
-    return Models(_lowered(quantised, space, runtime), captured, inputs, bits, recipe, calibration, quantised)
+    return Models(_lowered(quantised, space, form), captured, inputs, bits, recipe, calibration, quantised)
 
 
 def _from_quantised(
-    folder: Path, float_model: str | None, wanted: Quantisation, space: Workspace, runtime: str
+    folder: Path, float_model: str | None, wanted: Quantisation, space: Workspace, form: _Form
 ) -> Models:
     _refuse_choices(folder, wanted)
     program = load_program(folder)
     plan, inputs, source = program.plan, program.inputs, program.origin.source
     del program
     captured = _float_side(str(folder), float_model, source, inputs, space)
-    return Models(_lowered(folder, space, runtime), captured, inputs, plan.bits, plan.recipe, "", folder)
+    return Models(_lowered(folder, space, form), captured, inputs, plan.bits, plan.recipe, "", folder)
 
 
 def _from_export(folder: Path, float_model: str | None, wanted: Quantisation, space: Workspace) -> Models:
@@ -284,12 +301,12 @@ def calibration_of(program: Program, folder: Path) -> "tuple[Task, str]":
     return task, "noise" if program.origin.source.startswith(ARCHITECTURE) else "the pipeline's conditions"
 
 
-def _lowered(program: Path, space: Workspace, runtime: str) -> Path:
+def _lowered(program: Path, space: Workspace, form: _Form) -> Path:
     """What the runtime runs."""
-    if runtime == "onnxruntime":
-        return exported(program, space)
-    depends = {"program": content(program), "runtime": runtime}
-    return space.make("integer.hqc", PROGRAM_KIND, depends, lambda target: _store(program, target, runtime))
+    if form.runtime == "onnxruntime":
+        return exported(program, space, one_timestep=form.one_timestep)
+    depends = {"program": content(program), "runtime": form.runtime}
+    return space.make("integer.hqc", PROGRAM_KIND, depends, lambda target: _store(program, target, form.runtime))
 
 
 def _store(program: Path, target: Path, runtime: str) -> None:
@@ -298,12 +315,11 @@ def _store(program: Path, target: Path, runtime: str) -> None:
     save_program(stored_form(load_program(program), runtime), target, force=True)
 
 
-def exported(program: Path, space: Workspace) -> Path:
-    """The export of a quantised program for ONNX Runtime, one timestep a call."""
-    depends = {"program": content(program), "one_timestep": True}
-    return space.make("integer", EXPORT_KIND, depends, lambda target: _export(program, target))
+def exported(program: Path, space: Workspace, *, one_timestep: bool = True) -> Path:
+    """The export of a quantised program for ONNX Runtime."""
+    depends = {"program": content(program), "one_timestep": one_timestep}
+    return space.make("integer", EXPORT_KIND, depends, lambda target: _export(program, target, one_timestep))
 
 
-def _export(program: Path, target: Path) -> None:
-    # Samplers give every sample of a call one timestep, and so do the inputs of the benchmark.
-    export_program(load_program(program), "onnxruntime", target, force=True, one_timestep=True)
+def _export(program: Path, target: Path, one_timestep: bool) -> None:
+    export_program(load_program(program), "onnxruntime", target, force=True, one_timestep=one_timestep)

@@ -22,7 +22,7 @@ from hqc.evaluation.bench.result import BenchResult, Figures, spread
 from hqc.evaluation.bench.rounds import PAUSE_SECONDS, Rounds, take_turns
 from hqc.evaluation.workspace import Workspace
 from hqc.export.model import MODEL_FILE
-from hqc.kernels.precompile import available_cores
+from hqc.machine import available_cores
 from hqc.plan import QuantPlan
 from hqc.program import InputSpec
 

@@ -44,7 +44,13 @@ def _lines(result: ServeBench) -> list[str]:
     protocol = result.protocol
     rates = ", ".join(f"{rate:.2f}" for rate in result.rates.values())
     low, high = protocol.steps
-    threads = "the runtime's own choice of threads" if result.threads is None else f"{result.threads} threads"
+    threads = (
+        "the runtime's own choice of threads"
+        if result.threads is None
+        else f"{result.threads} thread" + "s" * (result.threads > 1)
+    )
+    if result.lanes > 1:
+        threads = f"{result.lanes} lanes of {threads}"
     return [
         f"{printable(result.model)}, {result.runtime}, {threads}; batch of {protocol.max_batch} images; guidance "
         f"{protocol.guidance_scale:g}, {low} to {high} steps; {protocol.requests} requests a figure, over HTTP.",

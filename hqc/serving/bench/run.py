@@ -62,6 +62,7 @@ class ServeBench:
     rates: Mapping[float, float]
     policies: Mapping[str, Measured]
     threads: int | None
+    lanes: int
 
     def ratio(self, policy: str) -> float:
         """Images a second against one at a time, saturated."""
@@ -73,6 +74,7 @@ class ServeBench:
             "model": self.model,
             "runtime": self.runtime,
             "threads": self.threads,
+            "lanes": self.lanes,
             "protocol": asdict(self.protocol),
             "requests_per_s": {f"{share:g}": rate for share, rate in self.rates.items()},
             "policies": {
@@ -112,7 +114,7 @@ def bench_serve(
                 told = _told(on_done, f"{policy}, {share:g} of the load")
                 latencies[policy][share] = latency_of(offered(port, coming, told), coming[-1].at_s)
     found: dict[str, Measured] = {policy: Measured(speeds[policy], latencies[policy]) for policy in POLICIES}
-    return ServeBench(name, runtime, protocol, rates, found, source.threads)
+    return ServeBench(name, runtime, protocol, rates, found, source.threads, source.lanes)
 
 
 def latency_of(answers: Sequence[Answer], arrived_s: float) -> Latency:

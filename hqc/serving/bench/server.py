@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hqc.errors import EvaluationError, HqcError
-from hqc.serving.backend import Backend
 from hqc.serving.engine import Policy
 
 if TYPE_CHECKING:
     from hqc.runtimes import Runtime
+    from hqc.serving.app import Served
 
 __all__ = ["Source", "serving"]
 
@@ -26,27 +26,30 @@ STOP_S = 30.0
 class Source:
     """What is served: an artefact with its pipeline, or an export whose program tells how its latents are drawn.
 
-    threads: of one call of the runtime; None leaves the choice to it.
+    threads, lanes: as of `hqc serve`.
     """
 
     model: str
     runtime: "Runtime | None" = None
     program: Path | None = None
     threads: int | None = None
+    lanes: int = 1
 
-    def backend(self) -> Backend:
+    def opened(self) -> "Served":
         """Loaded."""
         if self.program is None:
             from hqc.serving.opening import opened
 
-            return opened(self.model, self.runtime, threads=self.threads).backend
+            return opened(self.model, self.runtime, threads=self.threads, lanes=self.lanes)
         from hqc.runtimes import load
         from hqc.sampling.sources import synthetic_task
+        from hqc.serving.app import Served
         from hqc.serving.latents import LatentBackend
         from hqc.storage import load_program
 
         loaded = load(self.model, runtime=self.runtime, threads=self.threads)
-        return LatentBackend(loaded.session, synthetic_task(load_program(self.program)))
+        backend = LatentBackend(loaded.session, synthetic_task(load_program(self.program)))
+        return Served(backend, loaded.name, loaded.runtime, self.lanes)
 
 
 @contextmanager
@@ -83,13 +86,13 @@ def _port(announced: Connection) -> int:
 
 
 def _serve(source: Source, policy: Policy, max_batch: int, announce: Connection) -> None:
-    from hqc.serving.app import Served, create_app
+    from hqc.serving.app import create_app
     from hqc.serving.limits import Limits
     from hqc.serving.server import serve
 
     try:
         os.setsid()  # Ctrl-C is for the one who measures
-        served = Served(source.backend(), "measured", source.runtime or "")
+        served = source.opened()
     except HqcError as error:
         announce.send(str(error))
         return
