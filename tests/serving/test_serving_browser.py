@@ -34,9 +34,9 @@ class Stepped(FakeBackend):
         super().__init__()
         self.allowed = threading.Semaphore(0)
 
-    def denoise(self, calls: Any) -> list[Any]:
+    def denoise(self, calls: Any, at_once: int = 1) -> list[Any]:
         assert self.allowed.acquire(timeout=30)
-        return super().denoise(calls)
+        return super().denoise(calls, at_once)
 
 
 class Brighter(FakeBackend):

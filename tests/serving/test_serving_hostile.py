@@ -309,10 +309,10 @@ PROGRAM = textwrap.dedent(
     from hqc.serving.server import serve
 
     class Slow(FakeBackend):
-        def denoise(self, calls):
+        def denoise(self, calls, at_once=1):
             time.sleep(0.05)
             print("step", flush=True)
-            return super().denoise(calls)
+            return super().denoise(calls, at_once)
 
     limits = Limits(shutdown_s=0.5, max_steps=1000)
     serve(create_app([Served(Slow(), "slow", "fake")], limits=limits), port=0, limits=limits)
