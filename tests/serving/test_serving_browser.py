@@ -448,9 +448,12 @@ def test_focus_buttons_and_progress_where_the_system_gives_the_colours(start: An
 
 def colour_at(tab: Tab, name: str, x: float, y: float, below: float = 0) -> tuple[int, ...]:
     """What is painted at shares of the width and height of an element, some pixels below that."""
-    script = """(name) => {
+    script = """async (name) => {
         const element = document.getElementById(name);
         element.scrollIntoView({ block: "center" });
+        const frame = () => new Promise((painted) => requestAnimationFrame(painted));
+        await frame();
+        await frame();
         const box = element.getBoundingClientRect();
         return [box.x, box.y, box.width, box.height];
     }"""
