@@ -26,18 +26,29 @@ def check() -> ModuleType:
 
 
 @WITHOUT_GPU
-@pytest.mark.parametrize(
-    "command",
-    [["bash", "scripts/gpu_check.sh", "--models", "nowhere"], [sys.executable, "scripts/kernel_bench.py"]],
-    ids=["gpu_check", "kernel_bench"],
-)
-def test_without_a_gpu_one_line_and_status_2(command: list[str], tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHON": sys.executable}
+def test_without_a_gpu_one_line_and_status_2() -> None:
+    command, environment = (
+        ["bash", "scripts/gpu_check.sh", "--models", "nowhere"],
+        os.environ | {"PYTHON": sys.executable},
+    )
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert "no CUDA device" in done.stderr
+
+
+@WITHOUT_GPU
+def test_without_a_gpu_kernels_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import kernel_bench
+
+    monkeypatch.setattr(sys, "argv", ["kernel_bench.py"])
+    with pytest.raises(SystemExit) as ended:
+        kernel_bench.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", "kernel_bench: torch finds no CUDA device\n")
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------
@@ -232,17 +243,31 @@ print(json.dumps({said}, indent=1))
 def test_tests_that_run_out_of_time_still_count(check: ModuleType, monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_x.py").write_text(
-        "import time, pytest\npytestmark = pytest.mark.gpu\ndef test_a(): ...\n"
-        "def test_b(): assert False\ndef test_c(): time.sleep(60)\n"
+        "import pathlib, time, pytest\npytestmark = pytest.mark.gpu\ndef test_a(): ...\n"
+        "def test_b(): assert False\ndef test_c(): pathlib.Path('late').touch(); time.sleep(60)\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     monkeypatch.setattr(check, "ROOT", tmp_path)
     monkeypatch.setattr(check, "_installed", lambda package: False)
-    put, clock = Put(), check.Clock(10)
+    put, clock = Put(), check.Clock(100)
+
+    def left() -> float:
+        """Until the last test has begun, then nothing: however long the others took."""
+        wait_for(tmp_path / "late")
+        return 0.0
+
+    monkeypatch.setattr(clock, "left", left)
     with pytest.raises(TimeoutError, match=r"out of time; FAILED tests/test_x.py::test_b"):
         check.run_tests(put, clock, tmp_path)
     assert put.said["failures"] == 1
     assert put.said["failing"][0].startswith("FAILED tests/test_x.py::test_b")
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_the_clock_runs_down(check: ModuleType) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -267,6 +268,9 @@ import hqc.commands.bench
 import hqc.evaluation.bench.run, hqc.evaluation.bench.table, hqc.evaluation.bench.worker
 import hqc.runtimes.model, hqc.runtimes.integer.cuda.session, hqc.runtimes.integer.reference
 from hqc.cli import main
+from pytest import MonkeyPatch
+from contenders_here import run_here
+run_here(MonkeyPatch())  # contenders lack it too
 main(sys.argv[2:], standalone_mode=False)
 """
 
@@ -280,6 +284,7 @@ def test_bench_of_programs_needs_no_model_library(stored: SimpleNamespace) -> No
     command = ("bench", stored.student, "--float", stored.captured, "--against", "torch", "--runs", 1, "--warm-up", 0)
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, absent, *map(str, command), "--threads", "1", "--json"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         capture_output=True,
         text=True,
     )
