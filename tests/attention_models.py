@@ -1,7 +1,7 @@
 """Small denoisers of attention: several heads, a mask that is added, a scale of their own, and none at all."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -45,6 +45,12 @@ def attending(model: Callable[[], nn.Module] = Attending, tokens: int = TOKENS) 
     return trace(Source(module, tuple(inputs), Origin(source="attending")))
 
 
+@cache
+def _captured(**model: Any) -> Program:
+    """Captured once a process."""
+    return attending(partial(Attending, 0.3, spread=4.0, **model), tokens=12)
+
+
 def attention_quantised(
     softmax_bits: int,
     operands: str,
@@ -57,7 +63,7 @@ def attention_quantised(
     """Attention over 12 tokens with random scales and zero points, and a kind of steps for each of three timesteps."""
     insert = InsertAttentionQdq(softmax_bits, operands, static)  # type: ignore[arg-type]
     steps = [OpenAttention(), SelectLayers(bits=bits), InsertQdq((0.0, 500.0, 999.0)), insert]
-    result = run_pipeline(attending(partial(Attending, 0.3, spread=4.0, **model), tokens=12), steps)
+    result = run_pipeline(_captured(**model), steps)
     generator, state = torch.Generator().manual_seed(2), dict(result.state)
     for name, tensor in state.items():
         if name.endswith("softmax.activation_scale_table"):

@@ -28,15 +28,22 @@ POWERS = "softmax has powers of two, which no product of integers takes"
 SAID = "attention runs in float: this target has no kernel for a quantised softmax or its products"
 
 
-@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
-@pytest.mark.parametrize("one_timestep", [False, True])
+KINDS = ((0.0, 1.0, 0.0), (0.0,) * 3, (1.0,) * 3)
+ATTENTIONS = [
+    *((bits, "float", kinds, ONE) for bits in (4, 8) for kinds in KINDS),
+    (8, "asymmetric", (0.0,) * 3, "1 with 2 of 2 products of integers"),
+    (4, "symmetric", (0.0, 1.0, 0.0), f"1 with 1 of 2 products of integers; 1 of floats: {POWERS}"),
+    (0, "asymmetric", (0.0,) * 3, "1 with 1 of 2 products of integers; 1 of floats: softmax is float"),
+]
+
+
+# Each in both targets, in one of them with a timestep a call, in turns.
 @pytest.mark.parametrize(
-    ("softmax_bits", "operands", "kinds", "said"),
+    ("target", "one_timestep", "softmax_bits", "operands", "kinds", "said"),
     [
-        *((bits, "float", kinds, ONE) for bits in (4, 8) for kinds in ((0.0, 1.0, 0.0), (0.0,) * 3, (1.0,) * 3)),
-        (8, "asymmetric", (0.0,) * 3, "1 with 2 of 2 products of integers"),
-        (4, "symmetric", (0.0, 1.0, 0.0), f"1 with 1 of 2 products of integers; 1 of floats: {POWERS}"),
-        (0, "asymmetric", (0.0,) * 3, "1 with 1 of 2 products of integers; 1 of floats: softmax is float"),
+        (target, bool((turn + place) % 2), *one)
+        for turn, one in enumerate(ATTENTIONS)
+        for place, target in enumerate(("portable", "onnxruntime"))
     ],
 )
 def test_it_equals_torch(
