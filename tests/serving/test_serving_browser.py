@@ -430,6 +430,7 @@ def test_focus_buttons_and_progress_where_the_system_gives_the_colours(start: An
     tab.click("#draw")
     backend.allowed.release()
     tab.wait_for("document.getElementById('progress').value === 0.5")
+    tab.wait_for("document.querySelector('figure img')?.naturalWidth")  # nothing moves any more
     tab.evaluate("document.getElementById('draw').focus()")
     tab.press("Tab")
     assert focused(tab) == "cancel"
