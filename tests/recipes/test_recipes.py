@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +302,7 @@ def test_training_without_losses_or_groups_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def planned(captured: Callable[[str], Program]) -> Callable[[str], Program]:
-    return lambda name: planned_by(captured("cross_attention"), find_recipe(name), Request("w4a4"))
+    return cache(lambda name: planned_by(captured("cross_attention"), find_recipe(name), Request("w4a4")))
 
 
 @pytest.mark.parametrize("name", TEXTS)
