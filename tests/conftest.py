@@ -91,6 +91,26 @@ SECONDS: Mapping[str, int] = {
 }
 """Of the files that take long. They run first, so that no process is left with one of them while the other waits."""
 
+TOGETHER: Mapping[str, str] = {
+    file: what
+    for what, files in {
+        "denoisers": (
+            *("capture/test_capture_denoisers.py", "export/test_export_denoisers.py", "export/test_export_names.py"),
+            *("integrations/test_integrations_diffusers.py", "passes/test_pass_single_key.py"),
+            *("passes/test_pass_patterns.py", "runtimes/test_runtimes_integer_fusions.py"),
+            *("runtimes/test_runtimes_pipelines.py", "sampling/test_sampling_prompts.py", "test_units.py"),
+        ),
+        "pipelines": (
+            *("evaluation/test_eval_pipelines.py", "lite/test_lite_commands.py", "lite/test_lite_folders.py"),
+            *("lite/test_lite_pipeline.py", "sampling/test_sampling_prompt_encoding.py"),
+            *("serving/test_serving_pipelines.py", "test_cli_pipelines.py", "test_cli_prompts.py"),
+            *("test_cli_restore.py", "test_restoration.py"),
+        ),
+    }.items()
+    for file in files
+}
+"""Files of which one process runs all: what they share takes seconds to capture."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing")
@@ -138,6 +158,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: torch finds no CUDA device"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`: a file at a time, or the files of TOGETHER."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(file.removeprefix("tests/"), file)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:
