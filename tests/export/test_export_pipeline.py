@@ -1,6 +1,7 @@
 """`hqc export --pipeline`: what is written for the targets, what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,6 @@ from click.testing import CliRunner
 from text_pipelines import save_text_pipeline
 from tiny_pipeline import saved_pipeline, traced_pipeline
 
-from hqc.capture import trace
 from hqc.cli import main
 from hqc.errors import ArtefactError, ExportError
 from hqc.export.conditioning import write_tokenizer
@@ -129,12 +129,14 @@ def test_a_safety_checker_is_not_left_out_silently(tmp_path: Path) -> None:
 
 
 def test_a_condition_of_another_length_is_refused(tmp_path: Path) -> None:
-    source = saved_pipeline("sd15")
-    program = trace(str(source), condition_length=4)
+    source = shutil.copytree(saved_pipeline("sd15"), tmp_path / "pipeline")
+    settings = source / "tokenizer" / "tokenizer_config.json"
+    read = json.loads(settings.read_text(encoding="utf-8"))
+    settings.write_text(json.dumps({**read, "model_max_length": 4}), encoding="utf-8")
     with pytest.raises(
-        ExportError, match=r"denoiser: takes a condition \['N', 4, 32\]; the text encoder gives \['N', 5, 32\]"
+        ExportError, match=r"denoiser: takes a condition \['N', 5, 32\]; the text encoder gives \['N', 4, 32\]"
     ):
-        export_pipeline(program, "portable", tmp_path / "x", pipeline=source)
+        export_pipeline(traced_pipeline("sd15"), "portable", tmp_path / "x", pipeline=source)
     assert [path.name for path in tmp_path.iterdir() if "x" in path.name] == []
 
 
