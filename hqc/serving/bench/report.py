@@ -111,5 +111,7 @@ def _draw_latencies(axes: Any, result: ServeBench) -> None:
     axes.set_xlabel("requests/s", fontsize=9)
     axes.set_title("seconds to the image", loc="left", fontsize=9)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False, ncols=3)
