@@ -67,7 +67,7 @@ def test_a_convolution_is_numpy_s_to_the_bit(name: str, channels: int) -> None:
     kh, kw, window = GEOMETRIES[name]
     g = torch.Generator().manual_seed(channels)
     codes, weight = whole(g, -128, 127, 2, 6, 7, channels), whole(g, -127, 127, 5, kh, kw, channels).to(torch.int8)
-    product = pack_product(Weight(weight, torch.ones(5)), 127, window)
+    product = pack_product(Weight(weight, torch.ones(5)), 127, window, (6, 7))
     found = product(stored(codes), torch.ones(2), Epilogue(dtype=torch.float32))
     assert found.is_contiguous()
     assert np.array_equal(found.numpy().astype(np.int64), numpy_conv(codes, weight, window))
@@ -77,7 +77,7 @@ def test_an_enlarged_image_repeats_each_pixel() -> None:
     g = torch.Generator().manual_seed(0)
     codes, weight = whole(g, -8, 7, 1, 3, 2, 4), whole(g, -127, 127, 3, 3, 3, 4).to(torch.int8)
     window = GEOMETRIES["3x3"][2]
-    product = pack_product(Weight(weight, torch.ones(3)), 8, window)
+    product = pack_product(Weight(weight, torch.ones(3)), 8, window, (6, 4))
     found = product(stored(codes), torch.ones(1), Epilogue(dtype=torch.float32), 2)
     large = codes.repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert np.array_equal(found.numpy().astype(np.int64), numpy_conv(large, weight, window))
@@ -88,7 +88,7 @@ def test_a_linear_layer_in_two_digits_is_numpy_s_to_the_bit(shape: tuple[int, ..
     g = torch.Generator().manual_seed(len(shape))
     codes, wide = whole(g, -8, 7, *shape), whole(g, -4000, 4000, 6, shape[-1])
     weight = Weight(digit(wide, 0), torch.ones(6), high=digit(wide, 1))
-    found = pack_product(weight, 8, None)(stored(codes), torch.ones(shape[0]), Epilogue(dtype=torch.float32))
+    found = pack_product(weight, 8)(stored(codes), torch.ones(shape[0]), Epilogue(dtype=torch.float32))
     assert np.array_equal(found.numpy().astype(np.int64), codes.numpy() @ wide.numpy().T)
 
 
@@ -105,7 +105,7 @@ def test_scales_bias_shift_and_residual(scales: str, shifts: str) -> None:
     bias, residual = torch.randn(6, generator=g), torch.randn(3, 4, 4, 6, generator=g)
     wanted = torch.from_numpy(numpy_conv(codes, weight, window)).double() * own.double() * scale.view(3, 1, 1, 1)
     wanted = wanted + bias + (0 if shift is None else shift[:, None, None]) + residual
-    product, kept = pack_product(Weight(weight, own), 127, window), residual.clone()
+    product, kept = pack_product(Weight(weight, own), 127, window, (4, 4)), residual.clone()
     for silu in (False, True):
         epilogue = Epilogue(bias, residual, silu, torch.float32, shift)
         found = product(stored(codes), scale, epilogue).double()
@@ -152,7 +152,7 @@ operators.require_operators()
 weight = torch.full((32, 64), 127, dtype=torch.int8)
 codes = torch.full((4, 64), 127)
 plain = operators.multiply(stored(codes), operators.pack_linear(weight), torch.ones(32), 1.0, None)
-product = pack_product(Weight(weight, torch.ones(32)), 127, None)
+product = pack_product(Weight(weight, torch.ones(32)), 127)
 found = product(stored(codes), torch.ones(4), Epilogue(dtype=torch.float32))
 print(operators.adds_in_int16(), bool((plain == 127 * 127 * 64).all()), bool((found == 127 * 127 * 64).all()))
 """

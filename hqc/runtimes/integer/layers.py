@@ -197,11 +197,12 @@ class GateQuantise(KernelCall):
 class IntegerLayer(KernelCall):
     """A product of codes with a weight, rescaled, then what the graph had next: see `hqc.kernels.Epilogue`.
 
-    reach: the largest code that it is given. window: of a convolution.
+    reach: the largest code that it is given. window: of a convolution. size: of the image that it reads.
     """
 
     activations = ()
     window: Mapping[str, Sequence[int]] | None = None
+    size: Sequence[int] = (1, 1)
 
     codes: Tensor
     weight_scale: Tensor
@@ -236,7 +237,7 @@ class IntegerLayer(KernelCall):
         """From now on the product is the kernels' own, where they have one; its weight is held once."""
         if self.kernels.pack is None:
             return
-        self.packed = self.kernels.pack(self.weight, self.reach, self.window)
+        self.packed = self.kernels.pack(self.weight, self.reach, self.window, self.size)
         self.codes, self.high = self.codes.new_empty(0), None
 
     def _epilogue(self, residual: Tensor | None, shift: Tensor | None, inverse_scale: Tensor | None) -> Epilogue:
@@ -286,11 +287,12 @@ class IntegerConv2d(IntegerLayer):
         silu: bool,
         window: Mapping[str, Sequence[int]],
         reach: int = 127,
+        size: Sequence[int] = (1, 1),
     ) -> None:
-        """window: stride, padding and dilation as (height, width)."""
+        """window: stride, padding and dilation as (height, width). size: of the image that is usual, likewise."""
         super().__init__(kernels, weight, bias, silu=silu, reach=reach)
         self.window: dict[str, Any] = {name: tuple(pair) for name, pair in window.items()}
-        self.upsample = 1
+        self.size, self.upsample = size, 1
 
     def forward(
         self,

@@ -113,7 +113,8 @@ def _layer_maker(program: Program, site: QuantisedSite, kernels: Kernels, device
             return IntegerLinear(kernels, weight, bias, silu=silu, reach=site.bounds.largest)
         _, _, stride, padding, dilation, _ = site.products[0].node.args
         window: Any = {"stride": stride, "padding": padding, "dilation": dilation}
-        return IntegerConv2d(kernels, weight, bias, silu=silu, window=window, reach=site.bounds.largest)
+        size = [d if type(d) is int else 1 for d in site.quantiser.meta["shape"][2:]]
+        return IntegerConv2d(kernels, weight, bias, silu=silu, window=window, reach=site.bounds.largest, size=size)
 
     return make
 

@@ -1,5 +1,6 @@
 """The CPU's set of kernels: products by oneDNN, passes compiled for this machine or in plain torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ def cpu_kernels(cache: Path | None = None) -> tuple[Kernels, str]:
     return kernels, f"products: oneDNN, added in {sums}; passes: {how}"
 
 
-def _pack(weight: Weight, reach: int, window: Any) -> Any:
-    places = None if window is None else (window["stride"], window["padding"], window["dilation"])
-    return pack_product(weight, reach, places)
+def _pack(weight: Weight, reach: int, window: Any, size: Sequence[int]) -> Any:
+    if window is None:
+        return pack_product(weight, reach)
+    return pack_product(weight, reach, (window["stride"], window["padding"], window["dilation"]), size)
 
 
 def _int_gemm(codes: Tensor, *operands: Any) -> Tensor:

@@ -21,6 +21,8 @@ __all__ = [
 ]
 
 NAME = "runtime torch-int8"
+_USUAL_BATCH = 2
+"""One image with guidance; hardly any layout depends on it."""
 ZERO = 128
 """Of unsigned activation codes: the code that is real 0, and what padding is."""
 _NEEDED = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
@@ -67,7 +69,7 @@ def _sums_right(weight: int) -> bool:
     flat = weights[..., 1, 1].contiguous()
     linear = multiply(codes, pack_linear(flat), scale, 1.0, None)
     window: Window = ((1, 1), (0, 0), (1, 1))
-    image = convolve(codes, pack_convolution(weights, scale, window), scale, 1.0, None, window)
+    image = convolve(codes, pack_convolution(weights, scale, window, (4, 4)), scale, 1.0, None, window)
     wanted = flat[:, 0].to(torch.float32) * (255 - ZERO) * channels
     return bool((linear == wanted).all() and (image == wanted * 9).all())
 
@@ -77,11 +79,15 @@ def pack_linear(weight: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(weight, None)  # type: ignore[no-any-return]
 
 
-def pack_convolution(weight: Tensor, scale: Tensor, window: Window) -> Tensor:
-    """An int8 weight [O, C, h, w] in oneDNN's own layout."""
+def pack_convolution(weight: Tensor, scale: Tensor, window: Window, size: Sequence[int]) -> Tensor:
+    """An int8 weight [O, C, h, w] in oneDNN's own layout, which it chooses by the size (height, width) of the image.
+
+    For an image of another size it may want another, and lay the weight out anew in every call.
+    """
     stride, padding, dilation = map(list, window)
+    image = [_USUAL_BATCH, weight.shape[1], *size]
     return torch.ops.onednn.qconv_prepack(  # type: ignore[no-any-return]
-        weight, scale, 1.0, ZERO, stride, padding, dilation, 1, None
+        weight, scale, 1.0, ZERO, stride, padding, dilation, 1, image
     )
 
 

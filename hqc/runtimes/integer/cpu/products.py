@@ -7,6 +7,7 @@ What one int8 weight cannot hold is a sum of products: two digits of a rotated 8
 products with its codes could leave int16, where the CPU adds two neighbours in that (x86 without VNNI).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +33,8 @@ class _Part:
     scale: Tensor
 
 
-def pack_product(weight: Weight, reach: int, window: Window | None) -> Packed:
-    """The product of codes of at most `reach` with a weight; window: of a convolution.
+def pack_product(weight: Weight, reach: int, window: Window | None = None, size: Sequence[int] = (1, 1)) -> Packed:
+    """The product of codes of at most `reach` with a weight; window: of a convolution; size: of its usual image.
 
     (codes u8, scale fp32 [N], epilogue) -> float32, channels last; `upsample` of a convolution repeats each pixel.
     """
@@ -42,7 +43,7 @@ def pack_product(weight: Weight, reach: int, window: Window | None) -> Packed:
     parts = []
     for codes, factor in summands(weight, reach):
         scale = (weight.scale * factor).contiguous()
-        parts.append(_Part(_packed(codes, scale, taken), scale))
+        parts.append(_Part(_packed(codes, scale, taken, size), scale))
     return _Product(tuple(parts), taken)
 
 
@@ -74,10 +75,10 @@ def _is_pointwise(codes: Tensor, window: Window) -> bool:
     return tuple(codes.shape[1:3]) == (1, 1) and set(stride) == {1} and set(padding) == {0}
 
 
-def _packed(codes: Tensor, scale: Tensor, window: Window | None) -> Tensor:
+def _packed(codes: Tensor, scale: Tensor, window: Window | None, size: Sequence[int]) -> Tensor:
     if window is None:
         return operators.pack_linear(codes.flatten(1))
-    return operators.pack_convolution(codes.permute(0, 3, 1, 2).contiguous(), scale, window)
+    return operators.pack_convolution(codes.permute(0, 3, 1, 2).contiguous(), scale, window, size)
 
 
 class _Product:
