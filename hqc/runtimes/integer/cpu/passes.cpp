@@ -26,8 +26,6 @@ inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 inline Floats all(float x) { return Floats{} + x; }
 
-inline Floats pick(Ints mask, Floats a, Floats b) { return (Floats)((mask & (Ints)a) | (~mask & (Ints)b)); }
-
 // How a tensor becomes codes. inverse: 1/s of every sample, low and high its bounds.
 struct Quantiser {
   const float* inverse;
@@ -51,8 +49,8 @@ struct Rows {
 
 // e^x within 2 units in the last place: 2^n by the exponent's bits, e^r by a polynomial, |r| <= ln(2)/2.
 inline Floats exponential(Floats x) {
-  x = pick(x < -87.0f, all(-87.0f), x);
-  x = pick(x > 88.0f, all(88.0f), x);
+  x = x < -87.0f ? all(-87.0f) : x;
+  x = x > 88.0f ? all(88.0f) : x;
   const Floats magic = all(12582912.0f);
   Floats n = (x * 1.44269504088896341f + magic) - magic;
   Floats r = x - n * 0.693145751953125f;
@@ -71,14 +69,14 @@ inline Floats exponential(Floats x) {
 inline Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
 
 inline Floats hyperbolic_tangent(Floats x) {
-  Floats t = exponential(-2.0f * pick(x < 0.0f, -x, x));
+  Floats t = exponential(-2.0f * (x < 0.0f ? -x : x));
   Floats y = (1.0f - t) / (1.0f + t);
-  return pick(x < 0.0f, -y, y);
+  return x < 0.0f ? -y : y;
 }
 
 // erf within 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
 inline Floats error_function(Floats x) {
-  Floats a = pick(x < 0.0f, -x, x);
+  Floats a = (x < 0.0f ? -x : x);
   Floats t = 1.0f / (1.0f + 0.3275911f * a);
   Floats p = all(1.061405429f);
   p = p * t - 1.453152027f;
@@ -86,7 +84,7 @@ inline Floats error_function(Floats x) {
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
   Floats y = 1.0f - p * t * exponential(-a * a);
-  return pick(x < 0.0f, -y, y);
+  return x < 0.0f ? -y : y;
 }
 
 inline Floats gelu(Floats x) { return 0.5f * x * (1.0f + error_function(x * 0.70710678118654752f)); }
@@ -132,11 +130,10 @@ inline Floats rotated_lanes(Floats v, int block) {
   return v;
 }
 
-// Sylvester's matrix of order 16 * VECTORS on one block, in registers.
+// Sylvester's matrix of order 16 * VECTORS on one block in registers; of a smaller order within each vector.
 template <int VECTORS>
-inline void rotate_block(float* y) {
-  Floats v[VECTORS];
-  for (int i = 0; i < VECTORS; ++i) v[i] = rotated_lanes(load(y + LANES * i), LANES);
+inline void rotate_registers(Floats* v, int block) {
+  for (int i = 0; i < VECTORS; ++i) v[i] = rotated_lanes(v[i], VECTORS == 1 ? block : LANES);
   for (int step = 1; step < VECTORS; step *= 2)
     for (int i = 0; i < VECTORS; i += 2 * step)
       for (int j = i; j < i + step; ++j) {
@@ -144,7 +141,6 @@ inline void rotate_block(float* y) {
         v[j] = a + b;
         v[j + step] = a - b;
       }
-  for (int i = 0; i < VECTORS; ++i) store(y + LANES * i, v[i]);
 }
 
 // Sylvester's matrix of any order, stage by stage in memory.
@@ -179,73 +175,134 @@ inline void rotate_regular(float* y, int block) {
       }
 }
 
-// Whole vectors of y may be read beyond its channels: they are scratch.
-void rotate(float* y, int64_t channels, int block, bool regular) {
-  if (block == 1) return;
-  if (regular) {
-    for (int64_t c = 0; c < channels; c += block) rotate_regular(y + c, block);
-  } else if (block < LANES) {
-    for (int64_t c = 0; c < channels; c += LANES) store(y + c, rotated_lanes(load(y + c), block));
-  } else {
-    for (int64_t c = 0; c < channels; c += block) switch (block) {
-        case 16: rotate_block<1>(y + c); break;
-        case 32: rotate_block<2>(y + c); break;
-        case 64: rotate_block<4>(y + c); break;
-        case 128: rotate_block<8>(y + c); break;
-        default: rotate_any(y + c, block);
-      }
+// Rounding and clipping of one sample's values.
+struct Levels {
+  float factor, inverse, low, high;
+
+  Levels(const Quantiser& q, int64_t sample)
+      : factor(1.0f / std::sqrt((float)q.block)), inverse(q.inverse[sample]), low(q.low[sample]), high(q.high[sample]) {}
+
+  // Adding 1.5·2^23 rounds to even and leaves the integer in the lowest bits; 128 more makes it unsigned.
+  static constexpr float MAGIC = 12582912.0f + 128.0f;
+
+  void put(Floats v, uint8_t* codes) const {
+    v = v * factor * inverse;
+    v = v < low ? all(low) : v;
+    v = v > high ? all(high) : v;
+    Bytes bytes = __builtin_convertvector((Words)(v + MAGIC), Bytes);
+    std::memcpy(codes, &bytes, sizeof bytes);
+  }
+
+  uint8_t one(float v) const {
+    v = v * factor * inverse;
+    v = (v < low ? low : v > high ? high : v) + MAGIC;
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return (uint8_t)bits;
+  }
+};
+
+// Codes of values that are computed a vector at a time and rotated where they are; the values too if `floats` is given.
+template <int VECTORS, class Value>
+inline void encode_blocks(const Value& value, int64_t channels, int block, const Levels& levels, uint8_t* codes,
+                          float* floats) {
+  for (int64_t c = 0; c < channels; c += LANES * VECTORS) {
+    Floats v[VECTORS];
+    for (int i = 0; i < VECTORS; ++i) v[i] = value(c + LANES * i);
+    if (floats)
+      for (int i = 0; i < VECTORS; ++i) store(floats + c + LANES * i, v[i]);
+    rotate_registers<VECTORS>(v, block);
+    for (int i = 0; i < VECTORS; ++i) levels.put(v[i], codes + c + LANES * i);
   }
 }
 
-// The codes of one row in scratch, which is rotated in place.
-void encode(float* y, int64_t channels, const Quantiser& q, int64_t sample, uint8_t* codes) {
-  rotate(y, channels, q.block, q.regular);
-  const float inverse = q.inverse[sample], low = q.low[sample], high = q.high[sample];
-  const float factor = 1.0f / std::sqrt((float)q.block);
-  // Adding 1.5·2^23 rounds to even and leaves the integer in the lowest bits; 128 more makes it unsigned.
-  const float magic = 12582912.0f + 128.0f;
+// The same through memory, for channels that are no whole vectors and for other rotations. Whole vectors of scratch are
+// written and read beyond the channels.
+template <class Value>
+void encode_stored(const Value& value, int64_t channels, const Quantiser& q, const Levels& levels, uint8_t* codes,
+                   float* floats, float* y) {
+  for (int64_t c = 0; c < channels; c += LANES) store(y + c, value(c));
+  if (floats) std::memcpy(floats, y, 4 * channels);
+  if (!codes) return;
+  if (q.regular)
+    for (int64_t c = 0; c < channels; c += q.block) rotate_regular(y + c, q.block);
+  else if (q.block > 1)
+    for (int64_t c = 0; c < channels; c += q.block) rotate_any(y + c, q.block);
   int64_t c = 0;
-  for (; c + LANES <= channels; c += LANES) {
-    Floats v = load(y + c) * factor * inverse;
-    v = pick(v < low, all(low), v);
-    v = pick(v > high, all(high), v);
-    Bytes bytes = __builtin_convertvector((Words)(v + magic), Bytes);
-    std::memcpy(codes + c, &bytes, sizeof bytes);
-  }
-  for (; c < channels; ++c) {
-    float v = y[c] * factor * inverse;
-    v = (v < low ? low : v > high ? high : v) + magic;
-    uint32_t bits;
-    std::memcpy(&bits, &v, sizeof bits);
-    codes[c] = (uint8_t)bits;
-  }
+  for (; c + LANES <= channels; c += LANES) levels.put(load(y + c), codes + c);
+  for (; c < channels; ++c) codes[c] = levels.one(y[c]);
+}
+
+// value(c): 16 channels from c on. whole: it reads nothing beyond the channels.
+template <class Value>
+void encode(const Value& value, bool whole, int64_t channels, const Quantiser& q, int64_t sample, uint8_t* codes,
+            float* floats, float* scratch) {
+  const Levels levels(q, sample);
+  if (!whole || q.regular || q.block > 128)
+    encode_stored(value, channels, q, levels, codes, floats, scratch);
+  else if (q.block == 128)
+    encode_blocks<8>(value, channels, q.block, levels, codes, floats);
+  else if (q.block == 64)
+    encode_blocks<4>(value, channels, q.block, levels, codes, floats);
+  else if (q.block == 32)
+    encode_blocks<2>(value, channels, q.block, levels, codes, floats);
+  else
+    encode_blocks<1>(value, channels, q.block, levels, codes, floats);
 }
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
 
 inline int64_t padded(int64_t channels) { return (channels + LANES - 1) / LANES * LANES; }
 
-// One row, both parts side by side.
-inline void gather(const Rows& rows, int64_t row, float* y) {
-  std::memcpy(y, rows.x + row * rows.pitch, 4 * rows.first);
-  if (rows.second) std::memcpy(y + rows.first, rows.second + row * rows.second_pitch, 4 * (rows.channels - rows.first));
+// One row of both parts side by side, 16 channels at a time; in scratch where a vector would cross a part's end.
+class Row {
+ public:
+  Row(const Rows& rows, int64_t row, float* scratch)
+      : x_(rows.x + row * rows.pitch), second_(x_), first_(rows.channels) {
+    const float* second = rows.second + row * rows.second_pitch;
+    if (whole(rows)) {
+      if (!rows.second) return;
+      second_ = second - rows.first;
+      first_ = rows.first;
+      return;
+    }
+    std::memcpy(scratch, x_, 4 * rows.first);
+    if (rows.second) std::memcpy(scratch + rows.first, second, 4 * (rows.channels - rows.first));
+    x_ = scratch;
+  }
+
+  static bool whole(const Rows& rows) { return rows.first % LANES == 0 && rows.channels % LANES == 0; }
+
+  Floats operator()(int64_t c) const { return load((c < first_ ? x_ : second_) + c); }
+
+ private:
+  const float* x_;
+  const float* second_;
+  int64_t first_;
+};
+
+// Mean and squared deviations of `WIDTH` channels over a stretch of rows.
+template <int WIDTH>
+inline void column_statistics(const float* x, int64_t pitch, int64_t count, float* mean, float* squares) {
+  float m[WIDTH] = {}, s[WIDTH] = {};
+  for (int64_t r = 0; r < count; ++r)
+    for (int i = 0; i < WIDTH; ++i) m[i] += x[r * pitch + i];
+  for (int i = 0; i < WIDTH; ++i) m[i] /= (float)count;
+  for (int64_t r = 0; r < count; ++r)
+    for (int i = 0; i < WIDTH; ++i) {
+      const float d = x[r * pitch + i] - m[i];
+      s[i] += d * d;
+    }
+  std::memcpy(mean, m, sizeof m);
+  std::memcpy(squares, s, sizeof s);
 }
 
-// Mean and squared deviations of every channel over `count` rows from `begin`, a stretch that stays in the first cache.
 void stretch_statistics(const float* x, int64_t pitch, int64_t channels, int64_t count, float* mean, float* squares) {
-  for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = 0;
-  for (int64_t r = 0; r < count; ++r) {
-    const float* row = x + r * pitch;
-    for (int64_t c = 0; c < channels; ++c) mean[c] += row[c];
-  }
-  for (int64_t c = 0; c < channels; ++c) mean[c] /= (float)count;
-  for (int64_t r = 0; r < count; ++r) {
-    const float* row = x + r * pitch;
-    for (int64_t c = 0; c < channels; ++c) {
-      float d = row[c] - mean[c];
-      squares[c] += d * d;
-    }
-  }
+  int64_t c = 0;
+  for (; c + 4 * LANES <= channels; c += 4 * LANES)
+    column_statistics<4 * LANES>(x + c, pitch, count, mean + c, squares + c);
+  for (; c + LANES <= channels; c += LANES) column_statistics<LANES>(x + c, pitch, count, mean + c, squares + c);
+  for (; c < channels; ++c) column_statistics<1>(x + c, pitch, count, mean + c, squares + c);
 }
 
 // Chan's formula: the statistics of two sets from those of each.
@@ -273,6 +330,41 @@ Moments moments(const float* mean, const float* squares, int64_t channels, int64
   return all;
 }
 
+inline float sum_of(Floats v) {
+  float sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += v[i];
+  return sum;
+}
+
+// 1 in the first `count` lanes: what lies beyond a row's channels in scratch is left out.
+inline Floats lanes_below(int64_t count) {
+  Floats v;
+  for (int i = 0; i < LANES; ++i) v[i] = i < count ? 1.0f : 0.0f;
+  return v;
+}
+
+float mean_of(const Row& value, int64_t channels) {
+  Floats sum = all(0.0f);
+  int64_t c = 0;
+  for (; c + LANES <= channels; c += LANES) sum += value(c);
+  if (c < channels) sum += value(c) * lanes_below(channels - c);
+  return sum_of(sum) / (float)channels;
+}
+
+float mean_square(const Row& value, int64_t channels, float mean) {
+  Floats sum = all(0.0f);
+  int64_t c = 0;
+  for (; c + LANES <= channels; c += LANES) {
+    const Floats d = value(c) - mean;
+    sum += d * d;
+  }
+  if (c < channels) {
+    const Floats d = (value(c) - mean) * lanes_below(channels - c);
+    sum += d * d;
+  }
+  return sum_of(sum) / (float)channels;
+}
+
 constexpr int64_t STRETCH = 16;
 
 struct Affine {
@@ -281,7 +373,7 @@ struct Affine {
 };
 
 // What a group norm does to every channel of one sample: y = scale·x + shift.
-void group_norm_factors(const Rows& rows, int64_t sample, int64_t pixels, int groups, float eps, Affine affine,
+void group_norm_factors(const Rows& rows, int64_t sample, int groups, float eps, Affine affine,
                         const Moments* parts, int64_t stretches, float* scale, float* shift) {
   const int64_t width = rows.channels / groups;
   for (int g = 0; g < groups; ++g) {
@@ -308,12 +400,11 @@ void hqc_quantise(const Rows* rows, int64_t samples, int64_t pixels, const Quant
   const int64_t channels = rows->channels;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> y(padded(channels));
+    std::vector<float> x(padded(channels)), y(padded(channels));
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < samples * pixels; ++row) {
-      gather(*rows, row, y.data());
-      encode(y.data(), channels, *quantiser, row / pixels, codes + row * channels);
-    }
+    for (int64_t row = 0; row < samples * pixels; ++row)
+      encode(Row(*rows, row, x.data()), Row::whole(*rows), channels, *quantiser, row / pixels, codes + row * channels,
+             nullptr, y.data());
   }
 }
 
@@ -323,11 +414,12 @@ void hqc_group_norm(const Rows* rows, int64_t samples, int64_t pixels, int group
                     const Quantiser* beside_quantiser, uint8_t* beside, int threads) {
   const int64_t channels = rows->channels, width = channels / groups, rest = channels - rows->first;
   const int64_t stretches = (pixels + STRETCH - 1) / STRETCH;
+  const bool whole = Row::whole(*rows);
   std::vector<Moments> parts(samples * stretches * groups);
   std::vector<float> factors(samples * 2 * padded(channels));
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> mean(padded(channels)), squares(padded(channels)), y(padded(channels));
+    std::vector<float> mean(padded(channels)), squares(padded(channels)), x(padded(channels)), y(padded(channels));
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < samples * stretches; ++index) {
       const int64_t begin = index / stretches * pixels + index % stretches * STRETCH;
@@ -342,7 +434,7 @@ void hqc_group_norm(const Rows* rows, int64_t samples, int64_t pixels, int group
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < samples; ++n) {
       float* scale = factors.data() + n * 2 * padded(channels);
-      group_norm_factors(*rows, n, pixels, groups, eps, {weight, bias}, parts.data(), stretches, scale,
+      group_norm_factors(*rows, n, groups, eps, {weight, bias}, parts.data(), stretches, scale,
                          scale + padded(channels));
     }
 #pragma omp for schedule(static)
@@ -350,17 +442,22 @@ void hqc_group_norm(const Rows* rows, int64_t samples, int64_t pixels, int group
       const int64_t n = row / pixels;
       const float* scale = factors.data() + n * 2 * padded(channels);
       const float* shift = scale + padded(channels);
-      gather(*rows, row, y.data());
-      if (beside) {
-        std::memcpy(mean.data(), y.data(), 4 * channels);
-        encode(mean.data(), channels, *beside_quantiser, n, beside + row * channels);
-      }
-      for (int64_t c = 0; c < channels; c += LANES) {
-        Floats v = load(y.data() + c) * load(scale + c) + load(shift + c);
-        store(y.data() + c, with_silu ? silu(v) : v);
-      }
-      if (floats) std::memcpy(floats + row * channels, y.data(), 4 * channels);
-      if (codes) encode(y.data(), channels, *quantiser, n, codes + row * channels);
+      const Row value(*rows, row, x.data());
+      if (beside)
+        encode(value, whole, channels, *beside_quantiser, n, beside + row * channels, nullptr, y.data());
+      auto run = [&](auto normed) {
+        if (codes)
+          encode(normed, whole, channels, *quantiser, n, codes + row * channels,
+                 floats ? floats + row * channels : nullptr, y.data());
+        else {
+          for (int64_t c = 0; c < channels; c += LANES) store(y.data() + c, normed(c));
+          std::memcpy(floats + row * channels, y.data(), 4 * channels);
+        }
+      };
+      if (with_silu)
+        run([&](int64_t c) { return silu(value(c) * load(scale + c) + load(shift + c)); });
+      else
+        run([&](int64_t c) { return value(c) * load(scale + c) + load(shift + c); });
     }
   }
 }
@@ -369,27 +466,23 @@ void hqc_group_norm(const Rows* rows, int64_t samples, int64_t pixels, int group
 void hqc_layer_norm(const Rows* rows, int64_t samples, int64_t pixels, float eps, const float* weight,
                     const float* bias, const Quantiser* quantiser, uint8_t* codes, float* floats, int threads) {
   const int64_t channels = rows->channels;
+  const bool whole = Row::whole(*rows);
+  // Whole vectors of the weights are read; without any they are 1 and 0. Beyond the channels scale and shift are 0.
+  std::vector<float> scale(padded(channels)), shift(padded(channels));
+  for (int64_t c = 0; c < channels; ++c) {
+    scale[c] = weight ? weight[c] : 1.0f;
+    shift[c] = bias ? bias[c] : 0.0f;
+  }
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> y(padded(channels));
+    std::vector<float> x(padded(channels)), y(padded(channels));
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < samples * pixels; ++row) {
-      gather(*rows, row, y.data());
-      float sums[LANES] = {}, squares[LANES] = {};
-      for (int64_t c = 0; c < channels; ++c) sums[c % LANES] += y[c];
-      double sum = 0, square = 0;
-      for (int i = 0; i < LANES; ++i) sum += sums[i];
-      const float mean = (float)(sum / (double)channels);
-      for (int64_t c = 0; c < channels; ++c) {
-        y[c] -= mean;
-        squares[c % LANES] += y[c] * y[c];
-      }
-      for (int i = 0; i < LANES; ++i) square += squares[i];
-      const float rstd = (float)(1.0 / std::sqrt(square / (double)channels + (double)eps));
-      for (int64_t c = 0; c < channels; ++c)
-        y[c] = y[c] * rstd * (weight ? weight[c] : 1.0f) + (bias ? bias[c] : 0.0f);
-      if (floats) std::memcpy(floats + row * channels, y.data(), 4 * channels);
-      encode(y.data(), channels, *quantiser, row / pixels, codes + row * channels);
+      const Row value(*rows, row, x.data());
+      const float mean = mean_of(value, channels);
+      const float rstd = 1.0f / std::sqrt(mean_square(value, channels, mean) + eps);
+      encode([&](int64_t c) { return (value(c) - mean) * rstd * load(&scale[c]) + load(&shift[c]); }, whole, channels,
+             *quantiser, row / pixels, codes + row * channels, floats ? floats + row * channels : nullptr, y.data());
     }
   }
 }
@@ -398,21 +491,30 @@ void hqc_layer_norm(const Rows* rows, int64_t samples, int64_t pixels, float eps
 void hqc_gate(const Rows* rows, int64_t samples, int64_t pixels, int kind, int gated, const Quantiser* quantiser,
               uint8_t* codes, int threads) {
   const int64_t channels = gated ? rows->channels / 2 : rows->channels;
+  const bool whole = channels % LANES == 0;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> y(padded(channels)), g(padded(channels));
+    std::vector<float> a(padded(channels)), g(padded(channels)), y(padded(channels));
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < samples * pixels; ++row) {
-      const float* x = rows->x + row * rows->pitch;
-      std::memcpy(y.data(), x, 4 * channels);
-      if (gated) std::memcpy(g.data(), x + channels, 4 * channels);
-      for (int64_t c = 0; c < channels; c += LANES) {
-        Floats a = load(y.data() + c);
-        store(y.data() + c, gated ? a * activated(load(g.data() + c), kind) : activated(a, kind));
+      const float* left = rows->x + row * rows->pitch;
+      const float* right = left + channels;
+      if (!whole) {
+        std::memcpy(a.data(), left, 4 * channels);
+        if (gated) std::memcpy(g.data(), right, 4 * channels);
+        left = a.data();
+        right = g.data();
       }
-      encode(y.data(), channels, *quantiser, row / pixels, codes + row * channels);
+      auto run = [&](auto value) {
+        encode(value, whole, channels, *quantiser, row / pixels, codes + row * channels, nullptr, y.data());
+      };
+      if (!gated)
+        run([&](int64_t c) { return activated(load(left + c), kind); });
+      else if (kind == GELU)
+        run([&](int64_t c) { return load(left + c) * gelu(load(right + c)); });
+      else
+        run([&](int64_t c) { return load(left + c) * activated(load(right + c), kind); });
     }
   }
 }
-
 }
