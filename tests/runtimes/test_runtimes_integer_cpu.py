@@ -18,6 +18,7 @@ from hqc.runtimes.integer.cpu.compiler import compiled_passes
 from hqc.runtimes.integer.cpu.native import NativePasses
 from hqc.runtimes.integer.cpu.operators import adds_in_int16, require_operators
 from hqc.runtimes.integer.cpu.products import INT16_LIMIT, largest_weight, pack_product, summands
+from hqc.runtimes.integer.cpu.small import SmallProducts
 
 WINDOW = ((1, 1), (0, 0), (1, 1))
 
@@ -47,6 +48,18 @@ def numpy_conv(codes, weight, window) -> np.ndarray:
     return acc
 
 
+@pytest.fixture(scope="module", params=["oneDNN", "small"])
+def small(request, tmp_path_factory) -> SmallProducts | None:
+    """What multiplies: oneDNN, or the machine's own small products, which take channels in fours."""
+    if request.param == "oneDNN":
+        return None
+    library = compiled_passes(tmp_path_factory.mktemp("products"))
+    found = None if library.functions is None else SmallProducts(library.functions)
+    if found is None or not found.there:
+        pytest.skip("no compiler, or no AVX-512 with VNNI")
+    return found
+
+
 # ---- products ------------------------------------------------------------------------------------------------------
 
 GEOMETRIES = {
@@ -60,41 +73,41 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize("channels", [3, 16, 37])
+@pytest.mark.parametrize("channels", [3, 16, 36])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_a_convolution_is_numpy_s_to_the_bit(name: str, channels: int) -> None:
+def test_a_convolution_is_numpy_s_to_the_bit(small, name: str, channels: int) -> None:
     """Scales of 1: float32 holds the sums. Codes span all of int8, padding is code 0."""
     kh, kw, window = GEOMETRIES[name]
     g = torch.Generator().manual_seed(channels)
     codes, weight = whole(g, -128, 127, 2, 6, 7, channels), whole(g, -127, 127, 5, kh, kw, channels).to(torch.int8)
-    product = pack_product(Weight(weight, torch.ones(5)), 127, window, (6, 7))
+    product = pack_product(Weight(weight, torch.ones(5)), 127, window, (6, 7), small)
     found = product(stored(codes), torch.ones(2), Epilogue(dtype=torch.float32))
     assert found.is_contiguous()
     assert np.array_equal(found.numpy().astype(np.int64), numpy_conv(codes, weight, window))
 
 
-def test_an_enlarged_image_repeats_each_pixel() -> None:
+def test_an_enlarged_image_repeats_each_pixel(small) -> None:
     g = torch.Generator().manual_seed(0)
     codes, weight = whole(g, -8, 7, 1, 3, 2, 4), whole(g, -127, 127, 3, 3, 3, 4).to(torch.int8)
     window = GEOMETRIES["3x3"][2]
-    product = pack_product(Weight(weight, torch.ones(3)), 8, window, (6, 4))
+    product = pack_product(Weight(weight, torch.ones(3)), 8, window, (6, 4), small)
     found = product(stored(codes), torch.ones(1), Epilogue(dtype=torch.float32), 2)
     large = codes.repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert np.array_equal(found.numpy().astype(np.int64), numpy_conv(large, weight, window))
 
 
-@pytest.mark.parametrize("shape", [(2, 19), (1, 3, 64), (3, 2, 5, 32)])
-def test_a_linear_layer_in_two_digits_is_numpy_s_to_the_bit(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(2, 19), (1, 3, 64), (3, 7, 32)])
+def test_a_linear_layer_in_two_digits_is_numpy_s_to_the_bit(small, shape: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(len(shape))
-    codes, wide = whole(g, -8, 7, *shape), whole(g, -4000, 4000, 6, shape[-1])
-    weight = Weight(digit(wide, 0), torch.ones(6), high=digit(wide, 1))
-    found = pack_product(weight, 8)(stored(codes), torch.ones(shape[0]), Epilogue(dtype=torch.float32))
+    codes, wide = whole(g, -8, 7, *shape), whole(g, -4000, 4000, 70, shape[-1])
+    weight = Weight(digit(wide, 0), torch.ones(70), high=digit(wide, 1))
+    found = pack_product(weight, 8, small=small)(stored(codes), torch.ones(shape[0]), Epilogue(dtype=torch.float32))
     assert np.array_equal(found.numpy().astype(np.int64), codes.numpy() @ wide.numpy().T)
 
 
 @pytest.mark.parametrize("scales", ["one timestep", "mixed timesteps"])
 @pytest.mark.parametrize("shifts", ["none", "equal", "each its own"])
-def test_scales_bias_shift_and_residual(scales: str, shifts: str) -> None:
+def test_scales_bias_shift_and_residual(small, scales: str, shifts: str) -> None:
     """y = acc·s_w·s[n] + bias + shift[n] + r, then SiLU; in float64 from numpy's sums, to float32's rounding."""
     g = torch.Generator().manual_seed(3)
     codes, weight = whole(g, -127, 127, 3, 4, 4, 8), whole(g, -127, 127, 6, 3, 3, 8).to(torch.int8)
@@ -105,7 +118,7 @@ def test_scales_bias_shift_and_residual(scales: str, shifts: str) -> None:
     bias, residual = torch.randn(6, generator=g), torch.randn(3, 4, 4, 6, generator=g)
     wanted = torch.from_numpy(numpy_conv(codes, weight, window)).double() * own.double() * scale.view(3, 1, 1, 1)
     wanted = wanted + bias + (0 if shift is None else shift[:, None, None]) + residual
-    product, kept = pack_product(Weight(weight, own), 127, window, (4, 4)), residual.clone()
+    product, kept = pack_product(Weight(weight, own), 127, window, (4, 4), small), residual.clone()
     for silu in (False, True):
         epilogue = Epilogue(bias, residual, silu, torch.float32, shift)
         found = product(stored(codes), scale, epilogue).double()
@@ -146,6 +159,7 @@ import numpy as np, torch
 from test_runtimes_integer_cpu import stored, whole
 from hqc.kernels import Epilogue, Weight
 from hqc.runtimes.integer.cpu import operators
+from hqc.runtimes.integer.cpu.small import SmallProducts
 from hqc.runtimes.integer.cpu.products import pack_product
 torch.set_num_threads(1)
 operators.require_operators()

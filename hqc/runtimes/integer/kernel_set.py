@@ -14,9 +14,9 @@ __all__ = ["Kernels", "functions_of", "reference_kernels", "triton_kernels"]
 class Kernels:
     """The functions of `hqc.kernels` with their signatures.
 
-    pack: (weight, largest code, window, size of the image) -> the product that a layer calls from then on, with its weight in the kernels'
-    own form; None where the functions take weights as they are. leaves_out: names of fusions that only other kernels
-    are the quicker for.
+    pack: (weight, largest code, window, size of the image) -> the product that a layer calls from then on, with its
+    weight in the kernels' own form; None where the functions take weights as they are. leaves_out: names of fusions
+    that only other kernels are the quicker for.
     """
 
     name: str

@@ -197,21 +197,30 @@ class GateQuantise(KernelCall):
 class IntegerLayer(KernelCall):
     """A product of codes with a weight, rescaled, then what the graph had next: see `hqc.kernels.Epilogue`.
 
-    reach: the largest code that it is given. window: of a convolution. size: of the image that it reads.
+    reach: the largest code that it is given. window: of a convolution. size: of the image that it usually reads, or of
+    the rows of a sample.
     """
 
     activations = ()
     window: Mapping[str, Sequence[int]] | None = None
-    size: Sequence[int] = (1, 1)
 
     codes: Tensor
     weight_scale: Tensor
     high: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, kernels: Kernels, weight: Weight, bias: Tensor | None, *, silu: bool, reach: int = 127) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        weight: Weight,
+        bias: Tensor | None,
+        *,
+        silu: bool,
+        reach: int = 127,
+        size: Sequence[int] = (),
+    ) -> None:
         super().__init__(kernels)
-        self.silu, self.dtype, self.reach = silu, torch.float32, reach
+        self.silu, self.dtype, self.reach, self.size = silu, torch.float32, reach, size
         self.gate, self.quantised, self.statistics = "none", None, False
         self.packed: Packed | None = None
         self.set_weight(weight, bias)
@@ -287,12 +296,12 @@ class IntegerConv2d(IntegerLayer):
         silu: bool,
         window: Mapping[str, Sequence[int]],
         reach: int = 127,
-        size: Sequence[int] = (1, 1),
+        size: Sequence[int] = (),
     ) -> None:
-        """window: stride, padding and dilation as (height, width). size: of the image that is usual, likewise."""
-        super().__init__(kernels, weight, bias, silu=silu, reach=reach)
+        """window: stride, padding and dilation as (height, width)."""
+        super().__init__(kernels, weight, bias, silu=silu, reach=reach, size=size)
         self.window: dict[str, Any] = {name: tuple(pair) for name, pair in window.items()}
-        self.size, self.upsample = size, 1
+        self.upsample = 1
 
     def forward(
         self,

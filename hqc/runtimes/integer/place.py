@@ -108,13 +108,14 @@ def _layer_maker(program: Program, site: QuantisedSite, kernels: Kernels, device
     if isinstance(bias_node, fx.Node):
         bias = program.state[str(bias_node.target)].detach().to(device, torch.float32)
 
+    reach, size = site.bounds.largest, [d if type(d) is int else 1 for d in site.quantiser.meta["shape"][1:]]
+
     def make(silu: bool) -> nn.Module:
         if not _is_image(site):
-            return IntegerLinear(kernels, weight, bias, silu=silu, reach=site.bounds.largest)
+            return IntegerLinear(kernels, weight, bias, silu=silu, reach=reach, size=size[:-1])
         _, _, stride, padding, dilation, _ = site.products[0].node.args
         window: Any = {"stride": stride, "padding": padding, "dilation": dilation}
-        size = [d if type(d) is int else 1 for d in site.quantiser.meta["shape"][2:]]
-        return IntegerConv2d(kernels, weight, bias, silu=silu, window=window, reach=site.bounds.largest, size=size)
+        return IntegerConv2d(kernels, weight, bias, silu=silu, window=window, reach=reach, size=size[1:])
 
     return make
 

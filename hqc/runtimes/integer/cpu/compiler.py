@@ -1,6 +1,6 @@
-"""`passes.cpp` compiled once for this machine, and kept.
+"""`passes.cpp` and `products.cpp` compiled once for this machine, and kept.
 
-    CACHE/passes-KEY.so      key = sha256(source, compiler and version, options, instruction sets)
+    CACHE/passes-KEY.so      key = sha256(sources, compiler and version, options, instruction sets)
 
 That takes a second or two. Without a compiler there is a reason instead of a library, and plain torch runs instead.
 """
@@ -25,7 +25,7 @@ __all__ = ["COMPILERS", "Library", "compiled_passes", "native_cache"]
 
 COMPILERS = ("g++", "c++", "clang++")
 """What is looked for, unless CXX names another."""
-SOURCE = Path(__file__).with_name("passes.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("passes.cpp", "products.cpp"))
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
 _SECONDS = 300
 
@@ -98,16 +98,23 @@ def _is_own(path: Path) -> bool:
 
 def _library(compiler: str, version: str, folder: Path) -> tuple[Path, bool]:
     """(the library's file, whether it was there before)."""
-    about = [SOURCE.read_bytes(), version.encode(), " ".join(OPTIONS).encode(), instruction_sets().encode()]
+    about = [
+        *(source.read_bytes() for source in SOURCES),
+        version.encode(),
+        " ".join(OPTIONS).encode(),
+        instruction_sets().encode(),
+    ]
     key = hashlib.sha256(b"\0".join(about)).hexdigest()[:32]
     library = folder / f"passes-{key}.so"
     if library.exists() and _is_own(library):
         return library, True
     with doing("compiling passes for this CPU"), tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
-        part, whole = Path(scratch) / "passes.o", Path(scratch) / "passes.so"
-        _run([compiler, *OPTIONS, "-c", str(SOURCE), "-o", str(part)])
+        whole = Path(scratch) / "passes.so"
+        parts = [Path(scratch) / f"{source.stem}.o" for source in SOURCES]
+        for source, part in zip(SOURCES, parts, strict=True):
+            _run([compiler, *OPTIONS, "-c", str(source), "-o", str(part)])
         # Linked without OpenMP: its functions are those of the library that torch has loaded, with the same threads.
-        _run([compiler, "-shared", str(part), "-o", str(whole)])
+        _run([compiler, "-shared", *map(str, parts), "-o", str(whole)])
         whole.chmod(0o700)
         whole.replace(library)
     return library, False

@@ -1,6 +1,7 @@
 """The CPU's set of kernels: products by oneDNN, passes compiled for this machine or in plain torch."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hqc.runtimes.integer.cpu.compiler import compiled_passes
 from hqc.runtimes.integer.cpu.native import NativePasses
 from hqc.runtimes.integer.cpu.operators import ZERO, adds_in_int16
 from hqc.runtimes.integer.cpu.products import pack_product
+from hqc.runtimes.integer.cpu.small import SmallProducts
 from hqc.runtimes.integer.kernel_set import Kernels, functions_of
 
 __all__ = ["cpu_kernels"]
@@ -31,12 +33,13 @@ def cpu_kernels(cache: Path | None = None) -> tuple[Kernels, str]:
     """(the kernels of this machine, how passes and products run in one line)."""
     library = compiled_passes(cache)
     native = None if library.functions is None else NativePasses(library.functions)
+    small = None if library.functions is None else SmallProducts(library.functions)
     names = ("hadamard_quantize", "group_norm_quantize", "layer_norm_quantize", "gate_quantize")
     passes = {name: getattr(plain if native is None else native, name) for name in names}
     kernels = Kernels(
         "cpu",
         **{**functions_of(reference), **passes, "int_gemm": _int_gemm, "int_conv2d": _int_conv2d},
-        pack=_pack,
+        pack=partial(_pack, small),
         leaves_out=_LEFT_OUT,
     )
     how = library.said if native is not None else f"plain torch: {library.said}"
@@ -44,10 +47,9 @@ def cpu_kernels(cache: Path | None = None) -> tuple[Kernels, str]:
     return kernels, f"products: oneDNN, added in {sums}; passes: {how}"
 
 
-def _pack(weight: Weight, reach: int, window: Any, size: Sequence[int]) -> Any:
-    if window is None:
-        return pack_product(weight, reach)
-    return pack_product(weight, reach, (window["stride"], window["padding"], window["dilation"]), size)
+def _pack(small: SmallProducts | None, weight: Weight, reach: int, window: Any, size: Sequence[int]) -> Any:
+    places = None if window is None else (window["stride"], window["padding"], window["dilation"])
+    return pack_product(weight, reach, places, size, small)
 
 
 def _int_gemm(codes: Tensor, *operands: Any) -> Tensor:

@@ -154,6 +154,8 @@ def _repeated(bound: int, samples: int) -> Tensor:
 def _in_rows(x: Tensor) -> tuple[Tensor, int]:
     """x and the numbers between the starts of its rows, all of them one pitch apart."""
     x = x if x.dtype == torch.float32 else x.to(torch.float32)
+    if x.is_contiguous():
+        return x, x.shape[-1]
     pitch = row_pitch(x)
     return (x, pitch) if pitch else (x.contiguous(), x.shape[-1])
 

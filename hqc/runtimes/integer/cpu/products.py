@@ -7,6 +7,7 @@ What one int8 weight cannot hold is a sum of products: two digits of a rotated 8
 products with its codes could leave int16, where the CPU adds two neighbours in that (x86 without VNNI).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,14 @@ from hqc.kernels import Epilogue, Weight
 from hqc.ops import half
 from hqc.runtimes.integer.cpu import operators
 from hqc.runtimes.integer.cpu.operators import ZERO, Window
+from hqc.runtimes.integer.cpu.small import SmallProduct, SmallProducts
 from hqc.runtimes.integer.layers import Packed
 
 __all__ = ["INT16_LIMIT", "largest_weight", "pack_product", "summands"]
 
 INT16_LIMIT = 2**15 - 1
+_FEW = 8_000_000
+"""Multiplications of a call of two samples, up to which a product is small."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,23 @@ class _Part:
     scale: Tensor
 
 
-def pack_product(weight: Weight, reach: int, window: Window | None = None, size: Sequence[int] = (1, 1)) -> Packed:
-    """The product of codes of at most `reach` with a weight; window: of a convolution; size: of its usual image.
+def pack_product(
+    weight: Weight,
+    reach: int,
+    window: Window | None = None,
+    size: Sequence[int] = (1, 1),
+    small: SmallProducts | None = None,
+) -> Packed:
+    """The product of codes of at most `reach` with a weight.
+
+    window: of a convolution. size: of the usual image, or of the usual rows of a sample. small: what multiplies where
+    there is little to do, if the CPU has it.
 
     (codes u8, scale fp32 [N], epilogue) -> float32, channels last; `upsample` of a convolution repeats each pixel.
     """
+    if small is not None and small.takes(weight.codes) and _multiplications(weight.codes, window, size) <= _FEW:
+        digits = [(weight.codes, 1)] + ([] if weight.high is None else [(weight.high, weight.high_factor)])
+        return _Small(tuple(small.pack(codes, weight.scale * factor, window) for codes, factor in digits))
     pointwise = window is None or _is_pointwise(weight.codes, window)
     taken = None if pointwise else window
     parts = []
@@ -69,6 +85,13 @@ def summands(weight: Weight, reach: int, *, in_int16: bool | None = None) -> lis
     return found
 
 
+def _multiplications(codes: Tensor, window: Window | None, size: Sequence[int]) -> int:
+    """Of a call of two samples."""
+    stride = (1, 1) if window is None else window[0]
+    places = math.prod(size) // math.prod(stride)
+    return 2 * places * codes.numel()
+
+
 def _is_pointwise(codes: Tensor, window: Window) -> bool:
     """Whether a convolution is a linear layer of every pixel."""
     stride, padding, _ = window
@@ -81,7 +104,41 @@ def _packed(codes: Tensor, scale: Tensor, window: Window | None, size: Sequence[
     return operators.pack_convolution(codes.permute(0, 3, 1, 2).contiguous(), scale, window, size)
 
 
+class _Small:
+    """A small product, each sample with its own scale and shift in one pass."""
+
+    def __init__(self, parts: tuple[SmallProduct, ...]) -> None:
+        self._parts = parts
+
+    @property
+    def terms(self) -> int:
+        """How many products are added."""
+        return len(self._parts)
+
+    def __call__(self, codes: Tensor, scale: Tensor, epilogue: Epilogue, upsample: int = 1) -> Tensor:
+        """See `pack_product`."""
+        codes = codes if upsample == 1 else _enlarged(codes, upsample)
+        bias = epilogue.bias if epilogue.shift is None else _sum(epilogue.shift, epilogue.bias)
+        first, *others = self._parts
+        y = first(codes, scale, bias)
+        for part in others:
+            part(codes, scale, None, y)
+        return _finished(y, epilogue)
+
+
+def _sum(shift: Tensor, bias: Tensor | None) -> Tensor:
+    return shift.contiguous() if bias is None else shift + bias
+
+
+def _finished(y: Tensor, epilogue: Epilogue) -> Tensor:
+    if epilogue.residual is not None:
+        y.add_(epilogue.residual)
+    return functional.silu(y, inplace=True) if epilogue.silu else y
+
+
 class _Product:
+    """Packed weights in oneDNN's operators."""
+
     def __init__(self, parts: tuple[_Part, ...], window: Window | None) -> None:
         self._parts, self._window = parts, window
 
@@ -100,9 +157,7 @@ class _Product:
         else:
             y = self._sum(codes, 1.0, None)
             y = _per_sample(y, scale, bias)
-        if epilogue.residual is not None:
-            y.add_(epilogue.residual)
-        return functional.silu(y, inplace=True) if epilogue.silu else y
+        return _finished(y, epilogue)
 
     def _sum(self, codes: Tensor, factor: float, bias: Tensor | None) -> Tensor:
         first, *others = self._parts
@@ -124,7 +179,7 @@ def _bias(epilogue: Epilogue) -> Tensor | None:
         return epilogue.bias
     if len(shift) == 1 or torch.equal(shift[:1].expand_as(shift), shift):
         shift = shift[0]
-    return shift.contiguous() if epilogue.bias is None else shift + epilogue.bias
+    return _sum(shift, epilogue.bias)
 
 
 def _per_sample(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

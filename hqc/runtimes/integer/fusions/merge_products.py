@@ -50,8 +50,8 @@ class MergeProducts:
             scale=torch.cat([w.scale for w in weights]),
             high=torch.cat(highs) if highs else None,
         )
-        reach = max(layer.reach for layer in layers)
-        module = IntegerLinear(placed.kernels, wide, _biases(layers), silu=layers[0].silu, reach=reach)
+        reach, size = max(layer.reach for layer in layers), layers[0].size
+        module = IntegerLinear(placed.kernels, wide, _biases(layers), silu=layers[0].silu, reach=reach, size=size)
         *places, _ = nodes[0].meta["shape"]
         merged = placed.call(nodes[0], module, nodes[0].args, nodes[0])
         merged.meta["shape"] = (*places, len(wide.scale))

@@ -90,7 +90,7 @@ class GateInProduct:
         high = None if old.high is None else _paired(old.high)
         weight = replace(old, codes=_paired(old.codes), scale=_paired(old.scale), high=high)
         bias = None if layer.bias is None else _paired(layer.bias)
-        module = IntegerLinear(layer.kernels, weight, bias, silu=False, reach=layer.reach)
+        module = IntegerLinear(layer.kernels, weight, bias, silu=False, reach=layer.reach, size=layer.size)
         module.gate, module.quantised = gate.kind, gate.codes
         call = placed.call(node, module, product.args, node, inverse_scale=node.args[1])
         node.replace_all_uses_with(call)
