@@ -2,7 +2,7 @@
 
     CACHE/passes-KEY.so      key = sha256(sources, compiler and version, options, instruction sets)
 
-That takes a second or two. Without a compiler there is a reason instead of a library, and plain torch runs instead.
+That takes a few seconds. Without a compiler there is a reason instead of a library, and plain torch runs instead.
 """
 
 import ctypes
