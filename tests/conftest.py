@@ -33,6 +33,8 @@ SECONDS: Mapping[str, int] = {
     "export/test_export_tensorrt.py": 45,
     "test_cli_prompts.py": 35,
     "runtimes/test_runtimes_integer_graph.py": 33,
+    "runtimes/test_runtimes_cpu_session.py": 40,
+    "runtimes/test_runtimes_integer_cpu.py": 20,
     "capture/test_capture_ldm.py": 33,
     "kernels/test_kernels_compile.py": 28,
     "passes/test_pass_contracts.py": 27,
