@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def _serve(source: Source, policy: Policy, max_batch: int, announce: Connection)
     from hqc.serving.limits import Limits
     from hqc.serving.server import serve
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         os.setsid()  # Ctrl-C is for the one who measures
         served = source.opened()
@@ -99,3 +101,10 @@ def _serve(source: Source, policy: Policy, max_batch: int, announce: Connection)
     limits = Limits(max_batch=max_batch, max_queue=10_000, max_connections=10_000, request_s=86_400, shutdown_s=0)
     app = create_app([served], limits=limits, policy=policy)
     serve(app, port=0, limits=limits, announce=lambda url: announce.send(int(url.rpartition(":")[2])))
+
+
+def _end_with_parent() -> None:
+    """A measurement that was killed leaves no server behind."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
