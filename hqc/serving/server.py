@@ -1,6 +1,7 @@
 """Runs the application with uvicorn until a signal stops it."""
 
 import errno
+import math
 import signal
 import socket
 import threading
@@ -77,6 +78,9 @@ def build_server(app: "FastAPI", limits: Limits | None = None) -> "uvicorn.Serve
         log_level="warning",
         access_log=False,
         ws="none",
+        # Not uvicorn's 5 s, after which httpx, and with it OpenAI's client, drops a connection too: one that is sent to
+        # just then would be an error.
+        timeout_keep_alive=math.ceil(allowed.head_s),
         timeout_graceful_shutdown=round(allowed.shutdown_s + LINGER_S),
     )
 

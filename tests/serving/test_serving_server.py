@@ -9,10 +9,13 @@ import textwrap
 import urllib.request
 from pathlib import Path
 
+import httpx
 import pytest
+from fake_backend import FakeBackend
 
+from hqc.serving.app import Served, create_app
 from hqc.serving.errors import ServingError
-from hqc.serving.server import bind_socket
+from hqc.serving.server import bind_socket, build_server
 
 # A process that serves a stand-in application (no torch: it starts quickly) whose /slow takes half a second.
 PROGRAM = textwrap.dedent(
@@ -88,3 +91,11 @@ def test_signal_lets_the_running_request_finish(number: signal.Signals) -> None:
                 opener.open(f"http://{host}:{port}/", timeout=5)
         finally:
             process.kill()
+
+
+def test_connections_are_kept_for_longer_than_clients_keep_them() -> None:
+    """httpx drops an idle one after 5 s: a server that closes it at that moment fails the request that is under way."""
+    app = create_app([Served(FakeBackend(), "digits-test", "fake")])
+    kept = httpx.Limits().keepalive_expiry
+    assert kept is not None
+    assert build_server(app).config.timeout_keep_alive > kept
