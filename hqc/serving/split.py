@@ -11,7 +11,7 @@ class Split:
     """Runs calls of one denoiser, which may be called by several threads at once."""
 
     def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(thread_name_prefix="hqc-split")  # its threads begin when they are needed
 
     def __call__(
         self, run: Callable[..., Any], inputs: Mapping[str, Any], batched: Collection[str], rows: int, at_once: int
@@ -27,8 +27,6 @@ class Split:
         ]
         if len(parts) == 1:
             return [run(**parts[0])]
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(at_once - 1, "hqc-split")
         others = [self._pool.submit(run, **part) for part in parts[1:]]
         return [run(**parts[0]), *(other.result() for other in others)]
 

@@ -35,7 +35,7 @@ Begin = Callable[[], Steps]
 Denoise = Callable[[Sequence[Call], int], Sequence[Any]]
 """Outputs of several calls, each with its call's rows, made in as few calls of the denoiser as can be.
 
-The number says how many may run side by side: above 1 where there are fewer images than instances.
+The number says how many may run side by side: above 1 where there are fewer images than lanes.
 """
 
 
