@@ -130,11 +130,8 @@ def _builder(
 
     def build() -> "FastAPI":
         from hqc.serving.app import create_app
-        from hqc.serving.opening import divided, opened
+        from hqc.serving.opening import opened
 
-        lanes = threads = None
-        if runtime in (None, "onnxruntime"):
-            lanes, threads = divided("onnxruntime", cores=resources.cpus)
-        return create_app([opened(model, runtime, threads=threads, lanes=lanes)], limits=limits, rules=rules)
+        return create_app([opened(model, runtime, cores=resources.cpus)], limits=limits, rules=rules)
 
     return build

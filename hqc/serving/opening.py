@@ -27,23 +27,24 @@ def opened(
     *,
     threads: int | None = None,
     lanes: int | None = None,
+    cores: int | None = None,
     cache: StrPath | None = None,
 ) -> Served:
     """An exported pipeline, or an export, a program or `digits` in the pipeline around it; see `hqc.load`.
 
     threads: of one call of the denoiser. lanes: calls side by side; where neither is given, ONNX Runtime has two lanes,
-    and torch as many threads as a call of them.
+    and torch as many threads as a call of them. cores: that all of it may use; None is all that the process may.
 
     Raises:
         OptionError: for a cache of an exported pipeline, or several lanes of a runtime that takes one call at a time.
         HqcError: what cannot be opened, or not be asked for images.
     """
     if is_exported_pipeline(model):
-        lanes, threads = divided(RUNTIME, lanes, threads)
+        lanes, threads = divided(RUNTIME, lanes, threads, cores)
         if cache is not None:
             kept = f"{model} is an exported pipeline, which keeps nothing there"
             raise OptionError("--cache-dir", kept, "Leave it out.")
-        pipe = open_pipeline(model, runtime, threads)
+        pipe = open_pipeline(model, runtime, threads or cores)
         return Served(pipe, pipe.name, RUNTIME, lanes)
     from hqc.evaluation.needs import call_kind
     from hqc.runtimes import load
@@ -52,8 +53,8 @@ def opened(
 
     found = describe(model)
     call_kind(found.pipeline, found.conditions)  # before the weights are read
-    lanes, threads = divided(runtime or fitting_runtime(model), lanes, threads)
-    loaded = load(model, runtime=runtime, threads=threads, cache=cache)
+    lanes, threads = divided(runtime or fitting_runtime(model), lanes, threads, cores)
+    loaded = load(model, runtime=runtime, threads=threads or cores, cache=cache)
     if lanes > 1:
         import torch
 

@@ -87,6 +87,10 @@ def test_lanes_of_a_runtime_that_takes_one_call_at_a_time() -> None:
         opening.divided("torch-cuda", 2)
 
 
+def test_cores_of_a_model_that_takes_one_call_at_a_time() -> None:
+    assert opening.opened("digits", cores=2).lanes == 1
+
+
 def test_one_timestep_a_call_is_said(caplog: pytest.LogCaptureFixture, tmp_path: Any) -> None:
     import hqc
 
