@@ -39,8 +39,8 @@ __all__ = ["compare_recipes"]
     "--recipes",
     required=True,
     metavar="NAMES",
-    help="Comma-separated: names and .yaml files, with +hadamard to add the rotation or -hadamard to leave it out; "
-    "all: every known one and rtn+hadamard.",
+    help="Comma-separated: names and .yaml files, with +hadamard to add the rotation or -hadamard to leave it out, "
+    "and @plan.yaml for bits of single sites; all: every known one and rtn+hadamard.",
 )
 @click.option(
     "--seeds",
@@ -116,11 +116,12 @@ def compare_recipes(
     """
     from hqc import console as out
     from hqc.evaluation.comparison.budget import Budgets
-    from hqc.evaluation.comparison.entries import find_entries
+    from hqc.evaluation.comparison.entries import find_entries, require_widths
     from hqc.evaluation.comparison.run import compare_recipes as run
     from hqc.evaluation.workspace import Workspace
 
     entries, widths = find_entries(recipes), _widths(bits)
+    require_widths(entries, widths)
     budgets = Budgets(budget_qat, budget_ptq, own=own_budgets)
     _check_budgets(entries, budgets)
     outputs = _Outputs(output, html, chart)

@@ -178,6 +178,32 @@ def test_a_killed_training_goes_on_where_it_was(
     assert (plan["distil.seed"], plan["attach_lora.seed"]) == (3407, 5)
 
 
+def test_a_recipe_with_a_plan_is_a_row_at_the_bits_of_its_plan(made: SimpleNamespace, tmp_path: Path) -> None:
+    plan = tmp_path / "found.yaml"
+    plan.write_text("bits: w4a3\nrules:\n- {pattern: '*.attn1.*', bits: w8a8}\n", encoding="utf-8")
+    output, options = tmp_path / "table.md", ("--seeds", 1, "--bits", "w4a4,w4a3", "--json")
+    found = compare(made, output, f"{made.quick},{made.quick}@{plan}", *options)
+    assert found.exit_code == 0, found.stderr
+    rows = [(row["bits"], row["recipe"]) for row in json.loads(found.stdout)["rows"]]
+    assert sorted(rows) == [("w4a3", "quick"), ("w4a3", "quick@found"), ("w4a4", "quick")]
+    programs = [output.with_name("table.md.work") / f"w4a3-{name}-0.hqc" for name in ("quick", "quick@found")]
+    found_bits = [_bits_within(program, ".attn1.") for program in programs]
+    assert found_bits == [{(4, 3)}, {(8, 8)}]
+
+    plan.write_text("bits: w4a3\nrules:\n- {pattern: '*.attn1.*', bits: w6a6}\n", encoding="utf-8")
+    changed = compare(made, output, f"{made.quick}@{plan}", *options, "--bits", "w4a3")
+    assert made_stages(changed)[0] == "w4a3-quick@found-0.hqc"  # another plan is another cell
+    refused = compare(made, output, f"{made.quick}@{plan}", *options, "--bits", "w4a4")
+    assert refused.exit_code == 2
+    assert "says bits w4a3, and w4a4 is asked for" in refused.stderr
+
+
+def _bits_within(program: Path, part: str) -> set[tuple[int, int]]:
+    """Of all its sites whose name has that part."""
+    sites = [site for site in load_program(program).plan.sites if part in site.site]
+    return {(site.weight_bits, site.activation_bits) for site in sites}
+
+
 def test_a_cell_that_fails_is_a_row_and_the_others_go_on(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

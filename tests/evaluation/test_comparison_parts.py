@@ -15,7 +15,7 @@ from hqc.calibration import activations, site_rows
 from hqc.errors import ArtefactError, PlanError
 from hqc.evaluation.comparison.budget import Budgets, Scaled, default_budget, iterates, scaled
 from hqc.evaluation.comparison.cells import _seconds, seeded
-from hqc.evaluation.comparison.entries import find_entries
+from hqc.evaluation.comparison.entries import find_entries, require_widths
 from hqc.evaluation.comparison.images import Drawn, load_drawn, save_drawn
 from hqc.evaluation.comparison.notes import notes_of
 from hqc.evaluation.comparison.page import page
@@ -114,6 +114,50 @@ def test_two_recipes_of_one_name_are_refused(tmp_path: Path) -> None:
     file.write_text(recipe_yaml(RECIPES["rtn"].rotated(rotation("sylvester"))))
     with pytest.raises(PlanError, match="has the name of another"):
         find_entries(f"rtn,{file}")
+
+
+def plan_file(folder: Path, rules: str, bits: str = "") -> Path:
+    """A plan file in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "found.yaml"
+    file.write_text((f"bits: {bits}\n" if bits else "") + f"rules:\n- {rules}\n", encoding="utf-8")
+    return file
+
+
+def test_an_entry_with_a_plan(tmp_path: Path) -> None:
+    narrow = plan_file(tmp_path / "a", "{pattern: conv_in, bits: w6a8, rotation: regular 16}", "w4a3")
+    wide = plan_file(tmp_path / "b", "{pattern: conv_in, bits: w6a8}", "w4a4")
+    entries = find_entries(f"rtn,rtn@{narrow},rtn@{wide},rtn@{wide}")
+    assert [(entry.name, entry.slug, entry.plan.bits) for entry in entries] == [
+        ("rtn", "rtn", ""),
+        ("rtn@found", "rtn@found", "w4a3"),
+        ("rtn@found", "rtn@found", "w4a4"),
+    ]
+    assert entries[1].recipe.rotates  # the plan's rules ask for it
+    assert not entries[2].recipe.rotates
+    assert [[entry.fits(bits) for bits in ("w4a4", "w4a3")] for entry in entries] == [[1, 1], [0, 1], [1, 0]]
+    require_widths(entries, ("w4a3", "w4a4"))
+    with pytest.raises(PlanError, match=r"found\.yaml: says bits w4a4, and w4a3 is asked for"):
+        require_widths(entries, ("w4a3",))
+
+
+def test_two_plans_of_one_row_are_refused(tmp_path: Path) -> None:
+    one = plan_file(tmp_path / "a", "{pattern: conv_in, bits: w6a8}", "w4a4")
+    other = plan_file(tmp_path / "b", "{pattern: conv_in, bits: w8a8}")
+    with pytest.raises(PlanError, match="has the name of another"):
+        find_entries(f"rtn@{one},rtn@{other}")
+
+
+@pytest.mark.parametrize("text", ["rtn@", "@plan.yaml"])
+def test_a_plan_without_recipe_or_file_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="is no recipe with a plan"):
+        find_entries(text)
+
+
+def test_a_recipe_file_may_have_the_sign_in_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "a@b.yaml"
+    file.write_text(recipe_yaml(replace(RECIPES["rtn"], name="mine")))
+    assert [entry.name for entry in find_entries(str(file))] == ["mine"]
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
@@ -296,7 +340,7 @@ def test_an_export_that_is_refused_says_why() -> None:
 
 
 def test_the_notes_name_protocol_budgets_and_factors() -> None:
-    found = {"hq-dm": Scaled(RECIPES["hq-dm"], 39040.0, 1.0), "rtn": Scaled(RECIPES["rtn"], 640.0, None)}
+    found = [("hq-dm", Scaled(RECIPES["hq-dm"], 39040.0, 1.0)), ("rtn", Scaled(RECIPES["rtn"], 640.0, None))]
     text = " ".join(notes_of(protocol(why_unscored="no classifier"), 2, "noise", Budgets(39040.0, None, True), found))
     assert "DDIMScheduler, 2 steps, η 0, guidance 1.5; 3 images, seeds 0–2, 1000–1002" in text
     assert "Budget of qat: 39 040, what hq-dm costs on this program. hq-dm: 1.00 × its iterations." in text

@@ -4,7 +4,7 @@ One evaluation is the denoiser run on one sample, a backward pass two. Recipes t
 budget, those that do not (`ptq`) only where that is asked for; by iterations alone, never by batches or rates.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from hqc.program import Program
 from hqc.recipes import RECIPES, Recipe
 from hqc.recipes.run import Request, is_procedure, planned
 from hqc.sampling import Task, Work
+from hqc.site_rules import SiteRule
 
 __all__ = ["Budgets", "Scaled", "default_budget", "iterates", "scaled"]
 
@@ -53,13 +54,17 @@ def default_budget(program: Program, task: Task, bits: str) -> float:
     return sum(_costs(program, RECIPES["hq-dm"], task, bits))
 
 
-def scaled(program: Program, recipe: Recipe, task: Task, bits: str, budget: float | None) -> Scaled:
+def scaled(
+    program: Program, recipe: Recipe, task: Task, bits: str, budget: float | None, rules: Sequence[SiteRule] = ()
+) -> Scaled:
     """The recipe with as many iterations as the budget has room for; as it is without one, or without iterations.
+
+    rules: of a plan.
 
     Raises:
         PlanError: if the budget does not pay for what comes before the first iteration.
     """
-    fixed, own = _costs(program, recipe, task, bits)
+    fixed, own = _costs(program, recipe, task, bits, rules)
     if budget is None or not iterates(recipe):
         return Scaled(recipe, fixed + own, 1.0 if iterates(recipe) else None)
     if budget <= fixed:
@@ -70,14 +75,17 @@ def scaled(program: Program, recipe: Recipe, task: Task, bits: str, budget: floa
         )
     work = Work(program, task, recipe.sampler)
     changed = replace(recipe, steps=tuple(_scaled(step, work, (budget - fixed) / own) for step in recipe.steps))
-    cost = sum(_costs(program, changed, task, bits))
+    cost = sum(_costs(program, changed, task, bits, rules))
     return Scaled(changed, cost, (cost - fixed) / own)
 
 
-def _costs(program: Program, recipe: Recipe, task: Task, bits: str) -> tuple[float, float]:
+def _costs(
+    program: Program, recipe: Recipe, task: Task, bits: str, rules: Sequence[SiteRule] = ()
+) -> tuple[float, float]:
     """Evaluations of the steps without iterations, and of those with."""
     work = Work(program, task, recipe.sampler)
-    request = Request(bits, timesteps=work.sampled.timesteps(recipe.sampler.num_inference_steps))
+    timesteps = work.sampled.timesteps(recipe.sampler.num_inference_steps)
+    request = Request(bits, timesteps=timesteps, rules=tuple(rules))
     ready = planned(program, recipe, request, calibrated=False)
     costs: Mapping[bool, list[float]] = {False: [], True: []}
     for step in recipe.steps:

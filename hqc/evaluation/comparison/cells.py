@@ -22,6 +22,7 @@ from hqc.claims import remove_tree
 from hqc.errors import ArtefactError, ExportError
 from hqc.evaluation.bench.run import Timing, median_milliseconds
 from hqc.evaluation.comparison.budget import Scaled
+from hqc.evaluation.comparison.entries import Entry
 from hqc.evaluation.comparison.images import IMAGES_KIND, Drawn, load_drawn, save_drawn
 from hqc.evaluation.comparison.size import true_bytes
 from hqc.evaluation.comparison.subject import FOLLOWED, Protocol, Subject, source_files
@@ -37,6 +38,7 @@ from hqc.program import PassRecord, Program
 from hqc.recipes import Recipe
 from hqc.recipes.work_folder import Run
 from hqc.sampling import Update
+from hqc.site_rules import rule_to_data
 from hqc.stages import Stage, doing
 from hqc.steps import flat_options, step_text
 from hqc.storage import atomic_folder, check_manifest, load_program, save_program, write_manifest
@@ -53,16 +55,20 @@ RUNS, WARM_UP = 10, 3
 class Cell:
     """A recipe as it is run, at some bits. seed: of calibration and training, and which images are drawn."""
 
-    name: str
-    slug: str
+    entry: Entry
     scaled: Scaled
     bits: str
     seed: int
 
     @property
+    def name(self) -> str:
+        """Its recipe's in the table."""
+        return self.entry.name
+
+    @property
     def stem(self) -> str:
         """How its artefacts' names begin."""
-        return f"{self.bits}-{self.slug}-{self.seed}"
+        return f"{self.bits}-{self.entry.slug}-{self.seed}"
 
     @property
     def recipe(self) -> Recipe:
@@ -113,7 +119,7 @@ class Maker:
 
     def _quantised(self, cell: Cell) -> Path:
         recipe = cell.recipe
-        depends = {
+        depends: dict[str, Any] = {
             "program": self.source,
             "recipe": recipe.name,
             "steps": flat_options(recipe.steps),
@@ -123,6 +129,8 @@ class Maker:
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }
+        if cell.entry.plan.rules:  # without one the key is what it was before there were plans
+            depends["rules"] = [rule_to_data(rule) for rule in cell.entry.plan.rules]
         name = f"{cell.stem}.hqc"
         work = self.space.folder / TRAINING / f"{cell.stem}-{fingerprint(name, depends)[:12]}"
         return self.space.make(name, PROGRAM_KIND, depends, lambda target: self._quantise(cell, recipe, work, target))
@@ -155,6 +163,7 @@ class Maker:
                 recipe,
                 cell.bits,
                 task=subject.task,
+                plan=cell.entry.plan,
                 work_dir=work,
                 resume=resume,
                 restart=restart,

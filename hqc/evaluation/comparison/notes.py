@@ -1,6 +1,6 @@
 """The lines under the table: how images were drawn, what was scaled, on which machine."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 
@@ -14,7 +14,7 @@ __all__ = ["notes_of"]
 
 
 def notes_of(
-    protocol: Protocol, seeds: int, drawn_from: str, budgets: Budgets, found: Mapping[str, Scaled | HqcError]
+    protocol: Protocol, seeds: int, drawn_from: str, budgets: Budgets, found: Sequence[tuple[str, Scaled | HqcError]]
 ) -> tuple[str, ...]:
     """All of them. drawn_from: what was calibrated and trained on. found: every recipe as its budget has it."""
     by = "FID to float" if protocol.scored else "PSNR"
@@ -44,7 +44,7 @@ def _protocol_lines(protocol: Protocol, seeds: int) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _budget_lines(budgets: Budgets, found: Mapping[str, Scaled | HqcError]) -> tuple[str, ...]:
+def _budget_lines(budgets: Budgets, found: Sequence[tuple[str, Scaled | HqcError]]) -> tuple[str, ...]:
     """An evaluation is the denoiser on one sample; backward counts two."""
     lines = ["Evaluations are of the denoiser on one sample, backward counts two."]
     if budgets.qat is not None:
@@ -52,11 +52,11 @@ def _budget_lines(budgets: Budgets, found: Mapping[str, Scaled | HqcError]) -> t
         lines.append(f"Budget of qat: {_thousands(budgets.qat)}{why}.")
     if budgets.ptq is not None:
         lines.append(f"Budget of ptq: {_thousands(budgets.ptq)}.")
-    factors = [
+    factors = dict.fromkeys(
         f"{name}: {one.factor:.2f} × its iterations"
-        for name, one in found.items()
+        for name, one in found
         if isinstance(one, Scaled) and one.factor is not None
-    ]
+    )
     return (" ".join([*lines, f"{'; '.join(factors)}." if factors else "No recipe is scaled."]),)
 
 

@@ -38,16 +38,17 @@ def compare_recipes(
         HqcError: only what keeps every cell from being made.
     """
     budgets = _budgets(subject, entries, bits[0], budgets or Budgets())
-    found = {entry.name: _scaled(subject, entry, bits[0], budgets) for entry in entries}
-    notes = notes_of(protocol, seeds, subject.task.drawn_from, budgets, found)
+    found = [(entry, _scaled(subject, entry, entry.plan.bits or bits[0], budgets)) for entry in entries]
+    notes = notes_of(protocol, seeds, subject.task.drawn_from, budgets, [(entry.name, one) for entry, one in found])
     by = FID if protocol.scored else PSNR
     empty = Comparison(subject.path.name, (), seeds, by, subject.program.size_bytes(), notes, _data(protocol, budgets))
     maker, rows = Maker(subject, protocol, space), dict[tuple[str, str], Row]()
-    cells = [(entry, width, seed) for seed in range(seeds) for width in bits for entry in entries]
+    pairs = [(width, entry, one) for width in bits for entry, one in found if entry.fits(width)]
+    cells = [(seed, *pair) for seed in range(seeds) for pair in pairs]
     comparison = empty
-    for done, (entry, width, seed) in enumerate(cells, 1):
+    for done, (seed, width, entry, one) in enumerate(cells, 1):
         row = rows.get((entry.name, width), Row(entry.name, entry.recipe.kind, width))
-        rows[entry.name, width] = _with_cell(row, maker, entry, found[entry.name], seed)
+        rows[entry.name, width] = _with_cell(row, maker, entry, one, seed)
         comparison = replace(empty, rows=ranked(list(rows.values()), by))
         on_cell(comparison, done, len(cells))
     return comparison
@@ -63,7 +64,9 @@ def _budgets(subject: Subject, entries: Sequence[Entry], bits: str, asked: Budge
 def _scaled(subject: Subject, entry: Entry, bits: str, budgets: Budgets) -> Scaled | HqcError:
     """A recipe as its budget has it, or why it has none."""
     try:
-        return scaled(subject.program, entry.recipe, subject.task, bits, budgets.of(entry.recipe.kind))
+        return scaled(
+            subject.program, entry.recipe, subject.task, bits, budgets.of(entry.recipe.kind), entry.plan.rules
+        )
     except HqcError as error:
         return error
 
@@ -73,7 +76,7 @@ def _with_cell(row: Row, maker: Maker, entry: Entry, found: Scaled | HqcError, s
     if isinstance(found, HqcError):
         return replace(row, errors={**row.errors, seed: found.line})
     try:
-        figures = maker.figures(Cell(entry.name, entry.slug, found, row.bits, seed))
+        figures = maker.figures(Cell(entry, found, row.bits, seed))
     except HqcError as error:
         return replace(row, errors={**row.errors, seed: error.line})
     return replace(row, figures={**row.figures, seed: figures})
