@@ -1,5 +1,6 @@
 """Documentation that can be wrong: the command reference, every relative link, and the commands of the README."""
 
+import importlib
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 
 import hqc
 from hqc.cli import main
+from hqc.evaluation.comparison.table import markdown
 from hqc.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +49,16 @@ def test_the_table_of_kernels_is_what_was_measured() -> None:
     shown = [line for line in readme.splitlines() if re.match(r"\| (GEMM|conv|rotate|group norm)", line)]
     assert len(shown) >= 5
     assert set(shown) <= set(wanted.splitlines())
+
+
+def test_the_tables_of_the_field_are_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python scripts/field_table.py` writes them from the figures of every cell."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    field = importlib.import_module("field_table")
+    found = field.read(ROOT / "docs" / "measurements" / "digits-field.json")
+    wanted = (ROOT / "docs" / "measurements" / "digits-field.md").read_text(encoding="utf-8")
+    assert markdown(found) == wanted
+    assert field.short(found) in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 
 # ---- links ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from hqc.evaluation.comparison.images import Drawn, load_drawn, save_drawn
 from hqc.evaluation.comparison.notes import notes_of
 from hqc.evaluation.comparison.page import page
 from hqc.evaluation.comparison.record import Record
-from hqc.evaluation.comparison.rows import FID, PSNR, Comparison, Row, ranked
+from hqc.evaluation.comparison.rows import FID, PSNR, Comparison, Row, merged, ranked
 from hqc.evaluation.comparison.size import true_bytes, weight_bytes
 from hqc.evaluation.comparison.subject import Protocol
 from hqc.evaluation.comparison.table import markdown
@@ -332,6 +332,21 @@ def test_the_table() -> None:
     assert (second["evaluations"], second["export error"], second["seconds"]) == ("640", "2.0e-07", "3")
     assert lines[-2:] == ["- c w4a4, seed 1 failed: it broke", "- Protocol: x."]
     assert "IS" not in head  # nobody has one
+
+
+def test_cells_of_two_machines_are_put_together() -> None:
+    first = comparison([row("a", [1.0, None]), row("b", [1.5])], data={"protocol": {"images": 3}})
+    more = comparison([row("a", [1.0, 3.0]), row("b", [9.0], "w4a3")], data={"protocol": {"images": 3}})
+    found = merged(first, more)
+    assert [(one.bits, one.name, one.rank, list(one.figures)) for one in found.rows] == [
+        ("w4a4", "b", 1, [0]),
+        ("w4a4", "a", 1, [0, 1]),  # 2 ± 1.4
+        ("w4a3", "b", 1, [0]),
+    ]
+    assert not found.failed  # what failed there was made here
+    assert Comparison.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    with pytest.raises(ArtefactError, match="differ in protocol"):
+        merged(first, comparison([], data={"protocol": {"images": 4}}))
 
 
 def test_an_export_that_is_refused_says_why() -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["Comparison", "Mean", "Row", "mean_of", "ranked"]
+from hqc.errors import ArtefactError
+
+__all__ = ["Comparison", "Mean", "Row", "mean_of", "merged", "ranked"]
 
 FID, PSNR = "fid_reference", "psnr_db"
 
@@ -73,6 +75,12 @@ class Row:
             "errors": {str(seed): error for seed, error in self.errors.items()},
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Row":
+        """What `to_dict` gave."""
+        figures, errors = ({int(seed): one for seed, one in data[key].items()} for key in ("cells", "errors"))
+        return cls(data["recipe"], data["kind"], data["bits"], figures, errors, data["rank"])
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -97,7 +105,39 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """As JSON data."""
         rows = [row.to_dict() for row in self.rows]
-        return {"program": self.program, "seeds": self.seeds, "ranked_by": self.ranked_by, **self.data, "rows": rows}
+        made = {"float_bytes": self.float_bytes, "notes": list(self.notes), **self.data}
+        return {"program": self.program, "seeds": self.seeds, "ranked_by": self.ranked_by, **made, "rows": rows}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Comparison":
+        """What `to_dict` gave."""
+        own = ("program", "seeds", "ranked_by", "float_bytes", "notes", "rows")
+        rows = tuple(map(Row.from_dict, data["rows"]))
+        more = {key: value for key, value in data.items() if key not in own}
+        seeds, by, float_bytes = (data[key] for key in own[1:4])
+        return cls(data["program"], rows, seeds, by, float_bytes, tuple(data["notes"]), more)
+
+
+def merged(first: Comparison, other: Comparison) -> Comparison:
+    """Cells of two runs of one protocol, as of two machines, in one; of a cell in both, the other's.
+
+    Raises:
+        ArtefactError: if program, protocol or budgets differ.
+    """
+    for name, one, two in [
+        ("program", first.program, other.program),
+        *((key, first.data.get(key), other.data.get(key)) for key in ("protocol", "budgets")),
+    ]:
+        if one != two:
+            raise ArtefactError("the comparisons", f"differ in {name}: {one} and {two}", "Merge those of one kind.")
+    rows = {(row.bits, row.name): row for row in first.rows}
+    for row in other.rows:
+        known = rows.get((row.bits, row.name), row)
+        errors = {seed: error for seed, error in known.errors.items() if seed not in row.figures}
+        found = {**known.figures, **row.figures}
+        rows[row.bits, row.name] = replace(row, figures=found, errors={**errors, **row.errors})
+    seeds = max(first.seeds, other.seeds)
+    return replace(first, rows=ranked(list(rows.values()), first.ranked_by), seeds=seeds)
 
 
 def ranked(rows: Sequence[Row], key: str) -> tuple[Row, ...]:
