@@ -30,7 +30,7 @@ from hqc.steps import check_options, step_name
 from hqc.training.groups import Group, trainable
 from hqc.training.losses import GuidedNoise, Loss, Seen
 from hqc.training.queue import Queues
-from hqc.training.shares import shared, state_rows
+from hqc.training.shares import shared, state_rows, whole_batch
 from hqc.training.step_weights import step_weights
 from hqc.training.student import Student
 from hqc.training.taps import Before, Tapped, taps_of
@@ -105,12 +105,9 @@ class Distil:
 
         Raises:
             MemoryShortError: if that does not fit. PlanError: for a loss of a block that there is not.
-            TrainingError: for a batch or losses that cannot be shared among processes.
+            TrainingError: for a batch that cannot be shared among processes.
         """
         work.processes.rows(self.batch_size)
-        if work.processes.count > 1 and (ordered := [loss for loss in self.losses if loss.in_order]):
-            found = f"sees neighbouring steps of whole batches, and {work.processes.count} processes have shares"
-            raise TrainingError(f"loss {step_name(type(ordered[0]))}", found, "Train in one process.")
         if not self.optional:
             taps_of(self.losses, work.teacher)
         here = self.batch_size // work.processes.count * work.processes.here
@@ -147,7 +144,7 @@ class Distil:
             student.restore(work.checkpoint)
             first = work.checkpoint.step
             epochs.restore(work.checkpoint)
-            before.restore(work.checkpoint)
+            before.restore(work.checkpoint, processes)
             queues.restore(work.checkpoint)
         held_out = self._held_out(work, teacher)
         began, inputs = time.perf_counter(), work.teacher.inputs
@@ -169,7 +166,8 @@ class Distil:
                 found_loss = f"the loss is {update.loss}"
                 raise TrainingError(f"training step {update.step}", found_loss, "Lower --lr-lora or the bits' risk.")
             before.add(seen.taps, teacher.values)
-            queues.add(teacher.values, place)
+            if queues:
+                queues.add(whole_batch(teacher.values, processes, work.halves()), place)
             student.learn(loss, self._factor(state.step, total))
             done = state.step + 1
             if work.on_update is not None:
@@ -177,7 +175,8 @@ class Distil:
             if held_out is not None and work.on_validation is not None and done % self.validate_every == 0:
                 work.on_validation(held_out.measure(student.denoise, done))
             if work.on_checkpoint is not None and done % self.checkpoint_every == 0 and done < total:
-                work.on_checkpoint(student.snapshot(done, {**epochs.kept, **before.snapshot(), **queues.snapshot()}))
+                kept = {**epochs.kept, **before.snapshot(processes), **queues.snapshot()}
+                work.on_checkpoint(student.snapshot(done, kept))
             began = time.perf_counter()
         return self.closed(student.result(), program)
 

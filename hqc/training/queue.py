@@ -14,12 +14,19 @@ _PIXELS, _STEPS = "queue/pixels/", "queue/steps/"
 
 
 class Queues:
-    """One queue, first in, first out, for every block that a loss asks for; it outlives trajectories."""
+    """One queue, first in, first out, for every block that a loss asks for; it outlives trajectories.
+
+    Where several processes train together each has the whole one.
+    """
 
     def __init__(self, losses: Sequence[Loss]) -> None:
         self._losses = [loss for loss in losses if isinstance(loss, QueueRelation)]
         self._pixels: dict[str, Tensor] = {}  # [M, C], the oldest first
         self._steps: dict[str, Tensor] = {}  # [M]
+
+    def __bool__(self) -> bool:
+        """Whether a loss has one."""
+        return bool(self._losses)
 
     def near(self, step: int) -> Values:
         """By the losses' names the pixels of steps that are near enough to one of a trajectory."""

@@ -1,8 +1,9 @@
 """A batch in shares: every process runs the denoiser on its own rows, and all know what it gave for the whole batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from hqc.processes import Processes
@@ -11,7 +12,7 @@ from hqc.sampling.sources import conditions_of
 from hqc.sampling.task import Condition, Denoise
 from hqc.training.trajectories import State
 
-__all__ = ["shared", "state_rows"]
+__all__ = ["shared", "state_rows", "whole_batch"]
 
 
 def shared(denoise: Denoise, processes: Processes, inputs: Sequence[InputSpec]) -> Denoise:
@@ -45,6 +46,19 @@ def state_rows(state: State, processes: Processes, inputs: Sequence[InputSpec]) 
         time_input=time_input,
         times=state.times[rows],
     )
+
+
+def whole_batch(values: Mapping[str, Tensor], processes: Processes, halves: int) -> dict[str, Tensor]:
+    """What nodes gave for the whole batch [halves·N, …], half by half, from what they gave for each process's rows."""
+    if processes.count == 1:
+        return dict(values)
+    return {name: _regrouped(processes.gathered(value), processes.count, halves) for name, value in values.items()}
+
+
+def _regrouped(parts: Tensor, count: int, halves: int) -> Tensor:
+    """Rows by process, within each by half -> by half, within each by process."""
+    by_process = torch.chunk(parts, count)
+    return torch.cat([torch.chunk(part, halves)[half] for half in range(halves) for part in by_process])
 
 
 def _rows(condition: Condition | None, rows: slice, batched: Sequence[bool]) -> Condition | None:

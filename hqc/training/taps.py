@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from hqc.checkpoint import Checkpoint
+from hqc.processes import ALONE, Processes
 from hqc.program import Program
 from hqc.sampling.task import denoiser
 from hqc.training.losses import Loss, Values
@@ -72,16 +73,17 @@ class Before:
             detached = tuple({name: value.detach() for name, value in one.items()} for one in (student, teacher))
             self._kept = [*self._kept, (detached[0], detached[1])][-self._count :]
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
+    def snapshot(self, processes: Processes = ALONE) -> dict[str, Tensor]:
+        """For a checkpoint: the rows of all processes, one process after the other."""
         found = {_EPOCH: torch.tensor(self._epoch)} if self._count else {}
         for place, pair in enumerate(self._kept):
             for who, values in zip(("student", "teacher"), pair, strict=True):
-                found |= {f"{_OWN}{place}/{who}/{name}": value.clone() for name, value in values.items()}
+                own = ((name, processes.gathered(value).clone()) for name, value in values.items())
+                found |= {f"{_OWN}{place}/{who}/{name}": value for name, value in own}
         return found
 
-    def restore(self, saved: Checkpoint) -> None:
-        """Takes them from a checkpoint."""
+    def restore(self, saved: Checkpoint, processes: Processes = ALONE) -> None:
+        """Takes this process's rows from a checkpoint of as many processes."""
         if _EPOCH not in saved.tensors:
             return
         self._epoch = int(saved.tensors[_EPOCH])
@@ -89,5 +91,6 @@ class Before:
         for name, value in sorted(saved.tensors.items()):
             if name.startswith(_OWN) and name != _EPOCH:
                 place, who, own = name.removeprefix(_OWN).split("/", 2)
-                places.setdefault(int(place), ({}, {}))[who == "teacher"][own] = value
+                rows = torch.chunk(value, processes.count)[processes.rank]
+                places.setdefault(int(place), ({}, {}))[who == "teacher"][own] = rows
         self._kept = [places[place] for place in sorted(places)]

@@ -6,6 +6,7 @@ Arguments: program, output of the command, work folder, a port for each joining.
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import hqc
 from hqc.api import finish_run
 from hqc.cli import main
 from hqc.processes import ALONE, Processes, joined
+from hqc.recipes import RECIPES, Recipe
 from hqc.storage import save_program
+from hqc.training import GuidedNoise, QueueRelation, TemporalRelation
 
 QUICK = "--n-steps 3 --calib-size 1 --steps 2 --batch-size 4 --recipe hq-dm --set attach_lora.rank=2"
 SETTINGS: dict[str, Any] = {
@@ -32,6 +35,26 @@ SETTINGS: dict[str, Any] = {
     "calibrate_weights.candidates": 10,
     "attach_lora.rank": 2,
 }
+RELATED = {
+    **{key: value for key, value in SETTINGS.items() if key.partition(".")[0] in ("sampler", "attach_lora")},
+    "distil.updates": 5,
+    "distil.batch_size": 4,
+    "distil.checkpoint_every": 2,
+    "smooth.samples": 1,
+    "mix_channel_bits.samples": 1,
+    "calibrate_activations.samples": 1,
+    "calibrate_activations.candidates": 10,
+}
+"""For `mpq-dm`, of which the fourth update is the first of a second trajectory."""
+
+
+def related() -> Recipe:
+    """`mpq-dm` with a queue besides: losses that see neighbouring steps."""
+    recipe = RECIPES["mpq-dm"]
+    distil = recipe.step("distil")
+    losses = (GuidedNoise(), TemporalRelation(window=3), QueueRelation(queue=64, within=1, pixels=24))
+    steps = tuple(replace(step, losses=losses) if step is distil else step for step in recipe.steps)
+    return replace(recipe, steps=steps)
 
 
 class Cut(Exception):
@@ -39,7 +62,13 @@ class Cut(Exception):
 
 
 def trained(
-    program: hqc.Program, work: Path | None = None, processes: Processes = ALONE, *, cut_after: int = 0
+    program: hqc.Program,
+    work: Path | None = None,
+    processes: Processes = ALONE,
+    *,
+    cut_after: int = 0,
+    recipe: str | Recipe = "hq-dm",
+    settings: dict[str, Any] = SETTINGS,
 ) -> hqc.Program:
     """In this process's share; resumed after it was cut."""
 
@@ -47,10 +76,10 @@ def trained(
         if update.step == cut_after:
             raise Cut
 
-    options = {"work_dir": work, "processes": processes, "settings": SETTINGS}
+    options = {"work_dir": work, "processes": processes, "settings": settings}
     with contextlib.suppress(Cut):
-        return hqc.qat(program, "hq-dm", "w4a4", on_update=hear, **options)
-    return hqc.qat(program, "hq-dm", "w4a4", resume=True, **options)
+        return hqc.qat(program, recipe, "w4a4", on_update=hear, **options)
+    return hqc.qat(program, recipe, "w4a4", resume=True, **options)
 
 
 def by_command(program: Path, output: Path, ports: list[str]) -> None:
@@ -67,7 +96,9 @@ if __name__ == "__main__":
     by_command(program, output, sys.argv[4:6])
     os.environ["MASTER_PORT"] = sys.argv[6]
     with joined() as processes:
-        result = trained(hqc.load_program(program), work, processes, cut_after=3)
-        if processes.first:
-            save_program(result, work.with_suffix(".hqc"))
-            finish_run(work)
+        captured = hqc.load_program(program)
+        for folder, more in ((work, {}), (work.with_name("related"), {"recipe": related(), "settings": RELATED})):
+            result = trained(captured, folder, processes, cut_after=3, **more)
+            if processes.first:
+                save_program(result, folder.with_suffix(".hqc"))
+                finish_run(folder)

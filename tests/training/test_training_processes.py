@@ -16,9 +16,9 @@ from tiny_pipeline import saved_pipeline, traced_pipeline
 
 from hqc.errors import TrainingError
 from hqc.processes import ALONE, Processes, is_first, joined
-from hqc.program import InputSpec
+from hqc.program import InputSpec, Program
 from hqc.storage import load_program, save_program
-from hqc.training.shares import shared, state_rows
+from hqc.training.shares import shared, state_rows, whole_batch
 from hqc.training.trajectories import State
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", "MASTER_PORT", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
@@ -59,20 +59,26 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     refusal = "hqc: --batch-size 3: is not divided by 2 processes. Give a multiple of 2, for example 2.\n"
     assert said[0][1] == refusal
 
-    alone = process_of_two.trained(load_program(program))
-    together = load_program(tmp_path / "work.hqc")
-    trained = [name for name in alone.state if name.endswith(("lora_a", "lora_b", "activation_scale_table"))]
-    assert trained
-    for name in trained:
-        error = float((together.state[name] - alone.state[name]).norm() / alone.state[name].norm())
-        assert error <= 1e-5, name  # sums in another order
+    captured = load_program(program)
+    related = {"recipe": process_of_two.related(), "settings": process_of_two.RELATED}
+    for name, more in (("work", {}), ("related", related)):
+        require_same_training(process_of_two.trained(captured, **more), load_program(tmp_path / f"{name}.hqc"))
     log = [json.loads(line) for line in (tmp_path / "work" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
     assert not (tmp_path / "two.hqc.odd").exists()
     assert load_program(tmp_path / "two.hqc").plan.training["processes"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("captured.hqc", "two.hqc", "two.hqc.training", "work", "work.hqc")
+        *("captured.hqc", "related", "related.hqc", "two.hqc", "two.hqc.training", "work", "work.hqc")
     ]
+
+
+def require_same_training(alone: Program, together: Program) -> None:
+    """What one process learns and what two do differs by the order of sums."""
+    trained = [name for name in alone.state if name.endswith(("lora_a", "lora_b", "activation_scale_table"))]
+    assert trained
+    for name in trained:
+        error = float((together.state[name] - alone.state[name]).norm() / alone.state[name].norm())
+        assert error <= 1e-5, name
 
 
 def test_shares_are_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,15 +154,24 @@ def test_alone_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_first()
 
 
-def test_losses_of_neighbouring_steps_are_refused(captured) -> None:
+def test_a_batch_that_processes_do_not_divide_is_refused(captured) -> None:
     from hqc.sampling import Work, synthetic_task
     from hqc.training import Distil, Group
-    from hqc.training.losses import TemporalRelation
 
     program = captured("unconditional")
-    step = Distil(losses=(TemporalRelation(),), groups=(Group("*", rate=1e-3),), batch_size=4)
+    step = Distil(groups=(Group("*", rate=1e-3),), batch_size=3)
     work = Work(program, synthetic_task(program), processes=Processes(0, 2))
-    with pytest.raises(TrainingError, match="loss temporal_relation: sees neighbouring steps of whole batches"):
-        step.check(program, work)
     with pytest.raises(TrainingError, match="--batch-size 3: is not divided by 2 processes"):
-        replace(step, batch_size=3).check(program, work)
+        step.check(program, work)
+
+
+def test_the_whole_batch_of_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both halves of guidance as one process has them."""
+    whole = {"block": torch.randn(2 * 6, 3)}  # six samples, two halves
+    halves = whole["block"].chunk(2)
+    shares = [torch.cat([half[2 * rank : 2 * rank + 2] for half in halves]) for rank in range(3)]
+    monkeypatch.setattr(Processes, "gathered", lambda self, own: torch.cat(shares))
+    for rank in range(3):
+        found = whole_batch({"block": shares[rank]}, Processes(rank, 3), 2)
+        assert torch.equal(found["block"], whole["block"])
+    assert whole_batch(whole, ALONE, 2) == whole
