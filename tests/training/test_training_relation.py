@@ -170,7 +170,7 @@ def test_what_was_before_ends_where_a_trajectory_begins() -> None:
         student, teacher = before.begin(epoch)
         seen.append([int(one["x"]) for one in student])
         assert [int(one["x"]) for one in teacher] == [-n for n in seen[-1]]
-        before.add({"x": torch.tensor(number)}, {"x": torch.tensor(-number)})
+        before.add({"x": torch.tensor([number])}, {"x": torch.tensor([-number])})
         copy = Before(losses)
         copy.restore(Checkpoint(1, before.snapshot()))
         assert copy.begin(epoch) == before.begin(epoch)
