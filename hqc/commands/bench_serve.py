@@ -77,7 +77,7 @@ def bench_serve(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Measure `hqc serve` of MODEL on this machine: continuous, static and one-at-a-time batching.
+    """Measure `hqc serve` of MODEL on this machine: adaptive, continuous, static and one-at-a-time batching.
 
     Images a second when saturated, and latencies under Poisson arrivals at shares of what one at a time can do. The
     server is a process of its own on a free port of the loopback interface. MODEL: whatever `hqc serve` takes, or

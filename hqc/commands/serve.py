@@ -19,6 +19,7 @@ __all__ = ["api_key", "api_key_option", "hosts", "serve"]
 
 KEY_VARIABLE = "HQC_API_KEY"
 _LONGEST_KEY_FILE = 4096
+_AS_MANY = "as many as pay, by what its first steps cost (hqc_batch_limit in /metrics)."
 
 
 api_key_option = click.option(
@@ -58,10 +59,11 @@ lanes_option = click.option(
 @click.option("--max-queue", type=click.IntRange(0, 10_000), default=64, show_default=True, help="Requests that wait.")
 @click.option(
     "--batching",
-    type=click.Choice(["continuous", "static", "single"]),
-    default="continuous",
+    type=click.Choice(["adaptive", "continuous", "static", "single"]),
+    default="adaptive",
     show_default=True,
-    help="When a waiting image joins: at any step, once all others have ended, or alone.",
+    help="When a waiting image joins: at any step while sharing pays, at any step, once all others have ended, or "
+    "alone.",
 )
 @click.option(
     "--request-timeout", type=click.FloatRange(1, 86_400), default=600.0, show_default=True, help="Seconds a request."
@@ -125,6 +127,8 @@ def serve(
         request_s=request_timeout,
         shutdown_s=shutdown_grace,
     )
+    if batching == "adaptive":
+        click.echo(f"Up to {max_batch} images share calls of the denoiser: {_AS_MANY}", err=True)
     app = create_app(served, limits=limits, rules=rules, policy=batching, cors_origins=cors_origin)
     run(app, host=host, port=port, limits=limits)
 

@@ -206,7 +206,7 @@ class LitePipeline:
             x, before = scheduler.step(output, i, x, drawn, before)
             if drawing.see is not None and i + 1 in previews:
                 drawing.see(previews.index(i + 1), (yield from self._pixels(before)))
-        return (yield from self._pixels(x))
+        return (yield from self._pixels(x, last=True))
 
     def _conditions(self, drawing: Drawing, *, guided: bool) -> Floats | None:
         """What every call of the denoiser is told; with guidance what it leads away from first."""
@@ -214,9 +214,9 @@ class LitePipeline:
         away = self._condition.away(drawing.negative_prompt) if guided else None
         return found if away is None or found is None else np.concatenate([away, found])
 
-    def _pixels(self, latents: Floats) -> Generator[Task, Floats, Pixels]:
+    def _pixels(self, latents: Floats, *, last: bool = False) -> Generator[Task, Floats, Pixels]:
         """What the decoder makes of latents: round(255·clamp(x/2 + 1/2, 0, 1))."""
-        decoded = (yield Task(lambda: self._decoder(sample=latents / np.float32(self._scale))))[0]
+        decoded = (yield Task(lambda: self._decoder(sample=latents / np.float32(self._scale)), last))[0]
         if not np.isfinite(decoded).all():
             raise EvaluationError(self.name, "gives an image that is not finite", "Compare it with the float model.")
         image = np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0, 1)

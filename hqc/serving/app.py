@@ -75,7 +75,7 @@ def create_app(
     *,
     limits: Limits | None = None,
     rules: Rules | None = None,
-    policy: Policy = "continuous",
+    policy: Policy = "adaptive",
     cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """An application that draws with one model, or with several that a request chooses among by `model`.

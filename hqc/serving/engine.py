@@ -23,14 +23,16 @@ from typing import Any, Literal
 
 from hqc.serving.errors import Busy, Cancelled, Stopped, TimeUp
 from hqc.serving.lanes import Lanes, Run, shares
+from hqc.serving.sharing import Cost, Sharing
 from hqc.serving.tickets import Begin, Call, Denoise, Observer, Steps, Task, Ticket
 
 __all__ = ["Engine", "Policy"]
 
 log = logging.getLogger(__name__)
 
-Policy = Literal["continuous", "static", "single"]
-"""When a waiting image is admitted: at every step while there is room, once all others have ended, or alone."""
+Policy = Literal["adaptive", "continuous", "static", "single"]
+"""When a waiting image is admitted: at every step while there is room and it pays (see `Sharing`), at every step while
+there is room, once all others have ended, or alone."""
 
 MAX_RETRY_S = 600
 
@@ -57,6 +59,7 @@ class Engine:
         policy: when waiting images are admitted.
         around: what the thread runs in, as `torch.inference_mode`.
         observer: see `Observer`.
+        clock: seconds, of which steps are measured.
     """
 
     def __init__(
@@ -66,14 +69,16 @@ class Engine:
         lanes: int = 1,
         max_batch: int = 8,
         max_queue: int = 64,
-        policy: Policy = "continuous",
+        policy: Policy = "adaptive",
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
         observer: Observer | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._around, self._observer = around, observer
         self._lanes: Lanes[_Image] = Lanes(denoise, lanes, self._notify)
         self._room = 1 if policy == "single" else max_batch
         self._max_queue, self._policy = max_queue, policy
+        self._sharing = Sharing(lanes, clock)
         self._waiting: deque[tuple[Ticket, int]] = deque()
         self._active: list[_Image] = []
         self._changed = threading.Condition()
@@ -91,6 +96,16 @@ class Engine:
         """Requests of which no image has begun."""
         with self._changed:
             return self._unbegun()
+
+    @property
+    def limit(self) -> int:
+        """How many images would share calls if all that there is room for were there."""
+        return self._limit(self._room)
+
+    @property
+    def cost(self) -> Cost | None:
+        """Of a step; None before enough of them have been seen."""
+        return self._sharing.cost
 
     @property
     def alive(self) -> bool:
@@ -181,9 +196,20 @@ class Engine:
 
     def _places(self) -> int:
         """How many images may be admitted now."""
-        if self._closing is not None or (self._policy != "continuous" and self._active):
+        if self._closing is not None or (self._policy == "static" and self._active):
             return 0
-        return self._room - len(self._active)
+        return max(0, min(self._room - len(self._active), self._limit(self._there()) - self._sharers()))
+
+    def _limit(self, there: int) -> int:
+        return self._sharing.limit(there, self._room) if self._policy == "adaptive" else self._room
+
+    def _sharers(self) -> int:
+        """Images that share calls: all that are under way, but for those whose last call is done."""
+        return sum(not (isinstance(image.wants, Task) and image.wants.last) for image in self._active)
+
+    def _there(self) -> int:
+        """Images that share calls or wait for that."""
+        return self._sharers() + len(self._waiting)
 
     def _admitted(self) -> list[tuple[Ticket, int]]:
         """What is taken out of the line now: in its order, while there is room."""
@@ -235,18 +261,24 @@ class Engine:
         try:
             steps = image.steps
             image.wants = steps.throw(output) if isinstance(output, Exception) else steps.send(output)
+            self._sharing.wants(image, image.wants)
             return
         except StopIteration as end:
+            self._sharing.wants(image, None)
             self._done(image.ticket, image.index, end.value)
         except Exception as error:  # of this image alone
             self._fail(image.ticket, error)
+        self._gone(image)
+
+    def _gone(self, image: _Image) -> None:
+        self._sharing.left(image)
         self._active.remove(image)
 
     def _leave(self) -> None:
         """Drops active images whose request has ended: it failed, or was left."""
         for image in [image for image in self._active if image.ticket.ended_at is not None]:
             _close(image.steps)
-            self._active.remove(image)
+            self._gone(image)
 
     def _done(self, ticket: Ticket, index: int, image: Any) -> None:
         ticket._images[index] = image

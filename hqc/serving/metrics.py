@@ -35,7 +35,7 @@ class ServerMetrics:
         self.batch = self._histogram("hqc_step_batch_size", "Images that shared a call.", _BATCHES)
 
     def watch(self, model: str, engine: Engine) -> None:
-        """Also tells how many images run and how many requests wait, at the moment of reading."""
+        """Also tells how many images run, how many requests wait and what steps cost, at the moment of reading."""
         self._engines[model] = engine
 
     def page(self) -> bytes:
@@ -87,7 +87,14 @@ class _Now(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily]:
         running = GaugeMetricFamily("hqc_requests_running", "Images under way.", labels=["model"])
         waiting = GaugeMetricFamily("hqc_requests_waiting", "Requests of which no image has begun.", labels=["model"])
+        limit = GaugeMetricFamily("hqc_batch_limit", "Images that would share calls if many waited.", labels=["model"])
+        fixed = GaugeMetricFamily("hqc_step_fixed_seconds", "Of a step, whatever shares it.", labels=["model"])
+        each = GaugeMetricFamily("hqc_step_row_seconds", "Of a step, for every row a lane.", labels=["model"])
         for model, engine in self._engines.items():
             running.add_metric([model], engine.running)
             waiting.add_metric([model], engine.waiting)
-        return running, waiting
+            limit.add_metric([model], engine.limit)
+            if (cost := engine.cost) is not None:
+                fixed.add_metric([model], cost.fixed)
+                each.add_metric([model], cost.each)
+        return running, waiting, limit, fixed, each

@@ -22,7 +22,7 @@ from hqc.runtimes.base import Session
 from hqc.runtimes.unet import SessionUNet
 from hqc.sampling.task import why_not_steps
 from hqc.serving.backend import Drawing, preview_steps
-from hqc.serving.rendezvous import PipelineSteps, Rendezvous, apart, together
+from hqc.serving.rendezvous import PipelineSteps, Rendezvous, apart, together, under_way
 from hqc.serving.schedulers import scheduler_names, scheduler_of
 from hqc.serving.split import Split
 from hqc.serving.tickets import Call, Steps
@@ -57,7 +57,7 @@ class PipelineBackend:
         for name in ("vae", "vqvae"):
             decoder: Any = getattr(pipe, name, None)
             if hasattr(decoder, "decode"):
-                decoder.decode = apart(decoder.decode)
+                decoder.decode = apart(decoder.decode, last=True)
 
     @property
     def schedulers(self) -> tuple[str, ...]:
@@ -126,7 +126,8 @@ class PipelineBackend:
             done += 1
             steps = preview_steps(len(scheduler.timesteps), drawing.previews)
             if done in steps and drawing.see is not None:
-                image = decoded(pipe, predicted(scheduler, timestep, sample, output), self.needs.size)[0]
+                with under_way():
+                    image = decoded(pipe, predicted(scheduler, timestep, sample, output), self.needs.size)[0]
                 drawing.see(steps.index(done), pixels_of(image))
 
         watch_steps(scheduler, look)

@@ -6,7 +6,9 @@ handed to it whole, as tasks (`apart`). So every scheduler, guidance and
 prompt is diffusers' own, and only the denoiser's rows are shared.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ try:
 except ModuleNotFoundError as error:
     raise RuntimeMissingError("hqc serve", "greenlet is not installed", "pip install 'hqc[serve]'") from error
 
-__all__ = ["PipelineSteps", "Rendezvous", "apart", "together"]
+__all__ = ["PipelineSteps", "Rendezvous", "apart", "together", "under_way"]
 
 
 class Rendezvous:
@@ -55,8 +57,24 @@ class Rendezvous:
         return output
 
 
-def apart(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, which an image's greenlet has the engine run by itself, beside the calls of other images."""
+_UNDER_WAY: ContextVar[bool] = ContextVar("under_way", default=False)  # every greenlet has a context of its own
+
+
+@contextmanager
+def under_way() -> Iterator[None]:
+    """Inside, what is done `apart` is not an image's last."""
+    before = _UNDER_WAY.set(True)
+    try:
+        yield
+    finally:
+        _UNDER_WAY.reset(before)
+
+
+def apart(function: Callable[..., Any], *, last: bool = False) -> Callable[..., Any]:
+    """The same function, which an image's greenlet has the engine run by itself, beside the calls of other images.
+
+    last: no call of the denoiser follows, outside of `under_way`.
+    """
 
     def run(*arguments: Any, **options: Any) -> Any:
         with torch.inference_mode():  # it is a thread's own
@@ -66,7 +84,7 @@ def apart(function: Callable[..., Any]) -> Callable[..., Any]:
         engine = getcurrent().parent
         if engine is None:
             return function(*arguments, **options)
-        return engine.switch(Task(lambda: run(*arguments, **options)))
+        return engine.switch(Task(lambda: run(*arguments, **options), last and not _UNDER_WAY.get()))
 
     return handed_on
 

@@ -21,9 +21,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Task:
-    """What one image wants to have run by itself, beside the calls of others: a decoder, a text encoder."""
+    """What one image wants to have run by itself, beside the calls of others: a decoder, a text encoder.
+
+    last: no call of the denoiser follows.
+    """
 
     run: Callable[[], Any]
+    last: bool = False
 
 
 Steps = Generator[Call | Task, Any, Any]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hqc.lite.conditions import Prompts
 from hqc.models.ldm import ClassConditionalLDMPipeline, UnconditionalLDMPipeline
 from hqc.serving.backend import Drawing
 from hqc.serving.engine import Engine
+from hqc.serving.tickets import Task
 
 KINDS = {
     "classes": ClassConditionalLDMPipeline,
@@ -164,6 +166,17 @@ def test_previews_come_nearer_to_the_image(classes: LitePipeline) -> None:
     away = [float(np.abs(seen[i].astype(int) - image).mean()) for i in range(3)]
     assert all(preview.shape == image.shape and preview.dtype == np.uint8 for preview in seen.values())
     assert away[2] < away[0]
+
+
+def test_the_last_task_is_the_decoder_of_the_image(classes: LitePipeline) -> None:
+    steps = classes.begin(drawing(steps=4, previews=2, see=lambda *_: None))
+    tasks: list[bool] = []
+    output = None
+    with suppress(StopIteration):
+        while wanted := steps.send(output):
+            tasks += [wanted.last] if isinstance(wanted, Task) else []
+            output = wanted.run() if isinstance(wanted, Task) else classes.denoise([wanted])[0]
+    assert tasks == [False, False, True]
 
 
 def test_what_it_needs(folders: dict[str, tuple[Path, Path]], classes: LitePipeline) -> None:

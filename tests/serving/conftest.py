@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 from served_app import served
 
+from hqc.serving.engine import Policy
 from hqc.serving.guards import Rules
 from hqc.serving.limits import Limits
 from hqc.serving.pipelines import PipelineBackend
@@ -80,10 +81,13 @@ def start(pipe: FakePipeline) -> Iterator[Callable[..., httpx.Client]]:
             beside: Any = None,
             rules: Rules | None = None,
             cors_origins: tuple[str, ...] = (),
+            policy: Policy = "continuous",  # what shares a call does not depend on what it costs here
             **limits: Any,
         ) -> httpx.Client:
             shown = backend or PipelineBackend(other or pipe)
-            return stack.enter_context(served(shown, Limits(**limits), rules, beside, cors_origins=cors_origins))
+            return stack.enter_context(
+                served(shown, Limits(**limits), rules, beside, cors_origins=cors_origins, policy=policy)
+            )
 
         yield begin
         if pipe.gate is not None:

@@ -103,7 +103,8 @@ def _session(program: Any) -> Any:
 
 def measured() -> ServeBench:
     loads = {0.5: Latency(0.5, 1.0, 0.2, 1.0), 1.3: Latency(1.0, 3.0, None, 2.0)}
-    policies = {"continuous": Measured(4.0, loads), "static": Measured(3.5, loads), "single": Measured(2.0, loads)}
+    speeds = {"adaptive": 4.5, "continuous": 4.0, "static": 3.5, "single": 2.0}
+    policies = {policy: Measured(speed, loads) for policy, speed in speeds.items()}
     return ServeBench("m", "onnxruntime", Protocol(shares=(0.5, 1.3)), {0.5: 1.0, 1.3: 2.6}, policies, 1, 2)
 
 
@@ -136,9 +137,9 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--requests", "8", "--steps", "2-4", "--json", "--chart", str(tmp_path / "x.png")]
     found = CliRunner().invoke(main, ["bench-serve", "digits", *options])
     assert found.exit_code == 0, found.output
-    assert started == ["continuous", "static", "single"] * 2
+    assert started == ["adaptive", "continuous", "static", "single"] * 2
     data = json.loads(found.stdout)
-    assert set(data["policies"]) == {"continuous", "static", "single"}
+    assert set(data["policies"]) == {"adaptive", "continuous", "static", "single"}
     assert data["policies"]["single"]["against_single"] == 1
     assert data["protocol"]["steps"] == [2, 4]
     assert set(data["requests_per_s"]) == {"0.5", "0.9", "1.3"}

@@ -270,6 +270,7 @@ def test_metrics(server: httpx.Client, client: openai.OpenAI) -> None:
         f"hqc_images_total{{{model}}} 3.0",
         f"hqc_requests_running{{{model}}} 0.0",
         f"hqc_requests_waiting{{{model}}} 0.0",
+        f"hqc_batch_limit{{{model}}} 2.0",
         f'hqc_step_batch_size_bucket{{le="1.0",{model}}} 20.0',
         f"hqc_step_batch_size_count{{{model}}} 23.0",
         f"hqc_request_latency_seconds_count{{{model}}} 2.0",
@@ -278,6 +279,8 @@ def test_metrics(server: httpx.Client, client: openai.OpenAI) -> None:
         f"hqc_time_to_first_partial_seconds_count{{{model}}} 1.0",
     ):
         assert line in text.splitlines(), line
+    for name in ("hqc_step_fixed_seconds", "hqc_step_row_seconds"):
+        assert f"\n{name}{{{model}}} " in text
 
 
 def test_limits_of_the_defaults() -> None:

@@ -4,6 +4,7 @@ import copy
 import random
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from hqc.evaluation.sampling import sample_images
 from hqc.program import BATCH, InputSpec, Program
 from hqc.runtimes.unet import SessionUNet
 from hqc.serving.backend import Drawing, preview_steps
-from hqc.serving.engine import Engine
+from hqc.serving.engine import Engine, Policy
 from hqc.serving.pipelines import PipelineBackend
 from hqc.serving.rendezvous import PipelineSteps, together
 from hqc.serving.split import Split
-from hqc.serving.tickets import Call
+from hqc.serving.tickets import Call, Task
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -64,11 +65,21 @@ class Watching:
 
 
 def drawn(
-    backend: PipelineBackend, drawings: Sequence[Drawing], max_batch: int = 4, lanes: int = 1
+    backend: PipelineBackend,
+    drawings: Sequence[Drawing],
+    max_batch: int = 4,
+    lanes: int = 1,
+    policy: Policy = "continuous",
 ) -> tuple[list[Any], list[int]]:
     watching = Watching()
     engine = Engine(
-        backend.denoise, lanes=lanes, max_batch=max_batch, max_queue=99, around=backend.around, observer=watching
+        backend.denoise,
+        lanes=lanes,
+        max_batch=max_batch,
+        max_queue=99,
+        policy=policy,
+        around=backend.around,
+        observer=watching,
     )
     try:
         tickets = [engine.submit([lambda d=drawing: backend.begin(d)]) for drawing in drawings]  # type: ignore[misc]
@@ -131,9 +142,25 @@ def test_integer_kernels_draw_the_same_bits_in_any_mix(seed: int, digits: Any) -
     assert max(batches) == 8
     beside, shared = drawn(backend, wanted, max_batch=8, lanes=2)
     assert max(shared) == 4
-    for one, *others in zip(alone, together, beside, strict=True):
+    adapted, _ = drawn(backend, wanted, max_batch=8, lanes=2, policy="adaptive")
+    for one, *others in zip(alone, together, beside, adapted, strict=True):
         for other in others:
             np.testing.assert_array_equal(one, other)
+
+
+def test_the_last_task_is_the_decoder_of_the_image(pipes: Any) -> None:
+    pipe = pipes("sd15")
+    backend = PipelineBackend(copy.copy(pipe))
+    seen: list[int] = []
+    steps = backend.begin(drawing(needs_of(pipe), 1, steps=3, previews=2, see=lambda index, _: seen.append(index)))
+    tasks: list[bool] = []
+    output = None
+    with backend.around(), suppress(StopIteration):
+        while wanted := steps.send(output):
+            tasks += [wanted.last] if isinstance(wanted, Task) else []
+            output = wanted.run() if isinstance(wanted, Task) else backend.denoise([wanted])[0]
+    assert seen == [0, 1]
+    assert tasks == [False, False, False, True]  # the text encoder, two previews, the image
 
 
 def test_engine_and_pipeline_draw_the_same_bits(digits: Any) -> None:

@@ -2,5 +2,5 @@
 
     source ──server (one process a policy)──▶ port ◀──HTTP, streams── load (Poisson, or always so many) ──▶ figures
 
-The policies are measured in turns on the same arrivals: continuous, static and one-at-a-time batching.
+The policies are measured in turns on the same arrivals: adaptive, continuous, static and one-at-a-time batching.
 """

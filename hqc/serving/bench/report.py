@@ -16,8 +16,8 @@ from hqc.wording import printable
 
 __all__ = ["save_serve_chart", "serve_table"]
 
-NAMES = {"continuous": "continuous", "static": "static", "single": "one at a time"}
-COLOURS = {"continuous": "#2a6f97", "static": "#d08c2f", "single": "#8a8f98"}
+NAMES = {"adaptive": "adaptive", "continuous": "continuous", "static": "static", "single": "one at a time"}
+COLOURS = {"adaptive": "#2a6f97", "continuous": "#7a5195", "static": "#d08c2f", "single": "#8a8f98"}
 
 
 def serve_table(result: ServeBench) -> Group:
@@ -114,4 +114,4 @@ def _draw_latencies(axes: Any, result: ServeBench) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False, ncols=3)
+    axes.legend(fontsize=7, frameon=False, ncols=4)

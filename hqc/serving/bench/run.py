@@ -14,7 +14,7 @@ from hqc.serving.engine import Policy
 
 __all__ = ["POLICIES", "Latency", "Measured", "Protocol", "ServeBench", "bench_serve", "latency_of"]
 
-POLICIES: tuple[Policy, ...] = ("continuous", "static", "single")
+POLICIES: tuple[Policy, ...] = ("adaptive", "continuous", "static", "single")
 
 
 @dataclass(frozen=True)
