@@ -113,6 +113,7 @@ def serve(
     from hqc.serving.guards import Rules
     from hqc.serving.limits import Limits
     from hqc.serving.opening import opened
+    from hqc.serving.server import print_url
     from hqc.serving.server import serve as run
 
     rules = Rules(hosts=hosts(host, allowed_host), api_key=api_key(api_key_file))
@@ -127,10 +128,14 @@ def serve(
         request_s=request_timeout,
         shutdown_s=shutdown_grace,
     )
-    if batching == "adaptive":
-        click.echo(f"Up to {max_batch} images share calls of the denoiser: {_AS_MANY}", err=True)
     app = create_app(served, limits=limits, rules=rules, policy=batching, cors_origins=cors_origin)
-    run(app, host=host, port=port, limits=limits)
+
+    def announce(url: str) -> None:
+        print_url(url)
+        if batching == "adaptive":
+            click.echo(f"Up to {max_batch} images share calls of the denoiser: {_AS_MANY}")
+
+    run(app, host=host, port=port, limits=limits, announce=announce)
 
 
 def _other(second: "Served", first: "Served") -> "Served":

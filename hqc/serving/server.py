@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-__all__ = ["bind_socket", "build_server", "serve"]
+__all__ = ["bind_socket", "build_server", "print_url", "serve"]
 
 OWN_ADDRESS = "Use 127.0.0.1, or another address of this computer."
 OWN_FILES = 64  # that the process has open besides connections
@@ -51,7 +51,7 @@ def serve(
     listener = bind_socket(host, port)
     try:
         with _stopping_quietly(server):
-            (announce or _print_url)(_url(listener))
+            (announce or print_url)(_url(listener))
             server.run(sockets=[listener])
     finally:
         listener.close()
@@ -154,7 +154,8 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _print_url(url: str) -> None:
+def print_url(url: str) -> None:
+    """Where it serves, for whoever started it."""
     print(f"Serving at {url} (a page; POST /v1/images/generations, GET /health, /docs). Stop with Ctrl-C.", flush=True)
 
 
