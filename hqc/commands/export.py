@@ -207,9 +207,11 @@ def _export_pipeline(
         **settings,
     )
     if as_json:
-        out.print_json({**_export_data(output, report.denoiser), "parts": report.parts})
-    else:
-        click.echo(f"exported {report}")
+        out.print_json({**_export_data(output, report.denoiser), "parts": report.parts, **said_of(program)})
+        return
+    click.echo(f"exported {report}")
+    for style in program.styles:
+        click.echo(f"lora     {style}")
 
 
 def _export_data(output: Path, report: "ExportReport") -> dict[str, Any]:

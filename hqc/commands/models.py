@@ -103,10 +103,8 @@ def sample(
     found: dict[str, Pictures] = {}
     for name in models:
         if is_exported_pipeline(name):
-            if lora_scales and name == model:
-                raise OptionError("--lora-scale", f"{model} is an exported pipeline, which has none", "Leave it out.")
-            asked_runtime = runtime if name == model else None
-            found[name] = _drawn_without_torch(name, asked_runtime, asked, per_class, seed, batch_size, sampler)
+            own = (runtime, lora_scales) if name == model else (None, ())
+            found[name] = _drawn_without_torch(name, *own, asked, per_class, seed, batch_size, sampler)
             continue
         pipe, needs, options = _opened(name, runtime if name == model else None, asked, sampler)
         set_scales(pipe, lora_scales if name == model else ())
@@ -122,6 +120,7 @@ def sample(
 def _drawn_without_torch(
     model: str,
     runtime: "Runtime | None",
+    lora_scales: tuple[str, ...],
     asked: Asked,
     per_class: int,
     seed: int,
@@ -131,7 +130,9 @@ def _drawn_without_torch(
     """The images of an exported pipeline."""
     from hqc.lite.pictures import draw_pictures
     from hqc.stages import doing
+    from hqc.styles.request import parse_scales
 
+    scales = parse_scales(lora_scales)
     pipe = open_pipeline(model, runtime)
     options = asked.sampler(pipe.needs, sampler)
     rows = [row for row in asked.rows(pipe.needs) for _ in range(per_class)]
@@ -145,6 +146,7 @@ def _drawn_without_torch(
             batch_size=batch_size,
             prompts=asked.prompts,
             negative_prompt=asked.negative_prompt,
+            loras=scales,
             **options,
         )
 

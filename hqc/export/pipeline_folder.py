@@ -35,6 +35,7 @@ from hqc.quiet import quiet_libraries
 from hqc.runtimes.pipeline_files import check_pipeline
 from hqc.runtimes.text_encoder import load_text_pipeline
 from hqc.stages import doing
+from hqc.styles.record import scale_input
 
 __all__ = ["PIPELINES", "PipelineReport", "export_pipeline", "require_pipeline"]
 
@@ -68,16 +69,14 @@ def require_pipeline(program: Program, source: Path | None, target: Target) -> d
         raise ExportError("--pipeline", "is not for target tensorrt", "Use --target onnxruntime or portable.")
     if part_of(program.origin) != "denoiser":
         raise ExportError("--pipeline", "takes a denoiser; the program is a half of an autoencoder", _ALONE)
-    if attached := program.attached_styles:
-        do = "Merge it with --merge-lora or at `hqc trace --lora`, or export the denoiser alone."
-        raise ExportError("--pipeline", f"has no scales of LoRAs, and {attached[0]} is attached", do)
     if source is None:
         raise ExportError("--pipeline", "the program was not traced from a pipeline", "Trace the pipeline's folder.")
     index = check_pipeline(source)
     kind = str(index["_class_name"])
     if kind not in PIPELINES:
         raise ExportError(f"pipeline {kind}", f"is none of {', '.join(PIPELINES)}", _ALONE)
-    if extra := sorted({spec.name for spec in program.inputs} - {"sample", "timestep", "condition"}):
+    known = {"sample", "timestep", "condition", *map(scale_input, program.attached_styles)}
+    if extra := sorted({spec.name for spec in program.inputs} - known):
         raise ExportError("denoiser", f"takes {', '.join(extra)}, which is given with torch alone", _ALONE)
     if missed := [name for name in _MISSED if any(index.get(name) or ())]:
         do = f"Set {missed[0]} to [null, null] in its {INDEX}, or export the denoiser alone."

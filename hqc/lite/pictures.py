@@ -1,6 +1,6 @@
 """A set of images from a pipeline without torch, as `hqc sample` shows them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,8 +50,11 @@ def draw_pictures(
     batch_size: int | None = None,
     prompts: Sequence[str] = (),
     negative_prompt: str = "",
+    loras: Mapping[str, float] | None = None,
 ) -> LitePictures:
     """One image a label, from consecutive seeds; labels count the prompts where there are some.
+
+    loras: scales of those of `pipe.loras` that are not to be as they were attached.
 
     Raises:
         EvaluationError: for steps that the scheduler does not take, or what the pipeline is not asked with.
@@ -69,6 +72,7 @@ def draw_pictures(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             eta=eta,
+            loras=tuple((loras or {}).items()),
         )
         for label, seed in zip(labels, seeds, strict=True)
     ]

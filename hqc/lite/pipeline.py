@@ -16,6 +16,7 @@ from hqc.lite.conditions import Classes, Condition, Nothing, Prompts
 from hqc.lite.noise import Noise
 from hqc.lite.schedulers import SCHEDULERS, Scheduler, new_scheduler, scheduler_class
 from hqc.lite.session import open_part, part_manifest, shape_of
+from hqc.lite.styles import attached_scales, check_scales, scale_inputs
 from hqc.manifests import PIPELINE_KIND, check_manifest
 from hqc.needs import Kind, Needs
 from hqc.paths import StrPath
@@ -65,8 +66,6 @@ class LitePipeline:
     """
 
     previews = True
-    loras: tuple[str, ...] = ()
-    """None: scales of LoRAs are no inputs of an exported pipeline."""
 
     def __init__(self, folder: StrPath, *, threads: int | None = None, scheduler: str | None = None) -> None:
         """Opens the models of a folder whose every hash has been checked.
@@ -91,7 +90,8 @@ class LitePipeline:
         denoiser = next(
             (folder / name for name in ("unet", "transformer") if (folder / name).is_dir()), folder / "unet"
         )
-        self._latents = shape_of(part_manifest(denoiser), "sample", denoiser)
+        told = part_manifest(denoiser)
+        self._latents, self._styles = shape_of(told, "sample", denoiser), attached_scales(told, denoiser)
         vae = _configuration(folder / "vae_decoder" / CONFIG_FILE)
         self._scale, channels, enlarged = _of_decoder(vae, folder)
         self._denoiser, self._split = open_part(denoiser, threads), Split()
@@ -105,6 +105,11 @@ class LitePipeline:
     def schedulers(self) -> tuple[str, ...]:
         """What schedulers may be asked for."""
         return tuple(SCHEDULERS)
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Names of LoRAs that are attached to the denoiser."""
+        return tuple(self._styles)
 
     @property
     def sampler(self) -> str:
@@ -138,14 +143,18 @@ class LitePipeline:
         eta: float = 0.0,
         negative_prompt: str = "",
         scheduler: str | None = None,
+        loras: Mapping[str, float] | None = None,
     ) -> Pixels:
         """One image, uint8 [H, W] or [H, W, 3], of a class, of a prompt, or of nothing in particular.
+
+        loras: scales of those of `self.loras` that are not to be as they were attached.
 
         Raises:
             EvaluationError: if that is not what the pipeline takes.
         """
         new_scheduler(self._config, steps, name=scheduler or self._scheduler, eta=eta)  # refuses an eta without effect
-        drawing = Drawing(label, prompt, negative_prompt, seed, steps, guidance_scale, eta, scheduler)
+        scales = tuple((loras or {}).items())
+        drawing = Drawing(label, prompt, negative_prompt, seed, steps, guidance_scale, eta, scheduler, loras=scales)
         return next(self.draw_all([drawing]))
 
     def draw_all(self, drawings: Sequence[Drawing], at_once: int = _IMAGES_AT_ONCE) -> Iterator[Pixels]:
@@ -194,11 +203,12 @@ class LitePipeline:
         noise, before = Noise(drawing.seed), None
         shape = (1, *self._latents)
         guidance = drawing.guidance_scale if self.needs.guides and drawing.guidance_scale > 1 else None
-        condition = self._conditions(drawing, guided=guidance is not None)
+        rows = 1 if guidance is None else 2
+        told = {**self._conditions(drawing, guided=guidance is not None), **self._scales(drawing, rows)}
         previews = preview_steps(len(scheduler.timesteps), drawing.previews) if drawing.see is not None else []
         x = noise.normal(shape) * scheduler.init_noise_sigma
         for i, timestep in enumerate(scheduler.timesteps):
-            output = yield _call(scheduler.scaled(x, i), timestep, condition, rows=1 if guidance is None else 2)
+            output = yield _call(scheduler.scaled(x, i), timestep, told, rows)
             if guidance is not None:
                 away, towards = output[:1], output[1:]
                 output = away + np.float32(guidance) * (towards - away)
@@ -208,11 +218,16 @@ class LitePipeline:
                 drawing.see(previews.index(i + 1), (yield from self._pixels(before)))
         return (yield from self._pixels(x, last=True))
 
-    def _conditions(self, drawing: Drawing, *, guided: bool) -> Floats | None:
+    def _conditions(self, drawing: Drawing, *, guided: bool) -> dict[str, Floats]:
         """What every call of the denoiser is told; with guidance what it leads away from first."""
         found = self._condition.of(drawing.label, drawing.prompt)
+        if found is None:
+            return {}
         away = self._condition.away(drawing.negative_prompt) if guided else None
-        return found if away is None or found is None else np.concatenate([away, found])
+        return {"condition": found if away is None else np.concatenate([away, found])}
+
+    def _scales(self, drawing: Drawing, rows: int) -> dict[str, Floats]:
+        return scale_inputs(self._styles, drawing.loras, rows)
 
     def _pixels(self, latents: Floats, *, last: bool = False) -> Generator[Task, Floats, Pixels]:
         """What the decoder makes of latents: round(255·clamp(x/2 + 1/2, 0, 1))."""
@@ -229,6 +244,7 @@ class LitePipeline:
         if (drawing.prompt is not None) != (self.needs.kind == "prompt"):
             takes = {"prompt": "a prompt", "class_label": "a class label", "nothing": "neither prompt nor label"}
             raise EvaluationError(self.name, f"takes {takes[self.needs.kind]}", "Ask it for what it takes.")
+        check_scales(drawing.loras, self._styles)
         if not 0 <= drawing.eta <= 1:
             raise EvaluationError(f"eta {drawing.eta:g}", "expected 0 to 1", "Correct it.")
 
@@ -240,9 +256,9 @@ def _next_call(steps: Generator[Call | Task, Floats, Pixels], output: Any) -> Ca
     return wanted
 
 
-def _call(sample: Floats, timestep: Any, condition: Floats | None, *, rows: int) -> Call:
+def _call(sample: Floats, timestep: Any, told: Mapping[str, Floats], rows: int) -> Call:
     inputs = {"sample": np.repeat(sample, rows, axis=0), "timestep": np.full(rows, timestep, np.float32)}
-    return Call(inputs if condition is None else {**inputs, "condition": condition}, rows)
+    return Call({**inputs, **told}, rows)
 
 
 def _configuration(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -99,9 +98,6 @@ def test_what_cannot_be_exported_whole(source: Path, tmp_path: Path) -> None:
         require_pipeline(program, None, "portable")
     with pytest.raises(ExportError, match="takes a denoiser; the program is a half of an autoencoder"):
         require_pipeline(traced_pipeline("classes", "vae-decoder"), source, "portable")
-    with_lora = program.evolve(styles=(SimpleNamespace(name="ink", merged=False),))
-    with pytest.raises(ExportError, match="--pipeline: has no scales of LoRAs, and ink is attached"):
-        require_pipeline(with_lora, source, "portable")
     vq = edited(source, tmp_path, lambda index: index.update(vae=["diffusers", "VQModel"]))
     with pytest.raises(ExportError, match="has a VQModel as its vae; expected AutoencoderKL"):
         require_pipeline(program, vq, "portable")
