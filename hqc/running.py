@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from hqc.errors import EvaluationError, HqcError, MemoryShortError, is_memory_error
 from hqc.wording import first_words
 
-__all__ = ["node_failure", "run_module"]
+__all__ = ["module_failure", "node_failure", "run_module"]
 
 
 def run_module(module: nn.Module, *args: Any) -> Tensor:
@@ -25,11 +25,11 @@ def run_module(module: nn.Module, *args: Any) -> Tensor:
     except HqcError:
         raise
     except Exception as error:  # whatever an operator raises
-        raise _found(module, args, error) from error
+        raise module_failure(module, args, error) from error
 
 
-def _found(module: nn.Module, args: tuple[Any, ...], error: Exception) -> HqcError:
-    """The error with its node, which only a run node by node tells."""
+def module_failure(module: nn.Module, args: tuple[Any, ...], error: Exception) -> HqcError:
+    """The error of a module's call with its node, which only a run node by node tells."""
     if isinstance(module, fx.GraphModule) and not is_memory_error(error):
         try:
             _Finder(module, garbage_collect_values=True).run(*args)

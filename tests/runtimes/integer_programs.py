@@ -8,9 +8,9 @@ from hqc.bits import activation_range, asymmetric_top
 from hqc.bounds import FAKE_QUANTISERS
 from hqc.passes import InsertHadamard, InsertQdq, SelectLayers
 from hqc.pipeline import run_pipeline
-from hqc.program import Program
+from hqc.program import Program, copy_graph
 
-__all__ = ["GRID", "quantised", "relative"]
+__all__ = ["GRID", "quantised", "relative", "with_quantisers"]
 
 GRID = (0.0, 300.0, 600.0, 900.0)
 
@@ -89,3 +89,12 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """‖found - wanted‖ / ‖wanted‖ in float64."""
     difference = (found.double() - wanted.double()).norm()
     return float(difference / wanted.double().norm())
+
+
+def with_quantisers(program: Program, low: int, high: int) -> Program:
+    """A program in its integer form with other least and largest codes."""
+    graph = copy_graph(program.graph)
+    for node in graph.nodes:
+        if node.target is torch.ops.hqc.quantize.default:
+            node.args = (*node.args[:2], low, high)
+    return program.evolve(graph=graph)

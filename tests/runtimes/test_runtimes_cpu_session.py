@@ -7,15 +7,19 @@ import torch
 import zoo
 from click.testing import CliRunner
 from fusion_models import model
-from integer_programs import quantised, relative
+from integer_programs import quantised, relative, with_quantisers
+from torch import nn
 
+from hqc.capture import Source, trace
 from hqc.cli import main
 from hqc.commands.asking import Asked
-from hqc.errors import RuntimeMissingError
-from hqc.program import Program
+from hqc.errors import EvaluationError, ExportError, RuntimeMissingError
+from hqc.program import InputSpec, Origin, Program
 from hqc.runtimes import load
-from hqc.runtimes.integer.cpu import CpuSession, kernels, session
+from hqc.runtimes.integer.cpu import CpuSession, kernels, recordings, session
+from hqc.runtimes.integer.cpu import tape as tape_module
 from hqc.runtimes.integer.cpu.compiler import Library, compiled_passes
+from hqc.runtimes.integer.cpu.own import OwnProducts
 from hqc.runtimes.integer.forms import integer_form
 from hqc.runtimes.integer.layers import IntegerLayer
 from hqc.storage import save_program
@@ -42,9 +46,11 @@ def check(original: Program, program: Program, cache) -> None:
     """
     inputs = program.example_inputs(3, seed=7)
     run, reference, errors = CpuSession(program, cache=cache), integer_form(program).module(), []
+    assert compiled_passes(cache).functions is None or run.report.tiles.endswith("recorded for every shape")
     for timesteps in (inputs[1], torch.full_like(inputs[1], 310)):
         given = (inputs[0], timesteps, *inputs[2:])
         found, wanted = run(*given), reference(*given)
+        assert torch.equal(found, run._module(*given))  # node by node
         assert relative(found, wanted) <= relative(wanted, original.module()(*given))
         errors += [relative(a, b) for a, b in zip(found, wanted, strict=True)]
     assert sorted(errors)[3] <= 1e-5
@@ -69,8 +75,15 @@ def test_other_ranges_and_weights(captured, cache, kind: str) -> None:
     check(captured("cross_attention"), program, cache)
 
 
+@pytest.mark.parametrize("name", ["geometry", "cross_attention"])
+def test_oneDNN_s_products_are_calls_of_a_tape(captured, cache, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnProducts, "there", False)
+    check(captured(name), quantised(captured(name), "w4a4"), cache)
+
+
 def test_split_products_compute_the_same(captured, cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU without VNNI: weights in halves where their products could leave int16."""
+    monkeypatch.setattr(OwnProducts, "there", False)
     program = quantised(captured("two_sites"), "w8a8")
     plain, _ = opened(program, cache)
     monkeypatch.setattr("hqc.runtimes.integer.cpu.operators.adds_in_int16", lambda: True)
@@ -86,7 +99,8 @@ def test_without_a_compiler_the_plain_passes_run_and_the_report_says_so(
     native, first = opened(program, cache)
     monkeypatch.setattr(kernels, "compiled_passes", lambda cache: Library(None, "there is none of g++"))
     plain, second = opened(program, cache)
-    assert second.report.text().splitlines()[-1].endswith("passes: plain torch: there is none of g++")
+    said = "passes: plain torch: there is none of g++; calls: node by node (passes are plain torch)"
+    assert second.report.text().splitlines()[-1].endswith(said)
     if compiled_passes(cache).functions is None:
         pytest.skip(compiled_passes(cache).said)
     assert "passes: compiled by" in first.report.text()
@@ -124,6 +138,95 @@ def test_what_cannot_run_there(captured, cache) -> None:
         CpuSession(captured("two_sites"), cache=cache)
     with pytest.raises(RuntimeMissingError, match="runtime torch-int8: cannot run"):
         load("digits", runtime="torch-int8")
+
+
+def test_asymmetric_codes_of_eight_bits_are_refused_by_its_name(captured, cache) -> None:
+    integer = integer_form(quantised(captured("two_sites"), "w4a4"), "torch-int8")
+    with pytest.raises(ExportError, match=r"site conv: has asymmetric activation codes 0…255"):
+        CpuSession(with_quantisers(integer, 0, 255), cache=cache)
+    assert CpuSession(with_quantisers(integer, -3, 12), cache=cache).inputs == integer.inputs
+
+
+def test_every_shape_has_a_tape_and_the_last_ones_are_kept(captured, cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recordings, "MOST", 2)
+    program = quantised(captured("cross_attention"), "w4a4")
+    run = CpuSession(program, cache=cache)
+    if run._recordings is None:
+        pytest.skip(run.report.tiles)
+    tapes, given = run._recordings, {batch: program.example_inputs(batch, seed=batch) for batch in (1, 2, 3)}
+    first = tapes.tape(given[1])
+    assert first.parts
+    assert tapes.tape(given[2]) is not first
+    assert tapes.tape(given[1]) is first  # used again, so that 2 goes next
+    for batch in (3, 1):
+        assert torch.equal(run(*given[batch]), run._module(*given[batch]))
+    assert tapes.tape(given[1]) is first
+    assert len(tapes._tapes) == 2
+
+
+def test_what_torch_returns_is_given_back_when_nobody_reads_it(captured, cache, monkeypatch) -> None:
+    """oneDNN's products return memory of their own: no call holds more than the few that live together."""
+    monkeypatch.setattr(OwnProducts, "there", False)
+    program = quantised(captured("cross_attention"), "w4a4")
+    run = CpuSession(program, cache=cache)
+    if run._recordings is None:
+        pytest.skip(run.report.tiles)
+    held, pop = [], dict.pop
+    tape = run._recordings.tape(program.example_inputs(2, seed=1))
+    assert tape.calls > 5
+    assert not tape.own_threads
+
+    class Counting(dict):
+        def pop(self, *given):
+            held.append(len(self))
+            return pop(self, *given)
+
+    made = tape_module._Memory.__init__
+
+    def counting(self, size: int) -> None:
+        made(self, size)
+        self.results = Counting()
+
+    monkeypatch.setattr(tape_module._Memory, "__init__", counting)
+    run(*program.example_inputs(2, seed=1))
+    assert 0 < max(held) < tape.calls / 2
+
+
+class _Labelled(nn.Module):
+    """Looks up what a label adds to an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(4, 32, 3, padding=1), nn.Conv2d(32, 4, 3, padding=1)
+        self.table = nn.Embedding(4, 32)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        x = self.first(sample) + timestep[:, None, None, None] / 1000
+        return self.last((x + self.table(label)[:, :, None, None]).relu())
+
+
+def test_a_value_that_no_operator_takes_is_refused_by_its_node(cache) -> None:
+    torch.manual_seed(3)
+    images = InputSpec("sample", ("N", 4, 8, 8)), InputSpec("timestep", ("N",))
+    source = Source(_Labelled(), (*images, InputSpec("label", ("N",), "int64", span=(0, 4))), Origin(source="labelled"))
+    program = quantised(trace(source), "w4a4")
+    run, (sample, timestep, label) = CpuSession(program, cache=cache), program.example_inputs(2, seed=1)
+    assert torch.equal(run(sample, timestep, label), run._module(sample, timestep, label))
+    with pytest.raises(EvaluationError, match=r"node 'embedding' .*cannot be computed"):
+        run(sample, timestep, label + 99)
+
+
+def test_a_graph_that_writes_its_input_runs_node_by_node(captured, cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise TypeError("aten.odd returns a part of a tensor of its own")
+
+    monkeypatch.setattr(recordings, "record", refuses)
+    program = quantised(captured("two_sites"), "w4a4")
+    found, run = opened(program, cache)
+    if compiled_passes(cache).functions is None:
+        pytest.skip(compiled_passes(cache).said)
+    assert run.report.tiles.endswith("node by node (aten.odd returns a part of a tensor of its own)")
+    assert torch.equal(found, run._module(*program.example_inputs(3, seed=7)))
 
 
 def test_sessions_run_from_several_threads(captured, cache) -> None:

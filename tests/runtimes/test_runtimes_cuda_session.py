@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from integer_programs import quantised
+from integer_programs import quantised, with_quantisers
 
 from hqc.cli import main
 from hqc.commands.asking import Asked
@@ -16,7 +16,7 @@ from hqc.export.prepare import prepare
 from hqc.kernels import tuning
 from hqc.passes import FreezeIntegers, MergeLora, PackInt4
 from hqc.pipeline import run_pipeline
-from hqc.program import InputSpec, Program, copy_graph
+from hqc.program import InputSpec, Program
 from hqc.runtimes import as_unet, load
 from hqc.runtimes.base import inputs_on
 from hqc.runtimes.integer.build import BuildOptions, integer_module
@@ -218,20 +218,12 @@ def test_tiles_are_those_of_the_tuning_while_capturing(on_cpu, captured, tmp_pat
         assert on_cpu.captured == [((1, 32, 4, 4), table), ((2, 32, 4, 4), table)]
 
 
-def _with_quantisers(program: Program, low: int, high: int) -> Program:
-    graph = copy_graph(program.graph)
-    for node in graph.nodes:
-        if node.target is torch.ops.hqc.quantize.default:
-            node.args = (*node.args[:2], low, high)
-    return program.evolve(graph=graph)
-
-
 def test_asymmetric_codes(captured) -> None:
     """0…255 passes int8; a range that only leans, with code 0 as real 0, is like any other."""
     integer = integer_form(quantised(captured("two_sites"), "w4a4"))
     with pytest.raises(ExportError, match=r"site conv: has asymmetric activation codes 0…255"):
-        integer_form(_with_quantisers(integer, 0, 255))
-    assert integer_form(_with_quantisers(integer, -3, 12)).stage == integer.stage
+        integer_form(with_quantisers(integer, 0, 255))
+    assert integer_form(with_quantisers(integer, -3, 12)).stage == integer.stage
 
 
 def test_a_site_that_is_no_product(captured) -> None:

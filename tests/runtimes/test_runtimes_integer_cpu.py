@@ -16,9 +16,9 @@ from hqc.runtimes.integer import reference
 from hqc.runtimes.integer.cpu import compiler, plain
 from hqc.runtimes.integer.cpu.compiler import compiled_passes
 from hqc.runtimes.integer.cpu.native import NativePasses
-from hqc.runtimes.integer.cpu.operators import adds_in_int16, require_operators
-from hqc.runtimes.integer.cpu.products import INT16_LIMIT, largest_weight, pack_product, summands
-from hqc.runtimes.integer.cpu.small import SmallProducts
+from hqc.runtimes.integer.cpu.operators import INT16_LIMIT, adds_in_int16, require_operators
+from hqc.runtimes.integer.cpu.own import OwnProducts
+from hqc.runtimes.integer.cpu.products import largest_weight, pack_product, summands
 
 WINDOW = ((1, 1), (0, 0), (1, 1))
 
@@ -48,15 +48,23 @@ def numpy_conv(codes, weight, window) -> np.ndarray:
     return acc
 
 
-@pytest.fixture(scope="module", params=["oneDNN", "small"])
-def small(request, tmp_path_factory) -> SmallProducts | None:
-    """What multiplies: oneDNN, or the machine's own small products, which take channels in fours."""
+@pytest.fixture(scope="module", params=["oneDNN", "own", "own with VNNI"])
+def own(request, tmp_path_factory) -> OwnProducts | None:
+    """What multiplies: oneDNN, or code of our own for this machine, or for one with VNNI (emulated, if it has none)."""
     if request.param == "oneDNN":
         return None
-    library = compiled_passes(tmp_path_factory.mktemp("products"))
-    found = None if library.functions is None else SmallProducts(library.functions)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "own with VNNI":
+            header = Path(__file__).with_name("vnni_emulated.h")
+            products = tmp_path_factory.mktemp("emulated") / "products.cpp"
+            sources = {source.stem: source for source in compiler.SOURCES}
+            products.write_text(f'#include "{header}"\n#include "{sources["products"]}"\n')
+            patch.setattr(compiler, "SOURCES", tuple({**sources, "products": products}.values()))
+        library = compiled_passes.__wrapped__(tmp_path_factory.mktemp("products"))
+    found = None if library.functions is None else OwnProducts(library.functions)
     if found is None or not found.there:
-        pytest.skip("no compiler, or no AVX-512 with VNNI")
+        pytest.skip("no compiler, or neither AVX-512 with VNNI nor AVX2")
+    assert not (found.in_int16 and request.param == "own with VNNI")
     return found
 
 
@@ -75,50 +83,63 @@ GEOMETRIES = {
 
 @pytest.mark.parametrize("channels", [3, 16, 36])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_a_convolution_is_numpy_s_to_the_bit(small, name: str, channels: int) -> None:
+def test_a_convolution_is_numpy_s_to_the_bit(own, name: str, channels: int) -> None:
     """Scales of 1: float32 holds the sums. Codes span all of int8, padding is code 0."""
     kh, kw, window = GEOMETRIES[name]
     g = torch.Generator().manual_seed(channels)
     codes, weight = whole(g, -128, 127, 2, 6, 7, channels), whole(g, -127, 127, 5, kh, kw, channels).to(torch.int8)
-    product = pack_product(Weight(weight, torch.ones(5)), 127, window, (6, 7), small)
+    product = pack_product(Weight(weight, torch.ones(5)), 128, window, (6, 7), own)
     found = product(stored(codes), torch.ones(2), Epilogue(dtype=torch.float32))
     assert found.is_contiguous()
     assert np.array_equal(found.numpy().astype(np.int64), numpy_conv(codes, weight, window))
 
 
-def test_an_enlarged_image_repeats_each_pixel(small) -> None:
+def test_an_enlarged_image_repeats_each_pixel(own) -> None:
     g = torch.Generator().manual_seed(0)
     codes, weight = whole(g, -8, 7, 1, 3, 2, 4), whole(g, -127, 127, 3, 3, 3, 4).to(torch.int8)
     window = GEOMETRIES["3x3"][2]
-    product = pack_product(Weight(weight, torch.ones(3)), 8, window, (6, 4), small)
+    product = pack_product(Weight(weight, torch.ones(3)), 8, window, (6, 4), own)
     found = product(stored(codes), torch.ones(1), Epilogue(dtype=torch.float32), 2)
     large = codes.repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert np.array_equal(found.numpy().astype(np.int64), numpy_conv(large, weight, window))
 
 
 @pytest.mark.parametrize("shape", [(2, 19), (1, 3, 64), (3, 7, 32)])
-def test_a_linear_layer_in_two_digits_is_numpy_s_to_the_bit(small, shape: tuple[int, ...]) -> None:
+def test_a_linear_layer_in_two_digits_is_numpy_s_to_the_bit(own, shape: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(len(shape))
     codes, wide = whole(g, -8, 7, *shape), whole(g, -4000, 4000, 70, shape[-1])
     weight = Weight(digit(wide, 0), torch.ones(70), high=digit(wide, 1))
-    found = pack_product(weight, 8, small=small)(stored(codes), torch.ones(shape[0]), Epilogue(dtype=torch.float32))
+    found = pack_product(weight, 8, own=own)(stored(codes), torch.ones(shape[0]), Epilogue(dtype=torch.float32))
     assert np.array_equal(found.numpy().astype(np.int64), codes.numpy() @ wide.numpy().T)
+
+
+@pytest.mark.parametrize("largest", [1, 9, 64, 127])
+@pytest.mark.parametrize("reach", [1, 8, 31, 128])
+def test_the_largest_codes_and_weights_add_up(own, reach: int, largest: int) -> None:
+    """Of one sign throughout, so that a sum that int16 did not hold would show; 13 rows and 37 outputs fill no tile."""
+    signs = torch.tensor([1, -1]).repeat(19)[:37, None]
+    weight, row = (signs * largest).expand(37, 250).to(torch.int8), torch.tensor([-reach, min(reach, 127)])
+    codes = row.repeat(7)[:13, None].expand(13, 250)
+    found = pack_product(Weight(weight, torch.ones(37)), reach, own=own)(
+        stored(codes), torch.ones(13), Epilogue(dtype=torch.float32)
+    )
+    assert np.array_equal(found.numpy().astype(np.int64), codes.numpy() @ weight.numpy().T.astype(np.int64))
 
 
 @pytest.mark.parametrize("scales", ["one timestep", "mixed timesteps"])
 @pytest.mark.parametrize("shifts", ["none", "equal", "each its own"])
-def test_scales_bias_shift_and_residual(small, scales: str, shifts: str) -> None:
+def test_scales_bias_shift_and_residual(own, scales: str, shifts: str) -> None:
     """y = acc·s_w·s[n] + bias + shift[n] + r, then SiLU; in float64 from numpy's sums, to float32's rounding."""
     g = torch.Generator().manual_seed(3)
     codes, weight = whole(g, -127, 127, 3, 4, 4, 8), whole(g, -127, 127, 6, 3, 3, 8).to(torch.int8)
     window = GEOMETRIES["3x3"][2]
-    own = torch.rand(6, generator=g) * 1e-3
+    steps = torch.rand(6, generator=g) * 1e-3
     scale = torch.full((3,), 0.37) if scales == "one timestep" else torch.tensor([0.37, 0.5, 1.3])
     shift = None if shifts == "none" else torch.randn(3 if shifts == "each its own" else 1, 6, generator=g).expand(3, 6)
     bias, residual = torch.randn(6, generator=g), torch.randn(3, 4, 4, 6, generator=g)
-    wanted = torch.from_numpy(numpy_conv(codes, weight, window)).double() * own.double() * scale.view(3, 1, 1, 1)
+    wanted = torch.from_numpy(numpy_conv(codes, weight, window)).double() * steps.double() * scale.view(3, 1, 1, 1)
     wanted = wanted + bias + (0 if shift is None else shift[:, None, None]) + residual
-    product, kept = pack_product(Weight(weight, own), 127, window, (4, 4), small), residual.clone()
+    product, kept = pack_product(Weight(weight, steps), 127, window, (4, 4), own), residual.clone()
     for silu in (False, True):
         epilogue = Epilogue(bias, residual, silu, torch.float32, shift)
         found = product(stored(codes), scale, epilogue).double()
@@ -144,12 +165,25 @@ def test_split_weights_never_leave_int16(reach: int) -> None:
     weight = torch.tensor([[127, 127, -127, -127], [-128, -128, 127, 127], [64, 64, -64, -64]], dtype=torch.int8)
     codes = torch.tensor([[reach] * 4, [-reach] * 4, [reach, reach, -reach, -reach]])
     exact = codes.numpy() @ weight.numpy().astype(np.int64).T
-    parts = summands(Weight(weight, torch.ones(3)), reach, in_int16=True)
+    limit = largest_weight(reach)
+    parts = summands(Weight(weight, torch.ones(3)), reach, fits=lambda codes: int(codes.int().abs().max()) <= limit)
     assert np.array_equal(sum(f * pairs_in_int16(codes, part) for part, f in parts), exact)
     assert not np.array_equal(pairs_in_int16(codes, weight), exact)
-    assert len(summands(Weight(weight, torch.ones(3)), reach, in_int16=False)) == 1
-    small = Weight(weight.clamp(-largest_weight(reach), largest_weight(reach)), torch.ones(3))
-    assert len(summands(small, reach, in_int16=True)) == 1
+    assert len(parts) == 2
+    assert len(summands(Weight(weight, torch.ones(3)), reach, fits=lambda codes: True)) == 1
+
+
+def test_products_are_split_as_the_cpu_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hqc.runtimes.integer.cpu import operators
+
+    def parts(largest: int) -> int:
+        return len(summands(Weight(torch.full((1, 4), largest, dtype=torch.int8), torch.ones(1)), 7))
+
+    limit = largest_weight(7)
+    monkeypatch.setattr(operators, "adds_in_int16", lambda: True)
+    assert (parts(limit), parts(limit + 1), parts(-limit), parts(-limit - 1)) == (1, 2, 1, 2)
+    monkeypatch.setattr(operators, "adds_in_int16", lambda: False)
+    assert parts(-128) == 1
 
 
 WITHOUT_VNNI = """
@@ -159,7 +193,6 @@ import numpy as np, torch
 from test_runtimes_integer_cpu import stored, whole
 from hqc.kernels import Epilogue, Weight
 from hqc.runtimes.integer.cpu import operators
-from hqc.runtimes.integer.cpu.small import SmallProducts
 from hqc.runtimes.integer.cpu.products import pack_product
 torch.set_num_threads(1)
 operators.require_operators()

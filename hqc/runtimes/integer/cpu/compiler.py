@@ -1,4 +1,4 @@
-"""`passes.cpp` and `products.cpp` compiled once for this machine, and kept.
+"""The C++ of this folder compiled once for this machine, and kept.
 
     CACHE/passes-KEY.so      key = sha256(sources, compiler and version, options, instruction sets)
 
@@ -25,7 +25,8 @@ __all__ = ["COMPILERS", "Library", "compiled_passes", "native_cache"]
 
 COMPILERS = ("g++", "c++", "clang++")
 """What is looked for, unless CXX names another."""
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("passes.cpp", "products.cpp"))
+SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("passes", "products", "attention", "team", "run"))
+_HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("steps", "team", "vectors"))
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
 _SECONDS = 300
 
@@ -99,7 +100,7 @@ def _is_own(path: Path) -> bool:
 def _library(compiler: str, version: str, folder: Path) -> tuple[Path, bool]:
     """(the library's file, whether it was there before)."""
     about = [
-        *(source.read_bytes() for source in SOURCES),
+        *(source.read_bytes() for source in (*SOURCES, *_HEADERS)),
         version.encode(),
         " ".join(OPTIONS).encode(),
         instruction_sets().encode(),

@@ -10,11 +10,13 @@ from torch import Tensor
 from hqc.errors import RuntimeMissingError
 
 __all__ = [
+    "INT16_LIMIT",
     "NAME",
     "ZERO",
     "adds_in_int16",
     "convolve",
     "multiply",
+    "output_size",
     "pack_convolution",
     "pack_linear",
     "require_operators",
@@ -25,10 +27,23 @@ _USUAL_BATCH = 2
 """One image with guidance; hardly any layout depends on it."""
 ZERO = 128
 """Of unsigned activation codes: the code that is real 0, and what padding is."""
+INT16_LIMIT = 2**15 - 1
 _NEEDED = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
 _DO = "Use runtime='torch', or an export in ONNX Runtime."
 Window = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Stride, padding and dilation, each (height, width)."""
+
+
+def output_size(size: Sequence[int], kernel: Sequence[int], window: Window) -> list[int]:
+    """Height and width of what a convolution gives.
+
+    >>> output_size((8, 7), (3, 3), ((2, 2), (1, 1), (1, 1)))
+    [4, 4]
+    """
+    along = zip(size, kernel, *window, strict=True)
+    return [
+        (length + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for length, k, stride, padding, dilation in along
+    ]
 
 
 def require_operators() -> None:

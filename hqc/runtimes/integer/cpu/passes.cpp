@@ -1,70 +1,22 @@
 // Passes over rows that end in codes: [norm | gate], rotation, scaling, rounding, clipping; one read, one write.
 //
 // Rows lie channels last, float32; codes are stored as code + 128 in a byte. Sums run in another order than torch's, so
-// that a code on a rounding boundary may move by a step. OpenMP is the caller's: torch has loaded it.
+// that a code on a rounding boundary may move by a step.
 
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "steps.h"
+#include "team.h"
+#include "vectors.h"
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include <immintrin.h>  // gcc takes vectors of bytes apart lane by lane
+#endif
+
+namespace hqc {
 namespace {
-
-constexpr int LANES = 16;
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-
-inline Floats load(const float* p) {
-  Floats v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
-
-inline Floats all(float x) { return Floats{} + x; }
-
-// How a tensor becomes codes. inverse: 1/s of every sample, low and high its bounds.
-struct Quantiser {
-  const float* inverse;
-  const float* low;
-  const float* high;
-  int32_t block;
-  int32_t regular;
-};
-
-// x of one row: the first `first` channels at x, the rest at second.
-struct Rows {
-  const float* x;
-  const float* second;
-  int64_t first;
-  int64_t pitch;
-  int64_t second_pitch;
-  int64_t channels;
-};
-
-// ---- elementary functions ------------------------------------------------------------------------------------------
-
-// e^x within 2 units in the last place: 2^n by the exponent's bits, e^r by a polynomial, |r| <= ln(2)/2.
-inline Floats exponential(Floats x) {
-  x = x < -87.0f ? all(-87.0f) : x;
-  x = x > 88.0f ? all(88.0f) : x;
-  const Floats magic = all(12582912.0f);
-  Floats n = (x * 1.44269504088896341f + magic) - magic;
-  Floats r = x - n * 0.693145751953125f;
-  r = r - n * 1.42860682030941723e-6f;
-  Floats p = all(1.98412698412698413e-4f);
-  p = p * r + 1.38888888888888889e-3f;
-  p = p * r + 8.33333333333333333e-3f;
-  p = p * r + 4.16666666666666667e-2f;
-  p = p * r + 1.66666666666666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
-  Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-  return p * (Floats)power;
-}
 
 inline Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
 
@@ -106,12 +58,19 @@ inline Floats activated(Floats x, int kind) {
 
 // ---- rotation and codes --------------------------------------------------------------------------------------------
 
+// Lane i ^ BIT in the place of lane i.
 template <int BIT>
 inline Floats partner(Floats v) {
+#ifdef __AVX512F__
   if constexpr (BIT == 1) return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
   if constexpr (BIT == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
   if constexpr (BIT == 4) return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
   return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  if constexpr (BIT == 1) return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  if constexpr (BIT == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+#endif
 }
 
 template <int BIT>
@@ -121,16 +80,17 @@ inline Floats butterfly(Floats v) {
   return partner<BIT>(v) + sign * v;
 }
 
-// Sylvester's matrix within the lanes of one vector, for a block of up to 16.
+// Sylvester's matrix within the lanes of one vector, for a block of up to LANES.
 inline Floats rotated_lanes(Floats v, int block) {
   if (block > 1) v = butterfly<1>(v);
   if (block > 2) v = butterfly<2>(v);
   if (block > 4) v = butterfly<4>(v);
-  if (block > 8) v = butterfly<8>(v);
+  if constexpr (LANES > 8)
+    if (block > 8) v = butterfly<8>(v);
   return v;
 }
 
-// Sylvester's matrix of order 16 * VECTORS on one block in registers; of a smaller order within each vector.
+// Sylvester's matrix of order LANES * VECTORS on one block in registers; of a smaller order within each vector.
 template <int VECTORS>
 inline void rotate_registers(Floats* v, int block) {
   for (int i = 0; i < VECTORS; ++i) v[i] = rotated_lanes(v[i], VECTORS == 1 ? block : LANES);
@@ -175,12 +135,36 @@ inline void rotate_regular(float* y, int block) {
       }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline Bytes lowest_bytes(Words words) {
+  const __m256i bytes = (__m256i)words & _mm256_set1_epi32(255);
+  const __m128i pairs = _mm_packus_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  const int64_t packed = _mm_cvtsi128_si64(_mm_packus_epi16(pairs, pairs));
+  Bytes found;
+  std::memcpy(&found, &packed, sizeof found);
+  return found;
+}
+#else
+inline Bytes lowest_bytes(Words words) { return __builtin_convertvector(words, Bytes); }
+#endif
+
+// A quantiser with what all samples share.
+struct Coder {
+  const Quantiser& quantiser;
+  float factor;
+
+  explicit Coder(const Quantiser& q) : quantiser(q), factor(1.0f / std::sqrt((float)q.block)) {}
+};
+
 // Rounding and clipping of one sample's values.
 struct Levels {
   float factor, inverse, low, high;
 
-  Levels(const Quantiser& q, int64_t sample)
-      : factor(1.0f / std::sqrt((float)q.block)), inverse(q.inverse[sample]), low(q.low[sample]), high(q.high[sample]) {}
+  Levels(const Coder& coder, int64_t sample)
+      : factor(coder.factor),
+        inverse(coder.quantiser.inverse[sample * coder.quantiser.pitch]),
+        low(coder.quantiser.low[sample * coder.quantiser.bound_pitch]),
+        high(coder.quantiser.high[sample * coder.quantiser.bound_pitch]) {}
 
   // Adding 1.5·2^23 rounds to even and leaves the integer in the lowest bits; 128 more makes it unsigned.
   static constexpr float MAGIC = 12582912.0f + 128.0f;
@@ -189,7 +173,7 @@ struct Levels {
     v = v * factor * inverse;
     v = v < low ? all(low) : v;
     v = v > high ? all(high) : v;
-    Bytes bytes = __builtin_convertvector((Words)(v + MAGIC), Bytes);
+    const Bytes bytes = lowest_bytes((Words)(v + MAGIC));
     std::memcpy(codes, &bytes, sizeof bytes);
   }
 
@@ -233,28 +217,27 @@ void encode_stored(const Value& value, int64_t channels, const Quantiser& q, con
   for (; c < channels; ++c) codes[c] = levels.one(y[c]);
 }
 
-// value(c): 16 channels from c on. whole: it reads nothing beyond the channels.
+// value(c): the vector of channels from c on. whole: it reads nothing beyond the channels.
 template <class Value>
-void encode(const Value& value, bool whole, int64_t channels, const Quantiser& q, int64_t sample, uint8_t* codes,
+void encode(const Value& value, bool whole, int64_t channels, const Coder& coder, int64_t sample, uint8_t* codes,
             float* floats, float* scratch) {
-  const Levels levels(q, sample);
-  if (!whole || q.regular || q.block > 128)
+  const Quantiser& q = coder.quantiser;
+  const Levels levels(coder, sample);
+  if (!whole || q.regular || q.block > 8 * LANES) {
     encode_stored(value, channels, q, levels, codes, floats, scratch);
-  else if (q.block == 128)
-    encode_blocks<8>(value, channels, q.block, levels, codes, floats);
-  else if (q.block == 64)
-    encode_blocks<4>(value, channels, q.block, levels, codes, floats);
-  else if (q.block == 32)
-    encode_blocks<2>(value, channels, q.block, levels, codes, floats);
-  else
-    encode_blocks<1>(value, channels, q.block, levels, codes, floats);
+    return;
+  }
+  switch (q.block / LANES) {
+    case 8: encode_blocks<8>(value, channels, q.block, levels, codes, floats); break;
+    case 4: encode_blocks<4>(value, channels, q.block, levels, codes, floats); break;
+    case 2: encode_blocks<2>(value, channels, q.block, levels, codes, floats); break;
+    default: encode_blocks<1>(value, channels, q.block, levels, codes, floats);
+  }
 }
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
 
-inline int64_t padded(int64_t channels) { return (channels + LANES - 1) / LANES * LANES; }
-
-// One row of both parts side by side, 16 channels at a time; in scratch where a vector would cross a part's end.
+// One row of both parts side by side, a vector of channels at a time; in scratch where a vector would cross a part's end.
 class Row {
  public:
   Row(const Rows& rows, int64_t row, float* scratch)
@@ -281,28 +264,38 @@ class Row {
   int64_t first_;
 };
 
-// Mean and squared deviations of `WIDTH` channels over a stretch of rows.
-template <int WIDTH>
+// Mean and squared deviations of VECTORS vectors of channels over a stretch of rows.
+template <int VECTORS>
 inline void column_statistics(const float* x, int64_t pitch, int64_t count, float* mean, float* squares) {
-  float m[WIDTH] = {}, s[WIDTH] = {};
+  Floats m[VECTORS], s[VECTORS];
+  for (int i = 0; i < VECTORS; ++i) m[i] = s[i] = all(0.0f);
   for (int64_t r = 0; r < count; ++r)
-    for (int i = 0; i < WIDTH; ++i) m[i] += x[r * pitch + i];
-  for (int i = 0; i < WIDTH; ++i) m[i] /= (float)count;
+    for (int i = 0; i < VECTORS; ++i) m[i] += load(x + r * pitch + i * LANES);
+  for (int i = 0; i < VECTORS; ++i) m[i] /= all((float)count);
   for (int64_t r = 0; r < count; ++r)
-    for (int i = 0; i < WIDTH; ++i) {
-      const float d = x[r * pitch + i] - m[i];
+    for (int i = 0; i < VECTORS; ++i) {
+      const Floats d = load(x + r * pitch + i * LANES) - m[i];
       s[i] += d * d;
     }
-  std::memcpy(mean, m, sizeof m);
-  std::memcpy(squares, s, sizeof s);
+  for (int i = 0; i < VECTORS; ++i) {
+    store(mean + i * LANES, m[i]);
+    store(squares + i * LANES, s[i]);
+  }
 }
 
 void stretch_statistics(const float* x, int64_t pitch, int64_t channels, int64_t count, float* mean, float* squares) {
   int64_t c = 0;
   for (; c + 4 * LANES <= channels; c += 4 * LANES)
-    column_statistics<4 * LANES>(x + c, pitch, count, mean + c, squares + c);
-  for (; c + LANES <= channels; c += LANES) column_statistics<LANES>(x + c, pitch, count, mean + c, squares + c);
-  for (; c < channels; ++c) column_statistics<1>(x + c, pitch, count, mean + c, squares + c);
+    column_statistics<4>(x + c, pitch, count, mean + c, squares + c);
+  for (; c + LANES <= channels; c += LANES) column_statistics<1>(x + c, pitch, count, mean + c, squares + c);
+  for (; c < channels; ++c) {
+    float m = 0, s = 0;
+    for (int64_t r = 0; r < count; ++r) m += x[r * pitch + c];
+    m /= (float)count;
+    for (int64_t r = 0; r < count; ++r) s += (x[r * pitch + c] - m) * (x[r * pitch + c] - m);
+    mean[c] = m;
+    squares[c] = s;
+  }
 }
 
 // Chan's formula: the statistics of two sets from those of each.
@@ -390,131 +383,126 @@ void group_norm_factors(const Rows& rows, int64_t sample, int groups, float eps,
   }
 }
 
+// Rows of one piece; of a pass over few numbers one thread is done before another has begun.
+constexpr int64_t PIECE = 16, FEW = 8192;
+
+// work(row) of every row.
+template <class Work>
+void each_row(Team& team, int64_t rows, int64_t channels, const Work& work) {
+  team.each((rows + PIECE - 1) / PIECE, rows * channels < FEW, [&](int64_t piece) {
+    const int64_t end = (piece + 1) * PIECE < rows ? (piece + 1) * PIECE : rows;
+    for (int64_t row = piece * PIECE; row < end; ++row) work(row);
+  });
+}
+
 }  // namespace
 
-extern "C" {
-
-// codes[row] of rows [samples·pixels], those of one sample next to each other.
-void hqc_quantise(const Rows* rows, int64_t samples, int64_t pixels, const Quantiser* quantiser, uint8_t* codes,
-                  int threads) {
-  const int64_t channels = rows->channels;
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> x(padded(channels)), y(padded(channels));
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < samples * pixels; ++row)
-      encode(Row(*rows, row, x.data()), Row::whole(*rows), channels, *quantiser, row / pixels, codes + row * channels,
-             nullptr, y.data());
-  }
+void run(const Quantise& step, Team& team) {
+  const Rows& rows = step.rows;
+  const int64_t channels = rows.channels;
+  const Coder coder(step.quantiser);
+  each_row(team, rows.samples * rows.pixels, channels, [&](int64_t row) {
+    encode(Row(rows, row, scratch(0, padded(channels))), Row::whole(rows), channels, coder, row / rows.pixels,
+           step.codes + row * channels, nullptr, scratch(1, padded(channels)));
+  });
 }
 
-// Group norm and SiLU: codes, floats and codes of x itself, each where it is not null.
-void hqc_group_norm(const Rows* rows, int64_t samples, int64_t pixels, int groups, float eps, const float* weight,
-                    const float* bias, int with_silu, const Quantiser* quantiser, uint8_t* codes, float* floats,
-                    const Quantiser* beside_quantiser, uint8_t* beside, int threads) {
-  const int64_t channels = rows->channels, width = channels / groups, rest = channels - rows->first;
+void run(const GroupNorm& step, Team& team) {
+  const Rows& rows = step.rows;
+  const int64_t samples = rows.samples, pixels = rows.pixels, groups = step.groups;
+  const int64_t channels = rows.channels, width = channels / groups, rest = channels - rows.first;
   const int64_t stretches = (pixels + STRETCH - 1) / STRETCH;
-  const bool whole = Row::whole(*rows);
+  const bool whole = Row::whole(rows), alone = samples * pixels * channels < FEW;
+  const Coder coder(step.quantiser), beside(step.beside_quantiser);
   std::vector<Moments> parts(samples * stretches * groups);
   std::vector<float> factors(samples * 2 * padded(channels));
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> mean(padded(channels)), squares(padded(channels)), x(padded(channels)), y(padded(channels));
-#pragma omp for schedule(static)
-    for (int64_t index = 0; index < samples * stretches; ++index) {
-      const int64_t begin = index / stretches * pixels + index % stretches * STRETCH;
-      const int64_t left = pixels - index % stretches * STRETCH, count = left < STRETCH ? left : STRETCH;
-      stretch_statistics(rows->x + begin * rows->pitch, rows->pitch, rows->first, count, mean.data(), squares.data());
-      if (rows->second)
-        stretch_statistics(rows->second + begin * rows->second_pitch, rows->second_pitch, rest, count,
-                           mean.data() + rows->first, squares.data() + rows->first);
-      for (int g = 0; g < groups; ++g)
-        parts[index * groups + g] = moments(mean.data() + g * width, squares.data() + g * width, width, count);
-    }
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < samples; ++n) {
-      float* scale = factors.data() + n * 2 * padded(channels);
-      group_norm_factors(*rows, n, groups, eps, {weight, bias}, parts.data(), stretches, scale,
-                         scale + padded(channels));
-    }
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < samples * pixels; ++row) {
-      const int64_t n = row / pixels;
-      const float* scale = factors.data() + n * 2 * padded(channels);
-      const float* shift = scale + padded(channels);
-      const Row value(*rows, row, x.data());
-      if (beside)
-        encode(value, whole, channels, *beside_quantiser, n, beside + row * channels, nullptr, y.data());
-      auto run = [&](auto normed) {
-        if (codes)
-          encode(normed, whole, channels, *quantiser, n, codes + row * channels,
-                 floats ? floats + row * channels : nullptr, y.data());
-        else {
-          for (int64_t c = 0; c < channels; c += LANES) store(y.data() + c, normed(c));
-          std::memcpy(floats + row * channels, y.data(), 4 * channels);
-        }
-      };
-      if (with_silu)
-        run([&](int64_t c) { return silu(value(c) * load(scale + c) + load(shift + c)); });
-      else
-        run([&](int64_t c) { return value(c) * load(scale + c) + load(shift + c); });
-    }
-  }
+  team.each(samples * stretches, alone, [&](int64_t index) {
+    float *mean = scratch(0, padded(channels)), *squares = scratch(1, padded(channels));
+    const int64_t begin = index / stretches * pixels + index % stretches * STRETCH;
+    const int64_t left = pixels - index % stretches * STRETCH, count = left < STRETCH ? left : STRETCH;
+    stretch_statistics(rows.x + begin * rows.pitch, rows.pitch, rows.first, count, mean, squares);
+    if (rows.second)
+      stretch_statistics(rows.second + begin * rows.second_pitch, rows.second_pitch, rest, count, mean + rows.first,
+                         squares + rows.first);
+    for (int64_t g = 0; g < groups; ++g)
+      parts[index * groups + g] = moments(mean + g * width, squares + g * width, width, count);
+  });
+  team.each(samples, true, [&](int64_t n) {
+    float* scale = factors.data() + n * 2 * padded(channels);
+    group_norm_factors(rows, n, (int)groups, (float)step.eps, {step.weight, step.bias}, parts.data(), stretches, scale,
+                       scale + padded(channels));
+  });
+  each_row(team, samples * pixels, channels, [&](int64_t row) {
+    float* y = scratch(1, padded(channels));
+    const int64_t n = row / pixels;
+    const float* scale = factors.data() + n * 2 * padded(channels);
+    const float* shift = scale + padded(channels);
+    const Row value(rows, row, scratch(0, padded(channels)));
+    if (step.beside) encode(value, whole, channels, beside, n, step.beside + row * channels, nullptr, y);
+    auto run = [&](auto normed) {
+      if (step.codes)
+        encode(normed, whole, channels, coder, n, step.codes + row * channels,
+               step.floats ? step.floats + row * channels : nullptr, y);
+      else {
+        for (int64_t c = 0; c < channels; c += LANES) store(y + c, normed(c));
+        std::memcpy(step.floats + row * channels, y, 4 * channels);
+      }
+    };
+    if (step.silu)
+      run([&](int64_t c) { return silu(value(c) * load(scale + c) + load(shift + c)); });
+    else
+      run([&](int64_t c) { return value(c) * load(scale + c) + load(shift + c); });
+  });
 }
 
-// Layer norm: codes, and floats where they are not null.
-void hqc_layer_norm(const Rows* rows, int64_t samples, int64_t pixels, float eps, const float* weight,
-                    const float* bias, const Quantiser* quantiser, uint8_t* codes, float* floats, int threads) {
-  const int64_t channels = rows->channels;
-  const bool whole = Row::whole(*rows);
+void run(const LayerNorm& step, Team& team) {
+  const Rows& rows = step.rows;
+  const int64_t channels = rows.channels;
+  const bool whole = Row::whole(rows);
   // Whole vectors of the weights are read; without any they are 1 and 0. Beyond the channels scale and shift are 0.
   std::vector<float> scale(padded(channels)), shift(padded(channels));
   for (int64_t c = 0; c < channels; ++c) {
-    scale[c] = weight ? weight[c] : 1.0f;
-    shift[c] = bias ? bias[c] : 0.0f;
+    scale[c] = step.weight ? step.weight[c] : 1.0f;
+    shift[c] = step.bias ? step.bias[c] : 0.0f;
   }
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> x(padded(channels)), y(padded(channels));
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < samples * pixels; ++row) {
-      const Row value(*rows, row, x.data());
-      const float mean = mean_of(value, channels);
-      const float rstd = 1.0f / std::sqrt(mean_square(value, channels, mean) + eps);
-      encode([&](int64_t c) { return (value(c) - mean) * rstd * load(&scale[c]) + load(&shift[c]); }, whole, channels,
-             *quantiser, row / pixels, codes + row * channels, floats ? floats + row * channels : nullptr, y.data());
-    }
-  }
+  const float eps = (float)step.eps;
+  const Coder coder(step.quantiser);
+  each_row(team, rows.samples * rows.pixels, channels, [&](int64_t row) {
+    const Row value(rows, row, scratch(0, padded(channels)));
+    const float mean = mean_of(value, channels);
+    const float rstd = 1.0f / std::sqrt(mean_square(value, channels, mean) + eps);
+    encode([&](int64_t c) { return (value(c) - mean) * rstd * load(&scale[c]) + load(&shift[c]); }, whole, channels,
+           coder, row / rows.pixels, step.codes + row * channels, step.floats ? step.floats + row * channels : nullptr,
+           scratch(1, padded(channels)));
+  });
 }
 
-// Codes of f(x), or of a·f(g) for rows (a, g) of twice the channels.
-void hqc_gate(const Rows* rows, int64_t samples, int64_t pixels, int kind, int gated, const Quantiser* quantiser,
-              uint8_t* codes, int threads) {
-  const int64_t channels = gated ? rows->channels / 2 : rows->channels;
+void run(const Gate& step, Team& team) {
+  const Rows& rows = step.rows;
+  const int64_t channels = step.gated ? rows.channels / 2 : rows.channels;
   const bool whole = channels % LANES == 0;
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> a(padded(channels)), g(padded(channels)), y(padded(channels));
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < samples * pixels; ++row) {
-      const float* left = rows->x + row * rows->pitch;
-      const float* right = left + channels;
-      if (!whole) {
-        std::memcpy(a.data(), left, 4 * channels);
-        if (gated) std::memcpy(g.data(), right, 4 * channels);
-        left = a.data();
-        right = g.data();
-      }
-      auto run = [&](auto value) {
-        encode(value, whole, channels, *quantiser, row / pixels, codes + row * channels, nullptr, y.data());
-      };
-      if (!gated)
-        run([&](int64_t c) { return activated(load(left + c), kind); });
-      else if (kind == GELU)
-        run([&](int64_t c) { return load(left + c) * gelu(load(right + c)); });
-      else
-        run([&](int64_t c) { return load(left + c) * activated(load(right + c), kind); });
+  const Coder coder(step.quantiser);
+  each_row(team, rows.samples * rows.pixels, channels, [&](int64_t row) {
+    const float* left = rows.x + row * rows.pitch;
+    const float* right = left + channels;
+    if (!whole) {
+      float *a = scratch(0, padded(channels)), *g = scratch(2, padded(channels));
+      std::memcpy(a, left, 4 * channels);
+      if (step.gated) std::memcpy(g, right, 4 * channels);
+      left = a;
+      right = g;
     }
-  }
+    auto run = [&](auto value) {
+      encode(value, whole, channels, coder, row / rows.pixels, step.codes + row * channels, nullptr,
+             scratch(1, padded(channels)));
+    };
+    if (!step.gated)
+      run([&](int64_t c) { return activated(load(left + c), (int)step.kind); });
+    else if (step.kind == GELU)
+      run([&](int64_t c) { return load(left + c) * gelu(load(right + c)); });
+    else
+      run([&](int64_t c) { return load(left + c) * activated(load(right + c), (int)step.kind); });
+  });
 }
-}
+
+}  // namespace hqc

@@ -1,114 +1,229 @@
-// Integer products of few multiplications, for CPUs with AVX-512 and VNNI: what oneDNN's operator does before it begins
-// takes longer than such a product. u8 codes with zero point 128, s8 weights, int32 sums, float32 out, channels last.
+// Integer products by code of our own, for CPUs with AVX-512 and VNNI or with AVX2: what oneDNN's operator does before it
+// begins takes longer than a small product, and without VNNI its sums saturate.
+// u8 codes with zero point 128, s8 weights, int32 sums, float32 out, channels last.
 
-#include <cstdint>
+#include <algorithm>
+#include <cmath>
 #include <cstring>
-#include <vector>
 
-#ifdef __AVX512VNNI__
+#include "steps.h"
+#include "team.h"
+
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
+#define HQC_PRODUCTS 1
 #endif
 
+namespace hqc {
+
+#ifdef HQC_PRODUCTS
 namespace {
 
-// weight: [outputs / 16][taps · channels / 4][16][4], outputs filled up to a multiple of 32; offset: 128 times the sum of
-// an output's weights; bias: null, [outputs], or of each sample its own, `bias_pitch` apart.
-struct Product {
-  const int8_t* weight;
-  const int32_t* offset;
-  const float* scale;
-  const float* bias;
-  const float* factor;
-  int64_t bias_pitch, samples, height, width, channels, outputs;
-  int64_t kernel[2], stride[2], padding[2], dilation[2], size[2];
-};
+constexpr int LANES = 16;
 
 #ifdef __AVX512VNNI__
-constexpr int LANES = 16, WIDE = 2 * LANES, PIXELS = 6;
 
-// Where the taps of one output pixel lie; beside the image there is code 0.
-void tap_pointers(const Product& p, const uint8_t* codes, const uint8_t* nothing, int64_t pixel, const uint8_t** taps) {
+constexpr int WIDE = 2 * LANES, PIXELS = 6;
+
+// acc[r][o] = sum over k of rows[r][k]·w[o][k], int32.
+template <int COUNT>
+inline void tile(const uint8_t* const* rows, const int8_t* weight, int64_t quads, int64_t, int32_t (*acc)[WIDE]) {
+  const int64_t plane = quads * 4 * LANES;
+  __m512i sums[COUNT][2];
+  for (int r = 0; r < COUNT; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < quads; ++k, weight += 4 * LANES) {
+    const __m512i a = _mm512_loadu_si512(weight), b = _mm512_loadu_si512(weight + plane);
+    for (int r = 0; r < COUNT; ++r) {
+      int32_t four;
+      std::memcpy(&four, rows[r] + 4 * k, 4);
+      const __m512i codes = _mm512_set1_epi32(four);
+      sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], codes, a);
+      sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], codes, b);
+    }
+  }
+  std::memcpy(acc, sums, sizeof sums);
+}
+
+#else
+
+constexpr int WIDE = LANES, PIXELS = 4;  // with more pixels sums are written to memory and read again
+
+inline __m256i four_codes(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return _mm256_set1_epi32(four);
+}
+
+// The same; `group` sums of two products are added in int16, which holds them, before they are widened.
+template <int COUNT>
+void tile(const uint8_t* const* rows, const int8_t* weight, int64_t quads, int64_t group, int32_t (*acc)[WIDE]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i wide[COUNT][2];
+  for (int r = 0; r < COUNT; ++r) wide[r][0] = wide[r][1] = _mm256_setzero_si256();
+  for (int64_t k = 0; k < quads;) {
+    const int64_t end = std::min(k + group, quads);
+    __m256i sums[COUNT][2];
+    for (int r = 0; r < COUNT; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    for (; k < end; ++k, weight += 4 * LANES) {
+      const __m256i a = _mm256_loadu_si256((const __m256i*)weight);
+      const __m256i b = _mm256_loadu_si256((const __m256i*)(weight + 32));
+      for (int r = 0; r < COUNT; ++r) {
+        const __m256i codes = four_codes(rows[r] + 4 * k);
+        sums[r][0] = _mm256_add_epi16(sums[r][0], _mm256_maddubs_epi16(codes, a));
+        sums[r][1] = _mm256_add_epi16(sums[r][1], _mm256_maddubs_epi16(codes, b));
+      }
+    }
+    for (int r = 0; r < COUNT; ++r)
+      for (int i = 0; i < 2; ++i) wide[r][i] = _mm256_add_epi32(wide[r][i], _mm256_madd_epi16(sums[r][i], ones));
+  }
+  std::memcpy(acc, wide, sizeof wide);
+}
+#endif
+
+// Sums of at most PIXELS rows.
+inline void sums_of(const uint8_t* const* rows, int64_t count, const int8_t* weight, int64_t quads, int64_t group,
+                    int32_t (*acc)[WIDE]) {
+  switch (count) {
+#ifdef __AVX512VNNI__
+    case 6: tile<6>(rows, weight, quads, group, acc); break;
+    case 5: tile<5>(rows, weight, quads, group, acc); break;
+#endif
+    case 4: tile<4>(rows, weight, quads, group, acc); break;
+    case 3: tile<3>(rows, weight, quads, group, acc); break;
+    case 2: tile<2>(rows, weight, quads, group, acc); break;
+    default: tile<1>(rows, weight, quads, group, acc);
+  }
+}
+
+// `count` outputs of one pixel from their sums.
+inline void finish(const Product& p, int64_t pixel, int64_t sample, int64_t o, int64_t count, const int32_t* acc) {
+  const float factor = p.factor[sample * p.factor_pitch];
+  const float* bias = p.bias ? p.bias + o : nullptr;
+  const float* shift = p.shift ? p.shift + sample * p.shift_pitch + o : nullptr;
+  const float* residual = p.residual ? p.residual + pixel * p.outputs + o : nullptr;
+  float* y = p.y + pixel * p.outputs + o;
+  float v[WIDE];
+  for (int64_t c = 0; c < count; ++c) v[c] = (float)(acc[c] - p.offset[o + c]) * p.scale[o + c] * factor;
+  if (shift && bias)
+    for (int64_t c = 0; c < count; ++c) v[c] += shift[c] + bias[c];
+  else if (shift || bias)
+    for (int64_t c = 0; c < count; ++c) v[c] += (shift ? shift : bias)[c];
+  if (p.add)
+    for (int64_t c = 0; c < count; ++c) v[c] += y[c];
+  if (residual)
+    for (int64_t c = 0; c < count; ++c) v[c] += residual[c];
+  if (p.silu)
+    for (int64_t c = 0; c < count; ++c) v[c] = v[c] / (1.0f + std::exp(-v[c]));
+  std::memcpy(y, v, 4 * count);
+}
+
+// The codes of `count` channels of `taps` neighbours, less `zero`.
+inline void take(const uint8_t* codes, int64_t count, uint8_t zero, uint8_t* row) {
+  if (!zero) {
+    std::memcpy(row, codes, count);
+    return;
+  }
+  for (int64_t c = 0; c < count; ++c) row[c] = codes[c] - zero;
+}
+
+// What the taps of one output pixel read, side by side; beside the image there is code 0.
+void gather(const Product& p, int64_t pixel, uint8_t* row) {
   const int64_t n = pixel / (p.size[0] * p.size[1]), place = pixel % (p.size[0] * p.size[1]);
   const int64_t top = place / p.size[1] * p.stride[0] - p.padding[0];
   const int64_t left = place % p.size[1] * p.stride[1] - p.padding[1];
-  for (int64_t i = 0; i < p.kernel[0]; ++i)
-    for (int64_t j = 0; j < p.kernel[1]; ++j) {
-      const int64_t y = top + i * p.dilation[0], x = left + j * p.dilation[1];
-      const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
-      *taps++ = inside ? codes + ((n * p.height + y) * p.width + x) * p.channels : nothing;
-    }
-}
-
-template <int COUNT>
-void product_block(const Product& p, const uint8_t* const* taps, int64_t first, float* y, bool add) {
-  const int64_t count = p.kernel[0] * p.kernel[1], quads = p.channels / 4, plane = count * quads * 4 * LANES;
-  const int64_t pixels = p.size[0] * p.size[1];
-  for (int64_t o = 0; o < p.outputs; o += WIDE) {
-    __m512i sums[COUNT][2];
-    for (int r = 0; r < COUNT; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
-    const int8_t* weight = p.weight + o / LANES * plane;
-    for (int64_t t = 0; t < count; ++t)
-      for (int64_t k = 0; k < quads; ++k, weight += 4 * LANES) {
-        const __m512i a = _mm512_loadu_si512(weight), b = _mm512_loadu_si512(weight + plane);
-        for (int r = 0; r < COUNT; ++r) {
-          int32_t four;
-          std::memcpy(&four, taps[r * count + t] + 4 * k, 4);
-          const __m512i codes = _mm512_set1_epi32(four);
-          sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], codes, a);
-          sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], codes, b);
-        }
-      }
-    const int64_t left = p.outputs - o < WIDE ? p.outputs - o : WIDE;
-    for (int r = 0; r < COUNT; ++r) {
-      int32_t acc[WIDE];
-      std::memcpy(acc, sums[r], sizeof acc);
-      const int64_t n = (first + r) / pixels;
-      const float* bias = p.bias ? p.bias + n * p.bias_pitch + o : nullptr;
-      float* out = y + (first + r) * p.outputs + o;
-      for (int64_t c = 0; c < left; ++c) {
-        const float v = (float)(acc[c] - p.offset[o + c]) * p.scale[o + c] * p.factor[n] + (bias ? bias[c] : 0.0f);
-        out[c] = add ? out[c] + v : v;
+  const int64_t height = p.height * p.upsample, width = p.width * p.upsample;
+  const uint8_t zero = (uint8_t)p.zero, nothing = (uint8_t)(128 - p.zero);
+  const bool together = p.dilation[1] == 1 && p.upsample == 1 && left >= 0 && left + p.kernel[1] <= width;
+  for (int64_t i = 0; i < p.kernel[0]; ++i) {
+    const int64_t y = top + i * p.dilation[0], line = p.kernel[1] * p.channels;
+    const uint8_t* codes = p.codes + (n * p.height + y / p.upsample) * p.width * p.channels;
+    if (y < 0 || y >= height) {
+      std::memset(row, nothing, line);
+      row += line;
+    } else if (together) {
+      take(codes + left * p.channels, line, zero, row);
+      row += line;
+    } else {
+      for (int64_t j = 0; j < p.kernel[1]; ++j, row += p.channels) {
+        const int64_t x = left + j * p.dilation[1];
+        if (x < 0 || x >= width)
+          std::memset(row, nothing, p.channels);
+        else
+          take(codes + x / p.upsample * p.channels, p.channels, zero, row);
       }
     }
   }
 }
-#endif
+
+constexpr int64_t NEAR = 96 * 1024, MOST = 16 * PIXELS, FEW = 150000;
+// Bytes of gathered rows that stay close to the core; rows of one piece at most; multiplications of one thread.
+
+// How the work is divided: pieces of rows, and of outputs where there are few rows.
+struct Division {
+  int64_t rows, pieces, blocks, stripes;
+
+  Division(int64_t pixels, int64_t line, int64_t outputs, int threads) {
+    const int64_t near = std::max<int64_t>(NEAR / line / PIXELS, 1) * PIXELS;
+    const int64_t share = threads == 1 ? pixels : pixels / (2 * threads) + 1;
+    rows = std::min(std::min(near, MOST), (share + PIXELS - 1) / PIXELS * PIXELS);
+    pieces = (pixels + rows - 1) / rows;
+    blocks = (outputs + WIDE - 1) / WIDE;
+    stripes = pieces >= threads ? 1 : std::min<int64_t>(blocks, (threads + pieces - 1) / pieces);
+  }
+};
 
 }  // namespace
 
+void run(const Product& p, Team& team) {
+  const int64_t area = p.size[0] * p.size[1], pixels = p.samples * area;
+  const int64_t values = p.kernel[0] * p.kernel[1] * p.channels, quads = (values + 3) / 4, line = quads * 4;
+  const bool pointwise = p.kernel[0] * p.kernel[1] * p.stride[0] * p.stride[1] * p.upsample == 1 &&
+                         p.padding[0] + p.padding[1] == 0;
+  const bool direct = pointwise && !p.zero && values == line;
+  const bool alone = pixels * values * p.outputs < FEW;
+  const Division division(pixels, line, p.outputs, alone ? 1 : team.threads());
+  team.each(division.pieces * division.stripes, alone, [&](int64_t task) {
+    const int64_t piece = task / division.stripes, stripe = task % division.stripes;
+    const int64_t first = piece * division.rows, count = std::min(division.rows, pixels - first);
+    const uint8_t* rows[MOST];
+    if (direct) {
+      for (int64_t r = 0; r < count; ++r) rows[r] = p.codes + (first + r) * line;
+    } else {
+      uint8_t* gathered = reinterpret_cast<uint8_t*>(scratch(3, count * line / 4));
+      for (int64_t r = 0; r < count; ++r) {
+        rows[r] = gathered + r * line;
+        gather(p, first + r, gathered + r * line);
+      }
+    }
+    const int64_t end = division.blocks * (stripe + 1) / division.stripes;
+    for (int64_t block = division.blocks * stripe / division.stripes; block < end; ++block) {
+      const int64_t o = block * WIDE, outputs = std::min<int64_t>(WIDE, p.outputs - o);
+      for (int64_t r = 0; r < count; r += PIXELS) {
+        int32_t acc[PIXELS][WIDE];
+        const int64_t here = std::min<int64_t>(PIXELS, count - r);
+        sums_of(&rows[r], here, p.weight + o * line, quads, p.group, acc);
+        for (int64_t i = 0; i < here; ++i) finish(p, first + r + i, (first + r + i) / area, o, outputs, acc[i]);
+      }
+    }
+  });
+}
+
+#else
+void run(const Product&, Team&) {}
+#endif
+
+}  // namespace hqc
+
 extern "C" {
 
+// 2: sums in int32; 1: two neighbours in int16; 0: there are no products for this CPU.
 int hqc_has_products() {
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__)
+  return 2;
+#elif defined(__AVX2__)
   return 1;
 #else
   return 0;
 #endif
 }
-
-#ifdef __AVX512VNNI__
-// y [samples, size, outputs], or y + the product.
-void hqc_product(const Product* product, const uint8_t* codes, float* y, int add, int threads) {
-  const Product& p = *product;
-  const int64_t pixels = p.samples * p.size[0] * p.size[1], count = p.kernel[0] * p.kernel[1];
-  const std::vector<uint8_t> nothing(p.channels, 128);
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<const uint8_t*> taps(PIXELS * count);
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < pixels; first += PIXELS) {
-      const int64_t here = pixels - first < PIXELS ? pixels - first : PIXELS;
-      for (int64_t r = 0; r < here; ++r) tap_pointers(p, codes, nothing.data(), first + r, &taps[r * count]);
-      switch (here) {
-        case 6: product_block<6>(p, taps.data(), first, y, add); break;
-        case 5: product_block<5>(p, taps.data(), first, y, add); break;
-        case 4: product_block<4>(p, taps.data(), first, y, add); break;
-        case 3: product_block<3>(p, taps.data(), first, y, add); break;
-        case 2: product_block<2>(p, taps.data(), first, y, add); break;
-        default: product_block<1>(p, taps.data(), first, y, add);
-      }
-    }
-  }
-}
-#endif
 }

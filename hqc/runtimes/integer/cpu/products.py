@@ -8,8 +8,9 @@ products with its codes could leave int16, where the CPU adds two neighbours in 
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,13 +19,13 @@ from torch.nn import functional
 from hqc.kernels import Epilogue, Weight
 from hqc.ops import half
 from hqc.runtimes.integer.cpu import operators
-from hqc.runtimes.integer.cpu.operators import ZERO, Window
-from hqc.runtimes.integer.cpu.small import SmallProduct, SmallProducts
+from hqc.runtimes.integer.cpu.operators import INT16_LIMIT, ZERO, Window, output_size
+from hqc.runtimes.integer.cpu.own import OwnProduct, OwnProducts
+from hqc.runtimes.integer.cpu.steps import recorder
 from hqc.runtimes.integer.layers import Packed
 
-__all__ = ["INT16_LIMIT", "largest_weight", "pack_product", "summands"]
+__all__ = ["OwnSum", "largest_weight", "pack_product", "summands"]
 
-INT16_LIMIT = 2**15 - 1
 _FEW = 8_000_000
 """Multiplications of a call of two samples, up to which a product is small."""
 
@@ -42,25 +43,25 @@ def pack_product(
     reach: int,
     window: Window | None = None,
     size: Sequence[int] = (1, 1),
-    small: SmallProducts | None = None,
+    own: OwnProducts | None = None,
 ) -> Packed:
     """The product of codes of at most `reach` with a weight.
 
-    window: of a convolution. size: of the usual image, or of the usual rows of a sample. small: what multiplies where
-    there is little to do, if the CPU has it.
+    window: of a convolution. size: of the usual image, or of the usual rows of a sample. own: what multiplies
+    where there is little to do, and everywhere on a CPU without VNNI, if it has products for the CPU.
 
     (codes u8, scale fp32 [N], epilogue) -> float32, channels last; `upsample` of a convolution repeats each pixel.
     """
-    if small is not None and small.takes(weight.codes) and _multiplications(weight.codes, window, size) <= _FEW:
-        digits = [(weight.codes, 1)] + ([] if weight.high is None else [(weight.high, weight.high_factor)])
-        return _Small(tuple(small.pack(codes, weight.scale * factor, window) for codes, factor in digits))
+    if own is not None and own.there and (own.in_int16 or _multiplications(weight.codes, window, size) <= _FEW):
+        digits = summands(weight, reach, fits=lambda codes: own.group(reach, codes) > 0)
+        return OwnSum(tuple(own.pack(codes, weight.scale * factor, reach, window) for codes, factor in digits))
     pointwise = window is None or _is_pointwise(weight.codes, window)
     taken = None if pointwise else window
     parts = []
     for codes, factor in summands(weight, reach):
         scale = (weight.scale * factor).contiguous()
         parts.append(_Part(_packed(codes, scale, taken, size), scale))
-    return _Product(tuple(parts), taken)
+    return _Product(tuple(parts), taken, weight.codes.shape[1:-1])
 
 
 def largest_weight(reach: int) -> int:
@@ -72,17 +73,22 @@ def largest_weight(reach: int) -> int:
     return min(127, INT16_LIMIT // (2 * (ZERO + reach)))
 
 
-def summands(weight: Weight, reach: int, *, in_int16: bool | None = None) -> list[tuple[Tensor, int]]:
-    """int8 weights with the factor of each, whose sum the weight is; see the module."""
+def summands(weight: Weight, reach: int, *, fits: Callable[[Tensor], bool] | None = None) -> list[tuple[Tensor, int]]:
+    """int8 weights with the factor of each, whose sum the weight is; see the module.
+
+    fits: whether a weight is one product; None: as oneDNN adds here.
+    """
     digits = [(weight.codes, 1)] + ([] if weight.high is None else [(weight.high, weight.high_factor)])
-    if not (operators.adds_in_int16() if in_int16 is None else in_int16):
-        return digits
-    limit, found = largest_weight(reach), list[tuple[Tensor, int]]()
+    fits = fits or partial(_fits, limit=largest_weight(reach) if operators.adds_in_int16() else ZERO)
+    found = list[tuple[Tensor, int]]()
     for codes, factor in digits:
-        low, high = (int(bound) for bound in codes.aminmax())
-        fits = max(-low, high) <= limit
-        found += [(codes, factor)] if fits else [(half(codes, index), factor) for index in (0, 1)]
+        found += [(codes, factor)] if fits(codes) else [(half(codes, index), factor) for index in (0, 1)]
     return found
+
+
+def _fits(codes: Tensor, limit: int) -> bool:
+    low, high = (int(bound) for bound in codes.aminmax())
+    return max(-low, high) <= limit
 
 
 def _multiplications(codes: Tensor, window: Window | None, size: Sequence[int]) -> int:
@@ -104,10 +110,10 @@ def _packed(codes: Tensor, scale: Tensor, window: Window | None, size: Sequence[
     return operators.pack_convolution(codes.permute(0, 3, 1, 2).contiguous(), scale, window, size)
 
 
-class _Small:
-    """A small product, each sample with its own scale and shift in one pass."""
+class OwnSum:
+    """Products of our own, each sample with its own scale and shift in one pass."""
 
-    def __init__(self, parts: tuple[SmallProduct, ...]) -> None:
+    def __init__(self, parts: tuple[OwnProduct, ...]) -> None:
         self._parts = parts
 
     @property
@@ -116,31 +122,28 @@ class _Small:
         return len(self._parts)
 
     def __call__(self, codes: Tensor, scale: Tensor, epilogue: Epilogue, upsample: int = 1) -> Tensor:
-        """See `pack_product`."""
-        codes = codes if upsample == 1 else _enlarged(codes, upsample)
-        bias = epilogue.bias if epilogue.shift is None else _sum(epilogue.shift, epilogue.bias)
-        first, *others = self._parts
-        y = first(codes, scale, bias)
-        for part in others:
-            part(codes, scale, None, y)
-        return _finished(y, epilogue)
-
-
-def _sum(shift: Tensor, bias: Tensor | None) -> Tensor:
-    return shift.contiguous() if bias is None else shift + bias
-
-
-def _finished(y: Tensor, epilogue: Epilogue) -> Tensor:
-    if epilogue.residual is not None:
-        y.add_(epilogue.residual)
-    return functional.silu(y, inplace=True) if epilogue.silu else y
+        """See `pack_product`; bias and shift come with the first product, residual and SiLU with the last."""
+        y: Tensor | None = None
+        for part in self._parts:
+            first, last = part is self._parts[0], part is self._parts[-1]
+            own = replace(
+                epilogue,
+                bias=epilogue.bias if first else None,
+                shift=epilogue.shift if first else None,
+                residual=epilogue.residual if last else None,
+                silu=epilogue.silu and last,
+            )
+            y = part(codes, scale, own, into=y, upsample=upsample)
+        assert y is not None
+        return y
 
 
 class _Product:
     """Packed weights in oneDNN's operators."""
 
-    def __init__(self, parts: tuple[_Part, ...], window: Window | None) -> None:
-        self._parts, self._window = parts, window
+    def __init__(self, parts: tuple[_Part, ...], window: Window | None, kernel: Sequence[int]) -> None:
+        """kernel: height and width of a convolution's."""
+        self._parts, self._window, self._kernel = parts, window, kernel
 
     @property
     def terms(self) -> int:
@@ -149,6 +152,13 @@ class _Product:
 
     def __call__(self, codes: Tensor, scale: Tensor, epilogue: Epilogue, upsample: int = 1) -> Tensor:
         """See `pack_product`."""
+        taker = recorder()
+        if taker is not None:
+            y = torch.empty((*self._places(codes, upsample), len(self._parts[0].scale)), device=codes.device)
+            given = (codes, scale, epilogue.bias, epilogue.residual, epilogue.shift)
+            taker.shares_threads = True
+            taker.call(partial(self._again, epilogue.silu, upsample), given, {}, y)
+            return y
         codes = codes if upsample == 1 else _enlarged(codes, upsample)
         bias = _bias(epilogue)
         factors = scale.tolist()
@@ -157,7 +167,30 @@ class _Product:
         else:
             y = self._sum(codes, 1.0, None)
             y = _per_sample(y, scale, bias)
-        return _finished(y, epilogue)
+        if epilogue.residual is not None:
+            y.add_(epilogue.residual)
+        return functional.silu(y, inplace=True) if epilogue.silu else y
+
+    def _again(
+        self,
+        silu: bool,
+        upsample: int,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        shift: Tensor | None,
+    ) -> Tensor:
+        """A call as a recording holds it."""
+        return self(codes, scale, Epilogue(bias, residual, silu, torch.float32, shift), upsample)
+
+    def _places(self, codes: Tensor, upsample: int) -> Sequence[int]:
+        """Of the output: samples, and height and width of an image."""
+        samples, *places = codes.shape[:-1]
+        if self._window is None:
+            return samples, *places
+        size = [length * upsample for length in places]
+        return samples, *output_size(size, self._kernel, self._window)
 
     def _sum(self, codes: Tensor, factor: float, bias: Tensor | None) -> Tensor:
         first, *others = self._parts
@@ -179,7 +212,7 @@ def _bias(epilogue: Epilogue) -> Tensor | None:
         return epilogue.bias
     if len(shift) == 1 or torch.equal(shift[:1].expand_as(shift), shift):
         shift = shift[0]
-    return _sum(shift, epilogue.bias)
+    return shift.contiguous() if epilogue.bias is None else shift + epilogue.bias
 
 
 def _per_sample(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

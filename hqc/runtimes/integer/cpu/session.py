@@ -8,11 +8,13 @@ from torch import Tensor
 
 from hqc.memory import return_free_memory
 from hqc.program import Program
-from hqc.running import run_module
+from hqc.running import module_failure, run_module
 from hqc.runtimes.base import named_inputs
 from hqc.runtimes.integer.build import BuildOptions, integer_module
+from hqc.runtimes.integer.cpu.attention import take_attention
 from hqc.runtimes.integer.cpu.kernels import cpu_kernels
 from hqc.runtimes.integer.cpu.operators import NAME, require_operators
+from hqc.runtimes.integer.cpu.recordings import Recordings, reason_against
 from hqc.runtimes.integer.forms import require_quantised
 from hqc.runtimes.integer.report import BuildReport
 from hqc.stages import doing
@@ -23,7 +25,8 @@ __all__ = ["CpuSession"]
 class CpuSession:
     """Runs a quantised Program on the CPU: integer products by oneDNN, everything else in float32, channels last.
 
-    Weights are packed once, for this CPU. Calls from several threads may run at the same time.
+    Weights are packed once, for this CPU. Where kernels are compiled code, a call of shapes that are known is a `tape`,
+    else the graph runs node by node. Calls from several threads may run at the same time.
     """
 
     name = NAME.removeprefix("runtime ")
@@ -37,12 +40,17 @@ class CpuSession:
         """
         require_quantised(program.stage, self.name)
         require_operators()
-        kernels, said = cpu_kernels(cache)
+        found = cpu_kernels(cache)
         options = BuildOptions(torch.device("cpu"), torch.float32, side_stream=False, runtime=self.name)
         with doing("packing weights"):
-            self._module = integer_module(program, kernels, options)
+            self._module = integer_module(program, found.kernels, options)
+        if found.functions is not None:
+            take_attention(self._module, found.functions)
         return_free_memory()  # codes as they were before they were packed
-        self.report: BuildReport = replace(self._module.meta["report"], tiles=said)
+        against = reason_against(self._module, program, found.functions)
+        self._recordings = None if against or found.functions is None else Recordings(self._module, found.functions)
+        calls = f"node by node ({against})" if against else "recorded for every shape"
+        self.report: BuildReport = replace(self._module.meta["report"], tiles=f"{found.said}; calls: {calls}")
         self.inputs = program.inputs
 
     @torch.no_grad()
@@ -51,4 +59,9 @@ class CpuSession:
     ) -> Tensor:
         """See `Session`."""
         given = named_inputs(self.inputs, sample, timestep, *conditions, **named)
-        return run_module(self._module, *given.values())
+        if self._recordings is None:
+            return run_module(self._module, *given.values())
+        try:
+            return self._recordings(*given.values())
+        except Exception as error:  # whatever an operator raises: the graph, run node by node, says which
+            raise module_failure(self._module, tuple(given.values()), error) from error
