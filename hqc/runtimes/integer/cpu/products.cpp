@@ -48,35 +48,70 @@ inline void tile(const uint8_t* const* rows, const int8_t* weight, int64_t quads
 
 constexpr int WIDE = LANES, PIXELS = 4;  // with more pixels sums are written to memory and read again
 
-inline __m256i four_codes(const uint8_t* p) {
-  int32_t four;
-  std::memcpy(&four, p, 4);
-  return _mm256_set1_epi32(four);
+// One row: four codes in every lane, times the weights of 16 outputs, added to two sums; in int16, or widened to int32.
+#define HQC_TIMES(row)                           \
+  "vpbroadcastd (%[" row "],%[k],4), %%ymm2\n"  \
+  "vpmaddubsw %%ymm0, %%ymm2, %%ymm3\n"         \
+  "vpmaddubsw %%ymm1, %%ymm2, %%ymm2\n"
+#define HQC_WORDS(row, first, second)            \
+  HQC_TIMES(row)                                 \
+  "vpaddw %%ymm3, %[" first "], %[" first "]\n" \
+  "vpaddw %%ymm2, %[" second "], %[" second "]\n"
+#define HQC_WIDENED(row, first, second)          \
+  HQC_TIMES(row)                                 \
+  "vpmaddwd %[one], %%ymm3, %%ymm3\n"           \
+  "vpmaddwd %[one], %%ymm2, %%ymm2\n"           \
+  "vpaddd %%ymm3, %[" first "], %[" first "]\n" \
+  "vpaddd %%ymm2, %[" second "], %[" second "]\n"
+#define HQC_QUADS(ROW)                                                                                             \
+  asm volatile("1:\n"                                                                                             \
+               "vmovdqu (%[w]), %%ymm0\n"                                                                         \
+               "vmovdqu 32(%[w]), %%ymm1\n" ROW("a", "s0", "s1") ROW("b", "s2", "s3") ROW("c", "s4", "s5")        \
+                   ROW("d", "s6", "s7") "addq $64, %[w]\n"                                                        \
+               "incq %[k]\n"                                                                                      \
+               "jnz 1b\n"                                                                                         \
+               : [w] "+r"(weight), [k] "+r"(k), [s0] "+x"(sums[0][0]), [s1] "+x"(sums[0][1]),                      \
+                 [s2] "+x"(sums[1][0]), [s3] "+x"(sums[1][1]), [s4] "+x"(sums[2][0]), [s5] "+x"(sums[2][1]),       \
+                 [s6] "+x"(sums[3][0]), [s7] "+x"(sums[3][1])                                                      \
+               : [a] "r"(ends[0]), [b] "r"(ends[1]), [c] "r"(ends[2]), [d] "r"(ends[3]), [one] "x"(one)           \
+               : "ymm0", "ymm1", "ymm2", "ymm3", "cc", "memory")
+
+// sums += the products of four rows and 16 outputs, `count` times four values of each from the `from`th on. In the
+// assembler's words: gcc 12 loads weights again for every row, or keeps sums in memory.
+template <bool WIDENED>
+inline void add_quads(const uint8_t* const* rows, const int8_t* weight, int64_t from, int64_t count,
+                      __m256i (*sums)[2]) {
+  const uint8_t* ends[PIXELS];
+  for (int r = 0; r < PIXELS; ++r) ends[r] = rows[r] + 4 * (from + count);
+  const __m256i one = _mm256_set1_epi16(1);
+  int64_t k = -count;
+  if constexpr (WIDENED) {
+    HQC_QUADS(HQC_WIDENED);
+  } else {
+    HQC_QUADS(HQC_WORDS);
+  }
 }
 
-// The same; `group` sums of two products are added in int16, which holds them, before they are widened.
+// The same as above; `group` sums of two products are added in int16, which holds them, before they are widened.
 template <int COUNT>
-void tile(const uint8_t* const* rows, const int8_t* weight, int64_t quads, int64_t group, int32_t (*acc)[WIDE]) {
+void tile(const uint8_t* const* given, const int8_t* weight, int64_t quads, int64_t group, int32_t (*acc)[WIDE]) {
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256i wide[COUNT][2];
-  for (int r = 0; r < COUNT; ++r) wide[r][0] = wide[r][1] = _mm256_setzero_si256();
-  for (int64_t k = 0; k < quads;) {
-    const int64_t end = std::min(k + group, quads);
-    __m256i sums[COUNT][2];
-    for (int r = 0; r < COUNT; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
-    for (; k < end; ++k, weight += 4 * LANES) {
-      const __m256i a = _mm256_loadu_si256((const __m256i*)weight);
-      const __m256i b = _mm256_loadu_si256((const __m256i*)(weight + 32));
-      for (int r = 0; r < COUNT; ++r) {
-        const __m256i codes = four_codes(rows[r] + 4 * k);
-        sums[r][0] = _mm256_add_epi16(sums[r][0], _mm256_maddubs_epi16(codes, a));
-        sums[r][1] = _mm256_add_epi16(sums[r][1], _mm256_maddubs_epi16(codes, b));
-      }
-    }
+  const uint8_t* rows[PIXELS];
+  for (int r = 0; r < PIXELS; ++r) rows[r] = given[r < COUNT ? r : 0];
+  __m256i wide[PIXELS][2], sums[PIXELS][2];
+  for (int r = 0; r < PIXELS; ++r) wide[r][0] = wide[r][1] = _mm256_setzero_si256();
+  if (group < 4) {
+    add_quads<true>(rows, weight, 0, quads, wide);
+    std::memcpy(acc, wide, COUNT * sizeof *wide);
+    return;
+  }
+  for (int64_t k = 0; k < quads; k += group) {
+    for (int r = 0; r < PIXELS; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    add_quads<false>(rows, weight + k * 4 * LANES, k, std::min(group, quads - k), sums);
     for (int r = 0; r < COUNT; ++r)
       for (int i = 0; i < 2; ++i) wide[r][i] = _mm256_add_epi32(wide[r][i], _mm256_madd_epi16(sums[r][i], ones));
   }
-  std::memcpy(acc, wide, sizeof wide);
+  std::memcpy(acc, wide, COUNT * sizeof *wide);
 }
 #endif
 
