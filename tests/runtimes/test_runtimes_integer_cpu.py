@@ -113,6 +113,16 @@ def test_a_linear_layer_in_two_digits_is_numpy_s_to_the_bit(own, shape: tuple[in
     assert np.array_equal(found.numpy().astype(np.int64), codes.numpy() @ wide.numpy().T)
 
 
+def test_many_values_and_rows_are_multiplied_in_parts(own) -> None:
+    """More values than are multiplied in one go, more rows than one piece has."""
+    g = torch.Generator().manual_seed(6)
+    codes, weight = whole(g, -8, 7, 2, 9, 13, 260), whole(g, -100, 100, 40, 3, 3, 260).to(torch.int8)
+    window = GEOMETRIES["3x3"][2]
+    product = pack_product(Weight(weight, torch.ones(40)), 8, window, (9, 13), own)
+    found = product(stored(codes), torch.ones(2), Epilogue(dtype=torch.float32))
+    assert np.array_equal(found.numpy().astype(np.int64), numpy_conv(codes, weight, window))
+
+
 @pytest.mark.parametrize("largest", [1, 9, 64, 127])
 @pytest.mark.parametrize("reach", [1, 8, 31, 128])
 def test_the_largest_codes_and_weights_add_up(own, reach: int, largest: int) -> None:

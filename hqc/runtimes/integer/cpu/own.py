@@ -64,11 +64,11 @@ class OwnProduct:
         self._kernel = tuple(places) if len(places) == 2 else (1, 1)
         self._functions, self._scale, self._window = products.functions, scale.contiguous(), window
         self._zero, self._group = products.zero(reach), products.group(reach, weight)
-        sums = weight.flatten(1).to(torch.int32).sum(1, dtype=torch.int32)
-        self._offset = sums.mul_(ZERO - self._zero)
+        self._offset = weight.flatten(1).sum(1, dtype=torch.int32).mul_(ZERO - self._zero)
         flat = weight.reshape(outputs, -1)
         rows = functional.pad(flat, (0, -flat.shape[1] % _QUAD, 0, -outputs % _WIDE))
-        self._weight = rows.view(-1, _LANES, rows.shape[1] // _QUAD, _QUAD).transpose(1, 2).contiguous()
+        quads = rows.view(torch.int32).view(-1, _LANES, rows.shape[1] // _QUAD)
+        self._weight = quads.transpose(1, 2).contiguous()
         self._outputs, self._channels = outputs, channels
 
     def __call__(

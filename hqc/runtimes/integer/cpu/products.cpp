@@ -25,13 +25,15 @@ constexpr int LANES = 16;
 
 constexpr int WIDE = 2 * LANES, PIXELS = 6;
 
-// acc[r][o] = sum over k of rows[r][k]·w[o][k], int32.
+// acc[r][o] += sum of rows[r][k]·w[o][k] over `count` times four values from the `from`th on, of `quads`; int32.
 template <int COUNT>
-inline void tile(const uint8_t* const* rows, const int8_t* weight, int64_t quads, int64_t, int32_t (*acc)[WIDE]) {
+inline void tile(const uint8_t* const* rows, const int8_t* weight, int64_t from, int64_t count, int64_t quads, int64_t,
+                 int32_t (*acc)[WIDE]) {
   const int64_t plane = quads * 4 * LANES;
   __m512i sums[COUNT][2];
-  for (int r = 0; r < COUNT; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
-  for (int64_t k = 0; k < quads; ++k, weight += 4 * LANES) {
+  std::memcpy(sums, acc, sizeof sums);
+  weight += from * 4 * LANES;
+  for (int64_t k = from; k < from + count; ++k, weight += 4 * LANES) {
     const __m512i a = _mm512_loadu_si512(weight), b = _mm512_loadu_si512(weight + plane);
     for (int r = 0; r < COUNT; ++r) {
       int32_t four;
@@ -94,20 +96,22 @@ inline void add_quads(const uint8_t* const* rows, const int8_t* weight, int64_t 
 
 // The same as above; `group` sums of two products are added in int16, which holds them, before they are widened.
 template <int COUNT>
-void tile(const uint8_t* const* given, const int8_t* weight, int64_t quads, int64_t group, int32_t (*acc)[WIDE]) {
+void tile(const uint8_t* const* given, const int8_t* weight, int64_t from, int64_t count, int64_t, int64_t group,
+          int32_t (*acc)[WIDE]) {
   const __m256i ones = _mm256_set1_epi16(1);
   const uint8_t* rows[PIXELS];
   for (int r = 0; r < PIXELS; ++r) rows[r] = given[r < COUNT ? r : 0];
   __m256i wide[PIXELS][2], sums[PIXELS][2];
-  for (int r = 0; r < PIXELS; ++r) wide[r][0] = wide[r][1] = _mm256_setzero_si256();
+  for (int r = COUNT; r < PIXELS; ++r) wide[r][0] = wide[r][1] = _mm256_setzero_si256();
+  std::memcpy(wide, acc, COUNT * sizeof *wide);
   if (group < 4) {
-    add_quads<true>(rows, weight, 0, quads, wide);
+    add_quads<true>(rows, weight + from * 4 * LANES, from, count, wide);
     std::memcpy(acc, wide, COUNT * sizeof *wide);
     return;
   }
-  for (int64_t k = 0; k < quads; k += group) {
+  for (int64_t k = from, end = from + count; k < end; k += group) {
     for (int r = 0; r < PIXELS; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
-    add_quads<false>(rows, weight + k * 4 * LANES, k, std::min(group, quads - k), sums);
+    add_quads<false>(rows, weight + k * 4 * LANES, k, std::min(group, end - k), sums);
     for (int r = 0; r < COUNT; ++r)
       for (int i = 0; i < 2; ++i) wide[r][i] = _mm256_add_epi32(wide[r][i], _mm256_madd_epi16(sums[r][i], ones));
   }
@@ -116,17 +120,17 @@ void tile(const uint8_t* const* given, const int8_t* weight, int64_t quads, int6
 #endif
 
 // Sums of at most PIXELS rows.
-inline void sums_of(const uint8_t* const* rows, int64_t count, const int8_t* weight, int64_t quads, int64_t group,
-                    int32_t (*acc)[WIDE]) {
-  switch (count) {
+inline void add_sums(const uint8_t* const* rows, int64_t here, const int8_t* weight, int64_t from, int64_t count,
+                     int64_t quads, int64_t group, int32_t (*acc)[WIDE]) {
+  switch (here) {
 #ifdef __AVX512VNNI__
-    case 6: tile<6>(rows, weight, quads, group, acc); break;
-    case 5: tile<5>(rows, weight, quads, group, acc); break;
+    case 6: tile<6>(rows, weight, from, count, quads, group, acc); break;
+    case 5: tile<5>(rows, weight, from, count, quads, group, acc); break;
 #endif
-    case 4: tile<4>(rows, weight, quads, group, acc); break;
-    case 3: tile<3>(rows, weight, quads, group, acc); break;
-    case 2: tile<2>(rows, weight, quads, group, acc); break;
-    default: tile<1>(rows, weight, quads, group, acc);
+    case 4: tile<4>(rows, weight, from, count, quads, group, acc); break;
+    case 3: tile<3>(rows, weight, from, count, quads, group, acc); break;
+    case 2: tile<2>(rows, weight, from, count, quads, group, acc); break;
+    default: tile<1>(rows, weight, from, count, quads, group, acc);
   }
 }
 
@@ -190,8 +194,9 @@ void gather(const Product& p, int64_t pixel, uint8_t* row) {
   }
 }
 
-constexpr int64_t NEAR = 96 * 1024, MOST = 16 * PIXELS, FEW = 150000;
-// Bytes of gathered rows that stay close to the core; rows of one piece at most; multiplications of one thread.
+// Bytes of gathered rows, and rows, of one piece at most; values of all its rows that are multiplied in one go, so that
+// the weights of a block of outputs stay in the first cache; multiplications of one thread.
+constexpr int64_t NEAR = 2 << 20, MOST = 16 * PIXELS, CHUNK = 256, FEW = 150000;
 
 // How the work is divided: pieces of rows, and of outputs where there are few rows.
 struct Division {
@@ -233,12 +238,13 @@ void run(const Product& p, Team& team) {
     const int64_t end = division.blocks * (stripe + 1) / division.stripes;
     for (int64_t block = division.blocks * stripe / division.stripes; block < end; ++block) {
       const int64_t o = block * WIDE, outputs = std::min<int64_t>(WIDE, p.outputs - o);
-      for (int64_t r = 0; r < count; r += PIXELS) {
-        int32_t acc[PIXELS][WIDE];
-        const int64_t here = std::min<int64_t>(PIXELS, count - r);
-        sums_of(&rows[r], here, p.weight + o * line, quads, p.group, acc);
-        for (int64_t i = 0; i < here; ++i) finish(p, first + r + i, (first + r + i) / area, o, outputs, acc[i]);
-      }
+      int32_t acc[MOST][WIDE];
+      std::memset(acc, 0, count * sizeof *acc);
+      for (int64_t from = 0; from < quads; from += CHUNK)
+        for (int64_t r = 0; r < count; r += PIXELS)
+          add_sums(&rows[r], std::min<int64_t>(PIXELS, count - r), p.weight + o * line, from,
+                   std::min(CHUNK, quads - from), quads, p.group, acc + r);
+      for (int64_t r = 0; r < count; ++r) finish(p, first + r, (first + r) / area, o, outputs, acc[r]);
     }
   });
 }
