@@ -106,8 +106,12 @@ def takes_one_timestep(session: Any) -> bool:
     return any(value.name == "timestep" and list(value.shape) == [1] for value in session.get_inputs())
 
 
-def run_session(session: Any, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+def run_session(
+    session: Any, names: Sequence[str], feeds: Mapping[str, Any], *, one_timestep: bool | None = None
+) -> list[Any]:
     """The named outputs; a model that takes one timestep a call is called once for every timestep of the batch.
+
+    one_timestep: what `takes_one_timestep` has said of the session, which is asked at every call otherwise.
 
     Raises:
         EvaluationError: if the runtime cannot go on: an index out of range, memory.
@@ -123,7 +127,7 @@ def run_session(session: Any, names: Sequence[str], feeds: Mapping[str, Any]) ->
                 "onnxruntime", f"cannot run the model ({first_words(error)})", f"Check the inputs; {what}."
             ) from error
 
-    if times is None or not takes_one_timestep(session):
+    if times is None or not (takes_one_timestep(session) if one_timestep is None else one_timestep):
         return run(feeds)
     groups = [np.flatnonzero(times == t) for t in np.unique(times)]
     parts = []

@@ -54,12 +54,13 @@ class OrtSession:
             model, optimisation = optimised_model(folder, manifest["files"], Path(cache)), "disabled"
         self._session = open_session(model, threads=threads, optimisation=optimisation)
         self.one_timestep = takes_one_timestep(self._session)
+        self._taken = frozenset(value.name for value in self._session.get_inputs())
 
     def __call__(
         self, sample: Tensor, timestep: Tensor | float | None = None, *conditions: Tensor | None, **named: Tensor | None
     ) -> Tensor:
         """See `Session`."""
         given = named_inputs(self.inputs, sample, timestep, *conditions, **named)
-        taken = {value.name for value in self._session.get_inputs()}
-        feeds = {name: t.numpy() for name, t in self._interface.feeds(given).items() if name in taken}
-        return torch.from_numpy(run_session(self._session, [self._interface.output], feeds)[0])
+        feeds = {name: t.numpy() for name, t in self._interface.feeds(given).items() if name in self._taken}
+        found = run_session(self._session, [self._interface.output], feeds, one_timestep=self.one_timestep)
+        return torch.from_numpy(found[0])

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -87,6 +88,16 @@ def test_the_model_itself_refuses_a_timestep_a_sample(both) -> None:
     with pytest.raises(Exception, match="timestep"):
         session.run([OUTPUT], feeds)
     assert run_session(session, [OUTPUT], feeds)[0].shape == feeds["sample"].shape
+
+
+def test_a_model_is_not_asked_at_every_call_what_it_takes(both) -> None:
+    program, *folders = both
+    sample, times, condition = program.example_inputs(3)
+    for folder in folders:
+        session = load(folder, threads=1).session
+        wanted = session(sample, times, condition)
+        session._session = SimpleNamespace(run=session._session.run)
+        assert torch.equal(session(sample, times, condition), wanted)
 
 
 def test_a_joined_timestep_row_is_refused(captured) -> None:

@@ -66,7 +66,7 @@ def on_cpu(call: Call) -> Loaded:
 
 def _onnxruntime(threads: int) -> Callable[[Path, Arrays], Loaded]:
     """Default session options: every optimisation, the runtime's own thread pool."""
-    from hqc.export.ort_session import import_onnxruntime, open_session, run_session
+    from hqc.export.ort_session import import_onnxruntime, open_session, run_session, takes_one_timestep
 
     import_onnxruntime()  # before the clock of the load starts
 
@@ -75,7 +75,8 @@ def _onnxruntime(threads: int) -> Callable[[Path, Arrays], Loaded]:
         taken = {value.name for value in session.get_inputs()}
         feeds = {name: array for name, array in _interface(model).feeds(inputs).items() if name in taken}
         output = session.get_outputs()[0].name
-        return on_cpu(lambda: run_session(session, [output], feeds)[0])
+        once = takes_one_timestep(session)
+        return on_cpu(lambda: run_session(session, [output], feeds, one_timestep=once)[0])
 
     return load
 
