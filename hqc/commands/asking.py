@@ -100,7 +100,7 @@ class Asked:
 def _kind_of(model: str) -> "tuple[Kind, str]":
     """What a model is asked with, and the class of its pipeline; its weights are not read."""
     if is_exported_pipeline(model):
-        from hqc.lite.pipeline import kind_of_pipeline
+        from hqc.lite.forms import kind_of_pipeline
 
         return kind_of_pipeline(Path(model))
     from hqc.evaluation.needs import call_kind

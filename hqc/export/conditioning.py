@@ -8,7 +8,7 @@ class_embedder/model.onnx    class_labels [N] -> encoder_hidden_states [N, 1, D]
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from hqc.errors import ExportError
-from hqc.export.files import CLASS_LABELS, CONFIG_FILE, ENCODED, INPUT_IDS, LAST_HIDDEN_STATE, MODEL_FILE
+from hqc.export.files import CLASS_LABELS, CONFIG_FILE, ENCODED, HIDDEN_STATES, INPUT_IDS, LAST_HIDDEN_STATE, MODEL_FILE
 from hqc.export.model import EXTERNAL_DATA_BYTES, save_model
 from hqc.export.ort_session import open_session, run_session
 from hqc.export.verification import check_onnx
 from hqc.quiet import quiet_libraries
 from hqc.wording import first_words
 
-__all__ = ["write_class_embedder", "write_text_encoder", "write_tokenizer"]
+__all__ = ["last_but_one", "write_class_embedder", "write_text_encoder", "write_tokenizer"]
 
 _TEXTS = ("", "a cat", "A Handwritten 7, on paper!", "caffè, 猫 🙂", "word " * 200)
 _BOUND = 1e-4
@@ -62,34 +62,52 @@ def write_class_embedder(embedder: Any, folder: Path, opset: int) -> None:
 
 
 class _Outputs(nn.Module):
-    """A text encoder that returns its outputs in order."""
+    """A text encoder that returns some of its outputs, by optimum's names."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.names = encoder, tuple(names)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token numbers -> a vector a token, and one of the whole text."""
-        found = self.encoder(input_ids, return_dict=True)
-        return found.last_hidden_state, found.pooler_output
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """Token numbers -> a vector a token, or one of the whole text."""
+        hidden = any(name.startswith(HIDDEN_STATES) for name in self.names)
+        found = self.encoder(input_ids, return_dict=True, output_hidden_states=hidden)
+        return tuple(_output(found, name) for name in self.names)
 
 
-def write_text_encoder(encoder: Any, tokens: Tensor, folder: Path, opset: int) -> None:
-    """transformers' CLIPTextModel; tokens: some texts, [N, T] with N ≥ 2, which the file is verified on.
+def _output(found: Any, name: str) -> Tensor:
+    output: Tensor = (
+        found.hidden_states[int(name.removeprefix(HIDDEN_STATES))]
+        if name.startswith(HIDDEN_STATES)
+        else getattr(found, name)
+    )
+    return output
+
+
+def last_but_one(encoder: Any) -> str:
+    """The output with the hidden states that Stable Diffusion XL reads."""
+    return f"{HIDDEN_STATES}{int(encoder.config.num_hidden_layers) - 1}"
+
+
+def write_text_encoder(
+    encoder: Any, tokens: Tensor, folder: Path, opset: int, names: Sequence[str] = (LAST_HIDDEN_STATE, "pooler_output")
+) -> None:
+    """transformers' CLIPTextModel, with a projection or without.
+
+    tokens: some texts, [N, T] with N ≥ 2, which the file is verified on. names: of its outputs, as optimum has them.
 
     Raises:
         ExportError: if it cannot be written, or gives something else than torch.
     """
     folder.mkdir()
-    names = [LAST_HIDDEN_STATE, "pooler_output"]
-    module = _Outputs(encoder.eval())
+    module = _Outputs(encoder.eval(), names)
     try:
         with quiet_libraries(), _quiet_exporter():
             program = torch.onnx.export(
                 module,
                 (tokens,),
                 input_names=[INPUT_IDS],
-                output_names=names,
+                output_names=list(names),
                 dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
                 opset_version=opset,
                 dynamo=True,

@@ -4,7 +4,7 @@ NAME/model_index.json             the pipeline's own: its class, and the class o
 NAME/scheduler/                   scheduler_config.json
 NAME/unet/                        the denoiser as `export_program` writes it: model.onnx, config.json, …
 NAME/vae_decoder/                 the autoencoder's decoder in float, the same way
-NAME/text_encoder/, tokenizer/    of Stable Diffusion; see `hqc.export.conditioning`
+NAME/text_encoder/, tokenizer/    of Stable Diffusion, of XL two of each; see `hqc.export.conditioning`
 NAME/class_embedder/              of hqc's class-conditional pipeline
 NAME/manifest.json                kind hqc-pipeline: sha256 and size of every file
 """
@@ -23,8 +23,8 @@ from hqc.capture.diffusers_models import CaptureOptions
 from hqc.capture.sources import trace
 from hqc.errors import ExportError
 from hqc.export.artefact import ExportReport, export_program
-from hqc.export.conditioning import write_class_embedder, write_text_encoder, write_tokenizer
-from hqc.export.files import CONFIG_FILE, SCHEDULER_FILE
+from hqc.export.conditioning import last_but_one, write_class_embedder, write_text_encoder, write_tokenizer
+from hqc.export.files import CLASS_LABELS, CONFIG_FILE, LAST_HIDDEN_STATE, SCHEDULER_FILE, TEXT_EMBEDS
 from hqc.export.interface import Names
 from hqc.export.prepare import Target
 from hqc.manifests import PIPELINE_KIND, write_manifest
@@ -39,12 +39,19 @@ from hqc.styles.record import scale_input
 
 __all__ = ["PIPELINES", "PipelineReport", "export_pipeline", "require_pipeline"]
 
-PIPELINES = ("ClassConditionalLDMPipeline", "UnconditionalLDMPipeline", "StableDiffusionPipeline")
-"""What runs without torch."""
-
 _ALONE = "Export the denoiser alone, without --pipeline."
 # Parts that check or steer images: an export without them would be another pipeline.
 _MISSED = ("safety_checker", "image_encoder")
+# What a pipeline gives its denoiser besides the sample and the time.
+_TOLD: Mapping[str, tuple[str, ...]] = {
+    "ClassConditionalLDMPipeline": ("condition",),
+    "UnconditionalLDMPipeline": (),
+    "DiTPipeline": (CLASS_LABELS,),
+    "StableDiffusionPipeline": ("condition",),
+    "StableDiffusionXLPipeline": ("condition", TEXT_EMBEDS, "time_ids"),
+}
+PIPELINES = tuple(_TOLD)
+"""What runs without torch."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ def require_pipeline(program: Program, source: Path | None, target: Target) -> d
     kind = str(index["_class_name"])
     if kind not in PIPELINES:
         raise ExportError(f"pipeline {kind}", f"is none of {', '.join(PIPELINES)}", _ALONE)
-    known = {"sample", "timestep", "condition", *map(scale_input, program.attached_styles)}
+    known = {"sample", "timestep", *_TOLD[kind], *map(scale_input, program.attached_styles)}
     if extra := sorted({spec.name for spec in program.inputs} - known):
         raise ExportError("denoiser", f"takes {', '.join(extra)}, which is given with torch alone", _ALONE)
     if missed := [name for name in _MISSED if any(index.get(name) or ())]:
@@ -152,6 +159,8 @@ def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
 def _write_decoder(pipeline: Path, size: tuple[int, int], folder: Path, names: Names, opset: int) -> None:
     options = CaptureOptions(latent_size=size)
     decoder = trace(from_autoencoder(pipeline, str(pipeline), "vae-decoder", options))
+    if decoder.origin.unet_config.get("latents_mean") is not None:
+        raise ExportError("vae", "has means of its latents, which are not exported", _ALONE)
     export_program(decoder, "portable", folder / "vae_decoder", opset=opset, names=names)
     _write_config(folder / "vae_decoder", decoder.origin.unet_config)
 
@@ -165,27 +174,53 @@ def _write_classes(program: Program, pipeline: Path, folder: Path, opset: int) -
 
 
 def _write_nothing(program: Program, pipeline: Path, folder: Path, opset: int) -> None:
-    """An unconditional pipeline has no condition."""
+    """An unconditional pipeline has no condition; a class whose number the denoiser takes needs no file."""
 
 
 def _write_text(program: Program, pipeline: Path, folder: Path, opset: int) -> None:
     loaded = load_text_pipeline(pipeline)
-    encoder, tokenizer = loaded.text_encoder, loaded.tokenizer
-    if (kind := type(encoder).__name__) != "CLIPTextModel":
-        raise ExportError("text encoder", f"is a {kind}; expected a CLIPTextModel", _ALONE)
+    encoder = loaded.text_encoder
+    _require_encoder(encoder, "CLIPTextModel")
+    _require_condition(program, loaded.tokenizer, int(encoder.config.hidden_size))
+    tokens = write_tokenizer(loaded.tokenizer, pipeline / "tokenizer", folder / "tokenizer")
+    write_text_encoder(encoder, tokens, folder / "text_encoder", opset)
+
+
+def _write_two_texts(program: Program, pipeline: Path, folder: Path, opset: int) -> None:
+    """Of Stable Diffusion XL, whose denoiser reads both encoders' last but one hidden states."""
+    loaded = load_text_pipeline(pipeline)
+    first, second = loaded.text_encoder, loaded.text_encoder_2
+    _require_encoder(first, "CLIPTextModel")
+    _require_encoder(second, "CLIPTextModelWithProjection")
+    width = int(first.config.hidden_size) + int(second.config.hidden_size)
+    for tokenizer in (loaded.tokenizer, loaded.tokenizer_2):
+        _require_condition(program, tokenizer, width)
+    tokens = write_tokenizer(loaded.tokenizer, pipeline / "tokenizer", folder / "tokenizer")
+    write_text_encoder(first, tokens, folder / "text_encoder", opset, (LAST_HIDDEN_STATE, last_but_one(first)))
+    tokens = write_tokenizer(loaded.tokenizer_2, pipeline / "tokenizer_2", folder / "tokenizer_2")
+    names = (TEXT_EMBEDS, LAST_HIDDEN_STATE, last_but_one(second))
+    write_text_encoder(second, tokens, folder / "text_encoder_2", opset, names)
+
+
+def _require_encoder(encoder: Any, wanted: str) -> None:
+    if (kind := type(encoder).__name__) != wanted:
+        raise ExportError("text encoder", f"is a {kind}; expected a {wanted}", _ALONE)
     if getattr(encoder.config, "use_attention_mask", False):
         raise ExportError("text encoder", "takes an attention mask, which is not exported", _ALONE)
+
+
+def _require_condition(program: Program, tokenizer: Any, width: int) -> None:
     wanted = {spec.name: spec.shape for spec in program.inputs}
-    given = (BATCH, int(tokenizer.model_max_length), int(encoder.config.hidden_size))
+    given = (BATCH, int(tokenizer.model_max_length), width)
     if wanted.get("condition") != given:
         found = f"takes a condition {list(wanted.get('condition', ()))}; the text encoder gives {list(given)}"
         raise ExportError("denoiser", found, "Trace the pipeline with its own --condition-length.")
-    tokens = write_tokenizer(tokenizer, pipeline / "tokenizer", folder / "tokenizer")
-    write_text_encoder(encoder, tokens, folder / "text_encoder", opset)
 
 
 _CONDITIONS: Mapping[str, Callable[[Program, Path, Path, int], None]] = {
     "ClassConditionalLDMPipeline": _write_classes,
     "UnconditionalLDMPipeline": _write_nothing,
+    "DiTPipeline": _write_nothing,
     "StableDiffusionPipeline": _write_text,
+    "StableDiffusionXLPipeline": _write_two_texts,
 }

@@ -10,53 +10,26 @@ from numpy.typing import NDArray
 
 from hqc.configurations import check_configuration, read_configuration
 from hqc.errors import ArtefactError, EvaluationError, HqcError
-from hqc.export.files import CONFIG_FILE, DATA_FILE, MODEL_FILE, SCHEDULER_FILE
+from hqc.export.files import CONFIG_FILE, SCHEDULER_FILE
 from hqc.lite.arrays import Floats
-from hqc.lite.conditions import Classes, Condition, Nothing, Prompts
+from hqc.lite.conditions import Given, condition_of
+from hqc.lite.forms import form_of, require_listed
 from hqc.lite.noise import Noise
 from hqc.lite.schedulers import SCHEDULERS, Scheduler, new_scheduler, scheduler_class
 from hqc.lite.session import open_part, part_manifest, shape_of
 from hqc.lite.styles import attached_scales, check_scales, scale_inputs
 from hqc.manifests import PIPELINE_KIND, check_manifest
-from hqc.needs import Kind, Needs
+from hqc.needs import Needs
 from hqc.paths import StrPath
-from hqc.pipeline_parts import read_index
 from hqc.serving.backend import Drawing, preview_steps
 from hqc.serving.split import Split
 from hqc.serving.tickets import Call, Task
 
-__all__ = ["LitePipeline", "kind_of_pipeline"]
+__all__ = ["LitePipeline"]
 
 Pixels = NDArray[np.uint8]
-_KINDS: Mapping[str, Kind] = {
-    "ClassConditionalLDMPipeline": "class_label",
-    "UnconditionalLDMPipeline": "nothing",
-    "StableDiffusionPipeline": "prompt",
-}
-_READ: Mapping[Kind, Mapping[str, tuple[str, ...]]] = {
-    "class_label": {"class_embedder": (MODEL_FILE, CONFIG_FILE)},
-    "nothing": {},
-    "prompt": {"text_encoder": (MODEL_FILE,), "tokenizer": ("tokenizer.json",)},
-}
-_OPTIONS: Mapping[Kind, tuple[str, ...]] = {
-    "class_label": ("guidance_scale", "eta"),
-    "nothing": ("eta",),
-    "prompt": ("guidance_scale", "eta", "negative_prompt"),
-}
 _DIGIT_CLASSES, _DIGIT_SIZE = 10, (32, 32)
 _IMAGES_AT_ONCE = 8
-
-
-def kind_of_pipeline(folder: Path) -> tuple[Kind, str]:
-    """What an exported pipeline is asked with, and its class; no model is read.
-
-    Raises:
-        ArtefactError: if it is of a class that does not run without torch.
-    """
-    pipeline = str(read_index(folder)["_class_name"])
-    if pipeline not in _KINDS:
-        raise ArtefactError(str(folder), f"holds a {pipeline}; this hqc runs {', '.join(_KINDS)}", "Update hqc.")
-    return _KINDS[pipeline], pipeline
 
 
 class LitePipeline:
@@ -82,11 +55,11 @@ class LitePipeline:
         folder = Path(folder)
         listed = check_manifest(folder, PIPELINE_KIND)["files"]
         self.name, self._scheduler = folder.name, scheduler
-        kind, pipeline = kind_of_pipeline(folder)
+        self._form, pipeline = form_of(folder)
         self._config = _configuration(folder / SCHEDULER_FILE)
         self.most_steps = int(self._config.get("num_train_timesteps", 1000))
         scheduler_class(self._config, scheduler)
-        _require_listed(folder, kind, listed)
+        require_listed(folder, self._form, listed)
         denoiser = next(
             (folder / name for name in ("unet", "transformer") if (folder / name).is_dir()), folder / "unet"
         )
@@ -96,10 +69,10 @@ class LitePipeline:
         self._scale, channels, enlarged = _of_decoder(vae, folder)
         self._denoiser, self._split = open_part(denoiser, threads), Split()
         self._decoder = open_part(folder / "vae_decoder", threads)
-        self._condition, classes = _condition(kind, folder, threads)
         size = (self._latents[2] * enlarged, self._latents[1] * enlarged)
+        self._condition, classes = condition_of(pipeline, folder, denoiser, size, threads)
         digits = channels == 1 and classes == _DIGIT_CLASSES and size == _DIGIT_SIZE
-        self.needs = Needs(pipeline, kind, classes, frozenset(_OPTIONS[kind]), size, digits=digits)
+        self.needs = Needs(pipeline, self._form.kind, classes, self._form.options, size, digits=digits)
 
     @property
     def schedulers(self) -> tuple[str, ...]:
@@ -206,9 +179,13 @@ class LitePipeline:
         rows = 1 if guidance is None else 2
         told = {**self._conditions(drawing, guided=guidance is not None), **self._scales(drawing, rows)}
         previews = preview_steps(len(scheduler.timesteps), drawing.previews) if drawing.see is not None else []
-        x = noise.normal(shape) * scheduler.init_noise_sigma
+        x = noise.normal(shape)
+        if not self._form.unscaled:
+            x = x * scheduler.init_noise_sigma
         for i, timestep in enumerate(scheduler.timesteps):
-            output = yield _call(scheduler.scaled(x, i), timestep, told, rows)
+            seen = scheduler.scaled(x, i)
+            x = seen if self._form.unscaled else x
+            output = (yield _call(seen, timestep, told, rows))[:, : shape[1]]  # without variances
             if guidance is not None:
                 away, towards = output[:1], output[1:]
                 output = away + np.float32(guidance) * (towards - away)
@@ -218,13 +195,13 @@ class LitePipeline:
                 drawing.see(previews.index(i + 1), (yield from self._pixels(before)))
         return (yield from self._pixels(x, last=True))
 
-    def _conditions(self, drawing: Drawing, *, guided: bool) -> dict[str, Floats]:
+    def _conditions(self, drawing: Drawing, *, guided: bool) -> Given:
         """What every call of the denoiser is told; with guidance what it leads away from first."""
         found = self._condition.of(drawing.label, drawing.prompt)
-        if found is None:
-            return {}
-        away = self._condition.away(drawing.negative_prompt) if guided else None
-        return {"condition": found if away is None else np.concatenate([away, found])}
+        if not guided:
+            return found
+        away = self._condition.away(drawing.negative_prompt)
+        return {name: np.concatenate([away[name], value]) for name, value in found.items()}
 
     def _scales(self, drawing: Drawing, rows: int) -> dict[str, Floats]:
         return scale_inputs(self._styles, drawing.loras, rows)
@@ -245,6 +222,8 @@ class LitePipeline:
             takes = {"prompt": "a prompt", "class_label": "a class label", "nothing": "neither prompt nor label"}
             raise EvaluationError(self.name, f"takes {takes[self.needs.kind]}", "Ask it for what it takes.")
         check_scales(drawing.loras, self._styles)
+        if drawing.eta > 0 and "eta" not in self.needs.options:
+            raise EvaluationError(f"eta {drawing.eta:g}", f"{self.needs.pipeline} takes none", "Leave it out.")
         if not 0 <= drawing.eta <= 1:
             raise EvaluationError(f"eta {drawing.eta:g}", "expected 0 to 1", "Correct it.")
 
@@ -256,7 +235,7 @@ def _next_call(steps: Generator[Call | Task, Floats, Pixels], output: Any) -> Ca
     return wanted
 
 
-def _call(sample: Floats, timestep: Any, told: Mapping[str, Floats], rows: int) -> Call:
+def _call(sample: Floats, timestep: Any, told: Mapping[str, Any], rows: int) -> Call:
     inputs = {"sample": np.repeat(sample, rows, axis=0), "timestep": np.full(rows, timestep, np.float32)}
     return Call({**inputs, **told}, rows)
 
@@ -264,31 +243,6 @@ def _call(sample: Floats, timestep: Any, told: Mapping[str, Floats], rows: int) 
 def _configuration(path: Path) -> dict[str, Any]:
     check_configuration(path)
     return read_configuration(path)
-
-
-def _condition(kind: Kind, folder: Path, threads: int | None) -> tuple[Condition, int]:
-    """What gives the condition, and how many classes there are."""
-    if kind == "class_label":
-        found = Classes(folder / "class_embedder", threads)
-        return found, found.count
-    if kind == "prompt":
-        return Prompts(folder / "tokenizer", folder / "text_encoder", threads), 0
-    return Nothing(), 0
-
-
-def _require_listed(folder: Path, kind: Kind, listed: Mapping[str, Any]) -> None:
-    """Refuses a file that would be read and whose hash nobody has checked.
-
-    Raises:
-        ArtefactError: naming the first.
-    """
-    whole = (MODEL_FILE, CONFIG_FILE, "manifest.json")
-    parts = {"unet": whole, "transformer": whole, "vae_decoder": whole, **_READ[kind]}
-    there = [name for name in parts if (folder / name).is_dir()]
-    needed = [f"{part}/{name}" for part in (*_READ[kind], "vae_decoder", *there) for name in parts[part]]
-    needed += [f"{part}/{DATA_FILE}" for part in there if (folder / part / DATA_FILE).exists()]
-    if missing := [name for name in ("model_index.json", SCHEDULER_FILE, *needed) if name not in listed]:
-        raise ArtefactError(str(folder), f"lists no {missing[0]}", "Export the pipeline again.")
 
 
 def _of_decoder(config: Mapping[str, Any], folder: Path) -> tuple[float, int, int]:

@@ -1,6 +1,6 @@
 """One ONNX model of a pipeline folder, called by hqc's names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from hqc.errors import ArtefactError
 from hqc.export.files import MODEL_FILE
 from hqc.export.interface import Interface, interface_of
-from hqc.export.ort_session import open_session, run_session
+from hqc.export.ort_session import open_session, run_session, takes_one_timestep
 from hqc.lite.arrays import Floats
 from hqc.manifests import read_json
 
@@ -25,17 +25,28 @@ class LiteSession:
         """Raises ArtefactError if the model cannot be run."""
         self._interface = interface
         self._session = open_session(folder / MODEL_FILE, threads=threads)
+        self._one_timestep = takes_one_timestep(self._session)
         self._types: dict[str, Any] = {}
         for value in self._session.get_inputs():
             if value.type not in _TYPES:
                 raise ArtefactError(str(folder), f"takes a {value.type} as {value.name}", "Export it again.")
             self._types[value.name] = _TYPES[value.type]
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The file's names of all of them."""
+        return tuple(value.name for value in self._session.get_outputs())
+
     def __call__(self, **named: Any) -> Floats:
         """The output, by hqc's names of the inputs."""
+        return self.several([self._interface.output], **named)[0]
+
+    def several(self, outputs: Sequence[str], **named: Any) -> list[Floats]:
+        """Some outputs by the file's names, by hqc's names of the inputs."""
         feeds = self._interface.feeds(named)
         typed = {name: np.ascontiguousarray(feeds[name], self._types[name]) for name in self._types}
-        return np.asarray(run_session(self._session, [self._interface.output], typed)[0], np.float32)
+        found = run_session(self._session, outputs, typed, one_timestep=self._one_timestep)
+        return [np.asarray(value, np.float32) for value in found]
 
 
 def open_part(folder: Path, threads: int | None, interface: Interface | None = None) -> LiteSession:

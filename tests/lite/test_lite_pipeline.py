@@ -7,11 +7,19 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from draw_without_torch import BLOCKED
 
 import hqc
@@ -27,10 +35,12 @@ from hqc.serving.tickets import Task
 
 KINDS = {
     "classes": ClassConditionalLDMPipeline,
+    "labels": DiTPipeline,
     "prompts": StableDiffusionPipeline,
+    "encoders": StableDiffusionXLPipeline,
     "nothing": UnconditionalLDMPipeline,
 }
-SCHEDULERS = {"euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
+SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
 GREY_LEVELS = 1
 """Two runtimes round differently; a pixel near the middle between two levels goes to the one or the other."""
 
@@ -48,6 +58,17 @@ DRAWINGS: dict[str, list[tuple[int, str | None, int, dict[str, Any]]]] = {
         (0, "b 12 and far more words than there are tokens", 1, {"steps": 3, "guidance_scale": 1.0}),
         (0, "cat", 2, {"steps": 3, "guidance_scale": 5.0, "negative_prompt": "dog"}),
         (0, "", 3, {"steps": 2, "eta": 0.5}),
+    ],
+    "labels": [
+        (6, None, 0, {"steps": 4}),
+        (1, None, 1, {"steps": 3, "guidance_scale": 1.0}),
+        (2, None, 2, {"steps": 3, "guidance_scale": 4.0, "scheduler": "euler"}),
+    ],
+    "encoders": [
+        (0, "a cat", 0, {"steps": 4}),
+        (0, "b 12 and far more words than there are tokens", 1, {"steps": 3, "guidance_scale": 1.0}),
+        (0, "cat", 2, {"steps": 3, "guidance_scale": 5.0, "negative_prompt": "dog"}),
+        (0, "", 3, {"steps": 2, "eta": 0.5, "scheduler": "ddim"}),
     ],
     "nothing": [(0, None, 4, {"steps": 3}), (0, None, 5, {"steps": 3, "scheduler": "euler"})],
 }
@@ -177,6 +198,13 @@ def test_the_last_task_is_the_decoder_of_the_image(classes: LitePipeline) -> Non
             tasks += [wanted.last] if isinstance(wanted, Task) else []
             output = wanted.run() if isinstance(wanted, Task) else classes.denoise([wanted])[0]
     assert tasks == [False, False, True]
+
+
+def test_a_model_is_not_asked_at_every_call_what_it_takes(folders: dict[str, tuple[Path, Path]]) -> None:
+    pipe = LitePipeline(folders["classes"][1], threads=1)
+    wanted = pipe.draw(3, steps=2)
+    pipe._denoiser._session = SimpleNamespace(run=pipe._denoiser._session.run)
+    np.testing.assert_array_equal(pipe.draw(3, steps=2), wanted)
 
 
 def test_what_it_needs(folders: dict[str, tuple[Path, Path]], classes: LitePipeline) -> None:
