@@ -114,7 +114,6 @@ def test_lines_of_refusal(made: SimpleNamespace, tmp_path: Path) -> None:
         (("trace", made.source, "-o", out, "--lora", "none.safetensors"), "none.safetensors: no such file."),
         (("attach-lora", made.captured, "-o", out), "--lora: is missing"),
         (("export", made.captured, "-o", out, "--target", "tensorrt", "--lora", lora), "has no inputs for LoRAs"),
-        (("export", made.captured, "-o", out, "--pipeline", "--lora", lora), "--pipeline: has no scales of LoRAs"),
         (("sample", made.captured, "-o", out, "--lora-scale", "p=1"), "LoRA p: is not attached, and none is."),
         (("sample", made.captured, "-o", out, "--lora-scale", "p"), "--lora-scale p: is no NAME=SCALE."),
         (("sample", made.captured, "-o", out, "--lora-scale", "p=x"), "has the scale 'x', which is no number."),

@@ -116,7 +116,8 @@ def test_other_denoisers(name: str, bits: str, options: dict[str, Any], tmp_path
     program = quantised(name, bits, **options)
     report = export_diffusers(program, tmp_path / "x")
     assert report.network.forced_error <= 1e-5
-    model, args = load(tmp_path / "x"), verification_inputs(program, 4)
+    # Of eight bits so many codes lie on boundaries that four samples in ten hold one, on some CPUs the first four all.
+    model, args = load(tmp_path / "x"), verification_inputs(program, 12)
     near(called(model, program, args), program, args)
     assert bits == "w4a4" or any(layer.weight_high is not None for layer in layers(model).values())
 
