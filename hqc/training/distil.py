@@ -12,6 +12,7 @@ Source: HQ-DM's training loop; EfficientDM (arXiv 2310.03270).
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -136,7 +137,8 @@ class Distil:
         share = self.batch_size // processes.count
         student = Student(live, names, share * work.halves(), self.ema, taps, processes)
         teacher = self._teacher(work, taps)
-        before, queues = Before(self.losses), Queues(self.losses)
+        whole = partial(whole_batch, processes=processes, halves=work.halves())
+        before, queues = Before(self.losses), Queues(self.losses, whole)
         weights, gains = self._weights(work, teacher, student.denoise), self._image_gains(work)
         epochs = Epochs(work.sampled, sampler, self.batch_size, self.seed, self.order, self.own_share, total)
         first = 0
@@ -148,8 +150,8 @@ class Distil:
             queues.restore(work.checkpoint)
         held_out = self._held_out(work, teacher)
         began, inputs = time.perf_counter(), work.teacher.inputs
-        whole = [shared(denoise, processes, inputs) for denoise in (teacher, student.denoise)]
-        for batch in epochs.states(whole[0], whole[1], first):
+        walking = [shared(denoise, processes, inputs) for denoise in (teacher, student.denoise)]
+        for batch in epochs.states(walking[0], walking[1], first):
             state = state_rows(batch, processes, inputs)
             found = guided(student.denoise, state.sample, state.time_input, state.conditions, sampler.guidance_scale)
             if (self._walked_ahead or processes.count > 1) and teacher.values:
@@ -166,8 +168,7 @@ class Distil:
                 found_loss = f"the loss is {update.loss}"
                 raise TrainingError(f"training step {update.step}", found_loss, "Lower --lr-lora or the bits' risk.")
             before.add(seen.taps, teacher.values)
-            if queues:
-                queues.add(whole_batch(teacher.values, processes, work.halves()), place)
+            queues.add(teacher.values, place)
             student.learn(loss, self._factor(state.step, total))
             done = state.step + 1
             if work.on_update is not None:

@@ -1,6 +1,6 @@
 """Queues of what the teacher has computed: pixels of its features, each with its step of the trajectory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,17 +16,14 @@ _PIXELS, _STEPS = "queue/pixels/", "queue/steps/"
 class Queues:
     """One queue, first in, first out, for every block that a loss asks for; it outlives trajectories.
 
-    Where several processes train together each has the whole one.
+    whole: the teacher's values of the whole batch from those of this process's rows, so that all have the same queue.
     """
 
-    def __init__(self, losses: Sequence[Loss]) -> None:
+    def __init__(self, losses: Sequence[Loss], whole: Callable[[Tensor], Tensor] = lambda own: own) -> None:
+        self._whole = whole
         self._losses = [loss for loss in losses if isinstance(loss, QueueRelation)]
         self._pixels: dict[str, Tensor] = {}  # [M, C], the oldest first
         self._steps: dict[str, Tensor] = {}  # [M]
-
-    def __bool__(self) -> bool:
-        """Whether a loss has one."""
-        return bool(self._losses)
 
     def near(self, step: int) -> Values:
         """By the losses' names the pixels of steps that are near enough to one of a trajectory."""
@@ -40,7 +37,7 @@ class Queues:
     def add(self, teacher: Values, step: int) -> None:
         """A step was made."""
         for loss in self._losses:
-            new = loss.chosen(teacher[loss.key])
+            new = loss.chosen(self._whole(teacher[loss.key]))
             steps = torch.full((len(new),), step)
             old = self._pixels.get(loss.key, new[:0]), self._steps.get(loss.key, steps[:0])
             self._pixels[loss.key] = torch.cat([old[0], new])[-loss.queue :]

@@ -1,6 +1,6 @@
 """A batch in shares: every process runs the denoiser on its own rows, and all know what it gave for the whole batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -48,16 +48,11 @@ def state_rows(state: State, processes: Processes, inputs: Sequence[InputSpec]) 
     )
 
 
-def whole_batch(values: Mapping[str, Tensor], processes: Processes, halves: int) -> dict[str, Tensor]:
-    """What nodes gave for the whole batch [halves·N, …], half by half, from what they gave for each process's rows."""
+def whole_batch(own: Tensor, processes: Processes, halves: int) -> Tensor:
+    """What a node gave for the whole batch [halves·N, …], half by half, from what it gave for each process's rows."""
     if processes.count == 1:
-        return dict(values)
-    return {name: _regrouped(processes.gathered(value), processes.count, halves) for name, value in values.items()}
-
-
-def _regrouped(parts: Tensor, count: int, halves: int) -> Tensor:
-    """Rows by process, within each by half -> by half, within each by process."""
-    by_process = torch.chunk(parts, count)
+        return own
+    by_process = torch.chunk(processes.gathered(own), processes.count)
     return torch.cat([torch.chunk(part, halves)[half] for half in range(halves) for part in by_process])
 
 

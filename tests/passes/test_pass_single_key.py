@@ -315,11 +315,10 @@ def test_ptq_and_export_agree_with_torch(pair: tuple[Program, Program], tmp_path
     report = export_program(student, "onnxruntime", tmp_path / "x", float_program=program, one_timestep=one_timestep)
     assert len(report.verification.sites) == len(student.plan.quantised)
     assert report.verification.network.forced_error <= 2e-6
-    sample, timestep, condition = student.example_inputs(3)
+    sample, timestep, condition = student.example_inputs(12)  # of which most hold no code that flips on any CPU
     timestep = torch.full_like(timestep, 500.0)
     found = load(tmp_path / "x").session(sample, timestep, condition)
     with torch.no_grad():
         wanted, plain = (p.module()(sample, timestep, condition) for p in (student, program))
     quantisation = (wanted - plain).norm()
-    # With equal codes they agree, see above; here codes on a boundary flip, more of them on some CPUs than on others.
-    assert (found - wanted).norm() <= quantisation
+    assert (found - wanted).norm() <= 0.2 * quantisation  # a code on a boundary may flip

@@ -167,11 +167,10 @@ def test_a_batch_that_processes_do_not_divide_is_refused(captured) -> None:
 
 def test_the_whole_batch_of_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both halves of guidance as one process has them."""
-    whole = {"block": torch.randn(2 * 6, 3)}  # six samples, two halves
-    halves = whole["block"].chunk(2)
+    whole = torch.randn(2 * 6, 3)  # six samples, two halves
+    halves = whole.chunk(2)
     shares = [torch.cat([half[2 * rank : 2 * rank + 2] for half in halves]) for rank in range(3)]
     monkeypatch.setattr(Processes, "gathered", lambda self, own: torch.cat(shares))
     for rank in range(3):
-        found = whole_batch({"block": shares[rank]}, Processes(rank, 3), 2)
-        assert torch.equal(found["block"], whole["block"])
-    assert whole_batch(whole, ALONE, 2) == whole
+        assert torch.equal(whole_batch(shares[rank], Processes(rank, 3), 2), whole)
+    assert whole_batch(whole, ALONE, 2) is whole

@@ -11,7 +11,7 @@ from hqc.program import aten, is_op
 from hqc.runtimes.integer.cpu import steps
 from hqc.runtimes.integer.cpu.steps import address, recorder, run_step, whole_numbers
 
-__all__ = ["OwnAttention", "take_attention"]
+__all__ = ["OwnAttention", "attended_like", "take_attention"]
 
 _FEW = 50_000_000
 """Multiplications of a call, up to which attention is ours."""
@@ -43,11 +43,19 @@ class OwnAttention(nn.Module):
         taker = recorder()
         if taker is None:
             return _attend(q, k, v, scale=self.scale)  # type: ignore[no-any-return]
-        *samples, heads, queries, _ = q.shape
-        y = torch.empty((*samples, queries, heads, v.shape[-1]), device=q.device).transpose(-2, -3)
+        y = attended_like(q, v)
         taker.shares_threads = True
         taker.call(_attend, (q, k, v), {"scale": self.scale}, y)
         return y
+
+
+def attended_like(q: Tensor, v: Tensor) -> Tensor:
+    """Room for what torch's attention gives on a CPU: heads side by side in memory.
+
+    Not by `q.new_empty`, which a recording would write down as a call.
+    """
+    *samples, heads, queries, _ = q.shape
+    return torch.empty((*samples, queries, heads, v.shape[-1]), dtype=q.dtype, device=q.device).transpose(-2, -3)
 
 
 def _multiplications(q: Tensor, v: Tensor) -> int:

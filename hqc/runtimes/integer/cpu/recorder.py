@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hqc.program import aten
 from hqc.runtimes.integer.cpu import scale_rows
+from hqc.runtimes.integer.cpu.attention import attended_like
 from hqc.runtimes.integer.cpu.steps import Step, pointers, recording
 from hqc.runtimes.integer.cpu.tape import BLOCK, Call, Run, Tape, View
 from hqc.runtimes.integer.scales import look_up
@@ -245,11 +246,9 @@ class _Walk(fx.Interpreter):
 
 
 def _on_meta(target: Any, args: Any, kwargs: Any) -> Any:
-    """What a function gives of such tensors; attention as on a CPU, its heads side by side in memory."""
+    """What a function gives of such tensors."""
     if target is aten.scaled_dot_product_attention.default:
-        query, value = args[0], args[2]
-        *before, heads, tokens, _ = query.shape
-        return query.new_empty((*before, tokens, heads, value.shape[-1])).transpose(-2, -3)
+        return attended_like(args[0], args[2])
     args, kwargs = tree_map(lambda v: _META if isinstance(v, torch.device) else v, (args, kwargs))
     return target(*args, **kwargs)
 

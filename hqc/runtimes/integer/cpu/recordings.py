@@ -7,11 +7,10 @@ from threading import Lock
 
 from torch import Tensor, fx
 
-from hqc.program import Program
 from hqc.runtimes.integer.cpu.recorder import record
 from hqc.runtimes.integer.cpu.tape import Tape
 
-__all__ = ["MOST", "Recordings", "reason_against"]
+__all__ = ["MOST", "Recordings"]
 
 MOST = 8
 """Shapes whose tapes are kept."""
@@ -30,6 +29,14 @@ class Recordings:
         """The output; the first call with a shape records it."""
         return self.tape(inputs)(*inputs)
 
+    def reason_against(self, inputs: Sequence[Tensor]) -> str:
+        """Why calls cannot be recorded, tried with these inputs, whose tape is kept; "" if they can."""
+        try:
+            self.tape(inputs)
+        except (RuntimeError, NotImplementedError, TypeError) as error:  # it needs values, or writes its input
+            return " ".join(str(error).split())[:120]
+        return ""
+
     def tape(self, inputs: Sequence[Tensor]) -> Tape:
         """Of the shapes of some inputs."""
         key = tuple((tuple(x.shape), x.dtype) for x in inputs)
@@ -40,18 +47,3 @@ class Recordings:
             while len(self._tapes) > MOST:
                 self._tapes.popitem(last=False)
             return self._tapes[key]
-
-
-def reason_against(module: fx.GraphModule, program: Program, functions: ctypes.CDLL | None) -> str:
-    """Why a module's calls cannot be recorded; "" if they can. Inputs of the program's own shape are tried."""
-    if functions is None:
-        return "passes are plain torch"
-    try:
-        record(module, functions, program.example_inputs(2, seed=0))
-    except (
-        RuntimeError,
-        NotImplementedError,
-        TypeError,
-    ) as error:  # it needs values, or writes its input
-        return " ".join(str(error).split())[:120]
-    return ""

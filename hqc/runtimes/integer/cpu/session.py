@@ -1,10 +1,11 @@
 """The session of the `torch-int8` runtime: a quantised program on a CPU, integer products by oneDNN."""
 
+import ctypes
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hqc.memory import return_free_memory
 from hqc.program import Program
@@ -14,7 +15,7 @@ from hqc.runtimes.integer.build import BuildOptions, integer_module
 from hqc.runtimes.integer.cpu.attention import take_attention
 from hqc.runtimes.integer.cpu.kernels import cpu_kernels
 from hqc.runtimes.integer.cpu.operators import NAME, require_operators
-from hqc.runtimes.integer.cpu.recordings import Recordings, reason_against
+from hqc.runtimes.integer.cpu.recordings import Recordings
 from hqc.runtimes.integer.forms import require_quantised
 from hqc.runtimes.integer.report import BuildReport
 from hqc.stages import doing
@@ -47,8 +48,7 @@ class CpuSession:
         if found.functions is not None:
             take_attention(self._module, found.functions)
         return_free_memory()  # codes as they were before they were packed
-        against = reason_against(self._module, program, found.functions)
-        self._recordings = None if against or found.functions is None else Recordings(self._module, found.functions)
+        self._recordings, against = _recordings(self._module, program, found.functions)
         calls = f"node by node ({against})" if against else "recorded for every shape"
         self.report: BuildReport = replace(self._module.meta["report"], tiles=f"{found.said}; calls: {calls}")
         self.inputs = program.inputs
@@ -65,3 +65,14 @@ class CpuSession:
             return self._recordings(*given.values())
         except Exception as error:  # whatever an operator raises: the graph, run node by node, says which
             raise module_failure(self._module, tuple(given.values()), error) from error
+
+
+def _recordings(
+    module: fx.GraphModule, program: Program, functions: ctypes.CDLL | None
+) -> tuple[Recordings | None, str]:
+    """The tapes of a module, or why there are none; inputs of the program's own shape are tried."""
+    if functions is None:
+        return None, "passes are plain torch"
+    found = Recordings(module, functions)
+    against = found.reason_against(program.example_inputs(2, seed=0))
+    return (None if against else found), against
