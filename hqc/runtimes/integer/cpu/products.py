@@ -61,7 +61,7 @@ def pack_product(
     for codes, factor in summands(weight, reach):
         scale = (weight.scale * factor).contiguous()
         parts.append(_Part(_packed(codes, scale, taken, size), scale))
-    return _Product(tuple(parts), taken, weight.codes.shape[1:-1])
+    return OneDnnProduct(tuple(parts), taken, weight.codes.shape[1:-1])
 
 
 def largest_weight(reach: int) -> int:
@@ -138,7 +138,7 @@ class OwnSum:
         return y
 
 
-class _Product:
+class OneDnnProduct:
     """Packed weights in oneDNN's operators."""
 
     def __init__(self, parts: tuple[_Part, ...], window: Window | None, kernel: Sequence[int]) -> None:
@@ -154,10 +154,10 @@ class _Product:
         """See `pack_product`."""
         taker = recorder()
         if taker is not None:
-            y = torch.empty((*self._places(codes, upsample), len(self._parts[0].scale)), device=codes.device)
+            y = torch.empty((*self._places(codes.shape, upsample), len(self._parts[0].scale)), device=codes.device)
             given = (codes, scale, epilogue.bias, epilogue.residual, epilogue.shift)
             taker.shares_threads = True
-            taker.call(partial(self._again, epilogue.silu, upsample), given, {}, y)
+            taker.call(LaterProduct(self, epilogue.silu, upsample), given, {}, y)
             return y
         codes = codes if upsample == 1 else _enlarged(codes, upsample)
         bias = _bias(epilogue)
@@ -171,22 +171,19 @@ class _Product:
             y.add_(epilogue.residual)
         return functional.silu(y, inplace=True) if epilogue.silu else y
 
-    def _again(
-        self,
-        silu: bool,
-        upsample: int,
-        codes: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        shift: Tensor | None,
-    ) -> Tensor:
-        """A call as a recording holds it."""
-        return self(codes, scale, Epilogue(bias, residual, silu, torch.float32, shift), upsample)
+    @property
+    def name(self) -> str:
+        """What it is, and whose."""
+        return "linear layers, oneDNN" if self._window is None else "convolutions, oneDNN"
 
-    def _places(self, codes: Tensor, upsample: int) -> Sequence[int]:
+    def multiplications(self, shape: Sequence[int], upsample: int) -> int:
+        """Of a call with codes of that shape."""
+        sums = math.prod(self._places(shape, upsample)) * len(self._parts[0].scale)
+        return sums * math.prod(self._kernel) * shape[-1] * self.terms
+
+    def _places(self, shape: Sequence[int], upsample: int) -> Sequence[int]:
         """Of the output: samples, and height and width of an image."""
-        samples, *places = codes.shape[:-1]
+        samples, *places = shape[:-1]
         if self._window is None:
             return samples, *places
         size = [length * upsample for length in places]
@@ -203,6 +200,21 @@ class _Product:
         if self._window is None:
             return operators.multiply(codes, part.packed, part.scale, factor, bias)
         return operators.convolve(codes, part.packed, part.scale, factor, bias, self._window)
+
+
+@dataclass(frozen=True)
+class LaterProduct:
+    """A call of a product as a recording holds it."""
+
+    product: OneDnnProduct
+    silu: bool
+    upsample: int
+
+    def __call__(
+        self, codes: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, shift: Tensor | None
+    ) -> Tensor:
+        """The product of the tensors at hand."""
+        return self.product(codes, scale, Epilogue(bias, residual, self.silu, torch.float32, shift), self.upsample)
 
 
 def _bias(epilogue: Epilogue) -> Tensor | None:

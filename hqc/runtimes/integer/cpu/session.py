@@ -16,6 +16,7 @@ from hqc.runtimes.integer.cpu.attention import take_attention
 from hqc.runtimes.integer.cpu.kernels import cpu_kernels
 from hqc.runtimes.integer.cpu.operators import NAME, require_operators
 from hqc.runtimes.integer.cpu.recordings import Recordings
+from hqc.runtimes.integer.cpu.tape import Tape
 from hqc.runtimes.integer.forms import require_quantised
 from hqc.runtimes.integer.report import BuildReport
 from hqc.stages import doing
@@ -65,6 +66,10 @@ class CpuSession:
             return self._recordings(*given.values())
         except Exception as error:  # whatever an operator raises: the graph, run node by node, says which
             raise module_failure(self._module, tuple(given.values()), error) from error
+
+    def tape(self, *inputs: Tensor) -> Tape | None:
+        """What runs for inputs of their shapes; None where the graph runs node by node."""
+        return None if self._recordings is None else self._recordings.tape(inputs)
 
 
 def _recordings(

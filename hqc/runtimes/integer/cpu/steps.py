@@ -25,6 +25,7 @@ __all__ = [
     "recorder",
     "recording",
     "run_step",
+    "step_fields",
     "step_of",
     "whole_numbers",
 ]
@@ -239,6 +240,11 @@ def step_of(fields: ctypes.Structure) -> Step:
     step = Step(kinds.index(type(fields)))
     setattr(step.fields, _Union._fields_[step.kind][0], fields)
     return step
+
+
+def step_fields(step: Step) -> Any:
+    """The fields of its kind."""
+    return getattr(step.fields, _Union._fields_[step.kind][0])
 
 
 def run_step(functions: ctypes.CDLL, fields: ctypes.Structure) -> None:

@@ -7,8 +7,8 @@ A tape holds no memory of a call: several threads may run it at the same time.
 """
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -110,8 +110,22 @@ class Tape:
         """How many calls of torch run."""
         return sum(isinstance(part, Call) for part in self.parts)
 
+    def apart(self) -> "Tape":
+        """The same with every step a part of its own."""
+        parts: list[Run | Call] = []
+        for part in self.parts:
+            if isinstance(part, Run):
+                parts += [Run(part.first + i, 1) for i in range(part.count - 1)]
+                part = Run(part.first + part.count - 1, 1, part.done)
+            parts.append(part)
+        return replace(self, parts=tuple(parts))
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The output, in memory of its own."""
+        return self.play(inputs)
+
+    def play(self, inputs: Sequence[Tensor], after: Callable[[], None] = lambda: None) -> Tensor:
+        """The output, in memory of its own. after: called behind every part."""
         memory, threads = _Memory(self.bytes), torch.get_num_threads()
         steps = type(self.steps).from_buffer_copy(self.steps)
         where = ctypes.addressof(steps)
@@ -125,6 +139,7 @@ class Tape:
                 self._call(part, memory, where)
             for index in part.done:
                 memory.results.pop(index, None)
+            after()
         return memory[self.output].clone()
 
     def _call(self, call: Call, memory: _Memory, steps: int) -> None:
