@@ -236,6 +236,15 @@ def captured() -> Callable[[str], Program]:
     return captured_program
 
 
+@pytest.fixture(scope="session")
+def native_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where code that is compiled for this CPU lies: once for all processes of a run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "native"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
     """golden(path, text) compares text with the file; `pytest --update-golden` writes it instead."""

@@ -28,8 +28,8 @@ FUSED = ("three_products", "upsampled", "shift_of_image", "norm_kept", "skip", "
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("native")
+def cache(native_cache):
+    return native_cache
 
 
 def opened(program: Program, cache, batch: int = 3) -> tuple[torch.Tensor, CpuSession]:

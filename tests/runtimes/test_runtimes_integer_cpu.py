@@ -49,7 +49,7 @@ def numpy_conv(codes, weight, window) -> np.ndarray:
 
 
 @pytest.fixture(scope="module", params=["oneDNN", "own", "own with VNNI"])
-def own(request, tmp_path_factory) -> OwnProducts | None:
+def own(request, tmp_path_factory, native_cache) -> OwnProducts | None:
     """What multiplies: oneDNN, or code of our own for this machine, or for one with VNNI (emulated, if it has none)."""
     if request.param == "oneDNN":
         return None
@@ -60,7 +60,7 @@ def own(request, tmp_path_factory) -> OwnProducts | None:
             sources = {source.stem: source for source in compiler.SOURCES}
             products.write_text(f'#include "{header}"\n#include "{sources["products"]}"\n')
             patch.setattr(compiler, "SOURCES", tuple({**sources, "products": products}.values()))
-        library = compiled_passes.__wrapped__(tmp_path_factory.mktemp("products"))
+        library = compiled_passes.__wrapped__(native_cache)
     found = None if library.functions is None else OwnProducts(library.functions)
     if found is None or not found.there:
         pytest.skip("no compiler, or neither AVX-512 with VNNI nor AVX2")
@@ -235,10 +235,10 @@ def test_this_machine_is_tried() -> None:
 
 
 @pytest.fixture(scope="module", params=["native", "plain"])
-def passes(request, tmp_path_factory):
+def passes(request, native_cache):
     if request.param == "plain":
         return plain
-    library = compiled_passes(tmp_path_factory.mktemp("native"))
+    library = compiled_passes(native_cache)
     if library.functions is None:
         pytest.skip(library.said)
     return NativePasses(library.functions)

@@ -19,8 +19,8 @@ BATCH = 2
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("native")
+def cache(native_cache):
+    return native_cache
 
 
 def opened(program, cache):

@@ -14,8 +14,8 @@ from hqc.runtimes.integer.cpu.native import NativePasses
 
 
 @pytest.fixture(scope="module")
-def functions(tmp_path_factory):
-    library = compiled_passes(tmp_path_factory.mktemp("attention"))
+def functions(native_cache):
+    library = compiled_passes(native_cache)
     if library.functions is None:
         pytest.skip(library.said)
     return library.functions
