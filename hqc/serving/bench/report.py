@@ -114,4 +114,5 @@ def _draw_latencies(axes: Any, result: ServeBench) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.2)  # the legend's place
     axes.legend(fontsize=7, frameon=False, ncols=4)
