@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hqc.errors import HqcError
+from hqc.errors import HqcError, RuntimeMissingError
 from hqc.runtimes.integer.cpu import CpuSession
 from hqc.runtimes.integer.cpu.profile import profile
 from hqc.storage import load_program
@@ -26,14 +26,14 @@ def profile_program(path: Path, batch: int, runs: int) -> dict[str, Any]:
     """The kinds of a call at one timestep, and the median of whole calls, ms.
 
     Raises:
-        HqcError: for a program that the runtime does not take.
+        HqcError: for a program that the runtime does not take, and where calls are not recorded.
     """
     program = load_program(path)
     session = CpuSession(program)
     inputs = program.example_inputs(batch)
     tape = session.tape(*inputs)
     if tape is None:
-        raise SystemExit(f"cpu_profile: nothing is recorded here: {session.report.text().splitlines()[-1]}")
+        raise RuntimeMissingError("the tape", f"there is none: {session.report.tiles}", "Install g++, or set CXX.")
     kinds, calls = profile(tape, inputs, runs), []
     for _ in range(runs):
         began = time.perf_counter()

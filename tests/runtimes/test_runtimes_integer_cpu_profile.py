@@ -60,15 +60,13 @@ def test_multiplications_are_those_of_the_layers(captured, cache, whose: str, mo
     assert all(kind.rate > 0 for kind in kinds if kind.multiplications)
 
 
-def test_the_script_prints_a_table_or_json(captured, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "q.hqc"
-    save_program(quantised(captured("two_sites"), "w4a4"), path)
+def test_the_script_prints_a_table_or_json(captured, cache, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, program = tmp_path / "q.hqc", quantised(captured("two_sites"), "w4a4")
+    opened(program, cache)
+    save_program(program, path)
     arguments = ["cpu_profile.py", str(path), "--batch-size", "3", "--runs", "1", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", arguments)
-    try:
-        assert cpu_profile.main() == 0
-    except SystemExit as nothing:
-        pytest.skip(str(nothing))
+    assert cpu_profile.main() == 0
     assert "q.hqc, batch 3, 1 threads: " in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
     assert cpu_profile.main() == 0
@@ -79,3 +77,9 @@ def test_the_script_prints_a_table_or_json(captured, tmp_path, capsys, monkeypat
         cpu_profile.main()
     assert left.value.code == 2
     assert "no such folder" in capsys.readouterr().err
+    monkeypatch.setattr(CpuSession, "tape", lambda self, *inputs: None)
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as left:
+        cpu_profile.main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("cpu_profile: the tape: there is none: ")

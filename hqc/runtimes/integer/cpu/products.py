@@ -24,7 +24,7 @@ from hqc.runtimes.integer.cpu.own import OwnProduct, OwnProducts
 from hqc.runtimes.integer.cpu.steps import recorder
 from hqc.runtimes.integer.layers import Packed
 
-__all__ = ["OwnSum", "largest_weight", "pack_product", "summands"]
+__all__ = ["LaterProduct", "OwnSum", "largest_weight", "pack_product", "summands"]
 
 _FEW = 8_000_000
 """Multiplications of a call of two samples, up to which a product is small."""

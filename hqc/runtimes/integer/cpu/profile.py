@@ -48,13 +48,15 @@ class Kind:
 def profile(tape: Tape, inputs: Sequence[Tensor], runs: int = 5) -> tuple[Kind, ...]:
     """The parts of a call by kind, the most expensive first; of each part its least time in some runs."""
     apart = tape.apart()
-    least = [math.inf] * len(apart.parts)
-    for _ in range(runs + 1):  # the first one warms up
-        clock = [time.perf_counter()]
-        apart.play(inputs, lambda clock=clock: clock.append(time.perf_counter()))  # type: ignore[misc]
-        took = [end - begin for begin, end in pairwise(clock)]
-        least = [min(pair) for pair in zip(least, took, strict=True)]
-    return _by_kind(apart, least)
+    times = [_seconds(apart, inputs) for _ in range(runs + 1)][1:]  # the first one warms up
+    return _by_kind(apart, map(min, zip(*times, strict=True)))
+
+
+def _seconds(tape: Tape, inputs: Sequence[Tensor]) -> list[float]:
+    """Of every part, in one call."""
+    clock = [time.perf_counter()]
+    tape.play(inputs, lambda: clock.append(time.perf_counter()))
+    return [end - begin for begin, end in pairwise(clock)]
 
 
 def _by_kind(tape: Tape, seconds: Iterable[float]) -> tuple[Kind, ...]:
