@@ -215,7 +215,7 @@ def test_a_cell_that_fails_is_a_row_and_the_others_go_on(
     found = compare(made, output, f"{made.learnt},{made.quick}", "--seeds", 1, "--budget-qat", 3)
     assert found.exit_code == 1
     text = output.read_text()
-    assert "learnt w4a4, seed 0 failed: budget 3: recipe 'learnt' needs 4 evaluations before its" in text
+    assert "learnt w4a4, seed 0 failed: budget 3: recipe 'learnt' needs 12 evaluations with one" in text
     assert "| none: target onnxruntime: does not take this |" in text  # drawn by torch, and a row like others
     assert text.index("| 1 | quick |") < text.index("| – | learnt |")
 

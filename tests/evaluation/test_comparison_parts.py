@@ -221,12 +221,25 @@ def test_a_budget_changes_the_updates_alone(made: SimpleNamespace) -> None:
     found = scaled(made.program, recipe, made.task, "w4a4", 8 + 10 * 24 + 11)
     assert found.recipe == recipe.set("distil.updates", 10)
     assert (found.evaluations, found.factor) == (8 + 10 * 24, 2.5)
-    assert scaled(made.program, recipe, made.task, "w4a4", 9).recipe.step("distil").updates == 1
+    assert scaled(made.program, recipe, made.task, "w4a4", 32).recipe.step("distil").updates == 1
 
 
-def test_a_budget_below_the_calibration_is_refused(made: SimpleNamespace) -> None:
-    with pytest.raises(PlanError, match="needs 8 evaluations before its first iteration"):
-        scaled(made.program, trained(), made.task, "w4a4", 8)
+@pytest.mark.parametrize("name", ["hqc", "q-diffusion", "quest", "tcaq-dm", "mpq-dmv2"])
+def test_a_budget_is_met_whatever_stands_beside_the_iterations(made: SimpleNamespace, name: str) -> None:
+    """Weighing, the collecting of samples and rounds cost the same however many updates follow."""
+    recipe = RECIPES[name]
+    own = scaled(made.program, recipe, made.task, "w4a4", None).evaluations
+    least = [step if not hasattr(step, "total") else replace(step, updates=1) for step in recipe.steps]
+    few = scaled(made.program, replace(recipe, steps=tuple(least)), made.task, "w4a4", None).evaluations
+    budget = few + (own - few) / 3
+    found = scaled(made.program, recipe, made.task, "w4a4", budget)
+    assert found.evaluations == pytest.approx(budget, rel=0.02)  # of what one update more of every step costs
+    assert found.factor == pytest.approx(1 / 3, abs=0.1)
+
+
+def test_a_budget_below_one_iteration_is_refused(made: SimpleNamespace) -> None:
+    with pytest.raises(PlanError, match="needs 32 evaluations with one iteration a step"):
+        scaled(made.program, trained(), made.task, "w4a4", 31)
 
 
 def test_a_recipe_without_iterations_is_not_scaled(made: SimpleNamespace) -> None:

@@ -29,10 +29,8 @@ def site_weight(program: Program, site: QuantisedSite, *, device: torch.device, 
     if pack and _four_bits(stored) and packed_weight_fits(stored, *rotation):
         packed = pack_weight(channels_last(stored))
         return Weight(packed, scale, rotation=rotation.block, regular=rotation.regular)
-    total = sum(p.factor * _value(program, p.node.args[1], device).to(torch.int32) for p in site.products)
-    assert isinstance(total, Tensor)
-    rotated = channels_last(total)
-    low, high = int(rotated.min()), int(rotated.max())
+    rotated = channels_last(_total(program, site, device))
+    low, high = (int(bound) for bound in rotated.aminmax())
     if low >= -128 and high <= 127:
         return Weight(rotated.to(torch.int8), scale)
     if low < _TWO_DIGITS[0] or high > _TWO_DIGITS[1]:
@@ -59,6 +57,18 @@ def _stored(program: Program, site: QuantisedSite, device: torch.device) -> tupl
     if is_op(node, ops.rotate_codes.default):
         return _value(program, node.args[0], device), rotation_of(node)  # type: ignore[union-attr, arg-type]
     return _value(program, node, device), Rotation(1)
+
+
+def _total(program: Program, site: QuantisedSite, device: torch.device) -> Tensor:
+    """What the weights of a site's products add up to: as it is stored for one product, else int32."""
+    values = [(p.factor, _value(program, p.node.args[1], device)) for p in site.products]
+    (factor, total), *others = values
+    if factor == 1 and not others:
+        return total
+    total = factor * total.to(torch.int32)
+    for factor, value in others:
+        total += factor * value.to(torch.int32)
+    return total
 
 
 def _four_bits(codes: Tensor) -> bool:
