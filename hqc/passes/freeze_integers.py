@@ -96,7 +96,7 @@ class FreezeIntegers:
             layer, ops.dequantize.default, stored, quantiser.args[1], like=quantiser, site=site, role="weight"
         )
         layer.replace_input_with(quantiser, dequantised)
-        return _binary_codes(edit.program, quantiser, weight, ops.dequantize(codes, scale))
+        return _binary_codes(edit.program, quantiser, weight, codes, scale)
 
     @staticmethod
     def _split(edit: Rewriter, node: fx.Node, codes_role: str, real_role: str) -> None:
@@ -137,14 +137,16 @@ def _freeze_table(edit: Rewriter, plan: SitePlan) -> None:
     layer.replace_input_with(weight, found)
 
 
-def _binary_codes(program: Program, quantiser: fx.Node, weight: Tensor, base: Tensor) -> tuple[Tensor, Tensor] | None:
-    """sign(W - Q(W)) where a channel's step is not 0, and the steps; None where none has one."""
+def _binary_codes(
+    program: Program, quantiser: fx.Node, weight: Tensor, codes: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """sign(W - s·codes) where a channel's step is not 0, and the steps; None where none has one."""
     if not is_op(quantiser, ops.fake_quantize_residual.default):
         return None
     step = residual_step_of(program, quantiser)
     if not bool(step.any()):
         return None
-    signs = (weight - base).sign() * (step != 0).view(-1, *[1] * (weight.ndim - 1))
+    signs = (weight - ops.dequantize(codes, scale)).sign() * (step != 0).view(-1, *[1] * (weight.ndim - 1))
     return signs.to(torch.int8), torch.where(step != 0, step, torch.ones_like(step))
 
 
