@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["bind_socket", "build_server", "print_url", "serve"]
 
 OWN_ADDRESS = "Use 127.0.0.1, or another address of this computer."
-OWN_FILES = 64  # that the process has open besides connections
+OWN_FILES = 64  # that the process has open besides connections, those that are being closed among them
+LINE = 128  # connections that the system holds until they are accepted
+# Of one turn of the event loop, which closes one too many three turns later: asyncio's hundreds would be open at once,
+# and where a process may open no more, it logs a traceback for each.
+ACCEPTED_AT_ONCE = 8
 LINGER_S = 2  # for answers that are being written when the engine has ended
 
 
@@ -75,6 +79,7 @@ def build_server(app: "FastAPI", limits: Limits | None = None) -> "uvicorn.Serve
     config = uvicorn.Config(
         app,
         http=limited_protocol(allowed),
+        backlog=ACCEPTED_AT_ONCE,
         log_level="warning",
         access_log=False,
         ws="none",
@@ -86,6 +91,12 @@ def build_server(app: "FastAPI", limits: Limits | None = None) -> "uvicorn.Serve
 
     class Server(uvicorn.Server):
         """Tells the engine of a signal at once: what waits is answered, not waited for."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            """Of uvicorn's, which has made the system's line as short as what is accepted at once."""
+            await super().startup(sockets)
+            for listener in sockets or ():
+                listener.listen(LINE)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             """Of uvicorn's: the first signal asks, the second one insists."""
@@ -102,7 +113,7 @@ def _drain(app: "FastAPI", grace_s: float) -> None:
 
 
 def _affordable(limits: Limits) -> Limits:
-    """No more connections than the process may have open files: the accepting loop would spin at their end."""
+    """No more connections than the process may have open files."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -130,7 +141,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(128)
+        listener.listen(LINE)
     except OSError as error:
         listener.close()
         raise _unbindable(where, error) from error
