@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from fake_backend import FakeBackend
 
@@ -210,53 +209,6 @@ def test_a_connection_too_many_is_closed_and_the_others_work(start: Any, backend
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             assert closed(connection).startswith(ANSWER)
     assert client.get("/health").status_code == 200
-
-
-FEW_FILES = textwrap.dedent(
-    """
-    import resource
-    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
-    from fake_backend import FakeBackend
-    from hqc.serving.app import Served, create_app
-    from hqc.serving.limits import Limits
-    from hqc.serving.server import serve
-
-    limits = Limits(head_s=2)
-    serve(create_app([Served(FakeBackend(), "few", "fake")], limits=limits), port=0, limits=limits)
-    """
-)
-
-
-def test_more_idle_connections_than_files_neither_fill_the_log_nor_the_cpu(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    command = [sys.executable, "-c", FEW_FILES]
-    with (
-        log.open("wb") as errors,
-        subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=errors, text=True) as server,
-        ExitStack() as stack,
-    ):
-        try:
-            assert server.stdout is not None
-            url = server.stdout.readline().split()[2]
-            host, port = url.removeprefix("http://").split(":")
-            used = psutil.Process(server.pid).cpu_times
-            before = sum(used()[:2])
-            for _ in range(300):
-                idle = stack.enter_context(socket.socket())
-                idle.setblocking(False)
-                idle.connect_ex((host, int(port)))
-            wait_for(lambda: answers(url))
-            assert sum(used()[:2]) - before < 1.5  # seconds; those that have been answered and closed among them
-        finally:
-            server.kill()
-    assert log.read_text() == ""
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", trust_env=False, timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def closed_at_once(where: tuple[str, int]) -> bool:
