@@ -175,11 +175,13 @@ async def _until(
     while True:
         waiting = asyncio.ensure_future(news.get())
         either: set[asyncio.Future[Any]] = {waiting, images}
-        await asyncio.wait(either, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait(either, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()  # also where the client has left, and nobody asks for the next
         if waiting.done():
             yield waiting.result()
             continue
-        waiting.cancel()
         if images.done():
             while not news.empty():
                 yield news.get_nowait()
