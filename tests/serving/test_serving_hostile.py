@@ -128,6 +128,27 @@ def test_pages_of_other_origins_may_not_ask_unless_they_are_named(start: Any, ba
     assert "access-control-allow-origin" not in named.options(GENERATIONS, headers=asking).headers
 
 
+def test_a_page_of_a_named_origin_may_read_every_answer(start: Any, backend: FakeBackend) -> None:
+    named = "https://a.example"
+    client = start(backend=backend, cors_origins=(named,), rules=Rules(api_key="k"))
+    key, page = {"Authorization": "Bearer k"}, {"Origin": named}
+
+    def ask(headers: dict[str, str]) -> httpx.Response:
+        return client.post(GENERATIONS, json={"prompt": "1"}, headers=headers)
+
+    answers = {200: ask({**key, **page}), 401: ask(page), 421: ask({**key, **page, "Host": "evil.example"})}
+    backend.failure = RuntimeError("not foreseen")
+    answers[500] = ask({**key, **page})
+    for status, answer in answers.items():
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == named
+        assert {"retry-after", "x-request-id"} <= set(
+            answer.headers["access-control-expose-headers"].lower().split(", ")
+        )
+        assert answer.headers["x-request-id"].startswith("req_")
+    assert "access-control-allow-origin" not in ask({"Origin": "https://b.example"}).headers
+
+
 # ---- clients that leave --------------------------------------------------------------------------------------------
 
 
