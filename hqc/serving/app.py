@@ -15,7 +15,7 @@ from hqc.serving.errors import ApiError
 from hqc.serving.limits import Limits
 from hqc.serving.offer import Offer, request_schema, takes
 from hqc.serving.requests import request_from_body
-from hqc.serving.schemas import ErrorResponse, GenerationResponse, Health, ModelCard, ModelList
+from hqc.serving.schemas import EVENT_SCHEMA, ErrorResponse, GenerationResponse, Health, ModelCard, ModelList
 
 try:
     from fastapi import FastAPI, Request, Response
@@ -55,7 +55,7 @@ _TEXT = {
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text} for status, text in _TEXT.items()
 }
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_STREAM = {"text/event-stream": {"itemSchema": EVENT_SCHEMA}}
 
 
 @dataclass(frozen=True)
