@@ -218,9 +218,10 @@ ALWAYS = {
     "compare-recipes": "bits recipes seeds images num_inference_steps output html chart work_dir force as_json",
     "bench": "against runtime batch_sizes threads runs warm_up work_dir as_json",
     "bench-serve": "runtime requests steps guidance_scale max_batch seed as_json",
-    "serve": "runtime host port allowed_host cors_origin max_images max_batch max_queue batching request_timeout "
-    "shutdown_grace",
-    "deploy ray": "runtime replicas cpus gpus host port allowed_host api_key_file max_images max_batch max_queue",
+    "serve": "runtime host port allowed_host cors_origin max_images max_steps max_batch max_queue max_body_bytes "
+    "max_connections batching request_timeout shutdown_grace",
+    "deploy ray": "runtime replicas cpus gpus host port allowed_host api_key_file max_images max_steps max_batch "
+    "max_queue",
     "doctor": "as_json",
 }
 
