@@ -184,11 +184,11 @@ MISUSED = [
     ("bench-serve {captured} --force", "--force"),
     ("bench-serve {captured} --work-dir w", "--work-dir"),
     ("bench-serve {captured} --chart {words}", "--chart {words}"),
-    ("serve {captured} --threads 2", "--threads"),
-    ("serve {captured} --lanes 2", "--lanes 2: runtime torch takes one call at a time"),
-    ("serve {captured} --cache-dir c", "--cache-dir"),
-    ("serve {captured} --against {plain}", "--against"),
-    ("serve {captured} --api-key-file {words}", "--api-key-file"),
+    ("serve {captured} --port 0 --threads 2", "--threads"),
+    ("serve {captured} --port 0 --lanes 2", "--lanes 2: runtime torch takes one call at a time"),
+    ("serve {captured} --port 0 --cache-dir c", "--cache-dir"),
+    ("serve {captured} --port 0 --against {plain}", "--against"),
+    ("serve {captured} --port 0 --api-key-file {words}", "--api-key-file"),
 ]
 
 # Options that have an effect whatever else is asked for, or are refused with the value (bits, recipe, runtime, labels).

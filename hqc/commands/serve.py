@@ -160,14 +160,10 @@ def serve(
     from hqc.serving.app import create_app
     from hqc.serving.guards import Rules
     from hqc.serving.opening import opened
-    from hqc.serving.server import print_url
+    from hqc.serving.server import print_url, reserved_socket
     from hqc.serving.server import serve as run
 
     rules = Rules(hosts=hosts(host, allowed_host), api_key=api_key(api_key_file))
-    served = [opened(model, runtime, threads=threads, lanes=lanes, cache=cache_dir)]
-    check_runtime(served[0].runtime)
-    if against is not None:
-        served.append(_other(opened(against, threads=threads, cache=cache_dir), served[0]))
     limits = Limits(
         max_images=max_images,
         max_steps=max_steps,
@@ -178,14 +174,19 @@ def serve(
         request_s=request_timeout,
         shutdown_s=shutdown_grace,
     )
-    app = create_app(served, limits=limits, rules=rules, policy=batching, cors_origins=cors_origin)
 
     def announce(url: str) -> None:
         print_url(url)
         if batching == "adaptive":
             click.echo(f"Up to {max_batch} images share calls of the denoiser: {_AS_MANY}")
 
-    run(app, host=host, port=port, limits=limits, announce=announce)
+    with reserved_socket(host, port) as reserved:  # before a model is read, which may take minutes
+        served = [opened(model, runtime, threads=threads, lanes=lanes, cache=cache_dir)]
+        check_runtime(served[0].runtime)
+        if against is not None:
+            served.append(_other(opened(against, threads=threads, cache=cache_dir), served[0]))
+        app = create_app(served, limits=limits, rules=rules, policy=batching, cors_origins=cors_origin)
+        run(app, limits=limits, announce=announce, reserved=reserved)
 
 
 def _other(second: "Served", first: "Served") -> "Served":

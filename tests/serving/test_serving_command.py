@@ -1,5 +1,6 @@
 """`hqc serve`: what its options and their defaults let a client ask for."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from fastapi.testclient import TestClient
 from hqc.cli import main
 from hqc.serving.app import Served
 from hqc.serving.limits import Limits
+from hqc.serving.server import bind_socket
 
 GENERATIONS = "/v1/images/generations"
 
@@ -48,3 +50,21 @@ def test_a_thousand_steps_can_be_allowed(asked: Any) -> None:
 def test_body_size_and_connections(asked: Any) -> None:
     status, limits = asked("--max-body-bytes", "1024", "--max-connections", "7", user="x" * 250, prompt="7" + " " * 999)
     assert (status, limits.max_connections) == (413, 7)
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hqc.serving.opening.opened", None)
+    with bind_socket("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        refused = CliRunner().invoke(main, ["serve", "fake", "--port", str(port)], catch_exceptions=False)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith(f"hqc: 127.0.0.1:{port}: the port is in use. ")
+
+
+def test_the_port_is_free_again_where_the_model_cannot_be_read(tmp_path: Path) -> None:
+    with bind_socket("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    refused = CliRunner().invoke(main, ["serve", str(tmp_path), "--port", str(port)], catch_exceptions=False)
+    assert refused.exit_code == 2
+    assert str(tmp_path) in refused.stderr
+    bind_socket("127.0.0.1", port).close()
