@@ -27,6 +27,10 @@ LONGEST_LINE = 300
 LONGEST_LIST = 900
 _LONGEST_PLACE = 100
 _LEAST_FOUND = 80
+_NO_MEMORY = (
+    *("can't allocate memory", "out of memory"),  # torch, on the CPU and on a GPU
+    *("bad_alloc", "bad allocation", "Failed to allocate memory"),  # ONNX Runtime
+)
 
 
 class HqcError(Exception):
@@ -61,8 +65,8 @@ def _joined(where: str, found: str, do: str) -> str:
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether memory has run out; torch has words of its own for it, on the CPU and on a GPU."""
-    return isinstance(error, MemoryError) or any(w in str(error) for w in ("can't allocate memory", "out of memory"))
+    """Whether memory has run out; torch and ONNX Runtime have words of their own for it."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 class CaptureError(HqcError):

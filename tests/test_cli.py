@@ -565,7 +565,7 @@ def test_a_damaged_export(made: SimpleNamespace, tmp_path: Path, command: str, d
     shutil.copytree(made.integer, tmp_path / "copy")
     apply, wanted = DAMAGE[damage]
     apply(tmp_path / "copy", "model.onnx")
-    options = {"sample": ("-o", tmp_path / "x.png"), "eval": ("--against", tmp_path / "copy"), "serve": ()}
+    options = {"sample": ("-o", tmp_path / "x.png"), "eval": ("--against", tmp_path / "copy"), "serve": ("--port", 0)}
     assert wanted in refused(tmp_path, command, tmp_path / "copy", *options[command])
 
 

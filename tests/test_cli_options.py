@@ -184,11 +184,11 @@ MISUSED = [
     ("bench-serve {captured} --force", "--force"),
     ("bench-serve {captured} --work-dir w", "--work-dir"),
     ("bench-serve {captured} --chart {words}", "--chart {words}"),
-    ("serve {captured} --threads 2", "--threads"),
-    ("serve {captured} --lanes 2", "--lanes 2: runtime torch takes one call at a time"),
-    ("serve {captured} --cache-dir c", "--cache-dir"),
-    ("serve {captured} --against {plain}", "--against"),
-    ("serve {captured} --api-key-file {words}", "--api-key-file"),
+    ("serve {captured} --port 0 --threads 2", "--threads"),
+    ("serve {captured} --port 0 --lanes 2", "--lanes 2: runtime torch takes one call at a time"),
+    ("serve {captured} --port 0 --cache-dir c", "--cache-dir"),
+    ("serve {captured} --port 0 --against {plain}", "--against"),
+    ("serve {captured} --port 0 --api-key-file {words}", "--api-key-file"),
 ]
 
 # Options that have an effect whatever else is asked for, or are refused with the value (bits, recipe, runtime, labels).
@@ -218,9 +218,10 @@ ALWAYS = {
     "compare-recipes": "bits recipes seeds images num_inference_steps output html chart work_dir force as_json",
     "bench": "against runtime batch_sizes threads runs warm_up work_dir as_json",
     "bench-serve": "runtime requests steps guidance_scale max_batch seed as_json",
-    "serve": "runtime host port allowed_host cors_origin max_images max_batch max_queue batching request_timeout "
-    "shutdown_grace",
-    "deploy ray": "runtime replicas cpus gpus host port allowed_host api_key_file max_images max_batch max_queue",
+    "serve": "runtime host port allowed_host cors_origin max_images max_steps max_batch max_queue max_body_bytes "
+    "max_connections batching request_timeout shutdown_grace",
+    "deploy ray": "runtime replicas cpus gpus host port allowed_host api_key_file max_images max_steps max_batch "
+    "max_queue",
     "doctor": "as_json",
 }
 

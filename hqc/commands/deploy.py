@@ -9,7 +9,7 @@ import click
 from hqc.commands.applies import Command
 from hqc.commands.bench_serve import Between
 from hqc.commands.options import runtime_option
-from hqc.commands.serve import api_key, api_key_option, hosts
+from hqc.commands.serve import api_key, api_key_option, hosts, max_images_option, max_steps_option
 
 __all__ = ["deploy"]
 
@@ -37,7 +37,8 @@ def deploy() -> None:
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--allowed-host", multiple=True, metavar="NAME", help="A name that the server is called by; may repeat.")
 @api_key_option
-@click.option("--max-images", type=click.IntRange(1, 64), default=8, show_default=True, help="Images of one request.")
+@max_images_option
+@max_steps_option
 @click.option("--max-batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Of one replica.")
 @click.option("--max-queue", type=click.IntRange(0, 10_000), default=64, show_default=True, help="Of one replica.")
 def deploy_ray(
@@ -51,6 +52,7 @@ def deploy_ray(
     allowed_host: tuple[str, ...],
     api_key_file: Any,
     max_images: int,
+    max_steps: int,
     max_batch: int,
     max_queue: int,
 ) -> None:
@@ -70,7 +72,7 @@ def deploy_ray(
         found = describe(model)
         call_kind(found.pipeline, found.conditions)  # before a cluster is started
     rules = Rules(hosts=hosts(host, allowed_host), api_key=api_key(api_key_file))
-    limits = Limits(max_images=max_images, max_batch=max_batch, max_queue=max_queue)
+    limits = Limits(max_images=max_images, max_steps=max_steps, max_batch=max_batch, max_queue=max_queue)
     app = application(
         os.path.abspath(model) if os.path.exists(model) else model,
         runtime=runtime,

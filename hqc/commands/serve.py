@@ -10,12 +10,13 @@ import click
 from hqc.commands.applies import Command, check_runtime
 from hqc.commands.options import runtime_option
 from hqc.errors import OptionError
+from hqc.serving.limits import Limits
 
 if TYPE_CHECKING:
     from hqc.runtimes import Runtime
     from hqc.serving.app import Served
 
-__all__ = ["api_key", "api_key_option", "hosts", "serve"]
+__all__ = ["api_key", "api_key_option", "hosts", "max_images_option", "max_steps_option", "serve"]
 
 KEY_VARIABLE = "HQC_API_KEY"
 _LONGEST_KEY_FILE = 4096
@@ -26,6 +27,21 @@ api_key_option = click.option(
     "--api-key-file",
     type=click.Path(path_type=Path, dir_okay=False),
     help=f"The key that requests must send; {KEY_VARIABLE} in the environment does the same.",
+)
+
+max_images_option = click.option(
+    "--max-images",
+    type=click.IntRange(1, 64),
+    default=Limits.max_images,
+    show_default=True,
+    help="Images of one request.",
+)
+max_steps_option = click.option(
+    "--max-steps",
+    type=click.IntRange(1, 10_000),
+    default=Limits.max_steps,
+    show_default=True,
+    help="Denoising steps of one request; the scheduler may take fewer.",
 )
 
 threads_option = click.option(
@@ -52,11 +68,36 @@ lanes_option = click.option(
 @click.option("--allowed-host", multiple=True, metavar="NAME", help="A name that the server is called by; may repeat.")
 @click.option("--cors-origin", multiple=True, metavar="URL", help="Pages of this origin may ask; may repeat.")
 @api_key_option
-@click.option("--max-images", type=click.IntRange(1, 64), default=8, show_default=True, help="Images of one request.")
+@max_images_option
+@max_steps_option
 @click.option(
-    "--max-batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Images under way at once."
+    "--max-batch",
+    type=click.IntRange(1, 256),
+    default=Limits.max_batch,
+    show_default=True,
+    help="Images under way at once.",
 )
-@click.option("--max-queue", type=click.IntRange(0, 10_000), default=64, show_default=True, help="Requests that wait.")
+@click.option(
+    "--max-queue",
+    type=click.IntRange(0, 10_000),
+    default=Limits.max_queue,
+    show_default=True,
+    help="Requests that wait.",
+)
+@click.option(
+    "--max-body-bytes",
+    type=click.IntRange(1024, 2**30),
+    default=Limits.max_body_bytes,
+    show_default=True,
+    help="Size of a request's body.",
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1, 65_536),
+    default=Limits.max_connections,
+    show_default=True,
+    help="Open at once; fewer where the process may open fewer files.",
+)
 @click.option(
     "--batching",
     type=click.Choice(["adaptive", "continuous", "static", "single"]),
@@ -66,12 +107,16 @@ lanes_option = click.option(
     "alone.",
 )
 @click.option(
-    "--request-timeout", type=click.FloatRange(1, 86_400), default=600.0, show_default=True, help="Seconds a request."
+    "--request-timeout",
+    type=click.FloatRange(1, 86_400),
+    default=Limits.request_s,
+    show_default=True,
+    help="Seconds a request.",
 )
 @click.option(
     "--shutdown-grace",
     type=click.FloatRange(0, 3600),
-    default=5.0,
+    default=Limits.shutdown_s,
     show_default=True,
     help="Seconds that what runs may go on after a signal.",
 )
@@ -93,8 +138,11 @@ def serve(
     cors_origin: tuple[str, ...],
     api_key_file: Path | None,
     max_images: int,
+    max_steps: int,
     max_batch: int,
     max_queue: int,
+    max_body_bytes: int,
+    max_connections: int,
     batching: Any,
     request_timeout: float,
     shutdown_grace: float,
@@ -111,31 +159,34 @@ def serve(
     """
     from hqc.serving.app import create_app
     from hqc.serving.guards import Rules
-    from hqc.serving.limits import Limits
     from hqc.serving.opening import opened
-    from hqc.serving.server import print_url
+    from hqc.serving.server import print_url, reserved_socket
     from hqc.serving.server import serve as run
 
     rules = Rules(hosts=hosts(host, allowed_host), api_key=api_key(api_key_file))
-    served = [opened(model, runtime, threads=threads, lanes=lanes, cache=cache_dir)]
-    check_runtime(served[0].runtime)
-    if against is not None:
-        served.append(_other(opened(against, threads=threads, cache=cache_dir), served[0]))
     limits = Limits(
         max_images=max_images,
+        max_steps=max_steps,
         max_batch=max_batch,
         max_queue=max_queue,
+        max_body_bytes=max_body_bytes,
+        max_connections=max_connections,
         request_s=request_timeout,
         shutdown_s=shutdown_grace,
     )
-    app = create_app(served, limits=limits, rules=rules, policy=batching, cors_origins=cors_origin)
 
     def announce(url: str) -> None:
         print_url(url)
         if batching == "adaptive":
             click.echo(f"Up to {max_batch} images share calls of the denoiser: {_AS_MANY}")
 
-    run(app, host=host, port=port, limits=limits, announce=announce)
+    with reserved_socket(host, port) as reserved:  # before a model is read, which may take minutes
+        served = [opened(model, runtime, threads=threads, lanes=lanes, cache=cache_dir)]
+        check_runtime(served[0].runtime)
+        if against is not None:
+            served.append(_other(opened(against, threads=threads, cache=cache_dir), served[0]))
+        app = create_app(served, limits=limits, rules=rules, policy=batching, cors_origins=cors_origin)
+        run(app, limits=limits, announce=announce, reserved=reserved)
 
 
 def _other(second: "Served", first: "Served") -> "Served":

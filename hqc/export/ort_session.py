@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hqc.errors import ArtefactError, EvaluationError, RuntimeMissingError
-from hqc.memory import resident_bytes, return_free_memory
+from hqc.errors import ArtefactError, EvaluationError, MemoryShortError, RuntimeMissingError, is_memory_error
+from hqc.memory import available_bytes, bytes_text, resident_bytes, return_free_memory
 from hqc.wording import first_words
 
 __all__ = ["TENSORRT_PRODUCER", "import_onnxruntime", "open_session", "run_session", "takes_one_timestep"]
@@ -60,7 +60,7 @@ def open_session(
 
     Raises:
         RuntimeMissingError: if onnxruntime is not installed.
-        ArtefactError: if onnxruntime refuses the model.
+        ArtefactError: if onnxruntime refuses the model. MemoryShortError: if memory runs out while it opens it.
     """
     onnxruntime = import_onnxruntime()
     levels = onnxruntime.GraphOptimizationLevel
@@ -88,10 +88,23 @@ def open_session(
     try:
         session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:
+        if is_memory_error(error):
+            raise _too_large(model) from error
         first = str(error).strip().splitlines()[0]
         raise ArtefactError(str(model), f"onnxruntime refuses it ({first})", "Export it again.") from error
     return_free_memory(before + _MUCH)  # folding the weights leaves much behind
     return session
+
+
+def _too_large(model: Path) -> MemoryShortError:
+    size = sum(file.stat().st_size for file in model.parent.glob(f"{model.name}*"))  # its weights may lie beside it
+    available = available_bytes()
+    there = "" if available is None else f"; {bytes_text(available)} are available"
+    return MemoryShortError(
+        str(model),
+        f"memory ran out while onnxruntime opened it, {bytes_text(size)} in files{there}",
+        "Close other programs, or take a machine with more memory: opening takes a few times its size.",
+    )
 
 
 def _is_for_tensorrt(model: Path) -> bool:
@@ -114,7 +127,8 @@ def run_session(
     one_timestep: what `takes_one_timestep` has said of the session, which is asked at every call otherwise.
 
     Raises:
-        EvaluationError: if the runtime cannot go on: an index out of range, memory.
+        EvaluationError: if the runtime cannot go on: an index out of range.
+        MemoryShortError: if memory runs out.
     """
     times = feeds.get("timestep")
 
@@ -122,6 +136,9 @@ def run_session(
         try:
             return list(session.run(list(names), dict(given)))
         except Exception as error:  # onnxruntime has an exception a kind of failure, all of them its own
+            if is_memory_error(error):
+                found = f"memory ran out in a call ({first_words(error)})"
+                raise MemoryShortError("onnxruntime", found, "Run fewer samples at once.") from error
             what = "give labels that the model was trained on" if "out of" in str(error) else "export it again"
             raise EvaluationError(
                 "onnxruntime", f"cannot run the model ({first_words(error)})", f"Check the inputs; {what}."

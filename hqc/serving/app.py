@@ -15,7 +15,7 @@ from hqc.serving.errors import ApiError
 from hqc.serving.limits import Limits
 from hqc.serving.offer import Offer, request_schema, takes
 from hqc.serving.requests import request_from_body
-from hqc.serving.schemas import ErrorResponse, GenerationResponse, Health, ModelCard, ModelList
+from hqc.serving.schemas import EVENT_SCHEMA, ErrorResponse, GenerationResponse, Health, ModelCard, ModelList
 
 try:
     from fastapi import FastAPI, Request, Response
@@ -28,14 +28,15 @@ except ModuleNotFoundError as error:
         "hqc serve", "fastapi, uvicorn or prometheus-client is not installed", "pip install 'hqc[serve]'"
     ) from error
 
-from hqc.serving.generation import NEVER_AGAIN, Generations, Left, body_of
-from hqc.serving.guards import Guards, Rules, error_body
+from hqc.serving.generation import Generations, Left, body_of
+from hqc.serving.guards import Guards, RequestIds, Rules, error_body
 from hqc.serving.metrics import CONTENT_TYPE, EngineMetrics, ServerMetrics
 from hqc.serving.pages import add_pages
 
 __all__ = ["Served", "create_app"]
 
 CLIENT_LEFT = 499
+EXPOSED = ["Retry-After", "x-request-id", "x-should-retry"]  # headers of answers that a page of another origin may read
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ _TEXT = {
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text} for status, text in _TEXT.items()
 }
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_STREAM = {"text/event-stream": {"itemSchema": EVENT_SCHEMA}}
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,16 @@ def create_app(
     _add_models(app, [ModelCard(id=name, created=int(time.time())) for name in models])
     _add_operations(app, models, metrics)
     add_pages(app)
-    if cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
-        )
     app.add_middleware(Guards, rules=rules)
+    if cors_origins:  # around the guards: a page may read why it is refused
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED,
+        )
+    app.add_middleware(RequestIds)
     return app
 
 
@@ -222,14 +228,6 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def no_route(_: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         return _error_response(ApiError(error.status_code, str(error.detail), code=code, headers=error.headers))
-
-    @app.exception_handler(Exception)
-    async def crashed(_: Request, error: Exception) -> JSONResponse:
-        # The exception goes on to uvicorn, which logs it and closes the connection: a client that was not told
-        # would send its next request into a connection that is being reset.
-        headers = {"Connection": "close", **NEVER_AGAIN}
-        message = "internal error; the server's log has it"
-        return _error_response(ApiError(500, message, code="internal_error", headers=headers))
 
 
 def _error_response(error: ApiError) -> JSONResponse:

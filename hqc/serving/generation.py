@@ -16,7 +16,7 @@ from hqc.serving.backend import Backend
 from hqc.serving.engine import Engine
 from hqc.serving.errors import ApiError, Busy, Stopped, TimeUp
 from hqc.serving.files import in_base64
-from hqc.serving.guards import error_body
+from hqc.serving.guards import NEVER_AGAIN, error_body
 from hqc.serving.jobs import Job, job_of
 from hqc.serving.limits import Limits
 from hqc.serving.metrics import EngineMetrics
@@ -25,12 +25,11 @@ from hqc.serving.requests import GenerationRequest
 from hqc.serving.schemas import GenerationResponse, ImageDatum, Metrics, Usage
 from hqc.serving.tickets import Ticket
 
-__all__ = ["NEVER_AGAIN", "Generations", "Left", "body_of"]
+__all__ = ["Generations", "Left", "body_of"]
 
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 10.0
-NEVER_AGAIN = {"x-should-retry": "false"}  # the newest client would ask twice more
 
 
 class Left(Exception):
@@ -175,11 +174,13 @@ async def _until(
     while True:
         waiting = asyncio.ensure_future(news.get())
         either: set[asyncio.Future[Any]] = {waiting, images}
-        await asyncio.wait(either, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait(either, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()  # also where the client has left, and nobody asks for the next
         if waiting.done():
             yield waiting.result()
             continue
-        waiting.cancel()
         if images.done():
             while not news.empty():
                 yield news.get_nowait()

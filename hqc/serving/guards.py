@@ -1,7 +1,8 @@
-"""Who may ask: names that the server is called by, a key, and an id for every request. Plain ASGI."""
+"""Who may ask, an id for every request, and an answer where it fails. Plain ASGI."""
 
 import hmac
 import json
+import logging
 import re
 import secrets
 from collections.abc import Sequence
@@ -11,9 +12,12 @@ from typing import Any
 from hqc.serving.errors import ApiError
 from hqc.serving.schemas import ErrorBody, ErrorResponse
 
-__all__ = ["LOOPBACK", "Guards", "Rules", "error_body"]
+__all__ = ["LOOPBACK", "NEVER_AGAIN", "Guards", "RequestIds", "Rules", "error_body"]
+
+logger = logging.getLogger(__name__)
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+NEVER_AGAIN = {"x-should-retry": "false"}  # the newest client would ask twice more
 ANY = "*"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
@@ -38,10 +42,33 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return ErrorResponse(error=body).model_dump()
 
 
-class Guards:
-    """ASGI middleware: refuses what `Rules` do not allow, and gives every answer an `x-request-id`.
+class RequestIds:
+    """ASGI middleware: gives every answer an `x-request-id`, the client's own where that is plain."""
 
-    A client's own id is kept where it is plain.
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        own = _headers(scope).get(b"x-request-id", "")
+        request_id = own if _ID.fullmatch(own) else f"req_{secrets.token_hex(12)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+class Guards:
+    """ASGI middleware: refuses what `Rules` do not allow, and answers 500 where the application fails.
+
+    Starlette's own 500 comes from outside of all middleware: with neither an id nor leave for a page of another origin.
     """
 
     def __init__(self, app: Any, rules: Rules) -> None:
@@ -53,20 +80,26 @@ class Guards:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
-        own = headers.get(b"x-request-id", "")
-        request_id = own if _ID.fullmatch(own) else f"req_{secrets.token_hex(12)}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        if (refusal := self._refusal(scope, _headers(scope))) is not None:
+            await _answer(refusal, send)
+            return
+        started = False
 
-        async def send_with_id(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+        async def send_and_see(message: Any) -> None:
+            nonlocal started
+            started = True
             await send(message)
 
-        if (refusal := self._refusal(scope, headers)) is not None:
-            await _answer(refusal, send_with_id)
-            return
-        await self.app(scope, receive, send_with_id)
+        try:
+            await self.app(scope, receive, send_and_see)
+        except Exception:
+            # It goes on to uvicorn, which logs it and closes the connection: a client that was not told would send its
+            # next request into a connection that is being reset.
+            if not started:
+                logger.error("answered 500 to request %s", scope.get("state", {}).get("request_id"))
+                message = "internal error; the server's log has it"
+                await _answer(ApiError(500, message, code="internal_error", headers=NEVER_AGAIN), send)
+            raise
 
     def _refusal(self, scope: Any, headers: dict[bytes, str]) -> ApiError | None:
         host = _without_port(headers.get(b"host", ""))
@@ -81,6 +114,11 @@ class Guards:
             return None
         message = "no such API key; send the server's in the header Authorization: Bearer …"
         return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _headers(scope: Any) -> dict[bytes, str]:
+    """The first of every name."""
+    return {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
 
 
 def _equal(given: str, key: str) -> bool:

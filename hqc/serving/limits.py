@@ -21,7 +21,7 @@ class Limits:
         max_body_bytes: size of a request's body; a larger one gets status 413.
         max_connections: open at once; the next one is closed.
         head_s: seconds until a connection's first, or next, request has arrived but for its body.
-        body_s: seconds until the body has.
+        body_s: seconds until the body has; one that nobody reads too, from when its request was answered.
         request_s: seconds until the images are there, with the wait in the line.
         shutdown_s: seconds that what runs may go on after a signal.
 
@@ -29,16 +29,16 @@ class Limits:
         ServingError: a bound below 1 (`max_queue` and `shutdown_s` may be 0).
     """
 
-    max_images: int = 16
+    max_images: int = 10  # as many as OpenAI's own API draws
     max_steps: int = 250
     max_batch: int = 8
     max_queue: int = 64
     max_body_bytes: int = 192 * 1024
     max_connections: int = 256
-    head_s: float = 10
-    body_s: float = 10
-    request_s: float = 600
-    shutdown_s: float = 5
+    head_s: float = 10.0
+    body_s: float = 10.0
+    request_s: float = 600.0
+    shutdown_s: float = 5.0
 
     def __post_init__(self) -> None:
         wrong = [

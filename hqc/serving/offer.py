@@ -113,6 +113,8 @@ def request_schema(offer: Offer) -> dict[str, Any]:
     elif needs.kind != "nothing":
         schema["required"] = [needs.kind]
         properties[needs.kind] = {**_value_of(properties[needs.kind]), **_without_null(properties[needs.kind])}
+        if needs.kind == "prompt":
+            properties["prompt"]["minLength"] = 1
     return schema
 
 

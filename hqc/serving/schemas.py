@@ -1,8 +1,11 @@
 """Answers of the API, in the shapes that the newest `openai` client reads."""
 
+from typing import Any
+
 from pydantic import BaseModel
 
 __all__ = [
+    "EVENT_SCHEMA",
     "ErrorBody",
     "ErrorResponse",
     "GenerationResponse",
@@ -127,3 +130,37 @@ class ModelList(BaseModel):
 
     object: str = "list"
     data: list[ModelCard]
+
+
+_IMAGE = {name: {"type": "string"} for name in ("b64_json", "size", "quality", "background", "output_format")}
+_IMAGE["created_at"] = {"type": "integer"}
+_EVENTS: dict[str, dict[str, Any]] = {
+    "image_generation.partial_image": {**_IMAGE, "partial_image_index": {"type": "integer", "minimum": 0}},
+    "image_generation.completed": {
+        **_IMAGE,
+        "usage": {"$ref": "#/components/schemas/Usage"},
+        "metrics": {"$ref": "#/components/schemas/Metrics"},
+        "seed": {"type": "integer"},
+    },
+    "error": {"error": {"$ref": "#/components/schemas/ErrorBody"}},
+}
+
+
+def _data(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    properties = {"type": {"const": kind}, **fields}
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+EVENT_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"type": "string", "enum": list(_EVENTS)},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"oneOf": [_data(kind, fields) for kind, fields in _EVENTS.items()]},
+        },
+    },
+}
+"""One server-sent event of a stream, as OpenAPI describes it; what `data` is once it is parsed in `contentSchema`."""

@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-__all__ = ["bind_socket", "build_server", "print_url", "serve"]
+__all__ = ["bind_socket", "build_server", "print_url", "reserved_socket", "serve"]
 
 OWN_ADDRESS = "Use 127.0.0.1, or another address of this computer."
-OWN_FILES = 64  # that the process has open besides connections
+OWN_FILES = 64  # that the process has open besides connections, those that are being closed among them
+LINE = 128  # connections that the system holds until they are accepted
+# Of one turn of the event loop, which closes one too many three turns later: asyncio's hundreds would be open at once,
+# and where a process may open no more, it logs a traceback for each.
+ACCEPTED_AT_ONCE = 8
 LINGER_S = 2  # for answers that are being written when the engine has ended
 
 
@@ -33,6 +37,7 @@ def serve(
     port: int = 8000,
     limits: Limits | None = None,
     announce: Callable[[str], None] | None = None,
+    reserved: socket.socket | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then refuse what waits, give what runs `limits.shutdown_s`, and return.
 
@@ -42,14 +47,16 @@ def serve(
         port: 0 takes a free one.
         limits: of connections and times; a second signal ends at once.
         announce: called with the URL once connections are accepted; printed when None.
+        reserved: of `reserved_socket`, instead of host and port; closed at the end.
 
     Raises:
         RuntimeMissingError: uvicorn is not installed.
         ServingError: the address is in use, not allowed, or not this computer's.
     """
     server = build_server(app, limits)
-    listener = bind_socket(host, port)
+    listener = reserved or reserved_socket(host, port)
     try:
+        _listen(listener)
         with _stopping_quietly(server):
             (announce or print_url)(_url(listener))
             server.run(sockets=[listener])
@@ -75,6 +82,7 @@ def build_server(app: "FastAPI", limits: Limits | None = None) -> "uvicorn.Serve
     config = uvicorn.Config(
         app,
         http=limited_protocol(allowed),
+        backlog=ACCEPTED_AT_ONCE,
         log_level="warning",
         access_log=False,
         ws="none",
@@ -86,6 +94,12 @@ def build_server(app: "FastAPI", limits: Limits | None = None) -> "uvicorn.Serve
 
     class Server(uvicorn.Server):
         """Tells the engine of a signal at once: what waits is answered, not waited for."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            """Of uvicorn's, which has made the system's line as short as what is accepted at once."""
+            await super().startup(sockets)
+            for listener in sockets or ():
+                listener.listen(LINE)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             """Of uvicorn's: the first signal asks, the second one insists."""
@@ -102,7 +116,7 @@ def _drain(app: "FastAPI", grace_s: float) -> None:
 
 
 def _affordable(limits: Limits) -> Limits:
-    """No more connections than the process may have open files: the accepting loop would spin at their end."""
+    """No more connections than the process may have open files."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -115,6 +129,17 @@ def _affordable(limits: Limits) -> Limits:
 
 def bind_socket(host: str, port: int) -> socket.socket:
     """A listening TCP socket, so that an address that cannot be had is known before anything else starts.
+
+    Raises:
+        ServingError: as `reserved_socket`.
+    """
+    listener = reserved_socket(host, port)
+    _listen(listener)
+    return listener
+
+
+def reserved_socket(host: str, port: int) -> socket.socket:
+    """A TCP socket that has its address, and refuses connections until `serve` listens: while a model is read.
 
     Raises:
         ServingError: the port is in use or needs privileges, or the host is not an address of this computer.
@@ -130,11 +155,20 @@ def bind_socket(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(128)
     except OSError as error:
         listener.close()
         raise _unbindable(where, error) from error
     return listener
+
+
+def _listen(listener: socket.socket) -> None:
+    """Another process that had reserved the address too may be the first to listen."""
+    host, port = listener.getsockname()[:2]
+    try:
+        listener.listen(LINE)
+    except OSError as error:
+        listener.close()
+        raise _unbindable(f"{host}:{port}", error) from error
 
 
 def _unbindable(where: str, error: OSError) -> ServingError:

@@ -1,5 +1,6 @@
 """Clients that are slow, gone, malformed, too many, or call the server by another name; and a server that stops."""
 
+import gc
 import json
 import logging
 import signal
@@ -127,6 +128,27 @@ def test_pages_of_other_origins_may_not_ask_unless_they_are_named(start: Any, ba
     assert "access-control-allow-origin" not in named.options(GENERATIONS, headers=asking).headers
 
 
+def test_a_page_of_a_named_origin_may_read_every_answer(start: Any, backend: FakeBackend) -> None:
+    named = "https://a.example"
+    client = start(backend=backend, cors_origins=(named,), rules=Rules(api_key="k"))
+    key, page = {"Authorization": "Bearer k"}, {"Origin": named}
+
+    def ask(headers: dict[str, str]) -> httpx.Response:
+        return client.post(GENERATIONS, json={"prompt": "1"}, headers=headers)
+
+    answers = {200: ask({**key, **page}), 401: ask(page), 421: ask({**key, **page, "Host": "evil.example"})}
+    backend.failure = RuntimeError("not foreseen")
+    answers[500] = ask({**key, **page})
+    for status, answer in answers.items():
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == named
+        assert {"retry-after", "x-request-id"} <= set(
+            answer.headers["access-control-expose-headers"].lower().split(", ")
+        )
+        assert answer.headers["x-request-id"].startswith("req_")
+    assert "access-control-allow-origin" not in ask({"Origin": "https://b.example"}).headers
+
+
 # ---- clients that leave --------------------------------------------------------------------------------------------
 
 
@@ -134,10 +156,7 @@ def test_pages_of_other_origins_may_not_ask_unless_they_are_named(start: Any, ba
 def test_a_client_that_leaves_ends_its_request_at_the_next_step(stream: bool, start: Any, backend: FakeBackend) -> None:
     client = start(backend=backend, max_batch=2, max_queue=4)
     backend.gate = threading.Event()
-    body = json.dumps({"prompt": "1", "n": 1 if stream else 3, "num_inference_steps": 200, "stream": stream}).encode()
-    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
-    connection = socket.create_connection(address(client), timeout=30)
-    connection.sendall(head.encode() + str(len(body)).encode() + b"\r\n\r\n" + body)
+    connection = asking(client, prompt="1", n=1 if stream else 3, num_inference_steps=200, stream=stream)
     assert backend.entered.acquire(timeout=30)
     connection.close()
     time.sleep(0.3)  # the server hears of it while the step is held
@@ -146,6 +165,30 @@ def test_a_client_that_leaves_ends_its_request_at_the_next_step(stream: bool, st
     assert len(backend.batches) <= 3
     assert client.post(GENERATIONS, json={"prompt": "2"}).status_code == 200
     wait_for(lambda: 'status="cancelled"} 1.0' in client.get("/metrics").text)
+
+
+def asking(client: httpx.Client, **body: Any) -> socket.socket:
+    """A connection that has asked for images, and may be closed at any time."""
+    content = json.dumps(body).encode()
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    connection = socket.create_connection(address(client), timeout=30)
+    connection.sendall(head.encode() + str(len(content)).encode() + b"\r\n\r\n" + content)
+    return connection
+
+
+def test_streams_whose_clients_leave_write_nothing_into_the_log(
+    start: Any, backend: FakeBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio tells of tasks that are dropped before they end, once they are collected."""
+    client = start(backend=backend)
+    backend.gate = threading.Event()
+    for _ in range(4):
+        with asking(client, prompt="1", num_inference_steps=100, stream=True) as connection:
+            assert connection.recv(12) == ANSWER
+    backend.gate.set()
+    wait_for(lambda: 'status="cancelled"} 4.0' in client.get("/metrics").text)
+    gc.collect()
+    assert not caplog.records
 
 
 def test_a_request_whose_client_left_in_the_line_is_never_begun(start: Any, backend: FakeBackend) -> None:

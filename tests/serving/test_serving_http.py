@@ -316,6 +316,7 @@ def test_model_that_fails_gives_500_and_the_next_request_works(client: httpx.Cli
     response = generate(client, prompt="1")
     assert_refused(response, 500, None, "internal error")
     assert "secret" not in response.text
+    assert (response.headers["x-should-retry"], "x-request-id" in response.headers) == ("false", True)
     assert response.headers["connection"] == "close"  # uvicorn closes it: the client must not send into it
     pipe.failure = None
     assert generate(client, prompt="1").status_code == 200

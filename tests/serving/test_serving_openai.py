@@ -1,6 +1,7 @@
 """The API as the official client calls it: fields, formats, streams, errors by class, retries."""
 
 import base64
+import inspect
 import io
 import json
 import threading
@@ -17,7 +18,9 @@ from fake_backend import SIZE, FakeBackend
 from PIL import Image
 
 from hqc.errors import EvaluationError
+from hqc.serving.errors import ApiError
 from hqc.serving.limits import Limits
+from hqc.serving.requests import GenerationRequest, request_from_body
 
 KEY = "no-key-is-asked-for"
 
@@ -155,6 +158,18 @@ def test_what_would_change_the_picture_is_refused(
     assert refused.value.code == ("unknown_parameter" if param in ("lora", "frame_count", "svg") else "invalid_value")
     assert refused.value.request_id is not None
     assert backend.begun == []
+
+
+def test_every_field_of_the_client_is_known_or_refused_for_a_reason() -> None:
+    """A newer client may have more: each belongs into the schema, or among what is refused in words of its own."""
+    ways = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}  # how it asks, not what for
+    fields = set(inspect.signature(openai.resources.images.Images.generate).parameters) - ways
+    assert len(fields) > 15
+    for name in fields - set(GenerationRequest.model_fields):
+        with pytest.raises(ApiError) as refused:
+            request_from_body(json.dumps({"prompt": "1", name: 1}).encode())
+        assert refused.value.param == name
+        assert "unknown field" not in refused.value.message, f"{name}: say in hqc.serving.requests what becomes of it"
 
 
 def test_a_stream(client: openai.OpenAI) -> None:

@@ -15,7 +15,7 @@ from fake_backend import FakeBackend
 
 from hqc.serving.app import Served, create_app
 from hqc.serving.errors import ServingError
-from hqc.serving.server import bind_socket, build_server
+from hqc.serving.server import bind_socket, build_server, reserved_socket, serve
 
 # A process that serves a stand-in application (no torch: it starts quickly) whose /slow takes half a second.
 PROGRAM = textwrap.dedent(
@@ -64,6 +64,26 @@ def test_addresses_that_cannot_be_had(host: str, port: int, message: str) -> Non
 def test_bound_socket_accepts_at_once() -> None:
     with bind_socket("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname(), timeout=5):
         pass
+
+
+def test_a_reserved_address_refuses_connections_until_it_is_listened_on() -> None:
+    with reserved_socket("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_of_two_that_reserved_an_address_the_second_to_listen_is_refused() -> None:
+    app = create_app([Served(FakeBackend(), "digits-test", "fake")])
+    with reserved_socket("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        try:
+            second = reserved_socket("127.0.0.1", port)
+        except ServingError:  # not where a system takes no second one
+            return
+        first.listen()
+        with pytest.raises(ServingError, match=rf"^127\.0\.0\.1:{port}: the port is in use"):
+            serve(app, reserved=second)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
