@@ -47,6 +47,9 @@ def test_without_a_cpp_compiler_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pa
         require_cpp_compiler()
     (tmp_path / "g++").write_text("#!/bin/sh\n")
     (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setenv("CXX", "g++ -m64")
+    with pytest.raises(RuntimeMissingError, match=r"CXX is `g\+\+ -m64`, which it takes for the name of one program"):
+        require_cpp_compiler()
     monkeypatch.delenv("CXX")
     require_cpp_compiler()
 

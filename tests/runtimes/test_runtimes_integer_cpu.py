@@ -336,45 +336,6 @@ def test_gates(passes, kind: str, gated: bool) -> None:
     )
 
 
-# ---- the compiler --------------------------------------------------------------------------------------------------
-
-
-def test_a_library_is_compiled_once_and_only_loaded_from_one_s_own_folder(tmp_path) -> None:
-    compiled_passes.cache_clear()
-    first = compiled_passes(tmp_path / "cache")
-    if first.functions is None:
-        pytest.skip(first.said)
-    (library,) = (tmp_path / "cache").iterdir()
-    written = library.stat().st_mtime_ns
-    compiled_passes.cache_clear()
-    assert compiled_passes(tmp_path / "cache").said.endswith("kept from before")
-    assert library.stat().st_mtime_ns == written
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    shared.chmod(0o777)  # anybody could put a library there
-    assert compiled_passes(shared).functions is not None
-    assert not list(shared.iterdir())
-
-
-def test_without_a_compiler_there_is_a_reason(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiled_passes(tmp_path, compiler="no-such-compiler").said == (
-        "CXX names no-such-compiler, which is not there"
-    )
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
-    compiled_passes.cache_clear()
-    assert compiled_passes(tmp_path).said == "there is none of g++, c++, clang++"
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\necho 'no such option: error' >&2\nexit 3\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(compiler.shutil, "which", lambda name: str(broken))
-    compiled_passes.cache_clear()
-    found = compiled_passes(tmp_path)
-    assert found.functions is None
-    assert found.said == "broken could not compile them (no such option: error)"
-    compiled_passes.cache_clear()
-
-
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 
