@@ -115,6 +115,25 @@ def test_inductor_is_asked_to_freeze_the_weights(captured: Captured, monkeypatch
     assert asked == [{"dynamic": False, "fullgraph": True, "backend": "inductor", "options": {"freezing": True}}]
 
 
+@pytest.mark.long
+def test_inductor_compiles_and_computes_the_same(
+    captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real one, with frozen weights, for two sets of sizes."""
+    try:
+        require_cpp_compiler()
+    except RuntimeMissingError as error:
+        pytest.skip(error.line)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    program = captured("cross_attention")
+    session = CompiledSession(program)
+    for batch in (1, 2):
+        inputs = program.example_inputs(batch, seed=1)
+        session.compile(*inputs)
+        torch.testing.assert_close(session(*inputs), program.module()(*inputs), rtol=1e-4, atol=1e-4)
+    assert list(tmp_path.rglob("*.so"))
+
+
 def test_the_worker_compiles_before_anything_is_timed(
     captured: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -181,6 +200,7 @@ def test_tools_are_given_the_same_calibration(
 
 
 @WITH_NNCF
+@pytest.mark.long
 def test_openvino_runs_what_nncf_quantised(captured: Captured, tmp_path: Path) -> None:
     """The whole way on a small network: integer layers in the file, an output near float's, figures of a process."""
     import openvino

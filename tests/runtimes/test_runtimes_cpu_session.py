@@ -22,6 +22,7 @@ from hqc.runtimes.integer.cpu import CpuSession, kernels, recordings, session
 from hqc.runtimes.integer.cpu import tape as tape_module
 from hqc.runtimes.integer.cpu.compiler import Library, compiled_passes
 from hqc.runtimes.integer.cpu.own import OwnProducts
+from hqc.runtimes.integer.cpu.products import LaterProduct
 from hqc.runtimes.integer.cpu.recorder import record
 from hqc.runtimes.integer.forms import integer_form
 from hqc.runtimes.integer.layers import IntegerLayer
@@ -261,6 +262,20 @@ def test_what_torch_returns_is_given_back_when_nobody_reads_it(captured, cache, 
     monkeypatch.setattr(tape_module._Memory, "__init__", counting)
     run(*program.example_inputs(2, seed=1))
     assert 0 < max(held) < tape.calls / 2
+
+
+@pytest.mark.parametrize("whose", ["hqc", "oneDNN"])
+@pytest.mark.parametrize("name", ["cross_attention", "without_attention"])
+def test_images_stay_channels_last(captured, cache, name: str, whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample is laid out anew once; from there on there are kernels and products alone, no copies between them."""
+    if whose == "oneDNN":
+        monkeypatch.setattr(OwnProducts, "there", False)
+    program = quantised(captured(name), "w4a4")
+    tape = recorded_session(program, cache).tape(*program.example_inputs(2))
+    called = [part.function for part in tape.parts if isinstance(part, tape_module.Call)]
+    copies = [i for i, function in enumerate(called) if function == torch.ops.aten.clone.default]
+    assert len(copies) == 1
+    assert all(isinstance(function, LaterProduct) for function in called[copies[0] + 1 :])
 
 
 class _Labelled(nn.Module):

@@ -58,7 +58,7 @@ def cpuinfo() -> str:
 
 @pytest.fixture(scope="module", params=["oneDNN", "own", "own with VNNI", "own without VNNI"])
 def own(request, tmp_path_factory, native_cache) -> OwnProducts | None:
-    """What multiplies: oneDNN, or code of our own for this machine, for one with VNNI (maybe emulated), for one without."""
+    """What multiplies: oneDNN, or code of our own for this machine, for one with VNNI (emulated or not), or without."""
     if request.param == "oneDNN":
         return None
     with pytest.MonkeyPatch.context() as patch:
