@@ -125,7 +125,7 @@ def test_inductor_compiles_and_computes_the_same(
     except RuntimeMissingError as error:
         pytest.skip(error.line)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    program = captured("cross_attention")
+    program = captured("two_sites")
     session = CompiledSession(program)
     for batch in (1, 2):
         inputs = program.example_inputs(batch, seed=1)
