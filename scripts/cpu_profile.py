@@ -17,9 +17,16 @@ from typing import Any
 import torch
 
 from hqc.errors import HqcError, RuntimeMissingError
+from hqc.program import Program
 from hqc.runtimes.integer.cpu import CpuSession
 from hqc.runtimes.integer.cpu.profile import profile
 from hqc.storage import load_program
+
+
+def at_one_timestep(program: Program, batch: int) -> tuple[torch.Tensor, ...]:
+    """Inputs as a sampler gives them; those of a program have timesteps that differ."""
+    given = zip(program.inputs, program.example_inputs(batch), strict=True)
+    return tuple(x[:1].expand_as(x) if spec.name == "timestep" else x for spec, x in given)
 
 
 def profile_program(path: Path, batch: int, runs: int) -> dict[str, Any]:
@@ -30,7 +37,7 @@ def profile_program(path: Path, batch: int, runs: int) -> dict[str, Any]:
     """
     program = load_program(path)
     session = CpuSession(program)
-    inputs = program.example_inputs(batch)
+    inputs = at_one_timestep(program, batch)
     tape = session.tape(*inputs)
     if tape is None:
         raise RuntimeMissingError("the tape", f"there is none: {session.report.tiles}", "Install g++, or set CXX.")

@@ -500,9 +500,11 @@ def test_labels_that_the_model_does_not_have(made: SimpleNamespace, tmp_path: Pa
 def test_too_few_images(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hqc.evaluation.sampling.sample_images", None)  # before any is sampled
     said = refused(tmp_path, "eval", made.program, "--against", made.program, "--images", "12", *STEPS)
-    assert "12 images in 10 splits" in said
+    assert said.startswith("--images 12: 12 images in 10 splits")
+    assert said.endswith("Give 65 or more.")
     said = refused(tmp_path, "eval", made.program, "--against", made.program, "--images", "64", *STEPS)
-    assert "64 images for 64 features" in said
+    assert said.startswith("--images 64: 64 images for 64 features")
+    assert said.endswith("so at least 65 images. Give 65 or more.")
 
 
 def test_a_program_that_was_quantised_already(made: SimpleNamespace, tmp_path: Path) -> None:

@@ -64,20 +64,20 @@ def test_the_tables_of_the_field_are_what_was_measured(monkeypatch: pytest.Monke
 # ---- links ---------------------------------------------------------------------------------------------------------
 
 
-def _without_code(text: str) -> str:
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+def _without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def _links(text: str) -> list[str]:
     """Targets of Markdown links and images, and of HTML's href and src, that are not on the web."""
-    bare = _without_code(text)
+    bare = re.sub(r"`[^`\n]*`", "", _without_blocks(text))
     found = re.findall(r"\]\(\s*<?([^)\s>]+)>?[^)]*\)", bare) + re.findall(r"(?:href|src)=\"([^\"]+)\"", bare)
     return [link for link in found if not re.match(r"[a-z]+:", link)]
 
 
 def _anchors(page: Path) -> set[str]:
     """Headings as GitHub names them: lower case, punctuation dropped, spaces as hyphens."""
-    headings = re.findall(r"^#+\s+(.*?)\s*#*$", _without_code(page.read_text(encoding="utf-8")), re.MULTILINE)
+    headings = re.findall(r"^#+\s+(.*?)\s*#*$", _without_blocks(page.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 

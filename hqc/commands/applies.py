@@ -16,7 +16,17 @@ from hqc.errors import OptionError
 if TYPE_CHECKING:
     from hqc.sampling import Task
 
-__all__ = ["OF_A_RECIPE", "RULES", "Command", "Rule", "asked", "check_runtime", "check_sampler", "option_name"]
+__all__ = [
+    "OF_A_RECIPE",
+    "RULES",
+    "Command",
+    "Rule",
+    "asked",
+    "check_runtime",
+    "check_sampler",
+    "option_name",
+    "served_runtime",
+]
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,10 @@ def option_name(parameter: str, context: click.Context | None = None) -> str:
     return next(p.opts[0] for p in context.command.params if p.name == parameter)
 
 
-_RUNTIMES: Mapping[str, tuple[str, ...]] = {"threads": ("onnxruntime",), "cache_dir": ("onnxruntime", "tensorrt")}
+_RUNTIMES: Mapping[str, tuple[str, ...]] = {
+    "threads": ("onnxruntime",),
+    "cache_dir": ("onnxruntime", "tensorrt", "torch-int8"),
+}
 """The runtimes that have what an option sets."""
 
 
@@ -146,8 +159,28 @@ def check_runtime(runtime: str) -> None:
     """
     for parameter, takers in _RUNTIMES.items():
         if asked(parameter) and runtime not in takers:
-            found = f"is for {' and '.join(takers)}, and {runtime} runs this model"
+            found = f"is for {', '.join(takers)}, and {runtime} runs this model"
             raise OptionError(option_name(parameter), found, "Leave it out.")
+
+
+def served_runtime(model: str, runtime: str | None) -> str:
+    """The runtime that `hqc serve` takes; what it refuses is refused before weights are read.
+
+    Raises:
+        OptionError: see `check_runtime`. HqcError: what cannot be opened, or not be asked for images.
+    """
+    from hqc.lite.opening import RUNTIME, is_exported_pipeline
+
+    if is_exported_pipeline(model):
+        return RUNTIME
+    from hqc.evaluation.needs import call_kind
+    from hqc.runtimes.model import describe, fitting_runtime
+
+    found = describe(model)
+    call_kind(found.pipeline, found.conditions)
+    chosen = runtime or fitting_runtime(model)
+    check_runtime(chosen)
+    return chosen
 
 
 def check_sampler(task: "Task", given: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hqc.commands.applies import Command, check_runtime
+from hqc.commands.applies import Command, served_runtime
 from hqc.commands.bench import bench_workspace
 from hqc.commands.options import check_output_file, force_option, json_option, runtime_option
 from hqc.commands.serve import lanes_option, threads_option
@@ -125,7 +125,7 @@ def _source(
     from hqc.serving.opening import divided
 
     if not model.startswith("arch:"):
-        name = _runtime_of(model, runtime)
+        name = served_runtime(model, runtime)
         lanes, threads = divided(name, lanes, threads)
         return Source(model, runtime, None, threads, lanes), name
     if runtime not in (None, "onnxruntime"):
@@ -135,18 +135,3 @@ def _source(
     made = find_models(model, None, Quantisation(), space, one_timestep=False)
     lanes, threads = divided("onnxruntime", lanes, threads)
     return Source(str(made.export), "onnxruntime", made.float_program, threads, lanes), "onnxruntime"
-
-
-def _runtime_of(model: str, runtime: str | None) -> str:
-    """The runtime that `hqc serve` would take; refuses what it would refuse, before a server is started."""
-    from hqc.evaluation.needs import call_kind
-    from hqc.lite.opening import RUNTIME, is_exported_pipeline
-    from hqc.runtimes.model import describe, fitting_runtime
-
-    if is_exported_pipeline(model):
-        return RUNTIME
-    found = describe(model)
-    call_kind(found.pipeline, found.conditions)
-    chosen = runtime or fitting_runtime(model)
-    check_runtime(chosen)
-    return chosen

@@ -196,9 +196,6 @@ def evaluate(
     bundled digit classifier: models of other images are compared without them. The gain of MODEL's ε over the float
     model's and the cosine of their latents are given by timestep, and IS also with the gain divided out.
     """
-    from hqc.evaluation.metrics import check_enough
-    from hqc.models.classifier import FEATURE_DIM
-
     asked = asked_for(labels, prompt, prompts, negative_prompt)
     for name in (against, model):
         asked.check_kind(name)
@@ -206,7 +203,7 @@ def evaluate(
     pipe, needs, options = _opened(model, runtime, asked, sampler)
     set_scales(pipe, lora_scales)
     if needs.digits:
-        check_enough(images, FEATURE_DIM)
+        _check_enough(images)
     elif no_gain_1:
         raise OptionError("--no-gain-1", f"{model} draws no digits, so there is no IS to leave out", "Leave it out.")
 
@@ -226,6 +223,16 @@ def evaluate(
         _print_scores(model, against, samples, reference, trajectory, at_gain_1, as_json=as_json)
     else:
         _print_figures(model, against, samples, reference, trajectory, as_json=as_json)
+
+
+def _check_enough(images: int) -> None:
+    from hqc.evaluation.metrics import check_enough, least_images
+    from hqc.models.classifier import FEATURE_DIM
+
+    try:
+        check_enough(images, FEATURE_DIM)
+    except EvaluationError as error:
+        raise OptionError(f"--images {images}", error.found, f"Give {least_images(FEATURE_DIM)} or more.") from error
 
 
 def _sampled_at_gain_1(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hqc.commands.applies import Command, check_runtime
+from hqc.commands.applies import Command, served_runtime
 from hqc.commands.options import runtime_option
 from hqc.errors import OptionError
 from hqc.serving.limits import Limits
@@ -125,8 +125,8 @@ lanes_option = click.option(
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keep there what a runtime makes of the model for this machine (ONNX Runtime's optimised model, engines): "
-    "later starts are quicker.",
+    help="Keep there what a runtime makes of the model for this machine (ONNX Runtime's optimised model, engines, "
+    "torch-int8's compiled code): later starts are quicker.",
 )
 def serve(
     model: str,
@@ -164,6 +164,7 @@ def serve(
     from hqc.serving.server import serve as run
 
     rules = Rules(hosts=hosts(host, allowed_host), api_key=api_key(api_key_file))
+    served_runtime(model, runtime)
     limits = Limits(
         max_images=max_images,
         max_steps=max_steps,
@@ -182,7 +183,6 @@ def serve(
 
     with reserved_socket(host, port) as reserved:  # before a model is read, which may take minutes
         served = [opened(model, runtime, threads=threads, lanes=lanes, cache=cache_dir)]
-        check_runtime(served[0].runtime)
         if against is not None:
             served.append(_other(opened(against, threads=threads, cache=cache_dir), served[0]))
         app = create_app(served, limits=limits, rules=rules, policy=batching, cors_origins=cors_origin)

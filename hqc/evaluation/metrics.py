@@ -31,6 +31,7 @@ __all__ = [
     "evaluate",
     "fidelity",
     "fidelity_figures",
+    "least_images",
 ]
 
 JsonValue = str | int | float | None
@@ -336,6 +337,11 @@ def _difference(name: str, ours: Any, theirs: Any) -> str:
             return f"{len(ours)} {name}, the reference {len(theirs)}"
         return f"{name} differ, first at image {first} ({ours[first]}, the reference {theirs[first]})"
     return f"{name} {ours}, the reference {theirs}"
+
+
+def least_images(num_features: int, splits: int = IS_SPLITS) -> int:
+    """How many images all the scores need."""
+    return max(2 * splits, num_features + 1)
 
 
 def check_enough(

@@ -47,6 +47,9 @@ def test_without_a_cpp_compiler_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pa
         require_cpp_compiler()
     (tmp_path / "g++").write_text("#!/bin/sh\n")
     (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setenv("CXX", "g++ -m64")
+    with pytest.raises(RuntimeMissingError, match=r"CXX is `g\+\+ -m64`, which it takes for the name of one program"):
+        require_cpp_compiler()
     monkeypatch.delenv("CXX")
     require_cpp_compiler()
 
@@ -110,6 +113,25 @@ def test_inductor_is_asked_to_freeze_the_weights(captured: Captured, monkeypatch
     monkeypatch.setattr("hqc.evaluation.bench.torch_compile.require_cpp_compiler", lambda: None)
     CompiledSession(captured("two_sites"))
     assert asked == [{"dynamic": False, "fullgraph": True, "backend": "inductor", "options": {"freezing": True}}]
+
+
+@pytest.mark.long
+def test_inductor_compiles_and_computes_the_same(
+    captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real one, with frozen weights, for two sets of sizes."""
+    try:
+        require_cpp_compiler()
+    except RuntimeMissingError as error:
+        pytest.skip(error.line)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    program = captured("two_sites")
+    session = CompiledSession(program)
+    for batch in (1, 2):
+        inputs = program.example_inputs(batch, seed=1)
+        session.compile(*inputs)
+        torch.testing.assert_close(session(*inputs), program.module()(*inputs), rtol=1e-4, atol=1e-4)
+    assert list(tmp_path.rglob("*.so"))
 
 
 def test_the_worker_compiles_before_anything_is_timed(
@@ -178,6 +200,7 @@ def test_tools_are_given_the_same_calibration(
 
 
 @WITH_NNCF
+@pytest.mark.long
 def test_openvino_runs_what_nncf_quantised(captured: Captured, tmp_path: Path) -> None:
     """The whole way on a small network: integer layers in the file, an output near float's, figures of a process."""
     import openvino

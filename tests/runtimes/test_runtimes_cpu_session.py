@@ -1,6 +1,8 @@
 """The `torch-int8` runtime as a whole: every small model, by its name, through `load` and the command line."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from hqc.runtimes.integer.cpu import CpuSession, kernels, recordings, session
 from hqc.runtimes.integer.cpu import tape as tape_module
 from hqc.runtimes.integer.cpu.compiler import Library, compiled_passes
 from hqc.runtimes.integer.cpu.own import OwnProducts
+from hqc.runtimes.integer.cpu.products import LaterProduct
+from hqc.runtimes.integer.cpu.recorder import record
 from hqc.runtimes.integer.forms import integer_form
 from hqc.runtimes.integer.layers import IntegerLayer
 from hqc.storage import save_program
@@ -82,13 +86,12 @@ def test_oneDNN_s_products_are_calls_of_a_tape(captured, cache, name: str, monke
 
 
 def test_split_products_compute_the_same(captured, cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU without VNNI: weights in halves where their products could leave int16."""
+    """As on a CPU without VNNI: weights in halves where products could leave int16, against whole ones in torch."""
     monkeypatch.setattr(OwnProducts, "there", False)
-    program = quantised(captured("two_sites"), "w8a8")
-    plain, _ = opened(program, cache)
     monkeypatch.setattr("hqc.runtimes.integer.cpu.operators.adds_in_int16", lambda: True)
+    program = quantised(captured("two_sites"), "w8a8")
     split, run = opened(program, cache)
-    assert relative(split, plain) <= 1e-5
+    assert relative(split, integer_form(program).module()(*program.example_inputs(3, seed=7))) <= 1e-5
     assert {m.packed.terms for m in run._module.modules() if isinstance(m, IntegerLayer)} == {2}
 
 
@@ -142,7 +145,7 @@ def test_what_cannot_run_there(captured, cache) -> None:
 
 def test_asymmetric_codes_of_eight_bits_are_refused_by_its_name(captured, cache) -> None:
     integer = integer_form(quantised(captured("two_sites"), "w4a4"), "torch-int8")
-    with pytest.raises(ExportError, match=r"site conv: has asymmetric activation codes 0…255"):
+    with pytest.raises(ExportError, match=r"runtime torch-int8: site conv has asymmetric activation codes 0…255"):
         CpuSession(with_quantisers(integer, 0, 255), cache=cache)
     assert CpuSession(with_quantisers(integer, -3, 12), cache=cache).inputs == integer.inputs
 
@@ -161,7 +164,76 @@ def test_every_shape_has_a_tape_and_the_last_ones_are_kept(captured, cache, monk
     for batch in (3, 1):
         assert torch.equal(run(*given[batch]), run._module(*given[batch]))
     assert tapes.tape(given[1]) is first
-    assert len(tapes._tapes) == 2
+    assert len(tapes._shapes) == 2
+
+
+def recorded_session(program: Program, cache) -> CpuSession:
+    run = CpuSession(program, cache=cache)
+    if compiled_passes(cache).functions is None:
+        pytest.skip(compiled_passes(cache).said)
+    return run
+
+
+def test_a_server_s_many_shapes_are_recorded_once_each(captured, cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hqc serve --max-batch 8` calls with up to 16 numbers of rows, in any order."""
+    program, made = quantised(captured("two_sites"), "w4a4"), []
+
+    def counted(module, functions, inputs):
+        made.append(len(inputs[0]))
+        return record(module, functions, inputs)
+
+    monkeypatch.setattr(recordings, "record", counted)
+    run = recorded_session(program, cache)
+    for batch in (*range(1, 17), *range(1, 17)):
+        run(*program.example_inputs(batch, seed=batch))
+    assert sorted(made) == list(range(1, 17))
+
+
+def test_other_shapes_do_not_wait_for_a_recording(captured, cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads with the same new shape wait for one recording of it; a shape that is known runs meanwhile."""
+    program, begun, go_on, made = quantised(captured("two_sites"), "w4a4"), Event(), Event(), []
+    run = recorded_session(program, cache)
+
+    def slow(module, functions, inputs):
+        made.append(len(inputs[0]))
+        begun.set()
+        assert go_on.wait(60)
+        return record(module, functions, inputs)
+
+    monkeypatch.setattr(recordings, "record", slow)
+    given = {batch: program.example_inputs(batch, seed=1) for batch in (2, 3)}
+    with ThreadPoolExecutor(3) as pool:
+        try:
+            new = [pool.submit(run, *given[3]) for _ in range(2)]
+            assert begun.wait(60)
+            known = pool.submit(run, *given[2]).result(60)  # tried as the session opened
+        finally:
+            go_on.set()
+        assert torch.equal(known, run._module(*given[2]))
+        assert all(torch.equal(found.result(60), run._module(*given[3])) for found in new)
+    assert made == [3]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("needs a value"), KeyError("odd")])
+def test_a_shape_that_cannot_be_recorded_runs_node_by_node(
+    captured, cache, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It alone, and it is tried once."""
+    program, tried = quantised(captured("two_sites"), "w4a4"), []
+    run = recorded_session(program, cache)
+
+    def refuses(module, functions, inputs):
+        tried.append(len(inputs[0]))
+        if len(inputs[0]) == 3:
+            raise error
+        return record(module, functions, inputs)
+
+    monkeypatch.setattr(recordings, "record", refuses)
+    for batch in (3, 4, 3):
+        given = program.example_inputs(batch, seed=1)
+        assert torch.equal(run(*given), run._module(*given))
+        assert (run.tape(*given) is None) == (batch == 3)
+    assert tried == [3, 4]
 
 
 def test_what_torch_returns_is_given_back_when_nobody_reads_it(captured, cache, monkeypatch) -> None:
@@ -190,6 +262,20 @@ def test_what_torch_returns_is_given_back_when_nobody_reads_it(captured, cache, 
     monkeypatch.setattr(tape_module._Memory, "__init__", counting)
     run(*program.example_inputs(2, seed=1))
     assert 0 < max(held) < tape.calls / 2
+
+
+@pytest.mark.parametrize("whose", ["hqc", "oneDNN"])
+@pytest.mark.parametrize("name", ["cross_attention", "without_attention"])
+def test_images_stay_channels_last(captured, cache, name: str, whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample is laid out anew once; from there on there are kernels and products alone, no copies between them."""
+    if whose == "oneDNN":
+        monkeypatch.setattr(OwnProducts, "there", False)
+    program = quantised(captured(name), "w4a4")
+    tape = recorded_session(program, cache).tape(*program.example_inputs(2))
+    called = [part.function for part in tape.parts if isinstance(part, tape_module.Call)]
+    copies = [i for i, function in enumerate(called) if function == torch.ops.aten.clone.default]
+    assert len(copies) == 1
+    assert all(isinstance(function, LaterProduct) for function in called[copies[0] + 1 :])
 
 
 class _Labelled(nn.Module):
@@ -231,8 +317,6 @@ def test_a_graph_that_writes_its_input_runs_node_by_node(captured, cache, monkey
 
 def test_sessions_run_from_several_threads(captured, cache) -> None:
     """What `hqc serve` does; a session holds nothing of a call."""
-    from concurrent.futures import ThreadPoolExecutor
-
     program = quantised(captured("without_attention"), "w4a4")
     run = CpuSession(program, cache=cache)
     batches = [program.example_inputs(2, seed=seed) for seed in range(4)]

@@ -221,7 +221,7 @@ def test_tiles_are_those_of_the_tuning_while_capturing(on_cpu, captured, tmp_pat
 def test_asymmetric_codes(captured) -> None:
     """0…255 passes int8; a range that only leans, with code 0 as real 0, is like any other."""
     integer = integer_form(quantised(captured("two_sites"), "w4a4"))
-    with pytest.raises(ExportError, match=r"site conv: has asymmetric activation codes 0…255"):
+    with pytest.raises(ExportError, match=r"runtime torch-cuda: site conv has asymmetric activation codes 0…255"):
         integer_form(with_quantisers(integer, 0, 255))
     assert integer_form(with_quantisers(integer, -3, 12)).stage == integer.stage
 

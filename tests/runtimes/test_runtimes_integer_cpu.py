@@ -1,24 +1,27 @@
 """Products and passes of the `torch-int8` runtime against integers in numpy and the kernels in plain torch."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from hqc.evaluation.bench.machine import has_vnni, isa_flags
 from hqc.kernels import Epilogue, GroupNorm, LayerNorm, Quantiser, Weight
 from hqc.ops import digit
 from hqc.runtimes.integer import reference
-from hqc.runtimes.integer.cpu import compiler, plain
+from hqc.runtimes.integer.cpu import compiler, kernels, operators, plain
 from hqc.runtimes.integer.cpu.compiler import compiled_passes
 from hqc.runtimes.integer.cpu.native import NativePasses
 from hqc.runtimes.integer.cpu.operators import INT16_LIMIT, adds_in_int16, require_operators
 from hqc.runtimes.integer.cpu.own import OwnProducts
-from hqc.runtimes.integer.cpu.products import largest_weight, pack_product, summands
+from hqc.runtimes.integer.cpu.products import OwnSum, largest_weight, pack_product, summands
 
 WINDOW = ((1, 1), (0, 0), (1, 1))
 
@@ -48,12 +51,22 @@ def numpy_conv(codes, weight, window) -> np.ndarray:
     return acc
 
 
-@pytest.fixture(scope="module", params=["oneDNN", "own", "own with VNNI"])
+def cpuinfo() -> str:
+    file = Path("/proc/cpuinfo")
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
+@pytest.fixture(scope="module", params=["oneDNN", "own", "own with VNNI", "own without VNNI"])
 def own(request, tmp_path_factory, native_cache) -> OwnProducts | None:
-    """What multiplies: oneDNN, or code of our own for this machine, or for one with VNNI (emulated, if it has none)."""
+    """What multiplies: oneDNN, or code of our own for this machine, for one with VNNI (emulated or not), or without."""
     if request.param == "oneDNN":
         return None
     with pytest.MonkeyPatch.context() as patch:
+        if request.param == "own without VNNI":
+            if "avx512_vnni" not in isa_flags(cpuinfo()):
+                pytest.skip("code for this machine, which is tried above, is without")
+            options = ["-march=haswell" if option == "-march=native" else option for option in compiler.OPTIONS]
+            patch.setattr(compiler, "OPTIONS", tuple(options))
         if request.param == "own with VNNI":
             header = Path(__file__).with_name("vnni_emulated.h")
             products = tmp_path_factory.mktemp("emulated") / "products.cpp"
@@ -64,7 +77,8 @@ def own(request, tmp_path_factory, native_cache) -> OwnProducts | None:
     found = None if library.functions is None else OwnProducts(library.functions)
     if found is None or not found.there:
         pytest.skip("no compiler, or neither AVX-512 with VNNI nor AVX2")
-    assert not (found.in_int16 and request.param == "own with VNNI")
+    expected = {"own with VNNI": False, "own without VNNI": True}
+    assert found.in_int16 == expected.get(request.param, found.in_int16)
     return found
 
 
@@ -184,8 +198,6 @@ def test_split_weights_never_leave_int16(reach: int) -> None:
 
 
 def test_products_are_split_as_the_cpu_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hqc.runtimes.integer.cpu import operators
-
     def parts(largest: int) -> int:
         return len(summands(Weight(torch.full((1, 4), largest, dtype=torch.int8), torch.ones(1)), 7))
 
@@ -194,6 +206,20 @@ def test_products_are_split_as_the_cpu_adds(monkeypatch: pytest.MonkeyPatch) -> 
     assert (parts(limit), parts(limit + 1), parts(-limit), parts(-limit - 1)) == (1, 2, 1, 2)
     monkeypatch.setattr(operators, "adds_in_int16", lambda: False)
     assert parts(-128) == 1
+
+
+@pytest.mark.parametrize("adds", ["int16", "int32"])
+def test_large_products_are_ours_where_oneDNN_s_saturate(monkeypatch: pytest.MonkeyPatch, adds: str) -> None:
+    """Ours add in int16 on every CPU without AVX-512; oneDNN's do not where there is AVX-VNNI."""
+    for module in (operators, kernels):
+        monkeypatch.setattr(module, "adds_in_int16", lambda: adds == "int16")
+    ours: Any = SimpleNamespace(there=True, in_int16=True, group=lambda *_: 1, pack=lambda *_: None)
+    weight = Weight(torch.ones(32, 3, 3, 64, dtype=torch.int8), torch.ones(32))
+    small, large = (pack_product(weight, 7, GEOMETRIES["3x3"][2], (size, size), ours) for size in (4, 16))
+    assert isinstance(small, OwnSum)
+    assert isinstance(large, OwnSum) == (adds == "int16")
+    said = {"int16": "hqc's own, added in int16", "int32": "oneDNN, added in int32; small ones"}
+    assert kernels._products(ours).startswith(said[adds])
 
 
 WITHOUT_VNNI = """
@@ -206,12 +232,18 @@ from hqc.runtimes.integer.cpu import operators
 from hqc.runtimes.integer.cpu.products import pack_product
 torch.set_num_threads(1)
 operators.require_operators()
-weight = torch.full((32, 64), 127, dtype=torch.int8)
-codes = torch.full((4, 64), 127)
-plain = operators.multiply(stored(codes), operators.pack_linear(weight), torch.ones(32), 1.0, None)
-product = pack_product(Weight(weight, torch.ones(32)), 127)
-found = product(stored(codes), torch.ones(4), Epilogue(dtype=torch.float32))
-print(operators.adds_in_int16(), bool((plain == 127 * 127 * 64).all()), bool((found == 127 * 127 * 64).all()))
+scale, whole_sum = torch.ones(32), 127 * 127 * 64
+weight, codes = torch.full((32, 64), 127, dtype=torch.int8), torch.full((4, 64), 127)
+plain = operators.multiply(stored(codes), operators.pack_linear(weight), scale, 1.0, None)
+found = pack_product(Weight(weight, scale), 127)(stored(codes), torch.ones(4), Epilogue(dtype=torch.float32))
+print(operators.adds_in_int16(), bool((plain == whole_sum).all()), bool((found == whole_sum).all()))
+window = ((1, 1), (0, 0), (1, 1))
+weight, codes = weight[:, None, None].repeat(1, 3, 3, 1), torch.full((2, 6, 7, 64), 127)
+packed = operators.pack_convolution(weight.permute(0, 3, 1, 2).contiguous(), scale, window, (6, 7))
+plain = operators.convolve(stored(codes), packed, scale, 1.0, None, window)
+product = pack_product(Weight(weight, scale), 127, window, (6, 7))
+found = product(stored(codes), torch.ones(2), Epilogue(dtype=torch.float32))
+print(bool((plain == 9 * whole_sum).all()), bool((found == 9 * whole_sum).all()))
 """
 
 
@@ -223,12 +255,16 @@ def test_oneDNN_s_kernels_without_vnni() -> None:
     command = [sys.executable, "-c", WITHOUT_VNNI, str(here), str(here.parent)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["True", "False", "True"]
+    assert done.stdout.split() == ["True", "False", "True", "False", "True"]
 
 
-def test_this_machine_is_tried() -> None:
+@pytest.mark.skipif(platform.machine() != "x86_64" or not cpuinfo(), reason="Linux on x86 only")
+def test_this_machine_adds_as_its_instructions_say() -> None:
+    """What is tried, against what the CPU says of itself."""
     require_operators()
-    assert adds_in_int16() in (True, False)
+    if "ONEDNN_MAX_CPU_ISA" in os.environ:
+        pytest.skip("oneDNN is told to use less than there is")
+    assert adds_in_int16() == (not has_vnni(isa_flags(cpuinfo())))
 
 
 # ---- passes --------------------------------------------------------------------------------------------------------
@@ -336,51 +372,11 @@ def test_gates(passes, kind: str, gated: bool) -> None:
     )
 
 
-# ---- the compiler --------------------------------------------------------------------------------------------------
-
-
-def test_a_library_is_compiled_once_and_only_loaded_from_one_s_own_folder(tmp_path) -> None:
-    compiled_passes.cache_clear()
-    first = compiled_passes(tmp_path / "cache")
-    if first.functions is None:
-        pytest.skip(first.said)
-    (library,) = (tmp_path / "cache").iterdir()
-    written = library.stat().st_mtime_ns
-    compiled_passes.cache_clear()
-    assert compiled_passes(tmp_path / "cache").said.endswith("kept from before")
-    assert library.stat().st_mtime_ns == written
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    shared.chmod(0o777)  # anybody could put a library there
-    assert compiled_passes(shared).functions is not None
-    assert not list(shared.iterdir())
-
-
-def test_without_a_compiler_there_is_a_reason(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiled_passes(tmp_path, compiler="no-such-compiler").said == (
-        "CXX names no-such-compiler, which is not there"
-    )
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
-    compiled_passes.cache_clear()
-    assert compiled_passes(tmp_path).said == "there is none of g++, c++, clang++"
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\necho 'no such option: error' >&2\nexit 3\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(compiler.shutil, "which", lambda name: str(broken))
-    compiled_passes.cache_clear()
-    found = compiled_passes(tmp_path)
-    assert found.functions is None
-    assert found.said == "broken could not compile them (no such option: error)"
-    compiled_passes.cache_clear()
-
-
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 
 def test_what_oneDNN_lacks_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from hqc.errors import RuntimeMissingError
-    from hqc.runtimes.integer.cpu import operators
 
     def refusal() -> str:
         with pytest.raises(RuntimeMissingError) as caught:

@@ -60,6 +60,20 @@ def test_multiplications_are_those_of_the_layers(captured, cache, whose: str, mo
     assert all(kind.rate > 0 for kind in kinds if kind.multiplications)
 
 
+def test_the_script_s_samples_share_a_timestep(captured, cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in sampling: products of mixed timesteps take another way."""
+    program, seen = quantised(captured("two_sites"), "w4a4"), []
+    opened(program, cache)
+    monkeypatch.setattr(cpu_profile, "load_program", lambda path: program)
+    monkeypatch.setattr(cpu_profile, "CpuSession", lambda program: CpuSession(program, cache=cache))
+    monkeypatch.setattr(cpu_profile, "profile", lambda tape, inputs, runs: seen.append(inputs) or ())
+    cpu_profile.profile_program(cpu_profile.Path("q.hqc"), 3, 1)
+    ((sample, timestep),) = seen
+    assert len(timestep) == 3
+    assert len(set(timestep.tolist())) == 1
+    assert not torch.equal(sample[0], sample[1])
+
+
 def test_the_script_prints_a_table_or_json(captured, cache, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     path, program = tmp_path / "q.hqc", quantised(captured("two_sites"), "w4a4")
     opened(program, cache)

@@ -23,15 +23,18 @@ def require_cpp_compiler() -> None:
     Raises:
         RuntimeMissingError: if there is none.
     """
-    named = os.environ.get("CXX")
-    wanted = named or USUAL_COMPILERS.get(sys.platform, "g++")
-    if shutil.which(wanted) is None:
-        found = f"CXX names {named}, which is not there" if named else f"{wanted} is not there"
-        raise RuntimeMissingError(
-            "peer torch-compile",
-            f"torch.compile needs a C++ compiler; {found}",
-            f"Install {USUAL_COMPILERS.get(sys.platform, 'g++')}, set CXX, or leave the peer out of --against.",
-        )
+    named, usual = os.environ.get("CXX"), USUAL_COMPILERS.get(sys.platform, "g++")
+    if shutil.which(named or usual) is not None:
+        return
+    do = f"Install {usual}, set CXX, or leave the peer out of --against."
+    if not named:
+        found = f"{usual} is not there"
+    elif len(named.split()) > 1 and shutil.which(named.split()[0]):
+        found = f"CXX is `{named}`, which it takes for the name of one program"  # inductor's own reading
+        do = "Set CXX to a compiler without options, or leave the peer out of --against."
+    else:
+        found = f"CXX names {named}, which is not there"
+    raise RuntimeMissingError("peer torch-compile", f"torch.compile needs a C++ compiler; {found}", do)
 
 
 def require_openvino() -> None:

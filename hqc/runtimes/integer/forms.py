@@ -48,9 +48,9 @@ def integer_form(program: Program, runtime: str = _CUDA) -> Program:
         found = f"has no inputs for LoRAs, and {attached[0]} is attached"
         raise RuntimeMissingError(name, found, "Merge it at `hqc trace --lora`, or use runtime torch or an export.")
     integer = run_pipeline(with_float_attention(program), _missing_passes(program, name))
-    _require_products(integer)
+    _require_products(integer, name)
     for site in quantised_sites(integer):
-        _require_int8(site)
+        _require_int8(site, name)
     return integer
 
 
@@ -85,28 +85,29 @@ def _missing_passes(program: Program, name: str) -> list[Pass]:
     return [*passes, RotateWeights()]
 
 
-def _require_products(program: Program) -> None:
+def _require_products(program: Program, name: str) -> None:
     """Every activation's codes must end in a product: nothing runs in float without a word."""
     for node in program.graph.nodes:
         if is_op(node, ops.lookup.default):
             raise ExportError(
-                f"site {node.meta.get('site')}",
-                "has a weight of a table of real numbers, which no integer product takes",
+                name,
+                f"site {node.meta.get('site')} has a weight of a table of real numbers, which no integer product takes",
                 "Use the torch runtime or an export, or the recipe ganq-int8, whose tables are whole.",
             )
         if is_op(node, ops.dequantize.default):
             raise ExportError(
-                f"site {node.meta.get('site')}",
-                "is not an integer product (its sums may pass int32), which the kernels need",
+                name,
+                f"site {node.meta.get('site')} is no integer product (its sums may pass int32), which the kernels need",
                 "Leave it float with keep_float.",
             )
 
 
-def _require_int8(site: QuantisedSite) -> None:
+def _require_int8(site: QuantisedSite, name: str) -> None:
     low, high = site.bounds.low, site.bounds.high
     if not -128 <= low < high <= 127:
         raise ExportError(
-            f"site {site.site}",
-            f"has asymmetric activation codes {low}…{high}; the kernels take -128…127 where code 0 is real 0",
+            name,
+            f"site {site.site} has asymmetric activation codes {low}…{high}; the kernels take -128…127 where code 0 is "
+            "real 0",
             "Quantise symmetrically.",
         )

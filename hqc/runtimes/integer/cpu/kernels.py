@@ -58,7 +58,7 @@ def cpu_kernels(cache: Path | None = None) -> CpuKernels:
 
 
 def _products(own: OwnProducts | None) -> str:
-    if own is not None and own.there and own.in_int16:
+    if own is not None and own.there and own.in_int16 and adds_in_int16():
         return "hqc's own, added in int16 as far as that holds them"
     sums = "int16 pairs, so that weights are split where they could saturate" if adds_in_int16() else "int32"
     small = "" if own is None or not own.there else "; small ones hqc's own"

@@ -52,7 +52,8 @@ def pack_product(
 
     (codes u8, scale fp32 [N], epilogue) -> float32, channels last; `upsample` of a convolution repeats each pixel.
     """
-    if own is not None and own.there and (own.in_int16 or _multiplications(weight.codes, window, size) <= _FEW):
+    everywhere = own is not None and own.in_int16 and operators.adds_in_int16()  # AVX-VNNI alone: oneDNN's are exact
+    if own is not None and own.there and (everywhere or _multiplications(weight.codes, window, size) <= _FEW):
         digits = summands(weight, reach, fits=lambda codes: own.group(reach, codes) > 0)
         return OwnSum(tuple(own.pack(codes, weight.scale * factor, reach, window) for codes, factor in digits))
     pointwise = window is None or _is_pointwise(weight.codes, window)

@@ -27,8 +27,8 @@ __all__ = ["CpuSession"]
 class CpuSession:
     """Runs a quantised Program on the CPU: integer products by oneDNN, everything else in float32, channels last.
 
-    Weights are packed once, for this CPU. Where kernels are compiled code, a call of shapes that are known is a `tape`,
-    else the graph runs node by node. Calls from several threads may run at the same time.
+    Weights are packed once, for this CPU. Where kernels are compiled code, a call is the `tape` of its shapes, else, or
+    where they cannot be recorded, the graph runs node by node. Calls from several threads may run at the same time.
     """
 
     name = NAME.removeprefix("runtime ")
@@ -60,15 +60,16 @@ class CpuSession:
     ) -> Tensor:
         """See `Session`."""
         given = named_inputs(self.inputs, sample, timestep, *conditions, **named)
-        if self._recordings is None:
+        tape = self.tape(*given.values())
+        if tape is None:
             return run_module(self._module, *given.values())
         try:
-            return self._recordings(*given.values())
+            return tape(*given.values())
         except Exception as error:  # whatever an operator raises: the graph, run node by node, says which
             raise module_failure(self._module, tuple(given.values()), error) from error
 
     def tape(self, *inputs: Tensor) -> Tape | None:
-        """What runs for inputs of their shapes; None where the graph runs node by node."""
+        """What runs for inputs of their shapes, recorded now if it is not there; None where they run node by node."""
         return None if self._recordings is None else self._recordings.tape(inputs)
 
 
