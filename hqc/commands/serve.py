@@ -164,7 +164,6 @@ def serve(
     from hqc.serving.server import serve as run
 
     rules = Rules(hosts=hosts(host, allowed_host), api_key=api_key(api_key_file))
-    served_runtime(model, runtime)
     limits = Limits(
         max_images=max_images,
         max_steps=max_steps,
@@ -182,6 +181,7 @@ def serve(
             click.echo(f"Up to {max_batch} images share calls of the denoiser: {_AS_MANY}")
 
     with reserved_socket(host, port) as reserved:  # before a model is read, which may take minutes
+        served_runtime(model, runtime)
         served = [opened(model, runtime, threads=threads, lanes=lanes, cache=cache_dir)]
         if against is not None:
             served.append(_other(opened(against, threads=threads, cache=cache_dir), served[0]))

@@ -28,6 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
                 answers.append((client.post(GENERATIONS, json={"prompt": "7", **body}).status_code, limits))
 
         monkeypatch.setattr("hqc.serving.server.serve", serve)
+        monkeypatch.setattr("hqc.commands.serve.served_runtime", lambda *_: "torch")
         monkeypatch.setattr("hqc.serving.opening.opened", lambda *_, **__: Served(FakeBackend(), "fake", "torch"))
         done = CliRunner().invoke(main, ["serve", "fake", "--port", "0", *options], catch_exceptions=False)
         assert done.exit_code == 0, done.output
