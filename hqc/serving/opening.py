@@ -11,8 +11,9 @@ from hqc.serving.app import Served
 
 if TYPE_CHECKING:
     from hqc.runtimes import Runtime
+    from hqc.runtimes.base import Session
 
-__all__ = ["divided", "opened"]
+__all__ = ["divided", "opened", "warn_of_slow"]
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +60,17 @@ def opened(
         import torch
 
         torch.set_num_threads(threads or 1)  # decoders run in lanes too
-    if getattr(loaded.session, "one_timestep", False):
-        log.warning("%s takes one timestep a call: images at different steps share none. %s", model, _FOR_SEVERAL)
+    warn_of_slow(model, loaded.session)
     return Served(PipelineBackend(loaded.pipeline()), loaded.name, loaded.runtime, lanes)
+
+
+def warn_of_slow(model: str, session: "Session") -> None:
+    """Says what keeps images of this session from sharing calls."""
+    if getattr(session, "one_timestep", False):
+        log.warning("%s takes one timestep a call: images at different steps share none. %s", model, _FOR_SEVERAL)
+    if getattr(session, "batches", (1, None))[1] == 1:
+        text = "%s takes one row a call: images share none, and guidance is two calls. %s"
+        log.warning(text, model, f"Run `hqc build-engine {model} --max-batch 8 --force`.")
 
 
 def divided(
