@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hqc.serving.schedulers import SCHEDULER_NAMES
+
 if TYPE_CHECKING:
     from hqc.evaluation.workspace import Stage
 
@@ -32,6 +34,7 @@ __all__ = [
     "runtime_option",
     "sampler_options",
     "say_stage",
+    "scheduler_option",
     "work_folder",
 ]
 
@@ -185,6 +188,11 @@ runtime_option = click.option(
     "--runtime",
     type=click.Choice(["torch", "torch-int8", "torch-cuda", "onnxruntime", "tensorrt"]),
     help="Default: what fits (Program: torch; export for TensorRT, on its GPU: tensorrt; else onnxruntime).",
+)
+scheduler_option = click.option(
+    "--scheduler",
+    type=click.Choice(SCHEDULER_NAMES),
+    help="Instead of the pipeline's own (without torch: ddim, dpmsolver++ or euler).",
 )
 calib_size_option = click.option(
     "--calib-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Images."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hqc.commands.applies import Command, check_runtime
-from hqc.commands.options import runtime_option
+from hqc.commands.options import runtime_option, scheduler_option
 from hqc.errors import OptionError
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ lanes_option = click.option(
 )
 @threads_option
 @lanes_option
+@scheduler_option
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path, file_okay=False),
@@ -100,6 +101,7 @@ def serve(
     shutdown_grace: float,
     threads: int | None,
     lanes: int | None,
+    scheduler: str | None,
     cache_dir: Path | None,
 ) -> None:
     """Serve MODEL over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, and a page at /.
@@ -117,10 +119,10 @@ def serve(
     from hqc.serving.server import serve as run
 
     rules = Rules(hosts=hosts(host, allowed_host), api_key=api_key(api_key_file))
-    served = [opened(model, runtime, threads=threads, lanes=lanes, cache=cache_dir)]
+    served = [opened(model, runtime, threads=threads, lanes=lanes, cache=cache_dir, scheduler=scheduler)]
     check_runtime(served[0].runtime)
     if against is not None:
-        served.append(_other(opened(against, threads=threads, cache=cache_dir), served[0]))
+        served.append(_other(opened(against, threads=threads, cache=cache_dir, scheduler=scheduler), served[0]))
     limits = Limits(
         max_images=max_images,
         max_batch=max_batch,
