@@ -11,10 +11,10 @@ from hqc.commands.asking import Asked, asked_for, asking_options, followed, samp
 from hqc.commands.loras import lora_scale_option, set_scales
 from hqc.commands.options import (
     check_output_file,
+    drawing_options,
     force_option,
     json_option,
     runtime_option,
-    sampler_options,
     scheduler_option,
 )
 from hqc.errors import ComparisonError, EvaluationError, OptionError
@@ -72,7 +72,7 @@ def _opened(
 @lora_scale_option
 @_batch_option
 @scheduler_option
-@sampler_options
+@drawing_options
 @force_option
 def sample(
     model: str,
@@ -177,7 +177,7 @@ def _drawn_without_torch(
 )
 @lora_scale_option
 @_batch_option
-@sampler_options
+@drawing_options
 @json_option
 def evaluate(
     model: str,

@@ -156,6 +156,19 @@ def test_prompts_that_are_cut_are_counted(folders: dict[str, tuple[Path, Path]],
     assert "1 of 2 prompts are longer than its tokenizer takes: cut" in found.stderr
 
 
+def test_prompts_are_drawn_with_the_guidance_of_their_pipeline(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    sample = ["sample", str(folders["prompts"][1]), "--prompt", "a cat", "--per-prompt", "1", "--n-steps", "2"]
+    grids = []
+    for number, guidance in enumerate(([], ["--guidance-scale", "7.5"], ["--guidance-scale", "1.5"])):
+        found = CliRunner().invoke(main, [*sample, *guidance, "-o", str(tmp_path / f"{number}.png")])
+        assert found.exit_code == 0, found.output
+        grids.append(np.asarray(Image.open(tmp_path / f"{number}.png")))
+    np.testing.assert_array_equal(grids[0], grids[1])
+    assert (grids[0] != grids[2]).any()
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
