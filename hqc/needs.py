@@ -20,7 +20,7 @@ class Needs:
     pipeline: its class. kind: what is asked for, one an image. classes: how many there are, 0 of another kind.
     options: those of guidance_scale, eta and negative_prompt that its call takes. size: width and height of its
     images, px. distilled: guidance is an input of the model. digits: its classes are the bundled model's ten digits.
-    counts: its call takes the number of images too. own_guidance: its call's default.
+    counts: its call takes the number of images too. own_guidance: its call's default; None if it has none.
     """
 
     pipeline: str
@@ -31,7 +31,7 @@ class Needs:
     distilled: bool = False
     digits: bool = False
     counts: bool = False
-    own_guidance: float = 1.0
+    own_guidance: float | None = None
 
     @property
     def guides(self) -> bool:
@@ -46,10 +46,11 @@ class Needs:
         return max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // (width * height)))
 
     def usual_guidance(self, default: float) -> float:
-        """Guidance where none is asked for: the pipeline's own where it is an input of the model."""
-        if self.distilled:
-            return self.own_guidance
-        return default if self.guides else 1.0
+        """Guidance where none is asked for: the pipeline's own for prompts, and where it is an input of the model."""
+        if not self.guides:
+            return 1.0
+        own = self.distilled or self.kind == "prompt"
+        return self.own_guidance if own and self.own_guidance is not None else default
 
     def check_labels(self, labels: Any) -> None:
         """Refuses labels that are no classes of the model.

@@ -30,6 +30,7 @@ SECONDS: Mapping[str, int] = {
     "recipes/test_recipes_methods.py": 75,
     "test_cli.py": 70,
     "test_docs.py": 45,
+    "serving/test_serving_bits.py": 45,
     "export/test_export_tensorrt.py": 45,
     "test_cli_prompts.py": 35,
     "runtimes/test_runtimes_integer_graph.py": 33,

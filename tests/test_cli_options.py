@@ -210,7 +210,7 @@ ALWAYS = {
     "export": "output target opset one_timestep loras force as_json",
     "build-engine": "builder arch min_batch opt_batch max_batch workspace tf32 cache force as_json",
     "tune": "batch_sizes dtype weights output limit_seconds as_json",
-    "sample": "output runtime compare_with per_class seed batch_size num_inference_steps force",
+    "sample": "output runtime compare_with per_class seed batch_size scheduler num_inference_steps force",
     "restore": "images output timestep batch_size runtime force as_json",
     "eval": "against runtime images seed gain_images batch_size num_inference_steps as_json",
     "analyze": "output csv_file calib_size synthetic batch_size num_inference_steps seed sensitivity force as_json",
@@ -219,7 +219,7 @@ ALWAYS = {
     "bench": "against runtime batch_sizes threads runs warm_up work_dir as_json",
     "bench-serve": "runtime requests steps guidance_scale max_batch seed as_json",
     "serve": "runtime host port allowed_host cors_origin max_images max_steps max_batch max_queue max_body_bytes "
-    "max_connections batching request_timeout shutdown_grace",
+    "max_connections batching request_timeout shutdown_grace scheduler",
     "deploy ray": "runtime replicas cpus gpus host port allowed_host api_key_file max_images max_steps max_batch "
     "max_queue",
     "doctor": "as_json",

@@ -1,7 +1,7 @@
 """What `sample` and `eval` ask a model with: labels, prompts, or nothing; and what does not apply is refused."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +79,10 @@ class Asked:
         needs.check_labels(rows)
         return rows
 
-    def sampler(self, needs: "Needs", sampler: Mapping[str, Any]) -> dict[str, Any]:
-        """The sampler's options for this model; where no guidance was typed, what the pipeline can give.
+    def sampler(self, needs: "Needs", sampler: Mapping[str, Any], *, as_calibrated: bool = False) -> dict[str, Any]:
+        """The sampler's options for this model; where no guidance was typed, the pipeline's own, or what it can give.
+
+        as_calibrated: recipes know no pipeline's own guidance, so that the sampler's is taken for prompts too.
 
         Raises:
             OptionError: for guidance or eta that was typed, would do something, and that the pipeline does not take.
@@ -94,6 +96,8 @@ class Asked:
         if typed("guidance_scale"):
             needs.check_guidance(sampler["guidance_scale"])
             return dict(sampler)
+        if as_calibrated and not needs.distilled:
+            needs = replace(needs, own_guidance=None)
         return {**sampler, "guidance_scale": needs.usual_guidance(sampler["guidance_scale"])}
 
 

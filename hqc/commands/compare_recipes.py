@@ -198,7 +198,7 @@ def _subject(folder: Path, asked_with: Asked, images: int, sampler: dict[str, An
     model = load(folder)
     pipe = model.pipeline()
     needs = needs_of(pipe)
-    fitting = asked_with.sampler(needs, sampler)
+    fitting = asked_with.sampler(needs, sampler, as_calibrated=True)
     require_steps(pipe.scheduler, sampler["num_inference_steps"])
     guidance = sampler["guidance_scale"] if asked("guidance_scale") else None
     task = api.task_of(captured, folder=pipeline_folder(folder), prompts=asked_with.prompts, guidance_scale=guidance)

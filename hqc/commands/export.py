@@ -206,12 +206,28 @@ def _export_pipeline(
         force=force,
         **settings,
     )
+    if why := _why_no_scheduler(output):
+        click.echo(f"{output}: {why}", err=True)
     if as_json:
         out.print_json({**_export_data(output, report.denoiser), "parts": report.parts, **said_of(program)})
         return
     click.echo(f"exported {report}")
     for style in program.styles:
         click.echo(f"lora     {style}")
+
+
+def _why_no_scheduler(folder: Path) -> str | None:
+    """Why a pipeline cannot be drawn from with the scheduler that it has, and what to do; None if it can."""
+    from hqc.configurations import read_configuration
+    from hqc.errors import HqcError
+    from hqc.export.files import SCHEDULER_FILE
+    from hqc.lite.schedulers import new_scheduler
+
+    try:
+        new_scheduler(read_configuration(folder / SCHEDULER_FILE), 1)
+    except HqcError as error:
+        return str(error)
+    return None
 
 
 def _export_data(output: Path, report: "ExportReport") -> dict[str, Any]:

@@ -11,10 +11,11 @@ from hqc.commands.asking import Asked, asked_for, asking_options, followed, samp
 from hqc.commands.loras import lora_scale_option, set_scales
 from hqc.commands.options import (
     check_output_file,
+    drawing_options,
     force_option,
     json_option,
     runtime_option,
-    sampler_options,
+    scheduler_option,
 )
 from hqc.errors import ComparisonError, EvaluationError, OptionError
 from hqc.lite.opening import is_exported_pipeline, open_pipeline
@@ -36,14 +37,16 @@ _batch_option = click.option(
 
 
 def _opened(
-    model: str, runtime: "Runtime | None", asked: Asked, sampler: dict[str, Any]
+    model: str, runtime: "Runtime | None", asked: Asked, sampler: dict[str, Any], scheduler: str | None = None
 ) -> "tuple[Any, Needs, dict[str, Any]]":
     """The model's pipeline, what it needs, and the sampler's options, once it is known to take what is asked for."""
     from hqc.evaluation.needs import needs_of
     from hqc.runtimes import load
     from hqc.sampling.task import require_steps
+    from hqc.serving.schedulers import chosen_scheduler
 
     pipe = load(model, runtime=runtime).pipeline()
+    pipe.scheduler = chosen_scheduler(pipe.scheduler, scheduler)
     needs = needs_of(pipe)
     fitting = asked.sampler(needs, sampler)
     require_steps(pipe.scheduler, sampler["num_inference_steps"])
@@ -68,7 +71,8 @@ def _opened(
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
 @lora_scale_option
 @_batch_option
-@sampler_options
+@scheduler_option
+@drawing_options
 @force_option
 def sample(
     model: str,
@@ -83,6 +87,7 @@ def sample(
     seed: int,
     lora_scales: tuple[str, ...],
     batch_size: int | None,
+    scheduler: str | None,
     force: bool,
     **sampler: Any,
 ) -> None:
@@ -104,9 +109,9 @@ def sample(
     for name in models:
         if is_exported_pipeline(name):
             own = (runtime, lora_scales) if name == model else (None, ())
-            found[name] = _drawn_without_torch(name, *own, asked, per_class, seed, batch_size, sampler)
+            found[name] = _drawn_without_torch(name, *own, asked, per_class, seed, batch_size, scheduler, sampler)
             continue
-        pipe, needs, options = _opened(name, runtime if name == model else None, asked, sampler)
+        pipe, needs, options = _opened(name, runtime if name == model else None, asked, sampler, scheduler)
         set_scales(pipe, lora_scales if name == model else ())
         rows = [row for row in asked.rows(needs) for _ in range(per_class)]
         found[name] = sampled(name, pipe, asked, rows, seed, batch_size, **options)
@@ -125,6 +130,7 @@ def _drawn_without_torch(
     per_class: int,
     seed: int,
     batch_size: int | None,
+    scheduler: str | None,
     sampler: dict[str, Any],
 ) -> "Pictures":
     """The images of an exported pipeline."""
@@ -133,7 +139,7 @@ def _drawn_without_torch(
     from hqc.styles.request import parse_scales
 
     scales = parse_scales(lora_scales)
-    pipe = open_pipeline(model, runtime)
+    pipe = open_pipeline(model, runtime, scheduler=scheduler)
     options = asked.sampler(pipe.needs, sampler)
     rows = [row for row in asked.rows(pipe.needs) for _ in range(per_class)]
     if cut := pipe.cut(asked.prompts):
@@ -171,7 +177,7 @@ def _drawn_without_torch(
 )
 @lora_scale_option
 @_batch_option
-@sampler_options
+@drawing_options
 @json_option
 def evaluate(
     model: str,

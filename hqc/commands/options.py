@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hqc.serving.schedulers import SCHEDULER_NAMES
+
 if TYPE_CHECKING:
     from hqc.evaluation.workspace import Stage
 
@@ -19,6 +21,7 @@ __all__ = [
     "claim",
     "condition_options",
     "conditions_asked",
+    "drawing_options",
     "force_option",
     "json_option",
     "keep_float_option",
@@ -32,6 +35,7 @@ __all__ = [
     "runtime_option",
     "sampler_options",
     "say_stage",
+    "scheduler_option",
     "work_folder",
 ]
 
@@ -170,21 +174,34 @@ plan_option = click.option(
 )
 rules_option = click.option("--rules", help="Layer rules: default, reference, mixed or all (default: the recipe's).")
 keep_float_option = click.option("--keep-float", multiple=True, metavar="PATTERN", help="Leave matching sites float.")
-sampler_options = options(
-    click.option("--num-inference-steps", "--n-steps", type=click.IntRange(1, 1000), default=20, show_default=True),
-    click.option(
-        "--guidance-scale",
-        type=click.FloatRange(0, 100),
-        default=1.5,
-        show_default=True,
-        help="Classifier-free guidance; none up to 1.",
-    ),
-    click.option("--eta", type=click.FloatRange(0, 1), default=0.0, show_default=True),
-)
+
+
+def _sampler_options(guidance: str | bool) -> Decorator:
+    """Of a sampler; guidance: what help says of its default."""
+    return options(
+        click.option("--num-inference-steps", "--n-steps", type=click.IntRange(1, 1000), default=20, show_default=True),
+        click.option(
+            "--guidance-scale",
+            type=click.FloatRange(0, 100),
+            default=1.5,
+            show_default=guidance,
+            help="Classifier-free guidance; none up to 1.",
+        ),
+        click.option("--eta", type=click.FloatRange(0, 1), default=0.0, show_default=True),
+    )
+
+
+sampler_options = _sampler_options(True)
+drawing_options = _sampler_options("1.5; of prompts the pipeline's own")
 runtime_option = click.option(
     "--runtime",
     type=click.Choice(["torch", "torch-int8", "torch-cuda", "onnxruntime", "tensorrt"]),
     help="Default: what fits (Program: torch; export for TensorRT, on its GPU: tensorrt; else onnxruntime).",
+)
+scheduler_option = click.option(
+    "--scheduler",
+    type=click.Choice(SCHEDULER_NAMES),
+    help="Instead of the pipeline's own (without torch: ddim, dpmsolver++ or euler).",
 )
 calib_size_option = click.option(
     "--calib-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Images."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hqc.commands.applies import Command, served_runtime
-from hqc.commands.options import runtime_option
+from hqc.commands.options import runtime_option, scheduler_option
 from hqc.errors import OptionError
 from hqc.serving.limits import Limits
 
@@ -122,6 +122,7 @@ lanes_option = click.option(
 )
 @threads_option
 @lanes_option
+@scheduler_option
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path, file_okay=False),
@@ -148,6 +149,7 @@ def serve(
     shutdown_grace: float,
     threads: int | None,
     lanes: int | None,
+    scheduler: str | None,
     cache_dir: Path | None,
 ) -> None:
     """Serve MODEL over HTTP: POST /v1/images/generations in the shape of the OpenAI images API, and a page at /.
@@ -182,9 +184,9 @@ def serve(
 
     with reserved_socket(host, port) as reserved:  # before a model is read, which may take minutes
         served_runtime(model, runtime)
-        served = [opened(model, runtime, threads=threads, lanes=lanes, cache=cache_dir)]
+        served = [opened(model, runtime, threads=threads, lanes=lanes, cache=cache_dir, scheduler=scheduler)]
         if against is not None:
-            served.append(_other(opened(against, threads=threads, cache=cache_dir), served[0]))
+            served.append(_other(opened(against, threads=threads, cache=cache_dir, scheduler=scheduler), served[0]))
         app = create_app(served, limits=limits, rules=rules, policy=batching, cors_origins=cors_origin)
         run(app, limits=limits, announce=announce, reserved=reserved)
 

@@ -89,7 +89,7 @@ def needs_of(pipe: Any) -> Needs:
         distilled=guided_inside,
         digits=classes == _DIGIT_CLASSES and size == _DIGIT_SIZE and _draws_grey(pipe),
         counts="batch_size" in parameters,
-        own_guidance=float(getattr(parameters.get("guidance_scale"), "default", 1.0)),
+        own_guidance=_own_guidance(parameters),
     )
 
 
@@ -102,6 +102,12 @@ def _parameters(pipeline: type) -> dict[str, inspect.Parameter]:
     found = dict(inspect.signature(pipeline.__call__).parameters)
     found.pop("self", None)
     return {name: p for name, p in found.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def _own_guidance(parameters: Mapping[str, inspect.Parameter]) -> float | None:
+    """The default of a pipeline's call; None without one, or where it is no number."""
+    found = getattr(parameters.get("guidance_scale"), "default", None)
+    return float(found) if isinstance(found, (int, float)) else None
 
 
 def _classes(pipe: Any, inputs: Mapping[str, Any]) -> int:

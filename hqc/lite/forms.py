@@ -21,13 +21,15 @@ class Form:
     """A class of diffusers' or of hqc's.
 
     parts: files that are read beside the denoiser, the decoder and the scheduler. unscaled: latents begin with normal
-    numbers and are stepped from as the denoiser sees them, whatever the scheduler has them scaled by.
+    numbers and are stepped from as the denoiser sees them, whatever the scheduler has them scaled by. own_guidance: the
+    default of its call.
     """
 
     kind: Kind
     options: frozenset[str]
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unscaled: bool = False
+    own_guidance: float = 1.0
 
 
 _PROMPT = frozenset(("guidance_scale", "eta", "negative_prompt"))
@@ -36,9 +38,9 @@ FORMS: Mapping[str, Form] = {
         "class_label", frozenset(("guidance_scale", "eta")), {"class_embedder": (MODEL_FILE, CONFIG_FILE)}
     ),
     "UnconditionalLDMPipeline": Form("nothing", frozenset(("eta",))),
-    "DiTPipeline": Form("class_label", frozenset(("guidance_scale",)), unscaled=True),
-    "StableDiffusionPipeline": Form("prompt", _PROMPT, _TEXT),
-    "StableDiffusionXLPipeline": Form("prompt", _PROMPT, {**_TEXT, **_TEXT_2}),
+    "DiTPipeline": Form("class_label", frozenset(("guidance_scale",)), unscaled=True, own_guidance=4.0),
+    "StableDiffusionPipeline": Form("prompt", _PROMPT, _TEXT, own_guidance=7.5),
+    "StableDiffusionXLPipeline": Form("prompt", _PROMPT, {**_TEXT, **_TEXT_2}, own_guidance=5.0),
 }
 
 

@@ -20,8 +20,10 @@ def is_exported_pipeline(model: str) -> bool:
     return kind_of(Path(model)) == PIPELINE_KIND
 
 
-def open_pipeline(model: str, runtime: Any = None, threads: int | None = None) -> "LitePipeline":
-    """Opens one.
+def open_pipeline(
+    model: str, runtime: Any = None, threads: int | None = None, scheduler: str | None = None
+) -> "LitePipeline":
+    """Opens one; scheduler: a name, instead of its own.
 
     Raises:
         OptionError: for another runtime. ArtefactError, EvaluationError: see `LitePipeline`.
@@ -34,4 +36,4 @@ def open_pipeline(model: str, runtime: Any = None, threads: int | None = None) -
             f"--runtime {runtime}", f"{model} is an exported pipeline: {RUNTIME} runs it", "Leave it out."
         )
     with doing(f"loading {model}"):
-        return LitePipeline(model, threads=threads)
+        return LitePipeline(model, threads=threads, scheduler=scheduler)

@@ -30,6 +30,7 @@ __all__ = ["LitePipeline"]
 Pixels = NDArray[np.uint8]
 _DIGIT_CLASSES, _DIGIT_SIZE = 10, (32, 32)
 _IMAGES_AT_ONCE = 8
+_GUIDANCE = 1.5  # of classes
 
 
 class LitePipeline:
@@ -72,7 +73,8 @@ class LitePipeline:
         size = (self._latents[2] * enlarged, self._latents[1] * enlarged)
         self._condition, classes = condition_of(pipeline, folder, denoiser, size, threads)
         digits = channels == 1 and classes == _DIGIT_CLASSES and size == _DIGIT_SIZE
-        self.needs = Needs(pipeline, self._form.kind, classes, self._form.options, size, digits=digits)
+        options, own = self._form.options, self._form.own_guidance
+        self.needs = Needs(pipeline, self._form.kind, classes, options, size, digits=digits, own_guidance=own)
 
     @property
     def schedulers(self) -> tuple[str, ...]:
@@ -112,7 +114,7 @@ class LitePipeline:
         *,
         seed: int = 0,
         steps: int = 20,
-        guidance_scale: float = 1.5,
+        guidance_scale: float | None = None,
         eta: float = 0.0,
         negative_prompt: str = "",
         scheduler: str | None = None,
@@ -120,14 +122,16 @@ class LitePipeline:
     ) -> Pixels:
         """One image, uint8 [H, W] or [H, W, 3], of a class, of a prompt, or of nothing in particular.
 
-        loras: scales of those of `self.loras` that are not to be as they were attached.
+        guidance_scale: None is the pipeline's own of prompts (7.5 of Stable Diffusion), 1.5 of classes. loras: scales
+        of those of `self.loras` that are not to be as they were attached.
 
         Raises:
             EvaluationError: if that is not what the pipeline takes.
         """
+        guidance = self.needs.usual_guidance(_GUIDANCE) if guidance_scale is None else guidance_scale
         new_scheduler(self._config, steps, name=scheduler or self._scheduler, eta=eta)  # refuses an eta without effect
         scales = tuple((loras or {}).items())
-        drawing = Drawing(label, prompt, negative_prompt, seed, steps, guidance_scale, eta, scheduler, loras=scales)
+        drawing = Drawing(label, prompt, negative_prompt, seed, steps, guidance, eta, scheduler, loras=scales)
         return next(self.draw_all([drawing]))
 
     def draw_all(self, drawings: Sequence[Drawing], at_once: int = _IMAGES_AT_ONCE) -> Iterator[Pixels]:

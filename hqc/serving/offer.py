@@ -36,7 +36,7 @@ class Offer:
 
     @property
     def guidance(self) -> float:
-        """Guidance where a request names none: the pipeline's own where it is an input of the model."""
+        """Guidance where a request names none: see `Needs.usual_guidance`."""
         return self.needs.usual_guidance(DEFAULT_GUIDANCE)
 
     @property

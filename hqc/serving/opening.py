@@ -11,8 +11,9 @@ from hqc.serving.app import Served
 
 if TYPE_CHECKING:
     from hqc.runtimes import Runtime
+    from hqc.runtimes.base import Session
 
-__all__ = ["divided", "opened"]
+__all__ = ["divided", "opened", "warn_of_slow"]
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +30,17 @@ def opened(
     lanes: int | None = None,
     cores: int | None = None,
     cache: StrPath | None = None,
+    scheduler: str | None = None,
 ) -> Served:
     """An exported pipeline, or an export, a program or `digits` in the pipeline around it; see `hqc.load`.
 
     threads: of one call of the denoiser. lanes: calls side by side; where neither is given, ONNX Runtime has two lanes,
     and torch as many threads as a call of them. cores: that all of it may use; None is all that the process may.
+    scheduler: instead of the pipeline's own, where a request names none.
 
     Raises:
-        OptionError: for a cache of an exported pipeline, or several lanes of a runtime that takes one call at a time.
+        OptionError: for a cache of an exported pipeline, several lanes of a runtime that takes one call at a time, or a
+            scheduler that cannot stand for the pipeline's.
         HqcError: what cannot be opened, or not be asked for images.
     """
     if is_exported_pipeline(model):
@@ -44,12 +48,13 @@ def opened(
         if cache is not None:
             kept = f"{model} is an exported pipeline, which keeps nothing there"
             raise OptionError("--cache-dir", kept, "Leave it out.")
-        pipe = open_pipeline(model, runtime, threads or cores)
+        pipe = open_pipeline(model, runtime, threads or cores, scheduler)
         return Served(pipe, pipe.name, RUNTIME, lanes)
     from hqc.evaluation.needs import call_kind
     from hqc.runtimes import load
     from hqc.runtimes.model import describe, fitting_runtime
     from hqc.serving.pipelines import PipelineBackend
+    from hqc.serving.schedulers import chosen_scheduler
 
     found = describe(model)
     call_kind(found.pipeline, found.conditions)  # before the weights are read
@@ -59,9 +64,19 @@ def opened(
         import torch
 
         torch.set_num_threads(threads or 1)  # decoders run in lanes too
-    if getattr(loaded.session, "one_timestep", False):
+    warn_of_slow(model, loaded.session)
+    pipe = loaded.pipeline()
+    pipe.scheduler = chosen_scheduler(pipe.scheduler, scheduler)
+    return Served(PipelineBackend(pipe), loaded.name, loaded.runtime, lanes)
+
+
+def warn_of_slow(model: str, session: "Session") -> None:
+    """Says what keeps images of this session from sharing calls."""
+    if getattr(session, "one_timestep", False):
         log.warning("%s takes one timestep a call: images at different steps share none. %s", model, _FOR_SEVERAL)
-    return Served(PipelineBackend(loaded.pipeline()), loaded.name, loaded.runtime, lanes)
+    if getattr(session, "batches", (1, None))[1] == 1:
+        text = "%s takes one row a call: images share none, and guidance is two calls. %s"
+        log.warning(text, model, f"Run `hqc build-engine {model} --max-batch 8 --force`.")
 
 
 def divided(

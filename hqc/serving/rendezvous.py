@@ -18,6 +18,7 @@ from hqc.errors import RuntimeMissingError
 from hqc.program import InputSpec
 from hqc.runtimes.base import Session, named_inputs
 from hqc.sampling.task import TORCH_GENERATOR
+from hqc.serving.rows import RowRule, called
 from hqc.serving.split import Split
 from hqc.serving.tickets import Call, Task
 
@@ -136,14 +137,16 @@ def together(session: Session, calls: Sequence[Call], split: Split, at_once: int
 
     Rows stand behind one another in the order of the calls. Inputs without a batch axis (Flux's image ids) are one for
     all rows of a call, so that images which differ in them, as in their size, are called in groups. at_once: so many
-    calls of the session side by side, each with a part of the rows.
+    calls of the session side by side, each with a part of the rows. A session that takes fewer rows at once than there
+    are, as an engine, is called one time after the other (`RowRule`).
     """
+    batched = {spec.name for spec in session.inputs if spec.batched}
+    rule = RowRule.of(session)
 
     def run(**inputs: Tensor) -> Tensor:
         with torch.inference_mode():  # it is a thread's own
-            return session(**inputs)
+            return called(session, inputs, batched, len(inputs["sample"]), rule)
 
-    batched = {spec.name for spec in session.inputs if spec.batched}
     outputs: dict[int, Tensor] = {}
     for group in _groups(session.inputs, calls):
         members = [calls[index].inputs for index in group]

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-__all__ = ["scheduler_names", "scheduler_of"]
+from hqc.errors import OptionError
+
+__all__ = ["SCHEDULER_NAMES", "chosen_scheduler", "scheduler_names", "scheduler_of"]
 
 _SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -15,6 +17,7 @@ _SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+SCHEDULER_NAMES = tuple(_SCHEDULERS)
 
 
 def scheduler_names(scheduler: Any) -> tuple[str, ...]:
@@ -36,3 +39,18 @@ def scheduler_of(scheduler: Any, name: str | None) -> Any:
 
         kind = getattr(diffusers, _SCHEDULERS[name])
     return kind.from_config(scheduler.config)
+
+
+def chosen_scheduler(scheduler: Any, name: str | None) -> Any:
+    """A pipeline's scheduler, or the one of a name that `--scheduler` asks for instead.
+
+    Raises:
+        OptionError: for one that cannot stand for the pipeline's.
+    """
+    if name is None:
+        return scheduler
+    names = scheduler_names(scheduler)
+    if name not in names:
+        do = f"Use one of {', '.join(names)}." if names else "Leave it out."
+        raise OptionError(f"--scheduler {name}", f"cannot stand for the pipeline's {type(scheduler).__name__}", do)
+    return scheduler_of(scheduler, name)

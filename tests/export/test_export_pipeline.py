@@ -14,6 +14,7 @@ from tiny_pipeline import saved_pipeline, traced_pipeline
 from hqc.cli import main
 from hqc.errors import ArtefactError, ExportError
 from hqc.export.conditioning import write_tokenizer
+from hqc.export.files import SCHEDULER_FILE
 from hqc.export.interface import Interface, interface_for
 from hqc.export.pipeline_folder import export_pipeline, require_pipeline
 from hqc.lite import LitePipeline
@@ -41,6 +42,7 @@ def run(*arguments: object) -> Any:
 def test_the_command_writes_a_pipeline_and_says_its_parts(captured: Path, tmp_path: Path) -> None:
     found = run("export", captured, "-o", tmp_path / "x", "--pipeline", "--one-timestep", "--json")
     assert found.exit_code == 0, found.output
+    assert "scheduler" not in found.stderr
     data = json.loads(found.stdout)
     assert data["parts"] == ["class_embedder", "scheduler", "unet", "vae_decoder"]
     assert data["target"] == "onnxruntime"
@@ -57,6 +59,18 @@ def test_the_command_writes_a_pipeline_and_says_its_parts(captured: Path, tmp_pa
     again = run("export", captured, "-o", tmp_path / "x", "--pipeline")
     assert again.exit_code == 2
     assert "already exists" in again.stderr
+
+
+def test_the_command_says_which_schedulers_run_without_torch(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "pndm")
+    file = tmp_path / "pndm" / SCHEDULER_FILE
+    config = {**json.loads(file.read_text(encoding="utf-8")), "_class_name": "PNDMScheduler"}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    save_program(traced_pipeline("classes"), tmp_path / "tiny.hqc", pipeline=tmp_path / "pndm")
+    found = run("export", tmp_path / "tiny.hqc", "-o", tmp_path / "x", "--pipeline")
+    assert found.exit_code == 0, found.output
+    assert "x: scheduler: the pipeline has a PNDMScheduler, which runs with torch alone. Ask for" in found.stderr
+    assert "ddim, dpmsolver++, euler (--scheduler)" in found.stderr
 
 
 def test_a_quantised_denoiser_under_hqcs_names(captured: Path, tmp_path: Path) -> None:

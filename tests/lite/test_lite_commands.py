@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from test_lite_pipeline import changed
 from tiny_pipeline import traced_pipeline
 
 import hqc
@@ -88,9 +89,15 @@ def test_prompts_are_served_without_torch(folders: dict[str, tuple[Path, Path]])
     np.testing.assert_allclose(pixels(found["b64_json"]).astype(int), wanted, rtol=0, atol=1)
 
 
-def test_a_grid_is_drawn_without_torch_as_with_it(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
+)  # diffusers' Euler
+@pytest.mark.parametrize("scheduler", [(), ("--scheduler", "euler")])
+def test_a_grid_is_drawn_without_torch_as_with_it(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path, scheduler: tuple[str, ...]
+) -> None:
     source, folder = folders["classes"]
-    options = ["--labels", "1,7", "--per-class", "2", "--num-inference-steps", "3"]
+    options = ["--labels", "1,7", "--per-class", "2", "--num-inference-steps", "3", *scheduler]
     done = subprocess.run(
         [*RUNNER, "sample", str(folder), "-o", str(tmp_path / "lite.png"), *options],
         env=ENVIRONMENT,
@@ -108,6 +115,37 @@ def test_a_grid_is_drawn_without_torch_as_with_it(folders: dict[str, tuple[Path,
     assert np.abs(lite[title:] - torch[title:]).max() <= 1
 
 
+def test_a_folder_whose_scheduler_needs_torch_is_drawn_from_with_another(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """As Stable Diffusion 1.5 is published, with a PNDMScheduler."""
+    name = "scheduler/scheduler_config.json"
+    pndm = changed(folders["prompts"][1], tmp_path, name, lambda data: data.update(_class_name="PNDMScheduler"))
+    sample = [
+        "sample",
+        str(pndm),
+        "-o",
+        str(tmp_path / "x.png"),
+        "--prompt",
+        "a",
+        "--per-prompt",
+        "1",
+        "--n-steps",
+        "2",
+    ]
+    refused = CliRunner().invoke(main, sample)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("hqc: scheduler: the pipeline has a PNDMScheduler, which runs with torch alone. ")
+    assert "ddim, dpmsolver++, euler (--scheduler)" in refused.stderr
+    drawn = CliRunner().invoke(main, [*sample, "--scheduler", "ddim"])
+    assert drawn.exit_code == 0, drawn.output
+    with serving(pndm, "--scheduler", "ddim") as url:
+        found = json.loads(asked(url, prompt="a cat", seed=3, num_inference_steps=2, guidance_scale=2.0))["data"][0]
+    pipe = LitePipeline(pndm, threads=1, scheduler="ddim")
+    wanted = pipe.draw(prompt="a cat", seed=3, steps=2, guidance_scale=2.0).astype(int)
+    np.testing.assert_allclose(pixels(found["b64_json"]).astype(int), wanted, rtol=0, atol=1)
+
+
 def test_prompts_that_are_cut_are_counted(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("a\na cat and much more\n", encoding="utf-8")
     arguments = ["sample", str(folders["prompts"][1]), "-o", str(tmp_path / "x.png"), "--per-prompt", "1"]
@@ -116,6 +154,19 @@ def test_prompts_that_are_cut_are_counted(folders: dict[str, tuple[Path, Path]],
     )
     assert found.exit_code == 0, found.output
     assert "1 of 2 prompts are longer than its tokenizer takes: cut" in found.stderr
+
+
+def test_prompts_are_drawn_with_the_guidance_of_their_pipeline(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    sample = ["sample", str(folders["prompts"][1]), "--prompt", "a cat", "--per-prompt", "1", "--n-steps", "2"]
+    grids = []
+    for number, guidance in enumerate(([], ["--guidance-scale", "7.5"], ["--guidance-scale", "1.5"])):
+        found = CliRunner().invoke(main, [*sample, *guidance, "-o", str(tmp_path / f"{number}.png")])
+        assert found.exit_code == 0, found.output
+        grids.append(np.asarray(Image.open(tmp_path / f"{number}.png")))
+    np.testing.assert_array_equal(grids[0], grids[1])
+    assert (grids[0] != grids[2]).any()
 
 
 @pytest.mark.parametrize(
@@ -129,6 +180,10 @@ def test_prompts_that_are_cut_are_counted(folders: dict[str, tuple[Path, Path]],
         (
             "sample {} --lora-scale a=1",
             "LoRA a: is not attached, and none is. Attach it with `hqc export --pipeline --lora`.",
+        ),
+        (
+            "sample {} --scheduler heun",
+            "scheduler 'heun': unknown; there are ddim, dpmsolver++, euler. Use one of them.",
         ),
         ("sample {} --labels 10", "class 10: the model has the classes 0 to 9. Give one of them."),
         ("sample {} --num-inference-steps 101", "101 steps: expected 1 to 100, those of training. Ask for fewer."),

@@ -1,5 +1,6 @@
 """Pipelines without torch: the images of the pipeline with torch, from a process that cannot import it."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 from diffusers import (
@@ -25,9 +27,11 @@ from draw_without_torch import BLOCKED
 import hqc
 from hqc.errors import ArtefactError, EvaluationError, RuntimeMissingError
 from hqc.evaluation.images import pixels_of
+from hqc.evaluation.needs import needs_of
 from hqc.evaluation.sampling import sample_images
 from hqc.lite import LitePipeline
 from hqc.lite.conditions import Prompts
+from hqc.lite.forms import FORMS
 from hqc.models.ldm import ClassConditionalLDMPipeline, UnconditionalLDMPipeline
 from hqc.serving.backend import Drawing
 from hqc.serving.engine import Engine
@@ -90,7 +94,7 @@ def torch_images(kind: str, source: Path) -> np.ndarray:
             [label],
             [seed],
             num_inference_steps=options["steps"],
-            guidance_scale=options.get("guidance_scale", 1.5),
+            guidance_scale=options.get("guidance_scale", needs_of(pipe).usual_guidance(1.5)),
             eta=options.get("eta", 0.0),
             batch_size=1,
             prompts=[prompt] if prompt is not None else [],
@@ -216,6 +220,13 @@ def test_what_it_needs(folders: dict[str, tuple[Path, Path]], classes: LitePipel
     assert (prompts.kind, prompts.size, prompts.digits) == ("prompt", (16, 16), False)
     assert prompts.options == {"guidance_scale", "eta", "negative_prompt"}
     assert (nothing.kind, nothing.size, nothing.guides) == ("nothing", (8, 8), False)
+    assert [each.usual_guidance(1.5) for each in (prompts, nothing, classes.needs)] == [7.5, 1.0, 1.5]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if hasattr(diffusers, name)])
+def test_guidance_of_a_class_is_that_of_diffusers(name: str) -> None:
+    call = inspect.signature(getattr(diffusers, name).__call__)
+    assert FORMS[name].own_guidance == call.parameters["guidance_scale"].default
 
 
 def test_the_same_words_are_encoded_once(folders: dict[str, tuple[Path, Path]]) -> None:
@@ -272,7 +283,7 @@ BROKEN: Sequence[tuple[str, Any, type[Exception], str]] = [
         "scheduler/scheduler_config.json",
         lambda d: d.update(_class_name="PNDMScheduler"),
         EvaluationError,
-        "the pipeline has a PNDMScheduler, which runs with torch alone. Ask for one of ddim, dpmsolver++, euler.",
+        "a PNDMScheduler, which runs with torch alone. Ask for one of ddim, dpmsolver++, euler (--scheduler).",
     ),
     ("vae_decoder/config.json", lambda d: d.update(out_channels=4), ArtefactError, "draws 4 channels"),
     ("vae_decoder/config.json", lambda d: d.pop("scaling_factor"), ArtefactError, "without 'scaling_factor'"),

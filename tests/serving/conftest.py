@@ -12,6 +12,8 @@ import torch
 from diffusers import DDIMScheduler
 from served_app import served
 
+import hqc
+from hqc.program import Program
 from hqc.serving.engine import Policy
 from hqc.serving.guards import Rules
 from hqc.serving.limits import Limits
@@ -62,6 +64,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def few_digits(captured: Callable[[str], Program]) -> Program:
+    """`digits` at w4a4, by scales of two timesteps."""
+    few = {"calibrate_activations.samples": 2, "sampler.num_inference_steps": 2}
+    return hqc.ptq(captured("digits"), "rtn", "w4a4", hadamard=True, settings=few)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 
-from hqc.needs import Needs
+from hqc.evaluation.needs import needs_of
+from hqc.needs import Kind, Needs
 from hqc.serving.jobs import job_of
 from hqc.serving.limits import Limits
 from hqc.serving.offer import Offer, request_schema
@@ -94,6 +95,45 @@ def test_a_text_model_is_asked_with_prompts(serve: Serve) -> None:
     refused(generate(client, prompt="a", class_label=1), "class_label", "this model takes a prompt")
     refused(generate(client, prompt="a", eta=0.5), "eta", "this model takes none")
     assert len(pipe.calls) == 2
+
+
+def test_guidance_where_none_is_asked_for(serve: Serve) -> None:
+    """A text model is drawn from as its pipeline does it, a model of classes with what digits are drawn with."""
+    text, classes = _Text(), _Classes()
+    client = serve(text)
+    assert generate(client, prompt="a").status_code == 200
+    assert client.get("/health").json()["takes"]["guidance_scale"] == 7.5
+    assert generate(serve(classes), class_label=1).status_code == 200
+    assert (text.calls[0]["guidance_scale"], classes.calls[0]["guidance_scale"]) == (7.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "kind", "options", "own", "distilled", "wanted"),
+    [
+        ("StableDiffusionXLPipeline", "prompt", {"guidance_scale"}, 5.0, False, 5.0),
+        ("StableDiffusionPipeline", "prompt", {"guidance_scale"}, None, False, 1.5),
+        ("StableDiffusionPipeline", "prompt", set(), 7.5, False, 1.0),
+        ("FluxPipeline", "prompt", {"guidance_scale"}, 3.5, True, 3.5),
+        ("ClassConditionalLDMPipeline", "class_label", {"guidance_scale"}, 1.0, False, 1.5),
+        ("DiTPipeline", "class_label", {"guidance_scale"}, 4.0, False, 1.0),  # of other classes than it was made for
+        ("DDPMPipeline", "nothing", set(), None, False, 1.0),
+    ],
+)
+def test_usual_guidance(
+    pipeline: str, kind: Kind, options: set[str], own: float | None, distilled: bool, wanted: float
+) -> None:
+    needs = Needs(pipeline, kind, 10, frozenset(options), (8, 8), distilled=distilled, own_guidance=own)
+    assert needs.usual_guidance(1.5) == wanted
+
+
+def test_a_call_whose_guidance_has_no_number_by_default() -> None:
+    class Unsaid(_Text):
+        def __call__(
+            self, prompt: list[str], guidance_scale: float | None = None, *, generator: Any = None, **_: Any
+        ) -> Any: ...
+
+    assert needs_of(Unsaid()).own_guidance is None
+    assert needs_of(_Text()).own_guidance == 7.5
 
 
 def test_classes_that_are_no_digits(serve: Serve) -> None:

@@ -1,9 +1,8 @@
 """Every kind of pipeline behind the engine: the images of `sample_images`, whatever shares the calls; previews."""
 
 import copy
-import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from captured_pipelines import captured_pipelines
+from engine_images import drawn
 from lora_files import layers_of, save_lora, tensors
 
 import hqc
@@ -23,7 +23,6 @@ from hqc.evaluation.sampling import sample_images
 from hqc.program import BATCH, InputSpec, Program
 from hqc.runtimes.unet import SessionUNet
 from hqc.serving.backend import Drawing, preview_steps
-from hqc.serving.engine import Engine, Policy
 from hqc.serving.pipelines import PipelineBackend
 from hqc.serving.rendezvous import PipelineSteps, together
 from hqc.serving.split import Split
@@ -43,49 +42,11 @@ def pipes(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def digits(captured: Callable[[str], Program], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`digits` on integer kernels, by scales of two timesteps."""
+def digits(few_digits: Program, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`digits` on integer kernels."""
     folder = tmp_path_factory.mktemp("digits") / "onnx"
-    few = {"calibrate_activations.samples": 2, "sampler.num_inference_steps": 2}
-    program = hqc.ptq(captured("digits"), "rtn", "w4a4", hadamard=True, settings=few)
-    hqc.export_program(program, "onnxruntime", folder)
+    hqc.export_program(few_digits, "onnxruntime", folder)
     return hqc.load(folder, threads=1).pipeline()
-
-
-class Watching:
-    """How many images shared a call."""
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-
-    def step(self, images: int, rows: int, seconds: float) -> None:
-        self.batches.append(images)
-
-    def ended(self, *_: Any) -> None: ...
-
-
-def drawn(
-    backend: PipelineBackend,
-    drawings: Sequence[Drawing],
-    max_batch: int = 4,
-    lanes: int = 1,
-    policy: Policy = "continuous",
-) -> tuple[list[Any], list[int]]:
-    watching = Watching()
-    engine = Engine(
-        backend.denoise,
-        lanes=lanes,
-        max_batch=max_batch,
-        max_queue=99,
-        policy=policy,
-        around=backend.around,
-        observer=watching,
-    )
-    try:
-        tickets = [engine.submit([lambda d=drawing: backend.begin(d)]) for drawing in drawings]  # type: ignore[misc]
-        return [ticket.result.result(60)[0] for ticket in tickets], watching.batches
-    finally:
-        engine.close()
 
 
 def drawing(needs: Any, seed: int, steps: int = 3, guidance: float = 2.5, **more: Any) -> Drawing:
@@ -116,36 +77,6 @@ def test_images_of_a_mix_are_those_of_the_pipeline_alone(name: str, pipes: Any) 
         # Float convolutions round by the size of a batch: 1e-6 of a value, which may turn a pixel's rounding.
         assert np.abs(image.astype(int) - reference).max() <= 1
     assert any((found[0] != other).any() for other in found[1:] if other.shape == found[0].shape)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_integer_kernels_draw_the_same_bits_in_any_mix(seed: int, digits: Any) -> None:
-    backend, rng = PipelineBackend(copy.copy(digits)), random.Random(seed)
-    names = [None, *backend.schedulers]
-    assert {"ddim", "euler", "dpmsolver++"} <= set(names)
-    wanted = [
-        Drawing(
-            rng.randrange(10),
-            None,
-            "",
-            rng.randrange(10**6),
-            rng.randint(4, 7),
-            rng.choice([1.0, 1.5, 4.0]),
-            eta=rng.choice([0.0, 1.0]),
-            scheduler=rng.choice(names),
-        )
-        for _ in range(10)
-    ]
-    alone, ones = drawn(backend, wanted, max_batch=1)
-    together, batches = drawn(backend, wanted, max_batch=8)
-    assert max(ones) == 1
-    assert max(batches) == 8
-    beside, shared = drawn(backend, wanted, max_batch=8, lanes=2)
-    assert max(shared) == 4
-    adapted, _ = drawn(backend, wanted, max_batch=8, lanes=2, policy="adaptive")
-    for one, *others in zip(alone, together, beside, adapted, strict=True):
-        for other in others:
-            np.testing.assert_array_equal(one, other)
 
 
 def test_the_last_task_is_the_decoder_of_the_image(pipes: Any) -> None:

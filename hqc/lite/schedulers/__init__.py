@@ -39,10 +39,8 @@ def scheduler_class(config: Mapping[str, Any], name: str | None = None) -> str:
         raise EvaluationError(f"scheduler {name!r}", f"unknown; there are {', '.join(SCHEDULERS)}", "Use one of them.")
     kind = str(config.get("_class_name")) if name is None else SCHEDULERS[name]
     if kind not in _KINDS:
-        names = ", ".join(SCHEDULERS)
-        raise EvaluationError(
-            "scheduler", f"the pipeline has a {kind[:60]}, which runs with torch alone", f"Ask for one of {names}."
-        )
+        do = f"Ask for one of {', '.join(SCHEDULERS)} (--scheduler)."
+        raise EvaluationError("scheduler", f"the pipeline has a {kind[:60]}, which runs with torch alone", do)
     return kind
 
 

@@ -23,7 +23,7 @@ from hqc.plan import QuantPlan
 from hqc.plugins import register
 from hqc.program import InputSpec
 from hqc.runtimes.base import inputs_on
-from hqc.runtimes.integer.cuda.graphs import Captured, GraphCache, capture_cuda_graph
+from hqc.runtimes.integer.cuda.graphs import GRAPHS, Captured, GraphCache, capture_cuda_graph
 from hqc.runtimes.trt.engine import Engine
 from hqc.runtimes.trt.plans import ELSEWHERE, NAME, TARGET, PlanOptions, find_gpu, find_plan, needs_plugins
 from hqc.runtimes.unet import SessionUNet, as_unet
@@ -45,9 +45,11 @@ class TensorRtSession:
     """
 
     name = "tensorrt"
+    few_batches = True
+    """A batch size that is new costs an execution context and a capture: the server pads rows to a power of two."""
 
     def __init__(
-        self, folder: StrPath, options: PlanOptions | None = None, *, graphs: int = 4, device: int = 0
+        self, folder: StrPath, options: PlanOptions | None = None, *, graphs: int = GRAPHS, device: int = 0
     ) -> None:
         """graphs: how many batch sizes keep their CUDA graph, 0 for none. device: the number of the GPU.
 
@@ -97,11 +99,11 @@ class TensorRtSession:
         given = inputs_on(self._engine.device, self.inputs, sample, timestep, *conditions, **named)
         feeds = {name: given[name] for name in self._engine.inputs}
         with self._turn:
-            output = self._each_timestep(feeds) if self._one_timestep else self._run(list(feeds.values()))
+            output = self._each_timestep(feeds) if self.one_timestep else self._run(list(feeds.values()))
         return output if sample.device == output.device else output.to(sample.device)
 
     @property
-    def _one_timestep(self) -> bool:
+    def one_timestep(self) -> bool:
         """Whether the model takes one timestep a call."""
         port = self._engine.inputs.get("timestep")
         return port is not None and port.shape == (1,)
@@ -146,7 +148,7 @@ def runner(engine: Engine, graphs: int) -> Runner:
 class _Launches:
     """Runs contexts, at most `limit` batch sizes, on a stream of its own: TensorRT synchronises on the default one."""
 
-    def __init__(self, engine: Engine, limit: int = 4) -> None:
+    def __init__(self, engine: Engine, limit: int = GRAPHS) -> None:
         self._engine, self._limit = engine, limit
         self._executions: OrderedDict[int, Any] = OrderedDict()
         self._stream = torch.cuda.Stream(engine.device)  # type: ignore[no-untyped-call]

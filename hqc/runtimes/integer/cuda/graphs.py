@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["WARM_UP", "Capture", "Captured", "GraphCache", "Module", "capture_cuda_graph"]
+__all__ = ["GRAPHS", "WARM_UP", "Capture", "Captured", "GraphCache", "Module", "capture_cuda_graph"]
 
 WARM_UP = 3
 """Calls before a capture: they compile kernels, choose algorithms, fill the allocator."""
+
+GRAPHS = 8
+"""Batch sizes that keep their graph: every power of two up to 128, which is what the server asks for."""
 
 Module = Callable[..., Tensor]
 
@@ -67,7 +70,7 @@ def _best_algorithms() -> Iterator[None]:
 class GraphCache:
     """module(*inputs) through captures, one for each set of shapes, at most `limit` of them kept."""
 
-    def __init__(self, module: Module, capture: Capture, *, limit: int = 4) -> None:
+    def __init__(self, module: Module, capture: Capture, *, limit: int = GRAPHS) -> None:
         self._module, self._capture, self._limit = module, capture, limit
         self._captured: OrderedDict[tuple[tuple[int, ...], ...], Captured] = OrderedDict()
 

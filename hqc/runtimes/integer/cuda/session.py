@@ -18,7 +18,7 @@ from hqc.kernels.tuning import load_tuning, use
 from hqc.program import InputSpec, Program
 from hqc.runtimes.base import inputs_on
 from hqc.runtimes.integer.build import BuildOptions, float_module, integer_module
-from hqc.runtimes.integer.cuda.graphs import Captured, GraphCache, Module, capture_cuda_graph
+from hqc.runtimes.integer.cuda.graphs import GRAPHS, Captured, GraphCache, Module, capture_cuda_graph
 from hqc.runtimes.integer.forms import require_quantised
 from hqc.runtimes.integer.kernel_set import triton_kernels
 from hqc.runtimes.integer.report import BuildReport
@@ -37,6 +37,8 @@ class _GraphSession:
     """A module on a CUDA device, one CUDA graph a batch size. Calls from several threads and streams take turns."""
 
     name: str
+    few_batches = True
+    """A batch size that is new costs a capture: the server pads rows to a power of two."""
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class CudaSession(_GraphSession):
         dtype: Precision = "fp16",
         weights: Weights = "int8",
         tune: Literal["auto", "off"] | Path = "auto",
-        graphs: int = 4,
+        graphs: int = GRAPHS,
         device: str = "cuda",
     ) -> None:
         """dtype: of activations between kernels and of float layers.
@@ -131,7 +133,9 @@ class HalfSession(_GraphSession):
 
     name = "torch-fp16-cudagraph"
 
-    def __init__(self, program: Program, *, dtype: Precision = "fp16", graphs: int = 4, device: str = "cuda") -> None:
+    def __init__(
+        self, program: Program, *, dtype: Precision = "fp16", graphs: int = GRAPHS, device: str = "cuda"
+    ) -> None:
         """See `CudaSession`.
 
         Raises:
