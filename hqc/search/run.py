@@ -158,8 +158,9 @@ def search(
     }
     errors, errors_of_fixed = measured_errors(measure, table, tuple(fixed), phase)
     constant = sum(error**2 for error in errors_of_fixed.values())
-    chosen = allocate(list(table.sites.values()), [[error**2 for error in row] for row in errors], limit - table.fixed)
     best = uniform_candidate(table, errors, limit)
+    table = table.on(best)
+    chosen = allocate(list(table.sites.values()), [[error**2 for error in row] for row in errors], limit - table.fixed)
 
     def predicted(numbers: Sequence[int]) -> float:
         return math.sqrt(_squares(errors, numbers) + constant)
@@ -220,7 +221,7 @@ def behind(done: int, advance: Progress) -> Progress:
 def uniform_candidate(table: CostTable, errors: Sequence[Sequence[float]], limit: int) -> int:
     """The candidate for every site: the largest within the limit, of equal ones that with the least error."""
     count, numbers = len(table.sites), range(len(table.candidates))
-    costs = [table.total([one] * count) for one in numbers]
+    costs = [table.uniform(one) for one in numbers]
     fitting = [one for one in numbers if costs[one] <= limit] or [costs.index(min(costs))]
     return max(fitting, key=lambda one: (costs[one], -_squares(errors, [one] * count)))
 
