@@ -99,6 +99,31 @@ def test_bytes_are_those_of_the_program(captured: Captured, recipe: str) -> None
     assert not {"conv_in", "conv_out"} & table.sites.keys(), "the rules fix their bits"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "bits", "width", "beside"),
+    [
+        ("rtn", "w2a8", 4, 0),
+        ("rtn", "w5a8", 8, 0),
+        ("efficientdm", "w3a4", 4, 8),
+        ("efficientdm", "w6a6", 8, 0),
+        ("mpq-dm", "w3a4", 4, 40),
+        ("mpq-dm", "w4a4", 6, 40),
+        ("mpq-dmv2", "w4a4", 8, 8),
+        ("ganq-int8", "w4a4", 8, 0),
+    ],
+)
+def test_bytes_of_files(captured: Captured, recipe: str, bits: str, width: int, beside: int) -> None:
+    """A code takes four bits or eight, asymmetric ones an offset a channel besides, all else what it does anyway."""
+    own = find_recipe(recipe).untrained()
+    made = {bits: planned(captured("two_sites"), own, Request(bits, ("head",)), calibrated=False)}
+    by_bits, files = (cost_table(made, "bytes", count) for count in ("bits", "files"))
+    (site,) = files.sites
+    plan, true = made[bits].plan[site], int(bits[1])
+    table = 8 * plan.out_channels * 2**true if plan.weight_lookup else 0
+    codes = plan.out_channels * plan.in_channels * 9
+    assert files.sites[site][0] - by_bits.sites[site][0] == codes * (width - true) + beside * plan.out_channels - table
+
+
 def test_bit_operations(captured: Captured) -> None:
     """A convolution without padding and a linear layer, counted by hand."""
     program = captured("two_sites")
