@@ -13,7 +13,7 @@ from test_cli import ok, refused
 
 import hqc
 from hqc.commands.search import _lines
-from hqc.errors import PassError, PlanError
+from hqc.errors import MemoryShortError, PassError, PlanError
 from hqc.evaluation.comparison.size import true_bytes
 from hqc.evaluation.sensitivity import SensitivityProbe
 from hqc.export import export_program
@@ -171,6 +171,19 @@ def test_a_recipe_without_widths_of_products_is_refused(program: Program) -> Non
     asked = Asked(parse_budget("90%"), CANDIDATES, samples=2, timesteps=2)
     with pytest.raises(PlanError, match=r"search: recipe 'ganq' leaves activations float: no product has widths"):
         search(program, find_recipe("ganq"), synthetic_task(program), asked)
+
+
+def test_memory_is_asked_first(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("something ran")
+
+    for name in ("run_recipe", "trajectory_inputs", "SensitivityProbe"):
+        monkeypatch.setattr(f"hqc.search.measure.{name}", never)
+    monkeypatch.setattr("hqc.memory.available_bytes", lambda: 12_345)
+    asked = r"measuring on 2 images at 2 timesteps: needs about [\d.]+ [kM]B of memory and 12\.3 kB are available"
+    with pytest.raises(MemoryShortError, match=rf"{asked}\. Take fewer \(--samples, --timesteps\)"):
+        searched(program, "w4a8", folder=tmp_path / "w")
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_quantised_program_is_refused(program: Program) -> None:
