@@ -130,14 +130,19 @@ def _file_width(plan: SitePlan) -> int:
     binary = 4 if plan.weight_residual else 0
     if bits > 4 or plan.weight_lookup:
         return 8 + binary
-    return 6 if bits == 4 and plan.weight_mixed and not plan.weight_residual else 4 + binary
+    return 6 if _has_five(plan) else 4 + binary
+
+
+def _has_five(plan: SitePlan) -> bool:
+    """Whether some channels may have five bits; a binary code beside four is stored apart."""
+    return plan.weight_mixed and plan.weight_bits == 4 and not plan.weight_residual
 
 
 def _offset_bits(plan: SitePlan) -> int:
     """Of the offsets that let asymmetric codes be stored in four bits, and of the order of channels of mixed bits."""
     if plan.weight_symmetric or (plan.weight_bits or 8) > 4:
         return 0
-    return (8 + 32 * plan.weight_mixed) * plan.out_channels
+    return (8 + 32 * _has_five(plan)) * plan.out_channels
 
 
 def _weight(program: Program, site: str) -> str:

@@ -106,7 +106,7 @@ def test_bytes_are_those_of_the_program(captured: Captured, recipe: str) -> None
         ("rtn", "w5a8", 8, 0),
         ("efficientdm", "w3a4", 4, 8),
         ("efficientdm", "w6a6", 8, 0),
-        ("mpq-dm", "w3a4", 4, 40),
+        ("mpq-dm", "w3a4", 4, 8),
         ("mpq-dm", "w4a4", 6, 40),
         ("mpq-dmv2", "w4a4", 8, 8),
         ("ganq-int8", "w4a4", 8, 0),
