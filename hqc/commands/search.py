@@ -135,8 +135,8 @@ def search(program: Path, output: Path, force: bool, as_json: bool, **given: Any
 
     budget = parse_budget(given["budget"])
     if budget.unit != "bytes" and asked("count"):
-        found = f"is of bytes, and --budget {budget.text} is of bit operations"
-        raise OptionError(f"--count {given['count']}", found, "Leave it out.")
+        said = f"is of bytes, and --budget {budget.text} is of bit operations"
+        raise OptionError(f"--count {given['count']}", said, "Leave it out.")
     check_output_file(output, force=force)
     subject = measured_on(program, output, given)
     recipe, task, folder = subject.recipe, subject.task, subject.folder
