@@ -56,12 +56,17 @@ def short(comparison: Comparison) -> str:
     """PSNR and FID of every recipe at every width, by PSNR at w4a4."""
     rows = {(row.bits, row.name): row for row in comparison.rows if row.figures}
     names = sorted({name for _, name in rows}, key=lambda name: -_psnr(rows.get(("w4a4", name))))
-    lines = [[HEAD, "MB at w4a4", *WIDTHS], ["---"] * (2 + len(WIDTHS))]
+    lines = [[HEAD, "file MB at w4a4", "by bits", *WIDTHS], ["---"] * (3 + len(WIDTHS))]
     for name in names:
-        size = rows["w4a4", name].mean("size_bytes") if ("w4a4", name) in rows else None
+        sizes = [_size(rows.get(("w4a4", name)), key) for key in ("file_bytes", "size_bytes")]
         cells = [_pair(rows.get((bits, name))) for bits in WIDTHS]
-        lines.append([_named(name, rows.values()), "–" if size is None else f"{size.value / 1e6:.2f}", *cells])
+        lines.append([_named(name, rows.values()), *sizes, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _size(row: Row | None, key: str) -> str:
+    size = None if row is None else row.mean(key)
+    return "–" if size is None else f"{size.value / 1e6:.2f}"
 
 
 def _named(name: str, rows: Iterable[Row]) -> str:
@@ -88,7 +93,10 @@ def _shown(mean: Mean, digits: int) -> str:
 
 
 def plot(comparison: Comparison, out: Path) -> None:
-    """PSNR over MB: a panel is a width, a mark in it a recipe, the mean of its seeds with their deviation."""
+    """PSNR over the MB of files: a panel is a width, a mark in it a recipe, the mean of its seeds with their deviation.
+
+    A mark is hollow, and over MB by bits, where there is no integer file.
+    """
     shown = [row for row in comparison.rows if row.name != UNPLOTTED and row.figures]
     widths = [bits for bits in WIDTHS if any(row.bits == bits for row in shown)]
     with style.context(["default", STYLE]):
@@ -96,13 +104,13 @@ def plot(comparison: Comparison, out: Path) -> None:
             1, len(widths), figsize=(4.4 * len(widths), 5.2), facecolor=PAPER, layout="constrained", squeeze=False
         )
         for axes, bits in zip(panels[0], widths, strict=True):
-            axes.set_title(f"{bits}: PSNR to float, dB, over MB", loc="left", fontsize=9, color=INK)
+            axes.set_title(f"{bits}: PSNR to float, dB, over file MB", loc="left", fontsize=9, color=INK)
             axes.set_xscale("log")
             axes.set_xlim(2, 14)
             axes.xaxis.set_major_locator(ticker.FixedLocator([2, 3, 4, 5, 6, 8, 10]))
             axes.xaxis.set_minor_locator(ticker.NullLocator())
             axes.xaxis.set_major_formatter("{x:g}")
-            axes.set_xlabel("MB, codes at their bits", color=FAINT)
+            axes.set_xlabel("MB of the exported file; hollow: by bits, no integer file", color=FAINT)
             axes.set_facecolor(PAPER)
             axes.spines[["top", "right"]].set_visible(False)
             _marks(axes, [row for row in shown if row.bits == bits])
@@ -112,11 +120,12 @@ def plot(comparison: Comparison, out: Path) -> None:
 def _marks(axes: Any, rows: Sequence[Row]) -> None:
     """Marks with their names, which are moved up where one would stand on another."""
     points = sorted((_point(row) for row in rows), key=lambda point: point[1])
-    for x, y, deviation, name in points:
-        axes.errorbar(x, y, yerr=deviation or None, fmt="o", color="#c2570c" if name == "hqc" else "#2a6f97")
+    for x, y, deviation, name, filled in points:
+        colour = "#c2570c" if name == "hqc" else "#2a6f97"
+        axes.errorbar(x, y, yerr=deviation or None, fmt="o", color=colour, mfc=colour if filled else PAPER)
     low, high = axes.get_ylim()
     taken: list[tuple[float, float]] = []  # log of MB, PSNR
-    for x, y, _, name in points:
+    for x, y, _, name, _ in points:
         at = y
         for other_x, other_y in taken:
             if abs(other_x - math.log(x)) < APART[0] and at - other_y < APART[1] * (high - low):
@@ -125,13 +134,13 @@ def _marks(axes: Any, rows: Sequence[Row]) -> None:
         axes.annotate(name, (x, at), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7, color=INK)
 
 
-def _point(row: Row) -> tuple[float, float, float, str]:
-    """MB, PSNR, its deviation, and the row's name."""
-    size, psnr = row.mean("size_bytes"), row.mean("psnr_db")
+def _point(row: Row) -> tuple[float, float, float, str, bool]:
+    """MB, PSNR, its deviation, the row's name, and whether the MB are a file's."""
+    size, psnr = row.megabytes, row.mean("psnr_db")
     assert size is not None
     assert psnr is not None
     alone = any(figures.get("weight_only") for figures in row.figures.values())
-    return size.value / 1e6, psnr.value, psnr.deviation, f"{row.name} (a16)" if alone else row.name
+    return size, psnr.value, psnr.deviation, f"{row.name} (a16)" if alone else row.name, row.has_file
 
 
 def main() -> None:

@@ -68,6 +68,7 @@ MISUSED = [
     ("recipes export rtn --force", "--force"),
     ("search {captured} -o x.yaml --budget much", "--budget much"),
     ("search {captured} -o x.yaml --budget 50% --candidates w4a4", "--candidates w4a4"),
+    ("search {captured} -o x.yaml --budget 9TBOPs --count bits", "--count bits"),
     ("search {captured} -o x.yaml --budget 50% --block 16", "--block 16"),
     ("search {captured} -o x.yaml --budget 50% --hadamard --no-hadamard", "--hadamard"),
     ("search {captured} -o x.yaml --budget 50% --set distil.epochs=1", "option distil.epochs"),

@@ -59,6 +59,23 @@ def test_the_tables_of_the_field_are_what_was_measured(monkeypatch: pytest.Monke
     wanted = (ROOT / "docs" / "measurements" / "digits-field.md").read_text(encoding="utf-8")
     assert markdown(found) == wanted
     assert field.short(found) in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    cells = [figures for row in found.rows for figures in row.figures.values()]
+    assert all((cell["file_bytes"] is None) == bool(cell["export_refused"]) for cell in cells)
+    assert all(cell["file_bytes"] > cell["size_bytes"] for cell in cells if cell["file_bytes"]), (
+        "the graph comes besides"
+    )
+
+
+def test_sizes_of_the_field_are_of_untrained_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python scripts/field_sizes.py` exports what it makes of these."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    sizes = importlib.import_module("field_sizes")
+    entry = sizes.entry_of("hq-dm@qr-adaptor", "w4a4")
+    assert entry.plan.bits in ("", "w4a4")
+    quick = sizes.quick(entry.recipe)
+    assert quick.kind == "ptq"
+    assert quick.step("calibrate_activations").samples == 1
+    assert sizes.quick(RECIPES["q-diffusion"]).step("reconstruct").iterations == 1
 
 
 # ---- links ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ make up for the rounding of those behind it. It is greedy and may raise the erro
 Source: GANQ (arXiv 2501.12956, equations 15 to 20), whose released code solves the T-step by a pseudo-inverse.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -20,14 +21,15 @@ from torch import Tensor
 from hqc.bits import HIGHEST_LOOKUP_BITS, activation_range, parse_bits, weight_range
 from hqc.calibration.site_rows import collect_for, require_rows
 from hqc.calibration.weights import mse_weight_scale, source_weight
-from hqc.errors import PlanError
+from hqc.errors import PlanError, TrainingError
+from hqc.memory import require_memory
 from hqc.passes.rewriting import layer_inputs
 from hqc.passes.split_digits import digit_limit
 from hqc.program import Program, Stage
 from hqc.sampling import Work
 from hqc.steps import check_options
 
-__all__ = ["FitLookup", "LookupFit", "fit_lookup", "output_error"]
+__all__ = ["FitLookup", "LookupFit", "fit_bytes", "fit_lookup", "output_error"]
 
 _RIDGE = 0.01  # of the mean of H's diagonal, as GPTQ has it
 _COLUMNS_A_BLOCK = 64
@@ -58,14 +60,26 @@ class FitLookup:
         check_options(self)
 
     def check(self, program: Program, work: Work) -> None:
-        """See `require_rows`."""
+        """See `require_rows`; and refuses a layer whose fit does not fit.
+
+        Raises:
+            MemoryShortError: with the numbers.
+        """
         require_rows(self, program, work, "fitting tables")
+        shapes = {site: layer_inputs(layer)[1].meta["shape"] for site, layer in program.sites()}
+        needed = {site: fit_bytes(shape[0], math.prod(shape[1:])) for site, shape in shapes.items()}
+        if needed:
+            site = max(needed, key=lambda one: needed[one])
+            what = f"fitting the tables of {site}, of {math.prod(shapes[site][1:])} inputs"
+            do = f"Leave it out (--keep-float {site}), close other programs, or take a larger machine"
+            require_memory(what, program.size_bytes() + needed[site], do)
 
     def run(self, program: Program, work: Work) -> Program:
         """The program with other weights and scales.
 
         Raises:
-            TrainingError: where the sampler meets NaN. PlanError: if no weight has a table.
+            TrainingError: where the sampler meets NaN, or inputs are too large for their squares. PlanError: if no
+            weight has a table.
         """
         layers, state = dict(program.sites()), dict(program.state)
         fitted = [plan for plan in program.plan.sites if plan.weight_lookup]
@@ -78,15 +92,16 @@ class FitLookup:
         seen = collect_for(self, program, inputs, work, "fitting tables")
         for plan in fitted:
             reader, rows = layer_inputs(layers[plan.site])[1], torch.cat(seen.pop(plan.site).rows)
+            gram = _gram(plan.site, rows)
             if plan.weight_only:
                 name = str(reader.target)
-                fit = fit_lookup(state[name].flatten(1), rows.T @ rows, plan.weight_bits or 8, self.rounds)
+                fit = fit_lookup(state[name].flatten(1), gram, plan.weight_bits or 8, self.rounds)
                 state[name] = fit.weight.view(state[name].shape).to(state[name].dtype)
                 continue
             name = source_weight(reader)
             weight, grid = state[name].flatten(1), digit_limit(activation_range(plan.activation_bits or 8)[1])
             scale = torch.where(weight.any(1), weight.abs().amax(1) / grid, 1.0).to(torch.float32)
-            fit = fit_lookup(weight, rows.T @ rows, plan.weight_bits or 8, self.rounds, scale, grid)
+            fit = fit_lookup(weight, gram, plan.weight_bits or 8, self.rounds, scale, grid)
             state[name] = fit.weight.view(state[name].shape).to(state[name].dtype)
             state[f"{plan.site}.weight_scale"] = scale
         return program.evolve(state=state)
@@ -119,9 +134,8 @@ def fit_lookup(
     weight [O, K]; gram [K, K] = XᵀX. scale [O]: the table holds whole multiples of it up to ±grid; None: any values.
     """
     work, table = weight.double(), _uniform(weight, bits)
-    hessian = gram.double()
-    ridge = _RIDGE * hessian.diagonal().mean().clamp_min(1e-12)
-    hessian = hessian + ridge * torch.eye(len(hessian), dtype=hessian.dtype)
+    hessian = gram.to(torch.float64, copy=True)
+    hessian.diagonal().add_(_RIDGE * hessian.diagonal().mean().clamp_min(1e-12))  # no copies: it may take gigabytes
     factor = torch.linalg.cholesky(hessian)
     best = None
     for number in range(rounds + 1):
@@ -137,6 +151,28 @@ def fit_lookup(
     return best
 
 
+def fit_bytes(outputs: int, inputs: int) -> int:
+    """Bytes that a fit takes at its peak: XᵀX and H in float32, H, L and what makes it in float64, of the weight
+    values, codes and residuals of 8 bytes each, and what runs some rows at a time.
+
+    Measured: 466 MB at 64 × 4096 (estimate 602), 176 MB at 256 × 2048 and 177 MB at 2048 × 1024 (estimate 264).
+    """
+    return 28 * inputs**2 + 56 * outputs * inputs + 28 * _VALUES_A_CALL
+
+
+def _gram(site: str, rows: Tensor) -> Tensor:
+    """XᵀX.
+
+    Raises:
+        TrainingError: if it is not finite, naming the site.
+    """
+    gram = rows.T @ rows
+    if not bool(gram.isfinite().all()):
+        found = f"XᵀX of what it reads, up to {float(rows.abs().max()):.3g}, has NaN or infinity"
+        raise TrainingError(f"fitting tables at {site}", found, f"Leave it float (--keep-float {site}).")
+    return gram
+
+
 def output_error(difference: Tensor, hessian: Tensor) -> float:
     """tr(D·H·Dᵀ), D [O, K]: the squared error of the layer's output, plus the ridge."""
     return float(((difference @ hessian) * difference).sum())
@@ -150,8 +186,13 @@ def _uniform(weight: Tensor, bits: int) -> Tensor:
 
 
 def _nearest(values: Tensor, table: Tensor) -> Tensor:
-    """Codes [O, …] of the entries nearest to values [O, …]."""
-    return (values.unsqueeze(-1) - table.unsqueeze(1)).abs().argmin(-1)
+    """Codes [O, K] of the entries nearest to values [O, K], some rows at a time."""
+    parts = zip(*(torch.split(tensor, _rows_a_call(values, table)) for tensor in (values, table)), strict=True)
+    return torch.cat([(some.unsqueeze(-1) - own.unsqueeze(1)).abs().argmin(-1) for some, own in parts])
+
+
+def _rows_a_call(values: Tensor, table: Tensor) -> int:
+    return max(1, _VALUES_A_CALL // (values.shape[1] * table.shape[1]))
 
 
 def _choose_codes(weight: Tensor, factor: Tensor, table: Tensor) -> Tensor:
@@ -173,7 +214,7 @@ def _choose_codes(weight: Tensor, factor: Tensor, table: Tensor) -> Tensor:
 
 def _solve_table(weight: Tensor, hessian: Tensor, codes: Tensor, table: Tensor) -> Tensor:
     """The T-step, some rows at a time; entries that no code uses stay."""
-    rows = max(1, _VALUES_A_CALL // (codes.shape[1] * table.shape[1]))
+    rows = _rows_a_call(codes, table)
     single = hessian.to(torch.float32)
     parts = zip(*(torch.split(tensor, rows) for tensor in (weight, codes, table)), strict=True)
     return torch.cat([_solve_rows(part, single, chosen, before) for part, chosen, before in parts])

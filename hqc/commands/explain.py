@@ -151,7 +151,7 @@ def _print_beside(program: "Program") -> None:
 
 
 def _weights(program: "Program") -> dict[str, int]:
-    """Bytes of the quantised weights by their bits, and as files keep them."""
+    """Bytes of the quantised weights by their bits, and as an integer program keeps them."""
     from hqc.evaluation.comparison.size import weight_bytes
 
     return dict(zip(("bytes_by_bits", "bytes_stored"), map(round, weight_bytes(program)), strict=True))

@@ -29,7 +29,8 @@ __all__ = ["qr_adaptor"]
     "--budget",
     required=True,
     metavar="AMOUNT",
-    help="Bytes with the LoRAs at 16 bits: 200MB, 1.5MiB, 80% of the largest plan's, or w4a8: these bits everywhere.",
+    help="Bytes, codes at their bits and LoRAs at 16: 200MB, 1.5MiB, 80% of the largest plan's, or w4a8: these bits "
+    "everywhere.",
 )
 @output_option
 @click.option("--recipe", default="hq-dm", show_default=True, metavar="NAME|FILE.yaml", help="That trains LoRAs.")

@@ -35,7 +35,8 @@ sensitivity_options = options(
     click.option(
         "--candidates",
         metavar="wNaM,…",
-        help="What a site may have (default: w2…w8 with a8 for bytes, combinations of a4 to a8 for bit operations).",
+        help="What a site may have (default: w4a8,w8a8 for bytes of files, w2…w8 with a8 for bytes by bits, "
+        "combinations of a4 to a8 for bit operations).",
     ),
     click.option("--samples", type=click.IntRange(1, 1024), default=4, show_default=True, help="Images at a timestep."),
     click.option("--timesteps", type=click.IntRange(1, 1000), default=4, show_default=True, help="That are measured."),
@@ -105,6 +106,14 @@ def measured_on(path: Path, output: Path, given: dict[str, Any]) -> Measured:
     "-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The plan, for --plan."
 )
 @click.option("--recipe", default="rtn", show_default=True, metavar="NAME|FILE.yaml", help="What calibrates.")
+@click.option(
+    "--count",
+    type=click.Choice(["files", "bits"]),
+    default="files",
+    show_default=True,
+    help="What a budget of bytes counts: tensors as an export for ONNX Runtime holds them, where a code takes half a "
+    "byte or one, or codes at their bits, which no file has. The graph takes some more.",
+)
 @sensitivity_options
 @measuring_options
 @kept_option
@@ -114,21 +123,26 @@ def search(program: Path, output: Path, force: bool, as_json: bool, **given: Any
     """Choose bits for every layer of PROGRAM within a budget, so that the output errs least; write a plan file.
 
     Each layer alone is quantised at every candidate, and the error of the denoiser's output measured; the choice is
-    exact for the sum of their squares. Prints the plan's error as predicted and as measured, and that of equal bits.
+    exact for the sum of their squares. Prints the plan's error as predicted and as measured, and that of equal bits;
+    where these err less, they are the plan.
     """
     from hqc import console as out
     from hqc.atomic import write_file
+    from hqc.errors import OptionError
     from hqc.recipes.plan_file import plan_yaml
     from hqc.search import Asked, parse_budget
     from hqc.search import search as run
 
     budget = parse_budget(given["budget"])
+    if budget.unit != "bytes" and asked("count"):
+        said = f"is of bytes, and --budget {budget.text} is of bit operations"
+        raise OptionError(f"--count {given['count']}", said, "Leave it out.")
     check_output_file(output, force=force)
     subject = measured_on(program, output, given)
     recipe, task, folder = subject.recipe, subject.task, subject.folder
     claim(folder, stays=True)
     numbers = {name: given[name] for name in ("samples", "timesteps", "seed")}
-    wanted = Asked(budget, subject.candidates, given["keep_float"], **numbers)
+    wanted = Asked(budget, subject.candidates, given["keep_float"], count=given["count"], **numbers)
     with resumable(folder):
         found = run(subject.program, recipe, task, wanted, folder=folder, phase=out.progress)
     lines = _lines(found)
@@ -153,6 +167,8 @@ def _lines(found: "Found") -> dict[str, str]:
     fixed = f", {len(found.fixed)} fixed by the recipe's rules" if found.fixed else ""
     widths = ", ".join(f"{count} × {bits}" for bits, count in found.widths.items())
     lines = {"budget": shown(found.budget, found.unit), **errors, "sites": f"{widths}{fixed}"}
-    if mixed.measured > uniform.measured:
-        lines["but"] = f"{uniform.bits} everywhere errs less: errors of single layers do not add up here"
+    if found.written is uniform:
+        lines["but"] = (
+            f"{uniform.bits} everywhere errs less and is what the plan says: errors of single layers do not add up here"
+        )
     return lines

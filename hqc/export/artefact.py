@@ -1,6 +1,6 @@
 """`export_program`: a Program becomes a verified ONNX folder.
 
-NAME/model.onnx         the network; weights of at most 4 bits as INT4
+NAME/model.onnx         the network; weights whose codes fit 4 bits as INT4
 NAME/model.onnx.data    the weights, where they are too large for the file itself
 NAME/config.json        with names other than hqc's: the denoiser's configuration
 NAME/manifest.json      target, opset, origin, inputs, what verification measured, sha256 and size of every file

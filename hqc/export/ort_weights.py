@@ -1,10 +1,13 @@
 """Weights of the `onnxruntime` target: INT4 in the file, an int8 matrix [K, O] in memory, by standard operators.
 
     stored [K/b, b, O] INT4 -> Cast(INT8) -> QLinearMatMul(H_b, ·; all scales 1) : int8 -> Reshape [K, O]
+    with offsets               Cast(INT8) -> Add(offset [O]) -> …
     two digits                 Cast(INT8) -> MatMulInteger(H_b, ·) : int32 -> Cast -> Floor, … -> Cast(INT8) -> Reshape
 
 K = kh·kw·C in the order of the columns of the product. The runtime folds the chain when a session is made; the fewer
 and the narrower its steps, the less memory that takes, since the runtime keeps every intermediate until it is done.
+Codes q - z of an asymmetric range of four bits span 16 numbers, but not -8…7: each channel has an offset in the file.
+Where bits are mixed, channels of more bits are bytes in a tensor of their own, and a Gather gives the order back.
 The chain starts with Cast because the runtime folds Cast and does not fold DequantizeLinear.
 """
 
@@ -18,13 +21,15 @@ from torch import Tensor, fx
 from hqc.export.builder import typed
 from hqc.export.lowering import Lowering
 from hqc.ops import hadamard_matrix
-from hqc.ops.weight_codes import DIGIT_BASE, pack_int4
+from hqc.ops.weight_codes import DIGIT_BASE, int4_offsets, pack_int4
 from hqc.program import Program, is_op
 from hqc.sites import rotation_of
 
 __all__ = ["weight_matrix"]
 
 ops = torch.ops.hqc
+LEAST_SHARE = 0.25
+"""Of a weight's channels that have to fit four bits for them to be stored apart."""
 INT8, INT32, INT4, FLOAT = ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT4, ir.DataType.FLOAT
 
 
@@ -80,9 +85,28 @@ def _block(stored: fx.Node) -> int:
 
 
 def _stored(lo: Lowering, name: str, packed: bool, block: int) -> ir.Value:
-    """The stored codes as an initialiser [K/b, b, O]."""
+    """The stored codes [K/b, b, O]: an initialiser, or what makes them of one."""
     found = lo.builder.graph.initializers.get(name)
+    if not packed:
+        offsets, fits = int4_offsets(lo.program.state[name])
+        if float(fits.float().mean()) >= LEAST_SHARE:
+            return _with_offsets(lo, name, block, offsets, fits)
     return found if found is not None else lo.builder.initializer(name, _layout(lo.program, name, packed, block))
+
+
+def _with_offsets(lo: Lowering, name: str, block: int, offsets: Tensor, fits: Tensor) -> ir.Value:
+    """Codes that fit four bits after an offset a channel, and the bytes of the other channels."""
+    b, codes = lo.builder, lo.program.state[name]
+    own = offsets[fits]
+    narrow = b.initializer(name, _int4(_columns_first(codes[fits], block) - own, name))
+    shifted = typed(b.op("Add", b.cast(narrow, INT8), b.constant(own.numpy(), "code_offsets")), INT8)
+    if bool(fits.all()):
+        return shifted
+    rest = f"{name}.wide"
+    wide = b.initializer(rest, ir.tensor(_columns_first(codes[~fits], block).numpy(), name=rest))
+    order = torch.cat([fits.nonzero(), (~fits).nonzero()]).flatten().argsort().to(torch.int32)
+    both = typed(b.op("Concat", shifted, wide, axis=-1), INT8)
+    return typed(b.op("Gather", both, b.constant(order.numpy(), "channel_order"), axis=2), INT8)
 
 
 def _layout(program: Program, name: str, packed: bool, block: int) -> ir.TensorProtocol:
@@ -91,9 +115,11 @@ def _layout(program: Program, name: str, packed: bool, block: int) -> ir.TensorP
         reader = next(n for n in program.graph.nodes if n.op == "get_attr" and n.target == name)
         codes = ops.unpack_int4(codes, list(next(iter(reader.users)).args[1]))
     turned = _columns_first(codes, block)
-    if not packed:
-        return ir.tensor(turned.numpy(), name=name)
-    return ir.PackedTensor(pack_int4(turned).numpy(), INT4, shape=ir.Shape(turned.shape), name=name)
+    return _int4(turned, name) if packed else ir.tensor(turned.numpy(), name=name)
+
+
+def _int4(codes: Tensor, name: str) -> ir.TensorProtocol:
+    return ir.PackedTensor(pack_int4(codes).numpy(), INT4, shape=ir.Shape(codes.shape), name=name)
 
 
 def _columns_first(codes: Tensor, block: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from hqc.ops.hadamard import hadamard_matrix
 from hqc.rotations import Rotation
 
-__all__ = ["DIGIT_BASE", "digit", "fits_int4", "half", "pack_int4", "rotate_codes", "unpack_int4"]
+__all__ = ["DIGIT_BASE", "digit", "fits_int4", "half", "int4_offsets", "pack_int4", "rotate_codes", "unpack_int4"]
 
 DIGIT_BASE = 128
 
@@ -17,6 +17,15 @@ DIGIT_BASE = 128
 def fits_int4(codes: Tensor) -> bool:
     """Whether all codes lie in -8…7."""
     return codes.numel() > 0 and int(codes.min()) >= -8 and int(codes.max()) <= 7
+
+
+def int4_offsets(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """By output channel of int8 codes [O, …]: an int8 offset, and whether codes less the offset lie in -8…7.
+
+    Codes q - z of an asymmetric range of four bits do: they span 16 numbers at most, wherever these lie.
+    """
+    low, high = codes.flatten(1).to(torch.int16).aminmax(dim=1)
+    return (low + 8).clamp_max(127).to(torch.int8), high - low <= 15
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Budgets as they are typed: bytes, bit operations, a share of the largest plan, or what equal bits everywhere take.
 
-200MB, 1.5MiB      bytes of all tensors: codes at their true bits, the rest as it is
+200MB, 1.5MiB      bytes of all tensors: codes as files hold them or at their true bits, the rest as it is
 3.2GBOPs           multiply-adds of the layers times both widths, of one sample in one call
 80%                of the bytes of the largest plan
 w4a8               the bytes of that plan, which is to be bettered
@@ -14,9 +14,11 @@ from typing import Literal
 from hqc.bits import parse_bits
 from hqc.errors import PlanError
 
-__all__ = ["Budget", "Unit", "parse_budget", "shown"]
+__all__ = ["Budget", "Count", "Unit", "parse_budget", "shown"]
 
 Unit = Literal["bytes", "BOPs"]
+Count = Literal["files", "bits"]
+"""What a code takes: as `hqc export` stores it, half a byte or one, or its bits."""
 _PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _NAMES = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"), (1, ""))
 _FORM = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|([kmgt]?)(i?)(b|bytes?|bops?))")

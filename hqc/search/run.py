@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hqc.recipes.run import Request, planned
 from hqc.sampling import Task
 from hqc.sampling.task import called_once
 from hqc.search.allocate import allocate
-from hqc.search.budget import Budget, Unit
+from hqc.search.budget import Budget, Count, Unit
 from hqc.search.costs import CostTable, cost_table, limit_of
 from hqc.search.journal import Journal
 from hqc.search.measure import Measure, Progress
@@ -42,6 +42,8 @@ CANDIDATES: Mapping[Unit, str] = {
     "BOPs": "w2a4,w3a4,w4a4,w4a6,w6a6,w4a8,w6a8,w8a8",
 }
 """What is tried unless it is asked for: activations take no bytes, so they stay as wide as they go."""
+FILE_CANDIDATES = "w4a8,w8a8"
+"""The same for bytes of files: fewer bits than these take no less there."""
 
 Phase = Callable[[str, int], AbstractContextManager[Progress]]
 
@@ -50,8 +52,8 @@ Phase = Callable[[str, int], AbstractContextManager[Progress]]
 class Asked:
     """What a search is asked for besides program, recipe and task.
 
-    candidates: `wNaM` each; empty: `CANDIDATES`. samples: images of the float trajectory at each of so many
-    `timesteps`. seed: of their noise and conditions.
+    candidates: `wNaM` each; empty: `CANDIDATES`. count: what a budget of bytes counts. samples: images of the float
+    trajectory at each of so many `timesteps`. seed: of their noise and conditions.
     """
 
     budget: Budget
@@ -60,6 +62,13 @@ class Asked:
     samples: int = 4
     timesteps: int = 4
     seed: int = 2024
+    count: Count = "files"
+
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """The candidates, or those that a budget of its kind has."""
+        usual = FILE_CANDIDATES if self.budget.unit == "bytes" and self.count == "files" else None
+        return self.candidates or parse_candidates(usual or CANDIDATES[self.budget.unit])
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,11 @@ class Judged:
 
 @dataclass(frozen=True)
 class Found:
-    """The plan, site by site, beside the largest one of equal bits everywhere that is within the budget too."""
+    """The plan, site by site, beside the largest one of equal bits everywhere that is within the budget too.
+
+    plan: of both the one that errs less as measured, which is `written`; found and choices are of the one that was
+    searched.
+    """
 
     plan: PlanFile
     unit: Unit
@@ -96,6 +109,11 @@ class Found:
     fixed: tuple[Choice, ...]
 
     @property
+    def written(self) -> Judged:
+        """What the plan is: equal bits where errors of single sites do not add up and these err less."""
+        return _better(self.found, self.uniform)
+
+    @property
     def widths(self) -> dict[str, int]:
         """How many sites have which bits."""
         return dict(sorted(Counter(choice.bits for choice in self.choices).items()))
@@ -103,7 +121,7 @@ class Found:
     def to_dict(self) -> dict[str, Any]:
         """As JSON data."""
         data = {name: value for name, value in asdict(self).items() if name != "plan"}
-        return {**data, "widths": self.widths}
+        return {**data, "widths": self.widths, "written": self.written.bits}
 
 
 def parse_candidates(text: str) -> tuple[str, ...]:
@@ -127,7 +145,7 @@ def search(
     folder: Path | None = None,
     phase: Phase = lambda name, total: nullcontext(lambda done, note: None),
 ) -> Found:
-    """The plan within a budget whose predicted error is least, and what it measures.
+    """The plan within a budget whose predicted error is least, and what it measures; equal bits if these err less.
 
     Sites whose bits the recipe's rules fix keep them. What trains in the recipe is left out while measuring.
     folder: keeps every measurement, so that the same search goes on there. phase(name, total) yields advance(done,
@@ -142,14 +160,13 @@ def search(
     if recipe.step("insert_qdq").activation == "float":
         said = f"recipe {recipe.name!r} leaves activations float: no product has widths to choose"
         raise PlanError("search", said, "Take another recipe, as rtn.")
-    unit = asked.budget.unit
-    candidates = asked.candidates or parse_candidates(CANDIDATES[unit])
+    unit, candidates = asked.budget.unit, asked.tried
     own = recipe.untrained()
     task = called_once(task, own.sampler.timestep)
     grid = task.timesteps(own.sampler.num_inference_steps)
     requests = {bits: Request(bits, asked.keep_float, grid) for bits in candidates}
     programs = {bits: planned(program, own, request, calibrated=False) for bits, request in requests.items()}
-    table = cost_table(programs, unit)
+    table = cost_table(programs, unit, asked.count)
     limit = limit_of(asked.budget, table)
     measure = Measure(program, own, task, asked.keep_float, asked.samples, asked.timesteps, asked.seed, Journal(folder))
     measure.check()
@@ -158,8 +175,9 @@ def search(
     }
     errors, errors_of_fixed = measured_errors(measure, table, tuple(fixed), phase)
     constant = sum(error**2 for error in errors_of_fixed.values())
-    chosen = allocate(list(table.sites.values()), [[error**2 for error in row] for row in errors], limit - table.fixed)
     best = uniform_candidate(table, errors, limit)
+    table = table.on(best)
+    chosen = allocate(list(table.sites.values()), [[error**2 for error in row] for row in errors], limit - table.fixed)
 
     def predicted(numbers: Sequence[int]) -> float:
         return math.sqrt(_squares(errors, numbers) + constant)
@@ -178,9 +196,11 @@ def search(
         advance(1, candidates[best])
         uniform = judged(candidates[best], [best] * len(chosen), ())
         advance(2, "")
-    whole = predicted(chosen)
+    kept = chosen if _better(found, uniform) is found else [best] * len(chosen)
+    whole = predicted(kept)
     explained = [
-        replace(rule, why=f"error {c.error:.2e} of {whole:.2e}") for rule, c in zip(rules, choices, strict=True)
+        SiteRule(site, candidates[one], why=f"error {row[one]:.2e} of {whole:.2e}")
+        for site, row, one in zip(table.sites, errors, kept, strict=True)
     ]
     return Found(
         PlanFile(tuple(explained), candidates[best]),
@@ -192,6 +212,10 @@ def search(
         choices,
         tuple(Choice(site, bits, 0.0, errors_of_fixed[site]) for site, bits in fixed.items()),
     )
+
+
+def _better(found: Judged, uniform: Judged) -> Judged:
+    return found if found.measured <= uniform.measured else uniform
 
 
 def widths_of(site: SitePlan) -> str:
@@ -220,7 +244,7 @@ def behind(done: int, advance: Progress) -> Progress:
 def uniform_candidate(table: CostTable, errors: Sequence[Sequence[float]], limit: int) -> int:
     """The candidate for every site: the largest within the limit, of equal ones that with the least error."""
     count, numbers = len(table.sites), range(len(table.candidates))
-    costs = [table.total([one] * count) for one in numbers]
+    costs = [table.uniform(one) for one in numbers]
     fitting = [one for one in numbers if costs[one] <= limit] or [costs.index(min(costs))]
     return max(fitting, key=lambda one: (costs[one], -_squares(errors, [one] * count)))
 

@@ -1,11 +1,21 @@
 """GANQ: both steps against plain numpy, the best pair kept, whole tables, the step inside a program, refusals."""
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hqc.calibration.lookup import _choose_codes, _solve_table, fit_lookup, output_error
+from hqc.calibration import lookup
+from hqc.calibration.lookup import FitLookup, _choose_codes, _solve_table, fit_bytes, fit_lookup, output_error
+from hqc.calibration.site_rows import SiteRows
+from hqc.errors import MemoryShortError, TrainingError
+from hqc.program import Program
+from hqc.recipes import find_recipe
+from hqc.recipes.run import Request, begin, planned
+from hqc.sampling import Sampler, Work, synthetic_task
 
 
 def _case(rows: int = 5, columns: int = 130, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -81,3 +91,47 @@ def test_a_row_of_zeros_and_inputs_that_are_never_there() -> None:
     fit = fit_lookup(weight, gram, 4, 3, torch.ones(3), 127)
     assert not fit.weight[1].any()
     assert bool(fit.weight.isfinite().all())
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+STEP = FitLookup(samples=1, timesteps=1, rows=4, rounds=1)
+
+
+def _begun(program: Program) -> tuple[Program, Work]:
+    work = Work(program, synthetic_task(program), Sampler(2, 1.0, 0.0))
+    return begin(program, find_recipe("ganq"), Request("w4a8")), work
+
+
+def test_the_largest_layer_is_asked_for_first(
+    captured: Callable[[str], Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H is [K, K] in float64, which rows do not tell."""
+    program, work = _begun(captured("two_sites"))
+    assert fit_bytes(640, 17_280) > 3 * 8 * 17_280**2
+    monkeypatch.setattr(lookup, "require_rows", lambda *args: None)
+    STEP.check(program, work)
+    monkeypatch.setattr("hqc.memory.available_bytes", lambda: 12_345)
+    said = r"fitting the tables of conv, of 288 inputs: needs about [\d.]+ MB of memory and 12\.3 kB are available"
+    with pytest.raises(MemoryShortError, match=said + r"\. Leave it out \(--keep-float conv\)"):
+        STEP.check(program, work)
+
+
+@pytest.mark.parametrize("recipe", ["ganq", "ganq-int8"])
+def test_inputs_without_finite_squares_are_refused_by_name(
+    recipe: str, captured: Callable[[str], Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, work = _begun(captured("two_sites"))
+    marked = planned(program.evolve(plan=captured("two_sites").plan), find_recipe(recipe), Request("w4a8"))
+    sizes = {site: layer.args[1].meta["shape"] for site, layer in marked.sites()}
+
+    def seen(*args: object) -> dict[str, SiteRows]:
+        return {
+            site: SiteRows(torch.ones(1), [torch.full((4, math.prod(shape[1:])), 1e30)])
+            for site, shape in sizes.items()
+        }
+
+    monkeypatch.setattr(lookup, "collect_for", seen)
+    said = r"fitting tables at conv: XᵀX of what it reads, up to 1e\+30, has NaN or infinity\. Leave it float "
+    with pytest.raises(TrainingError, match=said + r"\(--keep-float conv\)"):
+        STEP.run(marked, work)

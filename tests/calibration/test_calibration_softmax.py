@@ -12,7 +12,7 @@ from torch import Tensor
 from hqc.calibration import CalibrateActivations, CalibrateWeights, ChooseSoftmax
 from hqc.calibration.searches import activation_search, some_values
 from hqc.calibration.softmax import Tail
-from hqc.errors import PlanError, TrainingError
+from hqc.errors import MemoryShortError, PlanError, TrainingError
 from hqc.passes import InsertAttentionQdq, InsertQdq, OpenAttention, SelectLayers
 from hqc.pipeline import run_pipeline, run_procedure
 from hqc.program import Program
@@ -134,6 +134,16 @@ def test_nothing_to_choose(captured: Callable[[str], Program]) -> None:
 
     found = run_procedure(program, ChooseSoftmax(), Work(program, observe=never))
     assert found.state == program.state
+
+
+def test_memory_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = _inserted(attending())
+    ChooseSoftmax(samples=2).check(program, _work(attending()))
+    monkeypatch.setattr("hqc.memory.available_bytes", lambda: 12_345)
+    said = r"choosing quantisers on 2 images: needs about .* and 12\.3 kB are available\. "
+    with pytest.raises(MemoryShortError, match=said + r"Take fewer \(--set choose_softmax\.samples=2\)"):
+        ChooseSoftmax(samples=2).check(program, _work(attending()))
+    ChooseSoftmax(samples=2).check(program, Work(program, observe=lambda denoise: None))  # whoever observes, decides
 
 
 def test_refusals() -> None:

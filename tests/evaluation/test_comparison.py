@@ -136,6 +136,8 @@ def test_a_kill_costs_one_stage_and_the_table_is_that_of_a_whole_run(
     first, second = (seeds_of(data, "quick")[seed] for seed in "01")
     assert first["integer_sites"] == first["sites"] > 10
     assert first["export_error"] < 1e-4
+    exported = output.with_name(f"{output.name}.work") / "w4a4-quick-0-onnx"
+    assert first["file_bytes"] == sum(path.stat().st_size for path in exported.glob("model.onnx*"))
     assert first["evaluations"] == 4
     assert first["ort_milliseconds"] == 1.5
     assert first["psnr_db"] != second["psnr_db"]

@@ -278,6 +278,7 @@ def row(name: str, fids: list[float | None], bits: str = "w4a4", **more: Any) ->
             "fid_reference": fid,
             "psnr_db": 30.0 - fid,
             "size_bytes": 2e6,
+            "file_bytes": 2_500_000,
             "evaluations": 640.0,
             "seconds": 3.0,
             "export_refused": None,
@@ -337,14 +338,24 @@ def test_the_table() -> None:
     lines = text.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").replace("\\|", "¦").split("|")] for line in lines[2:7]]
     head, _, of_float, first, second = (dict(zip(cells[0], one, strict=True)) for one in cells)
-    assert list(head)[:6] == ["rank by FID", "recipe", "kind", "bits", "MB", "PSNR, dB"]
-    assert (of_float["recipe"], of_float["MB"], of_float["PSNR, dB"]) == ("float", "8.00", "∞")
+    assert list(head)[:7] == ["rank by FID", "recipe", "kind", "bits", "MB by bits", "file MB", "PSNR, dB"]
+    assert (of_float["recipe"], of_float["MB by bits"], of_float["PSNR, dB"]) == ("float", "8.00", "∞")
+    assert (first["MB by bits"], first["file MB"], of_float["file MB"]) == ("2.00", "2.50", "–")
     assert (first["recipe"], first["seeds"], first["error"]) == ("c", "1 of 2", "it broke")
     assert second["recipe"] == "a¦b"
     assert (second["FID to float"], second["integer sites in ORT"]) == ("1.500 ± 0.707", "5 of 6")
     assert (second["evaluations"], second["export error"], second["seconds"]) == ("640", "2.0e-07", "3")
     assert lines[-2:] == ["- c w4a4, seed 1 failed: it broke", "- Protocol: x."]
     assert "IS" not in head  # nobody has one
+
+
+def test_cells_from_before_files_were_measured_are_read() -> None:
+    old = row("a", [1.0])
+    old = replace(old, figures={0: {k: v for k, v in old.figures[0].items() if k != "file_bytes"}})
+    found = Row.from_dict(json.loads(json.dumps(old.to_dict())))
+    assert "file MB" not in markdown(comparison([found]))
+    assert (found.has_file, found.megabytes) == (False, 2.0)
+    assert (row("b", [1.0]).has_file, row("b", [1.0]).megabytes) == (True, 2.5)
 
 
 def test_cells_of_two_machines_are_put_together() -> None:

@@ -19,6 +19,7 @@ from hqc.export.reference import ForcedRun, verification_inputs
 from hqc.export.tensorrt.forms import Form
 from hqc.export.tensorrt.plugin_fit import rotation_obstacle
 from hqc.export.watched import WatchedModel, heard
+from hqc.ops.weight_codes import fits_int4, int4_offsets
 from hqc.passes import FreezeIntegers, MergeLora, RotateWeights
 from hqc.pipeline import run_pipeline
 from hqc.program import is_op
@@ -98,6 +99,34 @@ def test_every_site_equals_explicit_zero_points(quantised, tmp_path, model, bits
 @pytest.mark.parametrize(("model", "bits"), [("two_sites", "w4a4"), ("geometry", "w2a4"), ("odd_channels", "w6a6")])
 def test_channels_of_mixed_bits_equal_explicit_zero_points(quantised, tmp_path, model, bits) -> None:
     _check_sites(quantised(model, bits, ranges="mixed"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("bits", "ranges", "kinds"),
+    [("w4a4", "asymmetric", {"INT4"}), ("w4a4", "mixed", {"INT4", "INT8"}), ("w6a6", "asymmetric", {"INT8"})],
+)
+def test_codes_of_four_bits_are_half_a_byte_wherever_they_lie(exported, tmp_path, bits, ranges, kinds) -> None:
+    """Where channels have mixed bits, those of more than four are bytes; ONNX Runtime folds what puts them together."""
+    program, folder, _ = exported("wide_channels", bits, "onnxruntime", ranges=ranges)
+    frozen = run_pipeline(program, [MergeLora(), FreezeIntegers()])
+    sites = [plan.site for plan in program.plan.quantised if plan.weight_bits < 8]
+    assert not any(fits_int4(frozen.state[f"{site}.weight_codes"]) for site in sites)
+    stored = {one.name: one for one in onnx.load(str(folder / "model.onnx")).graph.initializer}
+    for site in sites:
+        parts = [stored[name] for end in ("", ".wide") if (name := f"{site}.weight_codes{end}") in stored]
+        assert {onnx.TensorProto.DataType.Name(part.data_type) for part in parts} == kinds
+        assert sum(np.prod(part.dims) for part in parts) == frozen.state[f"{site}.weight_codes"].numel()
+        if bits == "w4a4":
+            narrow = int4_offsets(frozen.state[f"{site}.weight_codes"])[1].sum()
+            assert parts[0].dims[-1] == narrow
+            assert len(parts[0].raw_data) == np.prod(parts[0].dims) // 2
+    path = tmp_path / "optimised.onnx"
+    open_session(folder / "model.onnx", threads=1, save_to=path)
+    graph = onnx.load(str(path)).graph
+    weights = {one.name for one in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(products) >= len(sites)
+    assert all(node.input[1] in weights for node in products)
 
 
 def _check_sites(program, tmp_path) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hqc.ops import digit, half, int_conv2d, int_linear, nearest_timestep, pack_int4, rescale, rotate_codes, unpack_int4
+from hqc.ops.weight_codes import fits_int4, int4_offsets
 
 relaxed = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -87,6 +88,20 @@ def test_pack_and_unpack_give_back_every_code(shape: list[int], seed: int) -> No
     assert packed.dtype == torch.uint8
     assert packed.numel() == (codes.numel() + 1) // 2
     assert torch.equal(unpack_int4(packed, shape), codes)
+
+
+@given(st.integers(-128, 127), st.integers(0, 255), st.integers(0, 2**16))
+def test_offsets_leave_four_bits_wherever_sixteen_numbers_lie(low: int, span: int, seed: int) -> None:
+    high = min(127, low + span)
+    between = torch.randint(low, high + 1, (3, 4), generator=torch.Generator().manual_seed(seed))
+    codes = torch.cat([torch.tensor([[low, high]] * 3), between], 1).to(torch.int8).view(3, 2, 3)
+    offsets, fits = int4_offsets(codes)
+    assert offsets.dtype == torch.int8
+    assert fits.tolist() == [high - low <= 15] * 3
+    if bool(fits.all()):
+        left = codes - offsets.view(3, 1, 1)
+        assert left.to(torch.int64).equal(codes.to(torch.int64) - offsets.to(torch.int64).view(3, 1, 1))
+        assert fits_int4(left)
 
 
 def test_the_first_code_is_the_low_nibble() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hqc.errors import ArtefactError, PlanError
 from hqc.evaluation.comparison.size import true_bytes
 from hqc.program import Program
-from hqc.recipes import find_recipe
+from hqc.recipes import RECIPES, find_recipe
 from hqc.recipes.run import Request, planned
 from hqc.search.budget import Budget, parse_budget, shown
 from hqc.search.costs import CostTable, cost_table, limit_of, multiply_adds
@@ -80,19 +80,48 @@ def test_candidates_that_leave_nothing_to_choose(text: str) -> None:
         parse_candidates(text)
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "efficientdm", "hq-dm"])
+SEARCHED = [name for name, recipe in RECIPES.items() if recipe.step("insert_qdq").activation != "float"]
+
+
+@pytest.mark.parametrize("recipe", SEARCHED)
 def test_bytes_are_those_of_the_program(captured: Captured, recipe: str) -> None:
-    """At equal bits, and of a mixed plan: to the bit."""
+    """At equal bits, and of a mixed plan whose own bits are any of the candidates: to the bit."""
     program, own = captured("cross_attention"), find_recipe(recipe).untrained()
-    programs = {bits: planned(program, own, Request(bits), calibrated=False) for bits in ("w2a4", "w3a6", "w8a8")}
+    programs = {bits: planned(program, own, Request(bits), calibrated=False) for bits in ("w3a6", "w8a8")}
     table = cost_table(programs, "bytes")
-    for number, made in enumerate(programs.values()):
-        assert table.total([number] * len(table.sites)) == 8 * true_bytes(made)
-    chosen = [i % 3 for i in range(len(table.sites))]
+    chosen = [i % 2 for i in range(len(table.sites))]
     rules = tuple(SiteRule(site, table.candidates[one]) for site, one in zip(table.sites, chosen, strict=True))
-    mixed = planned(program, own, Request("w2a4", rules=rules), calibrated=False)
-    assert table.total(chosen) == 8 * true_bytes(mixed)
+    for number, (bits, made) in enumerate(programs.items()):
+        assert table.uniform(number) == 8 * true_bytes(made)
+        mixed = planned(program, own, Request(bits, rules=rules), calibrated=False)
+        assert table.on(number).total(chosen) == 8 * true_bytes(mixed)
+    assert table.ends[0] <= table.uniform(0) < table.uniform(1) <= table.ends[1]
     assert not {"conv_in", "conv_out"} & table.sites.keys(), "the rules fix their bits"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits", "width", "beside"),
+    [
+        ("rtn", "w2a8", 4, 0),
+        ("rtn", "w5a8", 8, 0),
+        ("efficientdm", "w3a4", 4, 8),
+        ("efficientdm", "w6a6", 8, 0),
+        ("mpq-dm", "w3a4", 4, 8),
+        ("mpq-dm", "w4a4", 6, 40),
+        ("mpq-dmv2", "w4a4", 8, 8),
+        ("ganq-int8", "w4a4", 8, 0),
+    ],
+)
+def test_bytes_of_files(captured: Captured, recipe: str, bits: str, width: int, beside: int) -> None:
+    """A code takes four bits or eight, asymmetric ones an offset a channel besides, all else what it does anyway."""
+    own = find_recipe(recipe).untrained()
+    made = {bits: planned(captured("two_sites"), own, Request(bits, ("head",)), calibrated=False)}
+    by_bits, files = (cost_table(made, "bytes", count) for count in ("bits", "files"))
+    (site,) = files.sites
+    plan, true = made[bits].plan[site], int(bits[1])
+    table = 8 * plan.out_channels * 2**true if plan.weight_lookup else 0
+    codes = plan.out_channels * plan.in_channels * 9
+    assert files.sites[site][0] - by_bits.sites[site][0] == codes * (width - true) + beside * plan.out_channels - table
 
 
 def test_bit_operations(captured: Captured) -> None:

@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from test_cli import ok, refused
 
 import hqc
 from hqc.commands.search import _lines
-from hqc.errors import PassError, PlanError
+from hqc.errors import MemoryShortError, PassError, PlanError
 from hqc.evaluation.comparison.size import true_bytes
 from hqc.evaluation.sensitivity import SensitivityProbe
+from hqc.export import export_program
 from hqc.program import Program
 from hqc.recipes import Recipe, find_recipe
 from hqc.recipes.plan_file import plan_yaml, read_plan
@@ -34,7 +36,7 @@ def quick(name: str = "rtn") -> Recipe:
 
 
 def searched(program: Program, budget: str, **more: Any) -> Found:
-    asked = Asked(parse_budget(budget), CANDIDATES, samples=2, timesteps=2)
+    asked = Asked(parse_budget(budget), CANDIDATES, samples=2, timesteps=2, count="bits")
     return search(program, quick(), synthetic_task(program), asked, **more)
 
 
@@ -59,8 +61,53 @@ def test_the_plan_is_better_than_equal_bits_of_as_many_bytes(found: Found) -> No
 
 def test_a_plan_that_errs_more_than_equal_bits_is_said_to(found: Found) -> None:
     worse = replace(found, found=replace(found.found, measured=1.5 * found.uniform.measured))
-    assert _lines(worse)["but"] == "w4a8 everywhere errs less: errors of single layers do not add up here"
+    said = "w4a8 everywhere errs less and is what the plan says: errors of single layers do not add up here"
+    assert _lines(worse)["but"] == said
+    assert worse.to_dict()["written"] == "w4a8"
     assert "but" not in _lines(found)
+    assert found.to_dict()["written"] == "mixed"
+
+
+def test_where_equal_bits_err_less_they_are_the_plan(
+    program: Program, found: Found, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Measure.plan
+
+    def measured(self: Measure, bits: str, rules: Any = ()) -> float:
+        return own(self, bits, rules) * (10.0 if rules else 1.0)
+
+    monkeypatch.setattr(Measure, "plan", measured)
+    worse = searched(program, "w4a8", folder=tmp_path_factory.getbasetemp() / "search")
+    assert worse.written is worse.uniform
+    assert worse.choices == found.choices
+    assert {rule.bits for rule in worse.plan.rules} == {"w4a8"} == {worse.plan.bits}
+    assert [rule.pattern for rule in worse.plan.rules] == [choice.site for choice in worse.choices]
+
+
+def code_bytes(path: Path) -> int:
+    """Of the weights' codes in an export."""
+    stored = onnx.load(str(path / "model.onnx")).graph.initializer
+    return sum(len(one.raw_data) for one in stored if ".weight_codes" in one.name or ".weight_packed" in one.name)
+
+
+def test_a_budget_of_files_counts_what_the_export_stores(
+    program: Program, found: Found, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """w2 takes there what w4 takes, and what is not codes takes the same whatever the plan."""
+    task, rest = synthetic_task(program), set()
+    for budget in ("w4a8", "75%"):
+        asked = Asked(parse_budget(budget), CANDIDATES, samples=2, timesteps=2)
+        made = search(program, quick(), task, asked, folder=tmp_path_factory.getbasetemp() / "search")
+        assert made.found.cost <= made.budget
+        assert "w2a8" not in made.widths
+        plan = tmp_path / "plan.yaml"
+        plan.write_text(plan_yaml(made.plan), encoding="utf-8")
+        folder = tmp_path / f"{budget}.onnx"
+        report = export_program(hqc.ptq(program, quick(), plan=plan, task=task), "onnxruntime", folder)
+        rest.add(made.written.cost - code_bytes(folder))
+        assert report.size_bytes > made.written.cost, "the graph comes besides"
+    assert len(rest) == 1
+    assert made.ends[0] > found.ends[0], "by bits w2 is smaller"
 
 
 def test_predicted_is_the_root_of_the_sum_of_squares(found: Found) -> None:
@@ -124,6 +171,19 @@ def test_a_recipe_without_widths_of_products_is_refused(program: Program) -> Non
     asked = Asked(parse_budget("90%"), CANDIDATES, samples=2, timesteps=2)
     with pytest.raises(PlanError, match=r"search: recipe 'ganq' leaves activations float: no product has widths"):
         search(program, find_recipe("ganq"), synthetic_task(program), asked)
+
+
+def test_memory_is_asked_first(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("something ran")
+
+    for name in ("run_recipe", "trajectory_inputs", "SensitivityProbe"):
+        monkeypatch.setattr(f"hqc.search.measure.{name}", never)
+    monkeypatch.setattr("hqc.memory.available_bytes", lambda: 12_345)
+    asked = r"measuring on 2 images at 2 timesteps: needs about [\d.]+ [kM]B of memory and 12\.3 kB are available"
+    with pytest.raises(MemoryShortError, match=rf"{asked}\. Take fewer \(--samples, --timesteps\)"):
+        searched(program, "w4a8", folder=tmp_path / "w")
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_quantised_program_is_refused(program: Program) -> None:

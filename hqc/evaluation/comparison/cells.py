@@ -301,15 +301,21 @@ def _save_figures(figures: Mapping[str, Any], folder: Path) -> None:
 
 
 def _export_figures(plan: QuantPlan, exported: Path | None, refusal: str) -> dict[str, Any]:
-    """Layers that run on integers, and how far the export is from torch with equal codes.
+    """What the export's files hold, layers that run on integers, and how far it is from torch with equal codes.
 
     Quantisers within attention are verified too, and are no layers; the export's report counts their products.
     """
     if exported is None:
-        return {"integer_sites": None, "export_error": None, "export_refused": refusal}
-    found = check_manifest(exported, EXPORT_KIND)["verification"]
+        return {"file_bytes": None, "integer_sites": None, "export_error": None, "export_refused": refusal}
+    manifest = check_manifest(exported, EXPORT_KIND)
+    found = manifest["verification"]
     layers = found["sites"] - sum(one.quantisers for one in plan.attentions)
-    return {"integer_sites": layers, "export_error": found["network"]["forced_error"], "export_refused": None}
+    return {
+        "file_bytes": manifest["size_bytes"],
+        "integer_sites": layers,
+        "export_error": found["network"]["forced_error"],
+        "export_refused": None,
+    }
 
 
 def _seconds(records: Sequence[PassRecord], recipe: Recipe, run: Run) -> float:

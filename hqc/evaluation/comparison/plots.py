@@ -67,18 +67,19 @@ _Looks = dict[tuple[str, str], tuple[str, str, str]]
 
 
 def _draw_sizes(axes: "Axes", rows: Sequence[Row], looks: _Looks) -> None:
-    """One mark a row, with a whisker of one standard deviation."""
+    """One mark a row, with a whisker of one standard deviation; a hollow one where there is no file."""
     for row in rows:
-        size, psnr = row.mean("size_bytes"), row.mean(PSNR)
+        size, psnr = row.megabytes, row.mean(PSNR)
         colour, _, mark = looks[row.bits, row.name]
         if size is not None and psnr is not None and psnr.value < float("inf"):
             label = printable(f"{row.name} {row.bits}")
+            fill = colour if row.has_file else PAPER
             axes.errorbar(
-                size.value / 1e6, psnr.value, yerr=psnr.deviation, fmt=mark, color=colour, label=label, capsize=3
+                *(size, psnr.value), yerr=psnr.deviation, fmt=mark, color=colour, mfc=fill, label=label, capsize=3
             )
     axes.margins(x=0.15)
     axes.locator_params(axis="x", nbins=4)
-    _frame(axes, "PSNR to float, dB, over MB", "MB, codes at their bits")
+    _frame(axes, "PSNR to float, dB, over MB", "MB of the exported file; hollow: by bits, no file")
 
 
 def _draw_steps(axes: "Axes", rows: Sequence[Row], looks: _Looks, key: str, title: str) -> None:

@@ -55,6 +55,17 @@ class Row:
             return Mean(math.inf, 0.0, len(known))
         return mean_of(known)
 
+    @property
+    def megabytes(self) -> float | None:
+        """Of the exported file; by bits where there is none."""
+        size = self.mean("file_bytes") or self.mean("size_bytes")
+        return None if size is None else size.value / 1e6
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the size of an export is known."""
+        return self.mean("file_bytes") is not None
+
     def by_timestep(self, key: str) -> list[tuple[float, float]]:
         """(timestep, mean over the seeds) of a figure of the trajectory, in the order of sampling."""
         found: dict[float, list[float]] = {}

@@ -145,6 +145,7 @@ def adapt(
     others = [site.site for site in fixed.plan.quantised if site.site not in table.sites]
     errors, of_fixed = measured_errors(measure, table, others, phase)
     middle = uniform_candidate(table, errors, limit)
+    table = table.on(middle)
     with phase("gains of training", len(ranks)) as advance:
         before = {site: row[middle] for site, row in zip(table.sites, errors, strict=True)}
         left = left_of(trained, table.candidates[middle], ranks, before, advance)
@@ -182,7 +183,7 @@ def _table(program: Program, own: Recipe, measure: Measure, asked: AskedJointly)
     wanted = asked.candidates or parse_candidates(CANDIDATES["bytes"])
     programs = {bits: planned(program, own, measure.request(bits), calibrated=False) for bits in wanted}
     table = cost_table(programs, "bytes")
-    order = sorted(wanted, key=lambda bits: table.total([wanted.index(bits)] * len(table.sites)))
+    order = sorted(wanted, key=lambda bits: table.uniform(wanted.index(bits)))
     return cost_table({bits: programs[bits] for bits in order}, "bytes"), programs[order[0]]
 
 
