@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 import hqc
 from hqc.cli import main
+from hqc.errors import PlanError
 from hqc.evaluation.comparison.table import markdown
 from hqc.recipes import RECIPES
 
@@ -75,6 +76,9 @@ def test_sizes_of_the_field_are_of_untrained_recipes(monkeypatch: pytest.MonkeyP
     quick = sizes.quick(entry.recipe)
     assert quick.kind == "ptq"
     assert quick.step("calibrate_activations").samples == 1
+    with pytest.raises(PlanError, match="attaches no LoRA"):
+        quick.following(entry.plan.rules)
+    assert quick.following(sizes.unranked(entry.plan).rules)
     assert sizes.quick(RECIPES["q-diffusion"]).step("reconstruct").iterations == 1
 
 
