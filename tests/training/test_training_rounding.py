@@ -134,8 +134,8 @@ def test_it_is_near_the_best_of_all_roundings() -> None:
 def test_it_is_far_from_the_best_where_errors_nearly_cancel() -> None:
     """Ten inputs of rank three: some of 2^10 roundings has next to no error, and no descent from the weight finds it.
 
-    Rounding to nearest costs 15 times the optimum in the mean of six layers, this 5 times. Three times the steps end at the
-    same codes: it is the basin and not the patience.
+    Rounding to nearest costs 15 times the optimum in the mean of six layers, this 5 times. Three times the steps end at
+    the same codes: it is the basin and not the patience.
     """
     case = cases(6, rank=3)
     best = optima(*case)
