@@ -116,7 +116,7 @@ def test_it_is_near_the_best_of_all_roundings() -> None:
 
     Rounding to nearest is that in 4, and costs 2.3 times the optimum in the mean; this costs 1.17 times. It is no
     search: the relaxed error is 0 at the start, the weight itself, and as the penalty grows each share goes to the side
-    that is best with the others where they are then. No more steps, another rate or warm-up changes where it ends; a
+    that is best with the others where they are then. Three times the steps or no warm-up end at the same figures; a
     penalty that leaves shares between does (0.03 here: half of them, and 1.66 times the optimum).
     """
     case = cases(16, rank=10)
