@@ -150,6 +150,31 @@ def test_explain_a_target(made: SimpleNamespace) -> None:
     assert "aten.conv2d.default" in ok("explain", made.program, "--target", "portable").stdout
 
 
+@pytest.mark.parametrize("runtime", ["torch-int8", "torch-cuda"])
+def test_explain_a_runtime(made: SimpleNamespace, runtime: str, tmp_path: Path) -> None:
+    said = json.loads(ok("explain", made.rtn, "--target", runtime, "--json").stdout)
+    assert (said["target"], said["does_not_take"]) == (runtime, [])
+    assert said["takes"]["hqc.int_linear.default"] > 5
+    assert f"target {runtime} takes of" in ok("explain", made.rtn, "--target", runtime).stdout
+    whole = hqc("explain", made.program, "--target", runtime)
+    assert whole.exit_code == 1
+    assert f"does not take runtime {runtime}: runs integer products and the program is not quantised." in whole.stdout
+    tables = tmp_path / "tables.hqc"
+    ok("ptq", made.program, "-o", tables, *STEPS, "--recipe", "ganq", "--set", "fit_lookup.samples=1")
+    listed = json.loads(hqc("explain", tables, "--target", runtime, "--json").stdout)["does_not_take"]
+    assert [(refused["operator"], refused["found"]) for refused in listed] == [
+        ("site", "has a weight of a table of real numbers, which no integer product takes")
+    ]
+    assert len(listed[0]["nodes"]) > 5
+
+
+def test_an_unknown_target_is_refused_by_its_name(made: SimpleNamespace) -> None:
+    # click's mark of an option without a value of its own is truthy, and once took the place of what was typed.
+    result = CliRunner().invoke(main, ["explain", str(made.program), "--target", "openvino"])
+    assert result.exit_code == 2
+    assert "'openvino' is not one of" in result.output
+
+
 def test_what_no_target_takes_is_said_before_long_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pooled.py").write_text(
         "import torch\n\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"

@@ -21,6 +21,8 @@ from hqc.cli import main
 from hqc.errors import PlanError
 from hqc.evaluation.comparison.table import markdown
 from hqc.recipes import RECIPES
+from hqc.sampling import Work
+from hqc.steps import step_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -229,6 +231,33 @@ def test_the_page_of_the_recipes_has_a_row_for_each() -> None:
         r"^\| `([a-z0-9-]+)` \| (\w+) \| ([^|]+) \|", (ROOT / "docs" / "recipes.md").read_text("utf-8"), re.M
     )
     assert sorted(rows) == sorted((name, recipe.kind, recipe.source) for name, recipe in RECIPES.items())
+
+
+def test_the_page_of_the_recipes_counts_their_iterations() -> None:
+    """Of 20 steps of the sampler; what is published is not the code's to know."""
+    page = (ROOT / "docs" / "recipes.md").read_text("utf-8")
+    rows = {
+        name: row for row in page.split("## Iterations")[1].split("## Figures")[0].splitlines() for name in _named(row)
+    }
+
+    def updates(name: str, step: str = "distil") -> list[str]:
+        found = [one for one in RECIPES[name].steps if step_name(type(one)) == step]
+        return [f"{one.total(Work(None, None, RECIPES[name].sampler)):,}".replace(",", " ") for one in found]  # type: ignore[arg-type]
+
+    trained = ("hq-dm", "hq-dm-reference", "efficientdm", "hqc", "mpq-dm", "mpq-dmv2")
+    assert all(f"| {updates(name)[0]} updates" in rows[name] for name in trained)
+    assert f"then {' and '.join(updates('quest'))} updates" in rows["quest"]
+    assert f"{updates('passionsr', 'learn_bounds')[0]} updates a stage" in rows["passionsr"]
+    for name in ("q-diffusion", "tcaq-dm", "quest"):
+        each = [str(one.iterations) for one in RECIPES[name].steps if step_name(type(one)) == "reconstruct"]
+        assert all(re.search(rf"\b{number}\b", rows[name]) for number in each)
+    assert all(str(RECIPES[name].step("fit_lookup").rounds) in rows[name] for name in ("ganq", "ganq-int8"))
+    assert {name for name, recipe in RECIPES.items() if recipe.kind == "qat"} <= rows.keys()
+
+
+def _named(row: str) -> list[str]:
+    """The recipes of a row, in its first cell."""
+    return re.findall(r"`([a-z0-9-]+)`", row.split("|")[1]) if row.startswith("|") else []
 
 
 @pytest.mark.slow

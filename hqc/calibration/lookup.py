@@ -6,8 +6,12 @@
     T-step   T_i = argmin ‖(W_i - T_i·S_i)·L‖²,  S_i one-hot:  (S_i·H·S_iᵀ)·T_i = S_i·H·W_iᵀ
 
 ‖r·L‖² is the error: column j of r·L is Σ_{u≥j} r_u·L_uj, so that the S-step, from the last column on, lets every weight
-make up for the rounding of those behind it. It is greedy and may raise the error: the best pair is kept.
+make up for the rounding of those behind it. It is greedy and may raise the error: the best pair of every row is kept.
 Source: GANQ (arXiv 2501.12956, equations 15 to 20), whose released code solves the T-step by a pseudo-inverse.
+
+Own choices. Two starts, as the alternation ends near where it began: the uniform grid, and k-means of the row with the
+diagonal of H as weights; each row keeps the better end. A ridge of 1 % of the mean of XᵀX's diagonal, as GPTQ has it:
+where X has fewer rows than columns XᵀX has no inverse, and the ridge alone says what directions cost that no row has.
 """
 
 import math
@@ -31,7 +35,8 @@ from hqc.steps import check_options
 
 __all__ = ["FitLookup", "LookupFit", "fit_bytes", "fit_lookup", "output_error"]
 
-_RIDGE = 0.01  # of the mean of H's diagonal, as GPTQ has it
+_RIDGE = 0.01  # of the mean of the diagonal
+_CLUSTERINGS = 20
 _COLUMNS_A_BLOCK = 64
 _VALUES_A_CALL = 2**22
 
@@ -129,35 +134,35 @@ class LookupFit:
 def fit_lookup(
     weight: Tensor, gram: Tensor, bits: int, rounds: int, scale: Tensor | None = None, grid: int = 127
 ) -> LookupFit:
-    """The best table and codes of `rounds` alternations that start at the uniform grid with the least rounding error.
+    """The best table and codes that `rounds` alternations find, for every row from the better of two starts.
 
     weight [O, K]; gram [K, K] = XᵀX. scale [O]: the table holds whole multiples of it up to ±grid; None: any values.
     """
-    work, table = weight.double(), _uniform(weight, bits)
-    hessian = gram.to(torch.float64, copy=True)
-    hessian.diagonal().add_(_RIDGE * hessian.diagonal().mean().clamp_min(1e-12))  # no copies: it may take gigabytes
+    work, hessian = weight.double(), _damped(gram)
     factor = torch.linalg.cholesky(hessian)
     best = None
-    for number in range(rounds + 1):
-        if scale is not None:
-            unit = scale.double().unsqueeze(1)
-            table = (table / unit).round().clamp(-grid, grid) * unit
-        # The uniform grid rounded to nearest comes first: the result is never worse.
-        codes = _nearest(work, table) if number == 0 else _choose_codes(work, factor, table)
-        found = LookupFit(codes, table, output_error(work - table.gather(1, codes), hessian))
-        best = found if best is None or found.error < best.error else best
-        table = _solve_table(work, hessian, codes, table)
+    for table in (_uniform(weight, bits), _clustered(work, hessian.diagonal(), bits)):
+        for number in range(rounds + 1):
+            if scale is not None:
+                unit = scale.double().unsqueeze(1)
+                table = (table / unit).round().clamp(-grid, grid) * unit
+            # The uniform grid rounded to nearest comes first: no row is ever worse.
+            codes = _nearest(work, table) if number == 0 else _choose_codes(work, factor, table)
+            found = (_row_errors(work - table.gather(1, codes), hessian).unsqueeze(1), codes, table)
+            best = found if best is None else _better(best, found)
+            table = _solve_table(work, hessian, codes, table)
     assert best is not None
-    return best
+    errors, codes, table = best
+    return LookupFit(codes, table, float(errors.sum()))
 
 
 def fit_bytes(outputs: int, inputs: int) -> int:
     """Bytes that a fit takes at its peak: XᵀX and H in float32, H, L and what makes it in float64, of the weight
     values, codes and residuals of 8 bytes each, and what runs some rows at a time.
 
-    Measured: 466 MB at 64 × 4096 (estimate 602), 176 MB at 256 × 2048 and 177 MB at 2048 × 1024 (estimate 264).
+    Measured, with one start: 466 MB at 64 × 4096 (estimate 606), 176 at 256 × 2048 (272), 177 at 2048 × 1024 (298).
     """
-    return 28 * inputs**2 + 56 * outputs * inputs + 28 * _VALUES_A_CALL
+    return 28 * inputs**2 + 72 * outputs * inputs + 28 * _VALUES_A_CALL
 
 
 def _gram(site: str, rows: Tensor) -> Tensor:
@@ -175,7 +180,24 @@ def _gram(site: str, rows: Tensor) -> Tensor:
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:
     """tr(D·H·Dᵀ), D [O, K]: the squared error of the layer's output, plus the ridge."""
-    return float(((difference @ hessian) * difference).sum())
+    return float(_row_errors(difference, hessian).sum())
+
+
+def _row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+    return ((difference @ hessian) * difference).sum(1)
+
+
+def _better(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of two (errors [O, 1], codes, table) the rows with the smaller error, of the first where they are equal."""
+    smaller = other[0] < one[0]
+    return tuple(torch.where(smaller, b, a) for a, b in zip(one, other, strict=True))
+
+
+def _damped(gram: Tensor) -> Tensor:
+    """H: XᵀX with its ridge, which has an inverse however few rows X had."""
+    hessian = gram.to(torch.float64, copy=True)
+    hessian.diagonal().add_(_RIDGE * hessian.diagonal().mean().clamp_min(1e-12))  # no copies: it may take gigabytes
+    return hessian
 
 
 def _uniform(weight: Tensor, bits: int) -> Tensor:
@@ -185,10 +207,23 @@ def _uniform(weight: Tensor, bits: int) -> Tensor:
     return scale.unsqueeze(1) * torch.arange(low, high + 1, dtype=torch.float64)
 
 
+def _clustered(weight: Tensor, importance: Tensor, bits: int) -> Tensor:
+    """Values [O, 2ⁿ] of Lloyd's k-means of each row, from its quantiles; importance [K]: of the columns."""
+    ranks = (torch.arange(2**bits) + 0.5) / 2**bits * weight.shape[1]
+    table = weight.sort(1).values[:, ranks.long()]
+    mass = importance.expand_as(weight)
+    for _ in range(_CLUSTERINGS):
+        codes = _nearest(weight, table)
+        held = torch.zeros_like(table).scatter_add(1, codes, mass)
+        sums = torch.zeros_like(table).scatter_add(1, codes, mass * weight)
+        table = torch.where(held > 0, sums / held.clamp_min(1e-300), table)
+    return table
+
+
 def _nearest(values: Tensor, table: Tensor) -> Tensor:
-    """Codes [O, K] of the entries nearest to values [O, K], some rows at a time."""
-    parts = zip(*(torch.split(tensor, _rows_a_call(values, table)) for tensor in (values, table)), strict=True)
-    return torch.cat([(some.unsqueeze(-1) - own.unsqueeze(1)).abs().argmin(-1) for some, own in parts])
+    """Codes [O, K] of the entries nearest to values [O, K]; the table's rows rise."""
+    middles = (table[:, 1:] + table[:, :-1]) / 2
+    return torch.searchsorted(middles.contiguous(), values.contiguous())
 
 
 def _rows_a_call(values: Tensor, table: Tensor) -> int:

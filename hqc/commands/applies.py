@@ -113,8 +113,10 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """The same, with the values written out that were left out."""
         for option in self.params:
-            if isinstance(option, click.Option) and option.flag_value and isinstance(option.type, click.Choice):
-                args = _written_out(args, option.opts[0], option.type.choices, str(option.flag_value))
+            if not isinstance(option, click.Option) or not isinstance(option.type, click.Choice):
+                continue
+            if isinstance(option.flag_value, str):  # click 8.3 on has a truthy sentinel where there is none
+                args = _written_out(args, option.opts[0], option.type.choices, option.flag_value)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:

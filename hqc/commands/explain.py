@@ -19,7 +19,7 @@ from hqc.commands.recipe_options import plan_and_bits, recipe_asked, recipe_opti
 from hqc.wording import printable
 
 if TYPE_CHECKING:
-    from hqc.export import Target
+    from hqc.export.surveys import Survey
     from hqc.program import Program
 
 __all__ = ["explain", "inspect"]
@@ -35,8 +35,8 @@ __all__ = ["explain", "inspect"]
 @click.option("--yaml", "as_yaml", is_flag=True, help="Print the plan as YAML for --plan.")
 @click.option(
     "--target",
-    type=click.Choice(["portable", "onnxruntime", "tensorrt"]),
-    help="Show instead which operators of PROGRAM this export target takes, and which it does not: exit status 1 then.",
+    type=click.Choice(["portable", "onnxruntime", "tensorrt", "torch-int8", "torch-cuda"]),
+    help="Show instead what this export target or runtime takes of PROGRAM, and what it does not: exit status 1 then.",
 )
 @json_option
 def explain(
@@ -44,7 +44,7 @@ def explain(
     recipe: str,
     keep_float: tuple[str, ...],
     as_yaml: bool,
-    target: "Target | None",
+    target: str | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -61,9 +61,7 @@ def explain(
     from hqc.storage import load_program
 
     if target is not None:
-        from hqc.export.surveys import survey
-
-        print_survey(program, survey(load_program(program), target), as_json=as_json)
+        print_survey(program, _survey(load_program(program), target), as_json=as_json)
         return
     captured = load_program(program)
     if captured.stage != Stage.CAPTURED:
@@ -104,6 +102,14 @@ def explain(
         out.console.print(f"not run, since they need samples: {', '.join(unseen)}", markup=False, highlight=False)
     for record in result.history[len(captured.history) :]:
         out.console.print(str(record), markup=False, highlight=False)
+
+
+def _survey(program: "Program", target: str) -> "Survey":
+    """What an export target or a runtime of integer products takes."""
+    from hqc.export.surveys import survey
+    from hqc.runtimes.integer.survey import INTEGER_RUNTIMES, survey_runtime
+
+    return survey_runtime(program, target) if target in INTEGER_RUNTIMES else survey(program, target)  # type: ignore[arg-type]
 
 
 def _print_plan(program: "Program", of: str, undecided: Sequence[str] = ()) -> None:

@@ -33,7 +33,10 @@ _OPSET = 21
 
 @dataclass(frozen=True)
 class Obstacle:
-    """One thing that a target does not take: the operator (empty for the program as a whole), its nodes, why."""
+    """One thing that a target does not take, its nodes, why.
+
+    operator: or "site", where a product is refused as a whole; empty for the program as a whole.
+    """
 
     operator: str
     nodes: tuple[str, ...]
@@ -49,10 +52,11 @@ class Obstacle:
 class Survey:
     """How often a target takes each operator of a program, and what it does not take.
 
+    target: an export's, or a runtime that computes programs themselves.
     attention: how it runs attention that is quantised, empty where none is.
     """
 
-    target: Target
+    target: str
     taken: Mapping[str, int]
     obstacles: tuple[Obstacle, ...]
     attention: str = ""

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor, fx
 
 from hqc.errors import PlanError
-from hqc.passes.rewriting import CONV, LINEAR, Rewriter, asked_sites, layer_inputs, rewrite
+from hqc.passes.rewriting import CONV, LINEAR, Rewriter, asked_sites, layer_inputs, rewrite, smaller_ranks
 from hqc.pipeline import Findings
 from hqc.plan import SitePlan
 from hqc.program import Program, Stage, aten, is_op
@@ -28,7 +29,8 @@ __all__ = ["AttachBranch"]
 class AttachBranch:
     """Adds a float branch of that rank to every quantised site but the 8-bit edge layers.
 
-    rank: a quarter of min(O, C·kh·kw) at most is used, one at least; a larger one would cost what the layer does.
+    rank: a quarter of min(O, C·kh·kw) at most is used, one at least, and the record says where; a larger one
+    would cost what the layer does.
     """
 
     rank: int = 32
@@ -45,20 +47,29 @@ class AttachBranch:
 
     def find(self, program: Program) -> Findings:
         """Sites that are quantised at the asked bits."""
-        return asked_sites(program, _unfit)
+        found, layers = asked_sites(program, _unfit), dict(program.sites())
+        ranks = {site: self._rank(_weight_of(program, layers[site])) for site in found.matches}
+        less = {site: rank for site, rank in ranks.items() if rank < self.rank}
+        return Findings(found.matches, (*found.misses, *smaller_ranks(self.rank, less, "have a quarter of")))
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Inserts both layers and the sum, and gives every site a weight of its own."""
         edit, plans = rewrite(program), {}
         for site in matches:
             layer = edit.layers[site]
-            weight = layer_inputs(layer)[1]
-            value = program.state[str(weight.target)]
+            weight, value = layer_inputs(layer)[1], _weight_of(program, layer)
             layer.replace_input_with(weight, edit.weight(f"{site}.weight_residual", value, layer))
-            rank = min(self.rank, max(1, min(len(value), value[0].numel()) // 4))
+            rank = self._rank(value)
             _attach(edit, site, tuple(value.shape), rank)
             plans[site] = replace(program.plan[site], branch_rank=rank)
         return edit.finish(plan=program.plan.with_sites(plans))
+
+    def _rank(self, weight: Tensor) -> int:
+        return min(self.rank, max(1, min(len(weight), weight[0].numel()) // 4))
+
+
+def _weight_of(program: Program, layer: fx.Node) -> Tensor:
+    return program.state[str(layer_inputs(layer)[1].target)]
 
 
 def _unfit(plan: SitePlan) -> str:

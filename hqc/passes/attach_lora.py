@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from hqc.errors import PlanError
-from hqc.passes.rewriting import Rewriter, layer_inputs, rewrite
+from hqc.passes.rewriting import Rewriter, layer_inputs, rewrite, smaller_ranks
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage, aten
 from hqc.site_rules import deciding
@@ -35,7 +35,8 @@ __all__ = ["AttachLora", "lora_delta"]
 class AttachLora:
     """Adds a trainable delta of the given rank to the weight of every quantised site but the 8-bit edge layers.
 
-    rank: at most min(O, C·kh·kw) is used; a plan's rules may give single sites another, which must be at most that.
+    rank: at most min(O, C·kh·kw) is used, and the record says where; a plan's rules may give single sites another,
+    which must be at most that.
     seed: of the initialisation of A; each site draws its own numbers. taps: both factors of a convolution are of every
     tap, the rank at most min(O, C) there.
     """
@@ -72,7 +73,9 @@ class AttachLora:
                 misses.append((plan.site, "rank 0 asked for in the plan"))
             else:
                 matches.append(plan.site)
-        return Findings(tuple(matches), tuple(misses))
+        ranks = {site: self._rank(program, site, layers[site]) for site in matches}
+        less = {site: rank for site, rank in ranks.items() if rank < self.rank and not _has_own(program, site)}
+        return Findings(tuple(matches), (*misses, *smaller_ranks(self.rank, less, "have")))
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Inserts mm, view and add in front of each weight quantiser."""
@@ -106,6 +109,12 @@ class AttachLora:
     def _of_taps(self, shape: Sequence[int]) -> bool:
         """Whether a weight of that shape has factors of taps: one of a single tap has the plain ones."""
         return self.taps and math.prod(shape[2:]) > 1
+
+
+def _has_own(program: Program, site: str) -> bool:
+    """Whether the plan's rules give a site its rank."""
+    rule = deciding(program.plan.rules, site, "lora_rank")
+    return rule is not None and rule.lora_rank is not None
 
 
 def _insert_product(

@@ -5,10 +5,15 @@ from collections.abc import Sequence
 from torch import Tensor, fx
 
 from hqc.passes.rewriting import Rewriter, layer_inputs
-from hqc.program import aten
-from hqc.site_names import part_site
+from hqc.program import Program, aten
+from hqc.site_names import part_site, whole_site
 
-__all__ = ["replace_by_parts"]
+__all__ = ["has_parts", "replace_by_parts"]
+
+
+def has_parts(program: Program) -> bool:
+    """Whether a layer of a program is split already."""
+    return any(whole_site(site) != site for site, _ in program.sites())
 
 
 def replace_by_parts(edit: Rewriter, site: str, parts: Sequence[tuple[fx.Node, Tensor]]) -> None:

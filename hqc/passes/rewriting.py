@@ -1,6 +1,6 @@
 """What the rewrites share: a copied graph with new weights, and the pieces of a quantised site."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,19 @@ from torch import Tensor, fx
 from hqc.pipeline import Findings
 from hqc.plan import SitePlan
 from hqc.program import Program, aten, copy_graph, is_op
+from hqc.wording import listed
 
-__all__ = ["CONV", "LINEAR", "UNPLANNED", "Rewriter", "asked_sites", "channel_axis", "layer_inputs", "rewrite"]
+__all__ = [
+    "CONV",
+    "LINEAR",
+    "UNPLANNED",
+    "Rewriter",
+    "asked_sites",
+    "channel_axis",
+    "layer_inputs",
+    "rewrite",
+    "smaller_ranks",
+]
 
 CONV, LINEAR = aten.conv2d.default, aten.linear.default
 UNPLANNED = "the plan does not name it: run select_layers first"
@@ -43,6 +54,14 @@ def asked_sites(program: Program, unfit: Callable[[SitePlan], str]) -> Findings:
     reasons = {site: reason(site) for site, _ in program.sites()}
     misses = tuple((site, why) for site, why in reasons.items() if why)
     return Findings(tuple(site for site, why in reasons.items() if not why), misses)
+
+
+def smaller_ranks(asked: int, less: Mapping[str, int], have: str) -> tuple[tuple[str, str], ...]:
+    """What a record says of layers whose ranks, `less`, are below the asked one; have: what of theirs counts."""
+    if not less:
+        return ()
+    used = listed([f"{site} {rank}" for site, rank in less.items()])
+    return ((f"rank {asked}", f"more than {len(less)} layers {have}, which get the most they can: {used}"),)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from hqc.errors import PassError
-from hqc.passes.parts import replace_by_parts
+from hqc.passes.parts import has_parts, replace_by_parts
 from hqc.passes.rewriting import CONV, Rewriter, layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage, aten, is_op
@@ -25,6 +25,7 @@ from hqc.program import Program, Stage, aten, is_op
 __all__ = ["SplitConcat"]
 
 _CAT = aten.cat.default
+NONE = ("concatenation", "no layer of the model reads one")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class SplitConcat:
             reason = _unfit(layer)
             misses.append((site, reason)) if reason else matches.append(site)
         misses += [miss for node in program.graph.nodes if is_op(node, _CAT) for miss in _whole(node)]
+        if not matches and not misses and not has_parts(program):
+            misses.append(NONE)
         return Findings(tuple(matches), tuple(misses))
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:

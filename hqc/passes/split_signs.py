@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch import fx
 
 from hqc.errors import PassError
-from hqc.passes.parts import replace_by_parts
+from hqc.passes.parts import has_parts, replace_by_parts
 from hqc.passes.rewriting import Rewriter, layer_inputs, rewrite
 from hqc.pipeline import Findings
 from hqc.program import Program, Stage, aten, is_op
@@ -25,6 +25,7 @@ from hqc.site_names import whole_site
 
 __all__ = ["SplitSigns"]
 
+NONE = ("SiLU, GELU", "no layer of the model reads the result of one")
 _ONE_SIDED = (aten.silu.default, aten.silu_.default, aten.gelu.default)
 
 
@@ -42,8 +43,10 @@ class SplitSigns:
             raise PassError("split_signs", "the layers are selected already", "Run it before select_layers.")
         behind = [site for site, layer in program.sites() if is_op(layer.args[0], *_ONE_SIDED)]
         parts = [site for site in behind if whole_site(site) != site]
-        misses = tuple((site, "is a part of a split layer already") for site in parts)
-        return Findings(tuple(site for site in behind if site not in parts), misses)
+        misses = [(site, "is a part of a split layer already") for site in parts]
+        if not behind and not has_parts(program):
+            misses.append(NONE)
+        return Findings(tuple(site for site in behind if site not in parts), tuple(misses))
 
     def apply(self, program: Program, matches: Sequence[str]) -> Program:
         """Splits these sites."""

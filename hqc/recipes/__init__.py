@@ -17,6 +17,7 @@ from hqc.recipes.q_diffusion import Q_DIFFUSION
 from hqc.recipes.quest import QUEST
 from hqc.recipes.recipe import Recipe
 from hqc.recipes.rtn import RTN
+from hqc.recipes.segquant import SEGQUANT
 from hqc.recipes.svdquant import SVDQUANT, SVDQUANT_GROUPED
 from hqc.recipes.tcaq_dm import TCAQ_DM
 
@@ -26,7 +27,7 @@ RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         *(HQC, HQ_DM, HQ_DM_REFERENCE, EFFICIENTDM, MPQ_DM, MPQ_DMV2, CONVROT, CONVROT_SINGLE, CONVROT_MIXED),
-        *(Q_DIFFUSION, QUEST, SVDQUANT, SVDQUANT_GROUPED, TCAQ_DM, GANQ, GANQ_INT8, PASSIONSR, RTN),
+        *(Q_DIFFUSION, QUEST, SVDQUANT, SVDQUANT_GROUPED, TCAQ_DM, GANQ, GANQ_INT8, PASSIONSR, SEGQUANT, RTN),
     )
 }
 """Every recipe by its name."""

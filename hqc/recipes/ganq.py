@@ -9,8 +9,9 @@ four bits, and the product is an integer one in every target. X is what the site
 windows of a convolution as rows.
 
 Own choices: whole tables; activations quantised as in `rtn`; the alternation starts at the uniform grid, so that it is
-never worse by the error it lowers; a ridge of 1 % on H; no outliers in float (0.5 % in the paper's GANQ*). Exports
-store the codes as int8, a byte each: four bits are what indices and table would take, and what tables of sizes count.
+never worse by the error it lowers, and at k-means of the row with H's diagonal as weights, and each row keeps the
+better end; a ridge of 1 % on H; no outliers in float (0.5 % in the paper's GANQ*). Exports store the codes as int8, a
+byte each: four bits are what indices and table would take, and what tables of sizes count.
 """
 
 from hqc.calibration import CalibrateActivations, FitLookup
@@ -29,9 +30,9 @@ of n bits, 4 as stored, and tables. No product gets faster: the portable and the
 in the graph, which a runtime folds into floats when it loads; the TensorRT export holds floats; torch-cuda refuses.
 X is what the site reads along the float trajectory, windows of a convolution as rows.
 
-Own choices: the alternation starts at the uniform grid, so that it is never worse by the error it lowers; a ridge of
-1 % on H; no outliers in float (0.5 % in the paper's GANQ*); tables in float32; edge layers, which have 8 bits in other
-recipes, stay float.
+Own choices: the alternation starts at the uniform grid, so that it is never worse by the error it lowers, and at
+k-means of the row with H's diagonal as weights, and each row keeps the better end; a ridge of 1 % on H; no outliers in
+float (0.5 % in the paper's GANQ*); tables in float32; edge layers, which have 8 bits in other recipes, stay float.
 """
 
 GANQ_INT8 = Recipe(

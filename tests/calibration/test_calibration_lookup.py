@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,7 +10,18 @@ import torch
 from torch import Tensor
 
 from hqc.calibration import lookup
-from hqc.calibration.lookup import FitLookup, _choose_codes, _solve_table, fit_bytes, fit_lookup, output_error
+from hqc.calibration.lookup import (
+    FitLookup,
+    _choose_codes,
+    _clustered,
+    _damped,
+    _nearest,
+    _solve_table,
+    _uniform,
+    fit_bytes,
+    fit_lookup,
+    output_error,
+)
 from hqc.calibration.site_rows import SiteRows
 from hqc.errors import MemoryShortError, TrainingError
 from hqc.program import Program
@@ -65,11 +77,93 @@ def test_tables_are_the_least_squares_ones() -> None:
         assert found[row, 7] == 9.0
 
 
-def test_more_rounds_are_never_worse() -> None:
+def _iterates(weight: Tensor, gram: Tensor, table: Tensor, rounds: int) -> list[Tensor]:
+    """The rows' errors after each round from one start, by the two steps that are tested above."""
+    work, hessian = weight.double(), _damped(gram)
+    factor, found = torch.linalg.cholesky(hessian), []
+    for number in range(rounds + 1):
+        codes = _nearest(work, table) if number == 0 else _choose_codes(work, factor, table)
+        off = work - table.gather(1, codes)
+        found.append(((off @ hessian) * off).sum(1))
+        table = _solve_table(work, hessian, codes, table)
+    return found
+
+
+def test_every_row_keeps_its_best_round_of_both_starts() -> None:
+    """The S-step is greedy and does make rows worse: their last round is not what is kept."""
+    weight, gram = _case(rows=16)
+    starts = (_uniform(weight, 3), _clustered(weight.double(), _damped(gram).diagonal(), 3))
+    even, clustered = (torch.stack(_iterates(weight, gram, table, 8)) for table in starts)
+    best = torch.cat([even, clustered]).amin(0)
+    assert fit_lookup(weight, gram, 3, 8).error == pytest.approx(float(best.sum()), rel=1e-12)
+    assert int((even[-1] > 1.001 * even.amin(0)).sum()) > 3
+    assert 0 < int((clustered.amin(0) < even.amin(0)).sum()) < 16, "each start wins somewhere"
+
+
+def test_rounds_pay() -> None:
     weight, gram = _case()
-    errors = [fit_lookup(weight, gram, 3, rounds).error for rounds in (0, 1, 4, 8)]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.6 * errors[0]  # of the uniform grid, rounded to nearest
+    errors = [fit_lookup(weight, gram, 3, rounds).error for rounds in (0, 1, 4)]
+    assert errors[1] < 0.7 * errors[0]
+    assert errors[2] < 0.95 * errors[1]
+
+
+def _optima(weight: Tensor, gram: Tensor, bits: int) -> Tensor:
+    """The least error of each row over all codes, the table by least squares."""
+    hessian = _damped(gram)
+    codes = torch.tensor(list(product(range(2**bits), repeat=weight.shape[1])))
+    chosen = torch.nn.functional.one_hot(codes, 2**bits).double()  # [4^6, 6, 4]
+    among = chosen.mT @ hessian @ chosen
+    inverse = torch.linalg.pinv(among, hermitian=True)
+    found = []
+    for row in weight.double():
+        table = (inverse @ (chosen.mT @ (hessian @ row)).unsqueeze(-1)).squeeze(-1)
+        off = row - (chosen @ table.unsqueeze(-1)).squeeze(-1)
+        found.append(((off @ hessian) * off).sum(1).min())
+    return torch.stack(found)
+
+
+def test_all_codes_of_small_rows_bound_it() -> None:
+    """4^6 codes a row: the fit is never below the best of them, and 26 of 48 rows reach it.
+
+    The alternation ends near where it began: in sum it is at 2.3 times the optimum, from the uniform grid alone at 17.
+    Single rows may be far off, by a factor, where the optimum is next to nothing: six columns and four values.
+    """
+    found, best, even = [], [], []
+    for seed in range(6):
+        weight, gram = _case(8, 6, seed)
+        best.append(_optima(weight, gram, 2))
+        fit = fit_lookup(weight, gram, 2, 10).weight - weight.double()
+        found.append(((fit @ _damped(gram)) * fit).sum(1))
+        even.append(torch.stack(_iterates(weight, gram, _uniform(weight, 2), 10)).amin(0))
+    fitted, optimum, uniform = torch.cat(found), torch.cat(best), torch.cat(even)
+    assert bool((fitted >= optimum * (1 - 1e-6)).all())
+    assert float(fitted.sum()) < 3 * float(optimum.sum())
+    assert float(uniform.sum()) > 10 * float(optimum.sum())
+    assert int((fitted < 1.01 * optimum).sum()) >= 20
+
+
+@pytest.mark.parametrize("inputs", [1, 5])
+def test_fewer_inputs_than_columns(inputs: int) -> None:
+    """XᵀX has no inverse then; the ridge gives it one, and the output is kept where there are inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 20, generator=generator), torch.randn(inputs, 20, generator=generator)
+    gram = x.T @ x
+    assert int(torch.linalg.matrix_rank(gram)) == inputs
+    fit = fit_lookup(weight, gram, 3, 5)
+    even = _uniform(weight, 3)
+    nearest = even.gather(1, _nearest(weight.double(), even))
+    off, rounded = (float(((w - weight.double()) @ x.double().T).square().sum()) for w in (fit.weight, nearest))
+    assert off < 0.1 * rounded
+    assert float((fit.weight - weight).abs().max()) < 2 * float(weight.abs().max())
+
+
+def test_clusters_are_weighted() -> None:
+    """A centre is the mean of what it holds by the columns' importance."""
+    weight = torch.tensor([[-3.0, -1.0, -0.8, 1.0, 3.0]], dtype=torch.float64)
+    heavy = _clustered(weight, torch.tensor([1.0, 1.0, 1e6, 1.0, 1.0], dtype=torch.float64), 2)
+    torch.testing.assert_close(heavy, torch.tensor([[-3.0, -0.8, 1.0, 3.0]], dtype=torch.float64), rtol=0, atol=1e-5)
+    even = _clustered(weight, torch.ones(5, dtype=torch.float64), 2)
+    torch.testing.assert_close(even, torch.tensor([[-3.0, -0.9, 1.0, 3.0]], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("grid", [127, 64])

@@ -64,6 +64,10 @@ def test_rank_is_a_quarter_of_the_layer_at_most(captured: Captured) -> None:
     assert {site.site: site.branch_rank for site in plan.sites} == {"conv": 4, "head": 1}
     plan = run_pipeline(captured("two_sites"), [SelectLayers(), AttachBranch(rank=2)]).plan
     assert {site.site: site.branch_rank for site in plan.sites} == {"conv": 2, "head": 1}
+    selected = run_pass(captured("two_sites"), SelectLayers())
+    said = "more than 2 layers have a quarter of, which get the most they can: conv 4, head 1"
+    assert AttachBranch(rank=32).find(selected).misses == (("rank 32", said),)
+    assert AttachBranch(rank=1).find(selected).misses == ()
     with pytest.raises(PlanError, match="needs a rank of at least 1"):
         AttachBranch(rank=0)
 

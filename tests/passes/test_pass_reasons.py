@@ -20,6 +20,7 @@ from hqc.passes import (
 from hqc.pipeline import Pass, run_pass, run_pipeline
 from hqc.plan import QuantPlan
 from hqc.program import Program, copy_graph, is_op
+from hqc.site_rules import SiteRule
 
 GRID = (0.0, 500.0)
 
@@ -260,3 +261,13 @@ def test_each_site_draws_its_own_lora(captured: Callable[[str], Program]) -> Non
 def test_the_rank_is_bounded_by_the_weight(captured: Callable[[str], Program]) -> None:
     program = run_pipeline(captured("two_sites"), [SelectLayers(), InsertQdq(GRID), AttachLora(rank=64)])
     assert [p.lora_rank for p in program.plan.sites] == [16, 5]
+    said = "more than 2 layers have, which get the most they can: conv 16, head 5"
+    assert program.history[-1].missed == (("rank 64", said),)
+
+
+def test_a_rank_of_the_plan_is_nothing_to_say(captured: Callable[[str], Program]) -> None:
+    rules = (SiteRule("conv", lora_rank=2), SiteRule("head", lora_rank=2))
+    asked = captured("two_sites").evolve(plan=QuantPlan(rules=rules))
+    program = run_pipeline(asked, [SelectLayers(), InsertQdq(GRID), AttachLora(rank=64)])
+    assert [p.lora_rank for p in program.plan.sites] == [2, 2]
+    assert program.history[-1].missed == ()

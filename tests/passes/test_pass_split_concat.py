@@ -70,6 +70,7 @@ def test_misses_say_why(captured: Captured) -> None:
 def test_it_does_not_fire_without_a_concatenation_of_channels(captured: Captured, model: str) -> None:
     program = captured(model)
     assert SplitConcat().find(program).matches == ()
+    assert SplitConcat().find(program).misses == (("concatenation", "no layer of the model reads one"),)
     assert graph_text(run_pass(program, SplitConcat())) == graph_text(program)
 
 
@@ -86,6 +87,7 @@ def test_every_shortcut_of_a_unet_is_split(captured: Captured) -> None:
 
 def test_running_again_does_nothing(split: Program) -> None:
     assert SplitConcat().find(split).matches == ()
+    assert ("concatenation", "no layer of the model reads one") not in SplitConcat().find(split).misses
 
 
 def test_it_comes_before_the_selection(captured: Captured) -> None:

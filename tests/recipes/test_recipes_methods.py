@@ -117,6 +117,31 @@ def test_it_resumes_to_the_same_bits(
     assert all(torch.equal(tensor, wanted.state[key]) for key, tensor in found.state.items())
 
 
+def test_passionsr_resumes_in_its_second_stage(program: Program, quantised: dict[str, Program], tmp_path: Path) -> None:
+    """Behind a checkpoint of the boundaries: what the first stage has learnt is not learnt again."""
+
+    class Interrupted(Exception):
+        pass
+
+    begun: list[int] = []
+
+    def stop(update: Update) -> None:
+        begun.append(update.step)
+        if begun.count(1) == 2 and update.step == 4:
+            raise Interrupted
+
+    again: list[int] = []
+    with pytest.raises(Interrupted):
+        api.quantise(program, _short("passionsr"), "w4a4", work_dir=tmp_path / "run", on_update=stop)
+    assert begun == [1, 2, 3, 4, 5, 1, 2, 3, 4]
+    heard = {"on_update": lambda update: again.append(update.step)}
+    found = api.quantise(program, _short("passionsr"), "w4a4", work_dir=tmp_path / "run", resume=True, **heard)
+    assert again == [3, 4, 5]
+    wanted = quantised["passionsr"]
+    assert found.state.keys() == wanted.state.keys()
+    assert all(torch.equal(tensor, wanted.state[key]) for key, tensor in found.state.items())
+
+
 def test_efficientdm_is_asymmetric_where_codes_fit(quantised: dict[str, Program]) -> None:
     result = quantised["efficientdm"]
     for plan in result.plan.quantised:

@@ -70,18 +70,15 @@ def test_beta_falls_behind_the_warm_up() -> None:
     assert annealed(1.0, 0.2, 20, 2) == pytest.approx(2)
 
 
-_STEPS = 1000
-
-
-def learnt(weight: Tensor, scale: Tensor, x: Tensor, bound: int, penalty: float) -> SoftRounding:
-    """AdaRound of one linear layer on all of x."""
+def learnt(weight: Tensor, scale: Tensor, x: Tensor, bound: int, penalty: float, steps: int = 1000) -> SoftRounding:
+    """AdaRound of linear layers of one output [O, K], each on its own x [O, n, K] or all on one [n, K]."""
     one = SoftRounding(weight, scale, -bound, bound)
     optimizer = torch.optim.Adam([one.alpha], lr=0.02)
-    wanted = x @ weight.T
-    for step in range(_STEPS):
+    for step in range(steps):
         share = one.share()
-        loss = (x @ one.weight(share).T - wanted).square().sum(1).mean()
-        beta = annealed(step / _STEPS, 0.2, 20, 2)
+        off = (one.weight(share) - weight).unsqueeze(-1)
+        loss = (x @ off).square().mean(-2).sum()
+        beta = annealed(step / steps, 0.2, 20, 2)
         if beta is not None:
             loss = loss + penalty * undecided(share, beta)
         optimizer.zero_grad()
@@ -90,30 +87,63 @@ def learnt(weight: Tensor, scale: Tensor, x: Tensor, bound: int, penalty: float)
     return one
 
 
-def test_it_is_near_the_best_of_all_roundings() -> None:
-    """Every 2^10 rounding of ten weights that read correlated inputs: half of what nearest loses to the best is won."""
-    lost, won, decided = 0.0, 0.0, 0
-    for seed in range(6):
+def cases(count: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights [count, 10], their scales, and inputs [count, 64, 10] of that rank with a little noise."""
+    made = []
+    for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(64, 3, generator=generator) @ torch.randn(3, 10, generator=generator)
-        x = x + 0.1 * torch.randn(64, 10, generator=generator)
-        weight, scale = torch.randn(1, 10, generator=generator), torch.tensor([0.5])
-        one, below = learnt(weight, scale, x, 7, penalty=0.01), (weight / 0.5).floor()
-        gram = x.T @ x
+        x = torch.randn(64, rank, generator=generator) @ torch.randn(rank, 10, generator=generator)
+        made.append((x + 0.1 * torch.randn(64, 10, generator=generator), torch.randn(10, generator=generator)))
+    inputs, weights = (torch.stack(parts) for parts in zip(*made, strict=True))
+    return weights, torch.full((count,), 0.5), inputs
 
-        def error(codes: Tensor, *, of: Tensor = weight, s: Tensor = scale, g: Tensor = gram) -> float:
-            off = coded(codes, s) - of
-            return float((off @ g @ off.T).sum())
 
-        best = min(error(below + torch.tensor([bits])) for bits in product((0, 1), repeat=10))
-        nearest, found = error(one.nearest()), error(one.codes())
-        assert best <= found * (1 + 1e-4)
-        assert found <= nearest * (1 + 1e-4)
-        lost, won = lost + nearest - best, won + nearest - found
-        share = one.share()
-        decided += int(((share < 0.01) | (share > 0.99)).sum())
-    assert won > 0.5 * lost > 0
-    assert decided >= 45  # of 60
+def errors(codes: Tensor, weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    """Of the output, a case: codes [cases, 10]."""
+    return (x @ (coded(codes, scale) - weight).unsqueeze(-1)).square().sum((1, 2))
+
+
+def optima(weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    """The least error over all h in {0, 1}, 2^10 of them a case."""
+    below = (weight / scale.unsqueeze(1)).floor()
+    shares = torch.tensor(list(product((0.0, 1.0), repeat=weight.shape[1])))
+    off = (below.unsqueeze(1) + shares) * scale.view(-1, 1, 1) - weight.unsqueeze(1)  # [cases, 1024, 10]
+    return (off @ x.mT).square().sum(-1).amin(1)
+
+
+def test_it_is_near_the_best_of_all_roundings() -> None:
+    """Sixteen layers whose ten inputs are all of their own: within 5 % of the best of 2^10 in more than half of them.
+
+    Rounding to nearest is that in 4, and costs 2.3 times the optimum in the mean; this costs 1.17 times. It is no
+    search: the relaxed error is 0 at the start, the weight itself, and as the penalty grows each share goes to the side
+    that is best with the others where they are then. Three times the steps or no warm-up end at the same figures; a
+    penalty that leaves shares between does (0.03 here: half of them, and 1.66 times the optimum).
+    """
+    case = cases(16, rank=10)
+    best = optima(*case)
+    one = learnt(*case, 7, penalty=1.0)
+    found, nearest = (errors(codes, *case) / best for codes in (one.codes(), one.nearest()))
+    share = one.share()
+    assert bool(((share < 0.01) | (share > 0.99)).all())
+    assert float(found.min()) >= 1 - 1e-4
+    assert int((found < 1.05).sum()) >= 9
+    assert int((nearest < 1.05).sum()) <= 4
+    assert float(found.mean()) < 1.25 < 2 < float(nearest.mean())
+
+
+def test_it_is_far_from_the_best_where_errors_nearly_cancel() -> None:
+    """Ten inputs of rank three: some of 2^10 roundings has next to no error, and no descent from the weight finds it.
+
+    Rounding to nearest costs 15 times the optimum in the mean of six layers, this 5 times. Three times the steps end at
+    the same codes: it is the basin and not the patience.
+    """
+    case = cases(6, rank=3)
+    best = optima(*case)
+    one, patient = (learnt(*case, 7, penalty=1.0, steps=steps) for steps in (1000, 3000))
+    found, nearest = (errors(codes, *case) / best for codes in (one.codes(), one.nearest()))
+    assert torch.equal(patient.codes(), one.codes())
+    assert bool((found <= nearest * (1 + 1e-4)).all())
+    assert 2 < float(found.mean()) < 0.5 * float(nearest.mean())
 
 
 def test_nearest_is_not_best_where_errors_add_up() -> None:

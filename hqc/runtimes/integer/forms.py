@@ -1,5 +1,7 @@
 """The integer form that the kernels run: every quantised site an integer product of rotated codes."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
 
@@ -12,7 +14,15 @@ from hqc.program import Program, Stage, is_op
 from hqc.rotations import Rotation
 from hqc.sites import QuantisedSite, quantised_sites, rotation_of
 
-__all__ = ["integer_form", "require_quantised", "site_input", "site_rotation", "stored_form"]
+__all__ = [
+    "integer_form",
+    "require_quantised",
+    "site_input",
+    "site_refusals",
+    "site_rotation",
+    "stored_form",
+    "unchecked_form",
+]
 
 _CUDA = "torch-cuda"
 ops = torch.ops.hqc
@@ -41,17 +51,25 @@ def integer_form(program: Program, runtime: str = _CUDA) -> Program:
     Raises:
         RuntimeMissingError: for a float program. ExportError: for a site that the kernels cannot run.
     """
+    integer = unchecked_form(program, runtime)
+    if refused := next(site_refusals(integer), None):
+        raise ExportError(f"runtime {runtime}", f"{refused.where} {refused.found}", refused.do)
+    return integer
+
+
+def unchecked_form(program: Program, runtime: str = _CUDA) -> Program:
+    """`integer_form` before its sites are checked.
+
+    Raises:
+        RuntimeMissingError, ExportError: for what no check of a site can say.
+    """
     name = f"runtime {runtime}"
     require_quantised(program.stage, runtime)
     refuse_groups(program, name)
     if attached := program.attached_styles:
         found = f"has no inputs for LoRAs, and {attached[0]} is attached"
         raise RuntimeMissingError(name, found, "Merge it at `hqc trace --lora`, or use runtime torch or an export.")
-    integer = run_pipeline(with_float_attention(program), _missing_passes(program, name))
-    _require_products(integer, name)
-    for site in quantised_sites(integer):
-        _require_int8(site, name)
-    return integer
+    return run_pipeline(with_float_attention(program), _missing_passes(program, name))
 
 
 def stored_form(program: Program, runtime: str = _CUDA) -> Program:
@@ -85,29 +103,26 @@ def _missing_passes(program: Program, name: str) -> list[Pass]:
     return [*passes, RotateWeights()]
 
 
-def _require_products(program: Program, name: str) -> None:
-    """Every activation's codes must end in a product: nothing runs in float without a word."""
-    for node in program.graph.nodes:
+def site_refusals(integer: Program) -> Iterator[ExportError]:
+    """What the kernels do not take: every activation's codes must end in a product of int8; none runs in float."""
+    for node in integer.graph.nodes:
         if is_op(node, ops.lookup.default):
-            raise ExportError(
-                name,
-                f"site {node.meta.get('site')} has a weight of a table of real numbers, which no integer product takes",
+            yield ExportError(
+                f"site {node.meta.get('site')}",
+                "has a weight of a table of real numbers, which no integer product takes",
                 "Use the torch runtime or an export, or the recipe ganq-int8, whose tables are whole.",
             )
         if is_op(node, ops.dequantize.default):
-            raise ExportError(
-                name,
-                f"site {node.meta.get('site')} is no integer product (its sums may pass int32), which the kernels need",
+            yield ExportError(
+                f"site {node.meta.get('site')}",
+                "is not an integer product (its sums may pass int32), which the kernels need",
                 "Leave it float with keep_float.",
             )
-
-
-def _require_int8(site: QuantisedSite, name: str) -> None:
-    low, high = site.bounds.low, site.bounds.high
-    if not -128 <= low < high <= 127:
-        raise ExportError(
-            name,
-            f"site {site.site} has asymmetric activation codes {low}…{high}; the kernels take -128…127 where code 0 is "
-            "real 0",
-            "Quantise symmetrically.",
-        )
+    for site in quantised_sites(integer):
+        low, high = site.bounds.low, site.bounds.high
+        if not -128 <= low < high <= 127:
+            yield ExportError(
+                f"site {site.site}",
+                f"has asymmetric activation codes {low}…{high}; the kernels take -128…127 where code 0 is real 0",
+                "Quantise symmetrically.",
+            )
