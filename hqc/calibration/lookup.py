@@ -140,7 +140,7 @@ def fit_lookup(
     """
     work, hessian = weight.double(), _damped(gram)
     factor = torch.linalg.cholesky(hessian)
-    best = None
+    best: tuple[Tensor, ...] | None = None
     for table in (_uniform(weight, bits), _clustered(work, hessian.diagonal(), bits)):
         for number in range(rounds + 1):
             if scale is not None:
