@@ -228,6 +228,7 @@ def problem(status: int, said: str) -> str:
     return "long" if len(last) > LONGEST_LINE + 7 and "; " not in last else ""
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")  # diffusers
 def test_every_line_works_or_says_why_not(
     made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, record: Callable[[str], None]
 ) -> None:
