@@ -231,7 +231,7 @@ def test_a_site_that_is_no_product(captured) -> None:
     with pytest.raises(ExportError, match="packed but not rotated"):
         integer_form(run_pipeline(frozen, [PackInt4()]))
     # One site as a product and one that the rotation left out, as one whose sums pass int32.
-    with pytest.raises(ExportError, match=r"site head: is not an integer product"):
+    with pytest.raises(ExportError, match=r"runtime torch-cuda: site head is no integer product"):
         integer_form(_mixed(captured))
 
 

@@ -115,7 +115,7 @@ def site_refusals(integer: Program) -> Iterator[ExportError]:
         if is_op(node, ops.dequantize.default):
             yield ExportError(
                 f"site {node.meta.get('site')}",
-                "is not an integer product (its sums may pass int32), which the kernels need",
+                "is no integer product (its sums may pass int32), which the kernels need",
                 "Leave it float with keep_float.",
             )
     for site in quantised_sites(integer):
