@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hqc.commands.applies import Command
+from hqc.commands.applies import Command, served_runtime
 from hqc.commands.bench_serve import Between
 from hqc.commands.options import runtime_option
 from hqc.commands.serve import api_key, api_key_option, hosts, max_images_option, max_steps_option
@@ -61,16 +61,11 @@ def deploy_ray(
     It joins the Ray cluster that RAY_ADDRESS names, or starts one on this machine. MODEL must be at this path on every
     node. Needs hqc[ray].
     """
-    from hqc.evaluation.needs import call_kind
     from hqc.integrations.ray import Resources, application, started
-    from hqc.lite.opening import is_exported_pipeline
-    from hqc.runtimes.model import describe
     from hqc.serving.guards import Rules
     from hqc.serving.limits import Limits
 
-    if not is_exported_pipeline(model):
-        found = describe(model)
-        call_kind(found.pipeline, found.conditions)  # before a cluster is started
+    served_runtime(model, runtime)  # before a cluster is started
     rules = Rules(hosts=hosts(host, allowed_host), api_key=api_key(api_key_file))
     limits = Limits(max_images=max_images, max_steps=max_steps, max_batch=max_batch, max_queue=max_queue)
     app = application(
