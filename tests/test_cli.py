@@ -22,7 +22,9 @@ import httpx
 import pytest
 import tiny_pipeline
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
+from command_line import hqc
+from command_line import silently_ok as ok
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -31,18 +33,6 @@ from hqc.console import console
 from hqc.storage import load_program, save_program
 
 STEPS = ("--num-inference-steps", "4")
-
-
-def hqc(*arguments: object) -> Result:
-    """Runs one command in this process."""
-    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
-
-
-def ok(*arguments: object) -> Result:
-    result = hqc(*arguments)
-    assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
-    return result
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -7,26 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import zoo
-from click.testing import CliRunner, Result
+from command_line import hqc
+from command_line import silently_ok as ok
 from tiny_pipeline import saved_pipeline, traced_pipeline
 
 from hqc.capture import trace
-from hqc.cli import main
 from hqc.storage import load_program, save_program
 
 FEW = ("--n-steps", "3", "--calib-size", "2")
-
-
-def hqc(*arguments: object) -> Result:
-    """Runs one command in this process."""
-    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
-
-
-def ok(*arguments: object) -> Result:
-    result = hqc(*arguments)
-    assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
-    return result
 
 
 def refused(folder: Path, *arguments: object) -> str:

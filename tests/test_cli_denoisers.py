@@ -3,15 +3,10 @@
 import json
 from pathlib import Path
 
-from click.testing import CliRunner, Result
+from command_line import hqc
 from denoisers import denoiser
 
-from hqc.cli import main
 from hqc.runtimes import load
-
-
-def hqc(*arguments: object) -> Result:
-    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
 
 
 def test_a_transformer_from_folder_to_export(tmp_path: Path) -> None:

@@ -5,12 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner, Result
+from command_line import hqc, ok
 from denoisers import denoiser
 from PIL import Image
 from tiny_pipeline import saved_pipeline, traced_pipeline
 
-from hqc.cli import main
 from hqc.storage import save_program
 
 pytestmark = [
@@ -18,16 +17,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning"),
 ]
 FEW = ("--n-steps", "2")
-
-
-def hqc(*arguments: object) -> Result:
-    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
-
-
-def ok(*arguments: object) -> Result:
-    result = hqc(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result
 
 
 def refused(folder: Path, *arguments: object) -> str:

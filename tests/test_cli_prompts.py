@@ -5,12 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command_line import hqc
 from denoisers import denoiser
 from tiny_pipeline import saved_pipeline, traced_pipeline
 
 from hqc.capture.architectures import ARCHITECTURES, Architecture
-from hqc.cli import main
 from hqc.storage import load_program, save_program
 
 FEW = ("--n-steps", "2", "--calib-size", "2")
@@ -20,10 +20,6 @@ COMMANDS = {
     "qat": ("qat", "--steps", "1", "--batch-size", "1", "-o", "OUT.hqc"),
     "analyze": ("analyze", "--no-sensitivity", "-o", "OUT.html"),
 }
-
-
-def hqc(*arguments: object) -> Result:
-    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
 
 
 def run(command: str, program: Path, folder: Path, *more: object) -> Result:

@@ -12,26 +12,15 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command_line import hqc, ok
 from PIL import Image
 from tiny_pipeline import saved_pipeline, traced_pipeline
 
-from hqc.cli import main
 from hqc.runtimes.integer.cpu import compiler
 from hqc.storage import save_program
 
 STEPS = ("--n-steps", "3")
 INT8 = ("--runtime", "torch-int8")
-
-
-def hqc(*arguments: object) -> Result:
-    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
-
-
-def ok(*arguments: object) -> Result:
-    result = hqc(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result
 
 
 @pytest.fixture(scope="module")

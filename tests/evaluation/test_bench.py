@@ -12,14 +12,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import hqc
 from contenders_here import run_here
 from diffusers import UNet2DModel
 from PIL import Image
 
 from hqc.api import ptq
 from hqc.capture import capture_module, trace
-from hqc.cli import main
 from hqc.errors import ComparisonError, EvaluationError, ExportError
 from hqc.evaluation.bench import peers as peers_module
 from hqc.evaluation.bench.contender import Contender
@@ -38,10 +37,6 @@ AS_IT_IS = ("--runs", 2, "--warm-up", 1, "--threads", 1)
 QUICK = (*AS_IT_IS, "--calib-size", 1, "--n-steps", 2)
 TIMING = Timing(batch_size=2, threads=1, runs=1, warm_up=0)
 PEERS = ["onnxruntime-fp32", "onnxruntime-int8", "torch"]
-
-
-def hqc(*arguments: object) -> Result:
-    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import hqc
 from rich.console import Console
 
-from hqc.cli import main
 from hqc.errors import RuntimeMissingError
 from hqc.evaluation.bench import gpu_timing, run, worker
 from hqc.evaluation.bench.contender import Loaded, Memory
@@ -32,10 +31,6 @@ from hqc.runtimes.integer.cuda.session import require_cuda
 from hqc.storage import load_program, save_program
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-
-
-def hqc(*arguments: object) -> Result:
-    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
 
 
 def gpu_result(batch: int) -> BenchResult:
